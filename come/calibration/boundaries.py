@@ -1,0 +1,96 @@
+"""Where the hidden states at layer boundaries are kept."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Store = Literal["memory", "disk"]
+
+
+class BoundaryStore(ABC):
+    """Hidden states of all windows at every layer boundary, [windows, seq, hidden] each.
+
+    Boundary i is the input of layer i; the last one is the output of the last layer. A slot is
+    made when it is first asked for and reused after a merge.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._slots: list[Float[Tensor, "windows seq hidden"]] = []
+
+    def __getitem__(self, index: int) -> Float[Tensor, "windows seq hidden"]:
+        while index >= len(self._slots):
+            self._slots.append(self._allocate(len(self._slots)))
+        return self._slots[index]
+
+    @abstractmethod
+    def _allocate(self, index: int) -> Float[Tensor, "windows seq hidden"]: ...
+
+    def close(self) -> None:
+        """Frees all slots."""
+        self._slots.clear()
+
+
+class MemoryStore(BoundaryStore):
+    """Boundaries in main memory."""
+
+    def _allocate(self, index: int) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+class DiskStore(BoundaryStore):
+    """Boundaries in memory-mapped files of a temporary folder, removed at `close`.
+
+    Args:
+        shape: windows, seq, hidden.
+        dtype: dtype of the states.
+        folder: where the temporary folder is made; None for the system's place.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None = None
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._folder = Path(tempfile.mkdtemp(prefix="boundaries-", dir=folder))
+
+    def _allocate(self, index: int) -> Tensor:
+        size = torch.Size(self.shape).numel()
+        flat = torch.from_file(
+            str(self._folder / f"{index}.bin"), shared=True, size=size, dtype=self.dtype
+        )
+        return flat.view(self.shape)
+
+    def close(self) -> None:
+        """Frees all slots and removes their files."""
+        super().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def check_store(kind: str) -> Store:
+    """Raises ValueError unless `kind` is "memory" or "disk"."""
+    for allowed in get_args(Store):
+        if kind == allowed:
+            return allowed
+    raise ValueError(f"calibration.store={kind!r}: allowed are {', '.join(get_args(Store))}")
+
+
+def make_store(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None = None
+) -> BoundaryStore:
+    """A store by name.
+
+    Raises:
+        ValueError: neither "memory" nor "disk".
+    """
+    if check_store(kind) == "memory":
+        return MemoryStore(shape, dtype)
+    return DiskStore(shape, dtype, folder)

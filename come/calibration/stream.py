@@ -1,0 +1,152 @@
+"""The layer stream: all calibration windows through one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from come.calibration.boundaries import make_store
+from come.models.adapter import ModelAdapter
+
+Update = Callable[[Tensor, Tensor], None]
+
+
+class LayerObserver(Protocol):
+    """Accumulates something while windows pass through a layer."""
+
+    def layer(self, index: int) -> AbstractContextManager[Update]:
+        """Open while all windows pass layer `index`.
+
+        The value is called with the layer's input and output, [batch, seq, hidden], after every
+        batch; hooks are installed on entry and removed on exit.
+        """
+        ...
+
+
+class LayerStream:
+    """Hidden states of all windows at every layer boundary of a model that is being merged.
+
+    Boundary i is the input of layer i, so a group of layers a..b lies between boundaries a and
+    b + 1. After a merge only what lies behind the merged layer is computed again.
+
+    Args:
+        adapter: the model.
+        windows: packed token windows without padding, [windows, seq] int64.
+        batch_size: windows in one batch.
+        store: "memory", or "disk" for memory-mapped files.
+        folder: where the files of the disk store go; None for the system's temporary place.
+        progress: whether to show a progress bar.
+
+    Use it as a context manager: leaving it frees the boundaries.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        windows: Int[Tensor, "windows seq"],
+        *,
+        batch_size: int = 8,
+        store: str = "memory",
+        folder: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.adapter = adapter
+        self.windows = windows
+        self.progress = progress
+        self._batches = [
+            slice(start, min(start + batch_size, len(windows)))
+            for start in range(0, len(windows), batch_size)
+        ]
+        shape = (*windows.shape, adapter.config.hidden_size)
+        self._store = make_store(store, shape, adapter.model.dtype, folder)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._valid = -1  # the last boundary that belongs to the model as it is
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._store.close()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model as it is now."""
+        return self.adapter.num_layers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows together."""
+        return self.windows.numel()
+
+    def embed(self) -> None:
+        """Computes boundary 0, and asks the model for every layer's keyword arguments."""
+        for rows in self._batches:
+            states, kwargs = self.adapter.layer_inputs(self.windows[rows])
+            self._store[0][rows] = states
+            self._kwargs[len(states)] = kwargs
+        self._valid = 0
+
+    @torch.no_grad()
+    def advance(self, first: int, last: int, observer: LayerObserver | None = None) -> None:
+        """Sends all windows through layers first..last, one layer after the other.
+
+        Computes boundaries first + 1 .. last + 1; boundary `first` must be there.
+        """
+        assert 0 <= first <= self._valid
+        assert last < self.num_layers
+        total = (last - first + 1) * len(self._batches)
+        with tqdm(
+            total=total, desc="layers", unit="batch", leave=False, delay=2, disable=self._quiet
+        ) as bar:
+            for index in range(first, last + 1):
+                bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
+                with observer.layer(index) if observer else nullcontext(_ignore) as update:
+                    for rows in self._batches:
+                        before = self._store[index][rows].to(self.adapter.device)
+                        after = self.adapter.layers[index](
+                            before, **self._kwargs[len(before)][index]
+                        )
+                        self._store[index + 1][rows] = after
+                        update(before, after)
+                        bar.update()
+                self._valid = index + 1
+
+    def pairs(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
+        """Batches of (boundary `start`, boundary `stop`), in the model's dtype, on its device."""
+        assert 0 <= start <= stop <= self._valid
+        device = self.adapter.device
+        for rows in self._batches:
+            yield self._store[start][rows].to(device), self._store[stop][rows].to(device)
+
+    def merged(self, first: int, last: int) -> None:
+        """Takes note that layers first..last became one layer at `first`.
+
+        Boundary `first` stays; all behind it must be computed again.
+        """
+        for kwargs in self._kwargs.values():
+            del kwargs[first + 1 : last + 1]
+            assert len(kwargs) == self.num_layers
+        self._valid = first
+
+    @property
+    def _quiet(self) -> bool | None:
+        return None if self.progress else True  # None: a bar only where there is a terminal
+
+
+def _ignore(before: Tensor, after: Tensor) -> None:
+    """The update of a pass that nobody observes."""

@@ -1,0 +1,110 @@
+"""Hydra: composes conf/ into `Settings` and names the job's folder. The only module that does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from come.job import job_hash
+from come.settings import Settings
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+INVALID = "invalid"  # the folder name of settings that do not pass their checks
+
+USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
+
+
+def register() -> None:
+    """Makes the schema and the resolver of the job's hash known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Settings)
+    OmegaConf.register_new_resolver("job_hash", _job_hash, replace=True)
+
+
+def to_settings(config: DictConfig) -> Settings:
+    """The typed settings of a composed configuration, interpolations resolved.
+
+    Raises:
+        OmegaConfBaseException: a mandatory value is missing.
+    """
+    own = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
+    OmegaConf.resolve(own)
+    missing = sorted(OmegaConf.missing_keys(own))
+    if missing:
+        raise ValueError(f"{missing[0]} is not set: give {missing[0]}=VALUE on the command line")
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), own))
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def main(run: Callable[[Settings, Path], Any]) -> int:
+    """Runs the command line: `run(settings, folder)` for every job that it composes.
+
+    An error of the user's is one line on stderr; any other error keeps its traceback.
+
+    Returns:
+        The exit code: 0, or 1 after an error. In a sweep the other jobs finish first.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function whole
+    register()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(config: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            settings = to_settings(config)
+            settings.check()
+            run(settings, folder)
+        except USER_ERRORS as error:
+            if folder.name == INVALID:
+                _remove_if_empty(folder)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _say(error)
+            raise SystemExit(1) from None
+
+    try:
+        job()
+    except USER_ERRORS as error:
+        _say(error)
+        return 1
+    except OSError as error:
+        _say(f"{error.strerror}: {error.filename}; choose another folder with hydra.run.dir=FOLDER")
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _say(error: object) -> None:
+    """One line on stderr."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    keys = [line for line in lines[1:] if line.startswith("full_key:")]
+    print(f"error: {' '.join([*lines[:1], *keys])}", file=sys.stderr)
+
+
+def _job_hash(*, _root_: DictConfig) -> str:
+    try:
+        settings = to_settings(_root_)
+        settings.check()
+        return job_hash(settings)
+    except USER_ERRORS:
+        return INVALID
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

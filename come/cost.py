@@ -1,0 +1,79 @@
+"""What a compression will cost, said before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from come.merging.schedule import depths
+from come.models.loading import ModelShape
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a progressive compression.
+
+    Attributes:
+        tokens: calibration tokens.
+        num_layers: layers of the dense model.
+        least: layer passes if every group is the last possible.
+        most: layer passes if every group is the first possible.
+        weight_bytes: the model's weights.
+        boundary_bytes: hidden states at every boundary.
+        store: where those are kept.
+    """
+
+    tokens: int
+    num_layers: int
+    least: int
+    most: int
+    weight_bytes: int
+    boundary_bytes: int
+    store: str
+
+    def lines(self) -> list[str]:
+        """What to tell before the start."""
+        places = "main memory" if self.store == "memory" else "memory-mapped files"
+        return [
+            f"cost: {self.tokens} calibration tokens, {self.least} to {self.most} layer passes "
+            f"({self.least / self.num_layers:.1f} to {self.most / self.num_layers:.1f} forward "
+            "passes of the decoder)",
+            f"memory: weights {megabytes(self.weight_bytes)}, boundary states "
+            f"{megabytes(self.boundary_bytes)} in {places}",
+        ]
+
+    def estimate(self, first_layer_seconds: float) -> str:
+        """What to tell after the first layer's pass."""
+        least, most = (duration(first_layer_seconds * n) for n in (self.least, self.most))
+        return (
+            f"time: the first layer took {first_layer_seconds:.1f} s, so {least} to {most} in all"
+        )
+
+
+def compression_cost(
+    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, m: int, store: str
+) -> Cost:
+    """The cost of merging a model of `shape` down to `target` layers in groups of `m`."""
+    layers = shape.num_layers
+    passed = depths(layers, target, m)
+    tokens = num_samples * seq_len
+    state = tokens * shape.config.hidden_size * shape.dtype.itemsize
+    return Cost(
+        tokens=tokens,
+        num_layers=layers,
+        least=layers + len(passed) - 1,
+        most=layers + sum(passed[:-1]),
+        weight_bytes=shape.weight_bytes,
+        boundary_bytes=state * (layers + 1),
+        store=store,
+    )
+
+
+def megabytes(size: float) -> str:
+    """A size for people: "538 MB"."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: "2 min 05 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,136 @@
+"""A job's name, and the files that say whether it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import come
+from come.files import write_text
+from come.merging.plan import Plan
+from come.models.checkpoint import fingerprint
+from come.settings import EvalSettings, ModelSettings, Settings, TextSettings
+
+RESULT = "result.json"
+PARTIAL_PLAN = "plan.partial.json"
+
+# What changes how a job runs, but not what it finds.
+_MODEL_KNOBS = ("name", "path", "device")
+_TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)
+_CALIBRATION_KNOBS = (*_TEXT_KNOBS, "batch_size", "store")
+_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "batch_tokens")
+
+
+def model_identity(model: ModelSettings) -> str:
+    """What names a model whatever folder it is in: a fingerprint, or the hub id."""
+    folder = Path(model.path or "").expanduser()
+    if model.path and folder.is_dir():
+        try:
+            return fingerprint(folder)
+        except (ValueError, OSError):
+            return f"unreadable {folder}"
+    return str(model.path)
+
+
+def job_hash(settings: Settings) -> str:
+    """Hash of everything that determines a job's result: 12 hexadecimal digits.
+
+    Paths count by the content behind them; labels, devices, batch sizes, stores and tracking do
+    not count.
+    """
+    merge = _without(asdict(settings.merge), ("name", "plan"))
+    calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
+    evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
+    parts: dict[str, Any] = {
+        "come": come.__version__,
+        "model": _without(asdict(settings.model), _MODEL_KNOBS),
+        "model_identity": model_identity(settings.model),
+        "merge": merge,
+        "distill": asdict(settings.distill),
+        "eval": evaluation,
+        "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
+    }
+    if settings.merge.plan is not None:
+        parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
+    else:
+        self_generated = settings.calibration.self_generated
+        text = "self_generated" if self_generated else _text_identity(settings.calibration)
+        parts |= {"calibration": calibration, "calibration_text": text}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
+    """The result of a finished job, or None if it has not finished.
+
+    Raises:
+        ValueError: the folder holds the result of another job.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result.get("job") != job:
+        raise ValueError(
+            f"{folder} holds the result of another job ({result.get('job')}, this is {job}); "
+            "choose another hydra.run.dir or remove it"
+        )
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Writes `result.json`, the last file of a job, atomically."""
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def partial_plan(folder: Path, job: str) -> Plan | None:
+    """The plan of an interrupted compression of the same job, or None."""
+    path = folder / PARTIAL_PLAN
+    if not path.is_file():
+        return None
+    plan = Plan.load(path)
+    return plan if plan.provenance.get("job") == job else None
+
+
+def check_folder(folder: Path, needed: int) -> None:
+    """Checks that a folder can be written and has room.
+
+    Args:
+        folder: the job's folder.
+        needed: bytes that the job will write.
+
+    Raises:
+        ValueError: it cannot be made or written, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"come")
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"output folder {folder} cannot be written ({error.strerror}); "
+            "choose another with hydra.run.dir=FOLDER"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"output folder {folder}: {free / 1e9:.2f} GB free, and the run writes about "
+            f"{needed / 1e9:.2f} GB; choose another disk with hydra.run.dir=FOLDER"
+        )
+
+
+def _text_identity(text: TextSettings | EvalSettings) -> str:
+    try:
+        return text.text_source().identity
+    except (ValueError, OSError):
+        return f"unreadable {text.path or text.source}"
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}

@@ -1,0 +1,1 @@
+"""The merge itself: plan, operators, the progressive loop."""

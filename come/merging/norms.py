@@ -1,0 +1,60 @@
+"""What happens to the norms in front of the blocks of merged layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from come.models.adapter import LayerState, Role
+
+Norms = Literal["mean", "fold"]
+
+
+def check_norms(norms: str) -> Norms:
+    """Raises ValueError unless `norms` is one of "mean", "fold"."""
+    for allowed in get_args(Norms):
+        if norms == allowed:
+            return allowed
+    raise ValueError(f"merge.norms={norms!r}: allowed are {', '.join(get_args(Norms))}")
+
+
+def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
+    """The same layer with its norms' scales moved into the rows that read them.
+
+        W (g * x^ + b) + c = (W diag(g)) x^ + (c + W b)
+
+    The scale becomes ones. A LayerNorm's bias `b` moves too, and becomes zero, where every row
+    that reads the norm has a bias `c` to take it; otherwise it stays. Exact up to rounding to
+    the storage dtype. Norms behind a projection (Qwen3's q and k norms) cannot be folded.
+
+    Args:
+        state: all tensors of one layer; not changed.
+        roles: what each tensor is made of.
+
+    Returns:
+        All tensors of the folded layer, same shapes and dtypes.
+    """
+    folded = dict(state)
+    for norm in sorted({role.norm for role in roles.values() if role.norm}):
+        if f"{norm}.weight" not in state:
+            continue  # a norm without learned parameters
+        readers = [name for name, role in roles.items() if role.norm == norm]
+        weights = [name for name in readers if name.endswith(".weight")]
+        biases = [name.removesuffix("weight") + "bias" for name in weights]
+        scale = state[f"{norm}.weight"].double()
+        shift = state.get(f"{norm}.bias")
+        moves_shift = shift is not None and all(bias in readers for bias in biases)
+        for weight, bias in zip(weights, biases, strict=True):
+            rows = state[weight].double()
+            if moves_shift:
+                assert shift is not None
+                moved = state[bias].double() + rows @ shift.double()
+                folded[bias] = moved.to(state[bias].dtype)
+            folded[weight] = (rows * scale).to(state[weight].dtype)
+        folded[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
+        if moves_shift:
+            assert shift is not None
+            folded[f"{norm}.bias"] = torch.zeros_like(shift)
+    return folded

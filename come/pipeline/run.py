@@ -1,0 +1,97 @@
+"""One job from settings to `result.json`: prepare, merge, evaluate, report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from come.files import write_text
+from come.job import PARTIAL_PLAN, finished_result, job_hash, write_result
+from come.merging.plan import Plan
+from come.pipeline.evaluate import evaluate_depths
+from come.pipeline.merge import calibration_result, merge, versions
+from come.pipeline.prepare import Job, prepare
+from come.report.console import show
+from come.report.write import write_report
+from come.result import CompressionResult, DepthResult, Result
+from come.settings import Settings
+from come.tracking.base import JSONL, Trackers
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, folder: Path) -> Result:
+    """Runs a job, or returns its result if it has finished before.
+
+    Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
+    depth of `merge.save_at`), report.md with its figures, and result.json, written last. An
+    interrupted job goes on at its last finished merge.
+
+    Raises:
+        ValueError: settings that do not fit each other, the model or the texts; before any
+            weight is loaded.
+    """
+    settings.check()
+    name = job_hash(settings)
+    finished = finished_result(folder, name)
+    if finished is not None:
+        log.info("job %s has finished before; remove its folder to run it again", name)
+        show(cast(Result, finished), folder)
+        return cast(Result, finished)
+
+    job = prepare(settings, folder, name)
+    write_text(folder / "resolved.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+    with _trackers(job) as trackers:
+        model, plan, job, compression = merge(job, trackers)
+        depths = evaluate_depths(job, model, plan, trackers)
+        result = _result(job, plan, compression, depths)
+        for title, path in write_report(folder, result, plan).items():
+            trackers.figure(title, path)
+    (folder / PARTIAL_PLAN).unlink(missing_ok=True)
+    write_result(folder, cast(dict[str, Any], result))
+    show(result, folder)
+    return result
+
+
+def _trackers(job: Job) -> Trackers:
+    trackers: list[Any] = [JSONL(job.folder / "metrics.jsonl")]
+    tracking = job.settings.tracking
+    if tracking.backend == "wandb":
+        from come.tracking.wandb import WandB
+
+        merge = job.settings.merge
+        trackers.append(
+            WandB(
+                job.folder,
+                run_id=job.hash,
+                project=tracking.project,
+                group=tracking.group or f"{job.label}-{merge.name}",
+                job_type="compress",
+                mode=tracking.mode,
+                tags=[job.label, merge.name, f"m={merge.m}", f"{job.target} layers"],
+                config=asdict(job.settings),
+            )
+        )
+    return Trackers(*trackers)
+
+
+def _result(
+    job: Job, plan: Plan, compression: CompressionResult, depths: list[DepthResult]
+) -> Result:
+    return {
+        "job": job.hash,
+        "model": job.label,
+        "method": job.settings.merge.name,
+        "plan": plan.hash,
+        "merge_history": plan.history,
+        "depths": depths,
+        "compression": compression,
+        "calibration": calibration_result(job),
+        "eval_source": job.held_out.source if job.held_out else "",
+        "settings": asdict(job.settings),
+        "versions": versions(),
+    }

@@ -1,0 +1,98 @@
+"""Names to classes: the pluggable parts of the method, discovered from their packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Maps a short name to one class of a kind; every file of `package` is imported at first use.
+
+    A registered class carries its provenance: `name` (the key), `paper` (arXiv id or ""),
+    and `source` (where the formula stands, in words).
+
+    Args:
+        kind: what the entries are, as a message names it ("sensitivity metric").
+        package: dotted name of the package that holds one file per entry.
+        config_key: the configuration key that chooses an entry ("merge.sensitivity").
+    """
+
+    def __init__(self, kind: str, package: str, config_key: str) -> None:
+        self.kind = kind
+        self.package = package
+        self.config_key = config_key
+        self._entries: dict[str, type[T]] = {}
+        self._discovered = False
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Class decorator: enters `cls` under `cls.name`.
+
+        Raises:
+            TypeError: the class has no name or provenance.
+            ValueError: the name is taken.
+        """
+        for attribute in ("name", "paper", "source"):
+            if not isinstance(getattr(cls, attribute, None), str):
+                raise TypeError(f"{cls.__qualname__} needs a class attribute {attribute!r} (str)")
+        name: str = getattr(cls, "name")  # noqa: B009 - T carries no bound with `name`
+        known = self._entries.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"{self.kind} {name!r} is already registered by {known.__qualname__}")
+        self._entries[name] = cls
+        return cls
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self._discover()
+        return sorted(self._entries)
+
+    def get(self, name: str) -> type[T]:
+        """The class registered under `name`.
+
+        Raises:
+            ValueError: no such entry; the message lists near matches and all names.
+        """
+        self._discover()
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(
+                f"{self.config_key}={name!r}: unknown {self.kind}{hint} "
+                f"Available: {', '.join(self.names())}"
+            )
+        return self._entries[name]
+
+    def options(self, name: str) -> list[str]:
+        """Names of the constructor's parameters of entry `name`."""
+        return [p for p in inspect.signature(self.get(name)).parameters if p != "self"]
+
+    def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
+        """Builds entry `name` from those `settings` that its constructor takes.
+
+        Raises:
+            ValueError: unknown name, or a required constructor parameter is not in `settings`.
+        """
+        cls = self.get(name)
+        settings = settings or {}
+        chosen: dict[str, Any] = {}
+        for parameter in inspect.signature(cls).parameters.values():
+            if parameter.name in settings:
+                chosen[parameter.name] = settings[parameter.name]
+            elif parameter.default is inspect.Parameter.empty:
+                raise ValueError(f"{self.config_key}={name!r} needs the setting {parameter.name!r}")
+        return cls(**chosen)
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+            importlib.import_module(f"{self.package}.{module.name}")

@@ -1,0 +1,1 @@
+"""Tables, figures and cards made from a run's results."""

@@ -1,0 +1,80 @@
+"""The table that ends a run, on the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from come.cost import duration, megabytes
+from come.result import DepthResult, Result
+
+_WIDTH = 120  # of the table where the output is not a terminal
+COLUMNS = ("layers", "parameters", "perplexity", "x dense", "prompt tok/s", "generate tok/s")
+
+
+def table_rows(result: Result) -> list[tuple[str, ...]]:
+    """One row a model, as text, under `COLUMNS`."""
+    return [_row(depth) for depth in result["depths"]]
+
+
+def summary_lines(result: Result) -> list[str]:
+    """What the numbers rest on and what the compression cost."""
+    compression, calibration = result["compression"], result["calibration"]
+    lines = []
+    first = result["depths"][0]["perplexity"]
+    if first:
+        lines.append(
+            f"perplexity [95% interval over windows]: {first['tokens']} tokens in "
+            f"{first['windows']} windows of {result['eval_source']}"
+        )
+    if calibration:
+        lines.append(
+            f"calibration: {calibration['tokens']} tokens in {calibration['windows']} windows of "
+            f"{calibration['source']} ({calibration['corpus_tokens']} in hand)"
+        )
+    if any(depth["speed"] for depth in result["depths"]):
+        lines.append("speed: median, dense and merged model in turn, in this run")
+    resumed = compression["resumed_at"]
+    lines.append(
+        f"compression: {duration(compression['seconds'])}, peak memory "
+        f"{megabytes(compression['peak_bytes'])} above the level before loading (weights "
+        f"{megabytes(compression['weight_bytes'])}, boundary states "
+        f"{megabytes(compression['boundary_bytes'])})"
+        + (f", resumed after {resumed} merges" if resumed else "")
+    )
+    return lines
+
+
+def show(result: Result, folder: Path) -> None:
+    """Prints the table, what it rests on, and where the result is."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    table = Table(title=f"{result['model']}, {result['method']}")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in table_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    for line in summary_lines(result):
+        console.print(line, soft_wrap=True)
+    console.print(f"model and report: {folder}", soft_wrap=True, markup=False)
+
+
+def _row(depth: DepthResult) -> tuple[str, ...]:
+    parameters = f"{depth['parameters'] / 1e6:.1f} M"
+    if depth["sparsity"]:
+        parameters += f" (-{depth['sparsity']:.1%})"
+    quality, ratio, prompt, generation = "-", "-", "-", "-"
+    if found := depth["perplexity"]:
+        quality = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+        if depth["folder"]:
+            ratio = f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}]"
+    if speed := depth["speed"]:
+        prompt, generation = f"{speed['prompt']:.0f}", f"{speed['generation']:.1f}"
+        if depth["folder"]:
+            prompt += f" (x {speed['prompt_ratio']:.2f})"
+            generation += f" (x {speed['generation_ratio']:.2f})"
+    return (str(depth["layers"]), parameters, quality, ratio, prompt, generation)

@@ -1,0 +1,166 @@
+"""Pictures of a plan and its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from come.merging.plan import Plan
+from come.models.adapter import UNITS, Unit
+from come.result import Result
+
+TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
+_DPI = 110
+_DARK = 1.2  # sum of red, green and blue below which a label is white
+
+
+def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
+    """Which original layers, and how many units of each, make up every new layer.
+
+    Args:
+        plan: the plan.
+        unit: the kind of unit.
+
+    Returns:
+        For every layer of the merged model a map from original layer to units (a share of all
+        units where an operator mixes layers), in depth order of the originals.
+    """
+    count = plan.base.units[unit]
+    origins: list[list[dict[int, float]]] = [
+        [{layer: 1.0} for _ in range(count)] for layer in range(plan.base.num_layers)
+    ]
+    for step in plan.steps:
+        group = origins[step.first : step.last + 1]
+        if step.kept:
+            merged = [
+                layer[i] for layer, kept in zip(group, step.kept[unit], strict=True) for i in kept
+            ]
+        else:
+            merged = []
+            for parts in zip(*group, strict=True):
+                mix: dict[int, float] = {}
+                for piece, share in zip(parts, step.shares, strict=True):
+                    for layer, weight in piece.items():
+                        mix[layer] = mix.get(layer, 0.0) + share * weight
+                merged.append(mix)
+        origins[step.first : step.last + 1] = [merged]
+    totals = []
+    for pieces in origins:
+        total: dict[int, float] = {}
+        for piece in pieces:
+            for layer, weight in piece.items():
+                total[layer] = total.get(layer, 0.0) + weight
+        totals.append(dict(sorted(total.items())))
+    return totals
+
+
+def draw_puzzle(plan: Plan, path: Path) -> None:
+    """Every new layer as a bar cut into its pieces, coloured by original layer."""
+    depth = plan.num_layers
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 0.22 * depth + 1.4), sharey=True, layout="constrained"
+    )
+    colours = plt.get_cmap("turbo")
+    for axis, unit in zip(axes, UNITS, strict=True):
+        for layer, pieces in enumerate(puzzle_pieces(plan, unit)):
+            left = 0.0
+            for original, units in pieces.items():
+                colour = colours((original + 0.5) / plan.base.num_layers)
+                dark = sum(colour[:3]) < _DARK
+                ink = "white" if dark else "black"
+                axis.barh(layer, units, left=left, color=colour, edgecolor="white", linewidth=0.8)
+                if units >= 0.12 * plan.base.units[unit]:
+                    label = f"{original}" if len(pieces) == 1 else f"{original}: {units:.4g}"
+                    axis.text(
+                        left + units / 2,
+                        layer,
+                        label,
+                        ha="center",
+                        va="center",
+                        fontsize=6.5,
+                        color=ink,
+                    )
+                left += units
+        axis.set_title(f"{TITLES[unit]} ({plan.base.units[unit]} a layer)", fontsize=10)
+        axis.set_xlabel("units, labelled with the original layer")
+    axes[0].set_ylabel("layer of the merged model")
+    axes[0].set_yticks(range(0, depth, max(1, depth // 15)))
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def draw_influence(plan: Plan, path: Path) -> None:
+    """Group score and block influence over depth, a line a step."""
+    figure, (scores, influence) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colours = plt.get_cmap("viridis")
+    for number, step in enumerate(plan.steps):
+        colour = colours(number / max(1, len(plan.steps) - 1) * 0.9)
+        depths = plan.base.num_layers, plan.num_layers
+        label = f"step {number + 1}" if number in (0, len(plan.steps) - 1) else None
+        scores.plot(
+            [c.first for c in step.candidates],
+            [c.score for c in step.candidates],
+            "o-",
+            markersize=2.5,
+            linewidth=0.9,
+            color=colour,
+            label=label,
+        )
+        scores.plot(step.first, step.score, "v", color="crimson", markersize=7)
+        influence.plot(step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label)
+    scores.set_title("score of each eligible group (triangle: merged)", fontsize=10)
+    scores.set_xlabel(f"first layer of the group, at {depths[0]} to {depths[1] + 1} layers")
+    scores.set_ylabel("selection score")
+    influence.set_title("block influence of each layer", fontsize=10)
+    influence.set_xlabel("layer")
+    influence.set_yscale("log")
+    for axis in (scores, influence):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def draw_depth(result: Result, path: Path) -> None:
+    """Perplexity against depth, with the intervals over windows."""
+    points = [(d["layers"], d["perplexity"]) for d in result["depths"] if d["perplexity"]]
+    figure, axis = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    assert isinstance(axis, Axes)
+    layers = [layer for layer, _ in points]
+    values = [found["value"] for _, found in points if found]
+    low = [found["value"] - found["low"] for _, found in points if found]
+    high = [found["high"] - found["value"] for _, found in points if found]
+    axis.errorbar(layers, values, yerr=[low, high], fmt="o-", capsize=4)
+    for layer, value in zip(layers, values, strict=True):
+        axis.annotate(f"{value:.1f}", (layer, value), (6, 4), textcoords="offset points", size=8)
+    axis.set_xticks(layers)
+    axis.invert_xaxis()
+    axis.set_xlabel("layers")
+    axis.set_ylabel("perplexity")
+    axis.set_title(f"{result['model']}, {result['method']}", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
+    """Draws every picture that the run has data for; returns them by name."""
+    drawings: dict[str, Callable[[Path], None]] = {}
+    if plan.steps:
+        drawings["puzzle"] = lambda path: draw_puzzle(plan, path)
+        drawings["influence"] = lambda path: draw_influence(plan, path)
+    if any(depth["perplexity"] for depth in result["depths"]):
+        drawings["perplexity"] = lambda path: draw_depth(result, path)
+    paths = {}
+    for name, draw in drawings.items():
+        paths[name] = folder / f"{name}.png"
+        draw(paths[name])
+    return paths

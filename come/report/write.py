@@ -1,0 +1,108 @@
+"""`report.md` with its figures, and the model card of every saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from come.evaluation.continuations import PROMPTS
+from come.files import write_text
+from come.merging.plan import Plan
+from come.operators.base import OPERATORS
+from come.report.console import COLUMNS, summary_lines, table_rows
+from come.report.figures import draw_all
+from come.result import DepthResult, Result
+
+CAPTIONS = {
+    "puzzle": "Which original layers, and how many units of each, make up every new layer.",
+    "influence": "Score of every eligible group and block influence of every layer, step by step.",
+    "perplexity": "Perplexity against depth.",
+}
+
+
+def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
+    """Writes figures, `report.md` and the cards; returns the figures by name."""
+    figures = draw_all(folder, result, plan)
+    lines = [f"# {result['model']}, {result['method']}", "", *_table(result), ""]
+    lines += [f"- {line}" for line in summary_lines(result)]
+    lines += ["", "Merge history (original layers behind every layer):", ""]
+    lines += [f"`{result['merge_history']}`", ""]
+    for name, path in figures.items():
+        lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]
+    lines += _continuations(result["depths"])
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
+    for depth in result["depths"]:
+        if depth["folder"]:
+            card = _card(result, depth, plan.truncated(depth["layers"]))
+            write_text(folder / depth["folder"] / "README.md", str(card))
+    return figures
+
+
+def _table(result: Result) -> list[str]:
+    return [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---:|' * len(COLUMNS)}",
+        *(f"| {' | '.join(row)} |" for row in table_rows(result)),
+    ]
+
+
+def _continuations(depths: list[DepthResult]) -> list[str]:
+    if not depths[0]["continuations"]:
+        return []
+    lines = ["## Greedy continuations", ""]
+    for number, prompt in enumerate(PROMPTS):
+        lines += [f"**{prompt}**", "", "| layers | continuation |", "|---:|---|"]
+        for depth in depths:
+            text = " ".join(depth["continuations"][number].split()).replace("|", "\\|")
+            lines.append(f"| {depth['layers']} | {text} |")
+        lines.append("")
+    return lines
+
+
+def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
+    operator = OPERATORS.get(plan.operator)
+    path = result["settings"]["model"]["path"] or ""
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    data = ModelCardData(
+        base_model=path if is_hub_id and not Path(path).exists() else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["come", "layer-merging", result["method"]],
+    )
+    paper = f" ([arXiv {operator.paper}](https://arxiv.org/abs/{operator.paper}))"
+    found = depth["perplexity"]
+    quality = (
+        f"Perplexity {found['value']:.2f}, {found['ratio']:.3f} times the dense model's, on "
+        f"{found['tokens']} tokens of {result['eval_source']}."
+        if found
+        else "Not evaluated."
+    )
+    calibration = result["calibration"]
+    origin = (
+        f"{calibration['tokens']} tokens of {calibration['source']}"
+        if calibration
+        else "none, a given plan was applied"
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {result["model"]}, {depth["layers"]} layers
+
+{result["model"]} compressed from {plan.base.num_layers} to {depth["layers"]} layers
+({depth["sparsity"]:.1%} of its parameters removed) by merging adjacent layers: method
+`{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
+`{plan.norms}`. No training. It is an ordinary checkpoint of the same architecture and loads with
+`AutoModelForCausalLM.from_pretrained`.
+
+{quality}
+
+Calibration: {origin}.
+
+Merge history (original layers behind every layer): `{plan.history}`
+
+Plan `{plan.hash}`, in `plan.json`: with the base model it rebuilds these weights bit for bit.
+The licence is that of the base model.
+"""
+    return ModelCard(text)

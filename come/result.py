@@ -1,0 +1,111 @@
+"""The schema of `result.json`."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class PerplexityResult(TypedDict):
+    """Perplexity of one model on the held-out text.
+
+    value, low, high: perplexity and its 95% interval over windows.
+    ratio, ratio_low, ratio_high: over the dense model's, paired by window (1 for itself).
+    tokens, windows: how much text.
+    nll: mean negative log-likelihood of every window, nats a token.
+    """
+
+    value: float
+    low: float
+    high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    tokens: int
+    windows: int
+    nll: list[float]
+
+
+class SpeedResult(TypedDict):
+    """Speed of one model: tokens/s of the median repetition, [slowest, fastest], over dense."""
+
+    prompt: float
+    prompt_spread: list[float]
+    prompt_ratio: float
+    generation: float
+    generation_spread: list[float]
+    generation_ratio: float
+
+
+class DepthResult(TypedDict):
+    """One model of a run; the dense one comes first.
+
+    layers, parameters: its size, tied parameters once.
+    sparsity: share of the dense model's parameters that is gone.
+    folder: where it is saved, relative to the run's folder; "" for the dense model.
+    perplexity, speed: None where they were not measured.
+    continuations: greedy continuations of the report's prompts.
+    """
+
+    layers: int
+    parameters: int
+    sparsity: float
+    folder: str
+    perplexity: PerplexityResult | None
+    speed: SpeedResult | None
+    continuations: list[str]
+
+
+class CompressionResult(TypedDict):
+    """What the merge cost.
+
+    seconds: from the loaded model to the merged one, over all sessions of a resumed job.
+    peak_bytes: peak resident memory above the level before the model was loaded, last session.
+    weight_bytes: bytes of the dense model's weights.
+    boundary_bytes: bytes of all boundary states.
+    layer_passes: passes of all windows over one layer, of the groups that were chosen.
+    resumed_at: merges that an earlier session had finished; 0 without interruption.
+    """
+
+    seconds: float
+    peak_bytes: int
+    weight_bytes: int
+    boundary_bytes: int
+    layer_passes: int
+    resumed_at: int
+
+
+class CalibrationResult(TypedDict):
+    """The calibration text: where from, tokens in hand and tokens used, the windows' hash."""
+
+    source: str
+    corpus_tokens: int
+    tokens: int
+    windows: int
+    removed_lines: int
+    hash: str
+
+
+class Result(TypedDict):
+    """Everything that a job found.
+
+    job: the job's hash.
+    model, method: labels.
+    merge_history: original layers behind every layer of the last model.
+    depths: the dense model and every merged one, deepest first.
+    calibration: None where a plan was applied.
+    eval_source: what the held-out text is.
+    settings: the resolved settings.
+    versions: of Python and the packages that matter.
+    """
+
+    job: str
+    model: str
+    method: str
+    plan: str
+    merge_history: list[list[int]]
+    depths: list[DepthResult]
+    compression: CompressionResult
+    calibration: CalibrationResult | None
+    eval_source: str
+    settings: dict[str, Any]
+    versions: dict[str, str]

@@ -1,0 +1,1 @@
+"""Rules for how much each layer of a group keeps, one a file."""

@@ -1,0 +1,1 @@
+"""Scores for groups of layers, one a file."""

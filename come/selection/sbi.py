@@ -1,0 +1,44 @@
+"""CoMe's score of a group: spherical block influence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from come.calibration.influence import TOKENS, check_tokens, chosen_tokens, token_cosine
+from come.calibration.stream import LayerStream
+from come.selection.base import SELECTION, GroupScore
+
+
+@SELECTION.register
+class SBI(GroupScore):
+    """Mean angle, as a share of pi, by which the group turns the hidden states.
+
+        SBI_g = mean_tokens( arccos(clamp(cos(h_{a-1}, h_b), 0, 1)) / pi )
+
+    for a group of layers a..b, whatever its size. In [0, 0.5].
+
+    Source: arXiv 2510.15304. Which tokens count is our choice: all of them by default.
+
+    Args:
+        tokens: "all", or "last" for the last token of each window.
+    """
+
+    name = "sbi"
+    paper = "2510.15304"
+    source = "CoMe, spherical block influence"
+
+    def __init__(self, tokens: TOKENS = "all") -> None:
+        self.tokens = check_tokens(tokens)
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """SBI of layers first..last, in [0, 0.5]."""
+        total, count = 0.0, 0
+        for before, after in stream.pairs(first, last + 1):
+            cosine = token_cosine(
+                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
+            )
+            total += torch.arccos(cosine.clamp(0, 1)).sum().item()
+            count += cosine.numel()
+        return total / count / math.pi

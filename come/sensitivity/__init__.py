@@ -1,0 +1,1 @@
+"""Channel sensitivity metrics, one a file."""

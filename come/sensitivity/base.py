@@ -1,0 +1,58 @@
+"""What a channel metric sees and gives; the registry of channel metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from come.registry import Registry
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """One linear map `y = W x` of a layer and what calibration saw of its input.
+
+    Attributes:
+        weight: `W`, [d_out, d_in], the model's dtype.
+        tokens: calibration tokens behind the moments.
+        key: names the map ("3-4/channel": span of original layers, kind of unit).
+        abs_mean: E|x_j|, [d_in] float64; None unless the metric asks for the moment "abs".
+        square_mean: E[x_j^2], [d_in] float64; None unless it asks for "square".
+        mean: E[x_j], [d_in] float64; None unless it asks for "mean".
+    """
+
+    weight: Float[Tensor, "out in"]
+    tokens: int
+    key: str
+    abs_mean: Float[Tensor, " in"] | None = None
+    square_mean: Float[Tensor, " in"] | None = None
+    mean: Float[Tensor, " in"] | None = None
+
+
+class SensitivityMetric(ABC):
+    """Scores the input channels of a layer's two output maps; higher means kept first.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the source, or "".
+        source: where the formula stands, in words.
+        moments: which of "abs", "square", "mean" of the inputs it needs.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    moments: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:
+        """Sensitivity of every input channel, [d_in] float64, any range, higher is kept first."""
+
+
+SENSITIVITY: Registry[SensitivityMetric] = Registry(
+    "sensitivity metric", "come.sensitivity", "merge.sensitivity"
+)

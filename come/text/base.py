@@ -1,0 +1,49 @@
+"""What a text source gives; the registry of text sources."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from come.registry import Registry
+
+
+class TextSource(ABC):
+    """A corpus: documents of plain text in a fixed order.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the corpus, or "".
+        source: where the text comes from, in words.
+        always_split: whether it has no held-out split of its own although it is used for both
+            calibration and evaluation, so that each takes its part of it.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    always_split: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Equal for two sources that hold the same text; never a path."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """The documents, in order.
+
+        Raises:
+            ValueError: the corpus is not there or cannot be read; says what to do.
+        """
+
+    def check(self) -> None:  # noqa: B027 - most sources have nothing to check
+        """Cheap checks before anything is loaded.
+
+        Raises:
+            ValueError: the corpus cannot be there.
+        """
+
+
+TEXT: Registry[TextSource] = Registry("text source", "come.text", "calibration.source")

@@ -1,0 +1,188 @@
+"""Text to packed token windows: the calibration draw and the held-out text, kept disjoint."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from come.text.base import TextSource
+
+CALIBRATION_PART = (0.0, 0.6)
+EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
+_POOL_CHARS = 2_000_000
+_POOL_CHARS_PER_TOKEN = 16
+_DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Packed windows without padding, and how much text they come from.
+
+    Attributes:
+        windows: token ids, [windows, seq] int64.
+        corpus_tokens: tokens of the text that they were cut from ("in hand").
+        source: what the text is, in words.
+        removed_lines: lines left out of the text because the held-out text has them too.
+    """
+
+    windows: Int[Tensor, "windows seq"]
+    corpus_tokens: int
+    source: str
+    removed_lines: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows together."""
+        return self.windows.numel()
+
+    @property
+    def hash(self) -> str:
+        """Hash of the token ids and the shape."""
+        digest = hashlib.sha256(str(tuple(self.windows.shape)).encode())
+        digest.update(self.windows.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def corpus_text(source: TextSource, max_chars: int | None = None) -> str:
+    """The documents of a source joined by blank lines, at most about `max_chars` characters.
+
+    Raises:
+        ValueError: the source cannot be read or holds no text.
+    """
+    documents: list[str] = []
+    length = 0
+    for document in source.documents():
+        documents.append(document)
+        length += len(document)
+        if max_chars is not None and length >= max_chars:
+            break
+    text = "\n\n".join(documents)
+    if not text.strip():
+        raise ValueError(f"{source.name} ({source.identity}) holds no text")
+    return text
+
+
+def text_part(text: str, part: tuple[float, float]) -> str:
+    """The part of a text between two shares of its length, cut at line ends."""
+
+    def cut(share: float) -> int:
+        if share in (0.0, 1.0):
+            return int(share * len(text))
+        end = text.find("\n", int(share * len(text)))
+        return len(text) if end < 0 else end + 1
+
+    return text[cut(part[0]) : cut(part[1])]
+
+
+def without_lines_of(text: str, held_out: str) -> tuple[str, int]:
+    """`text` without the longer lines that `held_out` has too, and how many were left out."""
+    foreign = {line.strip() for line in held_out.splitlines() if len(line.strip()) > _DISTINCT_LINE}
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if line.strip() not in foreign]
+    return "".join(kept), len(lines) - len(kept)
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: TextSource,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    held_out: TextSource | None = None,
+) -> TokenWindows:
+    """Draws packed windows from a corpus, disjoint from the held-out text.
+
+    The corpus is tokenised as one stream without special tokens and cut into windows that do not
+    overlap, of which `num_samples` are drawn without replacement. Where both texts come from the
+    same corpus, calibration takes its first 60% and the held-out text its last 20%; lines that
+    still stand in both are left out of the calibration text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        source: the corpus; of a very large one the first 2 million characters (more if asked
+            for many windows) are the pool to draw from.
+        num_samples: how many windows.
+        seq_len: tokens of a window.
+        seed: seeds the draw.
+        held_out: the evaluation text's corpus, if there is one.
+
+    Raises:
+        ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
+    """
+    asked = num_samples * seq_len
+    text = corpus_text(source, max(_POOL_CHARS, _POOL_CHARS_PER_TOKEN * asked))
+    if _splits(source, held_out):
+        text = text_part(text, CALIBRATION_PART)
+    removed = 0
+    if held_out is not None:
+        text, removed = without_lines_of(text, _evaluation_text(held_out, source))
+    tokens = tokenize(tokenizer, text, special=False)
+    available = len(tokens) // seq_len
+    if available < num_samples:
+        raise ValueError(
+            f"calibration text too short: {source.name} ({source.identity}) has {len(tokens)} "
+            f"tokens for calibration, {available} windows of {seq_len}; "
+            f"calibration.num_samples={num_samples} asks for {asked} tokens. Lower "
+            "calibration.num_samples or calibration.seq_len, or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(available, generator=generator)[:num_samples]
+    windows = tokens[: available * seq_len].view(available, seq_len)[drawn]
+    return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})", removed)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: TextSource,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    calibration: TextSource | None = None,
+) -> TokenWindows:
+    """Cuts held-out text, tokenised once, into consecutive windows that do not overlap.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        source: the corpus.
+        seq_len: tokens of a window.
+        max_tokens: only the first so many tokens; None for all.
+        calibration: the corpus that calibration uses, if there is one.
+
+    Raises:
+        ValueError: the corpus cannot be read, or does not fill two windows.
+    """
+    tokens = tokenize(tokenizer, _evaluation_text(source, calibration), special=True)
+    used = tokens[:max_tokens] if max_tokens else tokens
+    available = len(used) // seq_len
+    if available < 2:
+        raise ValueError(
+            f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
+            f"tokens, and two windows of eval.seq_len={seq_len} are the least for an interval. "
+            "Lower eval.seq_len, raise eval.max_tokens, or give more text"
+        )
+    windows = used[: available * seq_len].view(available, seq_len)
+    return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
+) -> Int[Tensor, " tokens"]:
+    """Token ids of a text, int64; `special` adds the tokenizer's begin token where it has one."""
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _splits(source: TextSource, other: TextSource | None) -> bool:
+    same = other is not None and other.identity == source.identity
+    return source.always_split or same
+
+
+def _evaluation_text(source: TextSource, calibration: TextSource | None) -> str:
+    text = corpus_text(source)
+    return text_part(text, EVALUATION_PART) if _splits(source, calibration) else text
