@@ -34,16 +34,9 @@ def register() -> None:
 
 
 def to_settings(config: DictConfig) -> Settings:
-    """The typed settings of a composed configuration, interpolations resolved.
-
-    Raises:
-        OmegaConfBaseException: a mandatory value is missing.
-    """
+    """The typed settings of a composed configuration, interpolations resolved."""
     own = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
     OmegaConf.resolve(own)
-    missing = sorted(OmegaConf.missing_keys(own))
-    if missing:
-        raise ValueError(f"{missing[0]} is not set: give {missing[0]}=VALUE on the command line")
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), own))
     assert isinstance(settings, Settings)
     return settings

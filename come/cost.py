@@ -68,7 +68,7 @@ def compression_cost(
     )
 
 
-def megabytes(size: float) -> str:
+def megabytes(size: int) -> str:
     """A size for people: "538 MB"."""
     return f"{size / 1e6:,.0f} MB"
 

@@ -161,6 +161,8 @@ class MergeSettings:
     def check(self) -> None:
         """Raises ValueError for rules that need no model."""
         self.recipe()
+        if self.name == "from_plan" and self.plan is None:
+            raise ValueError("merge=from_plan needs the plan to apply: merge.plan=FILE")
         if self.target_layers is not None and self.sparsity is not None:
             raise ValueError(
                 f"both merge.target_layers={self.target_layers} and merge.sparsity="

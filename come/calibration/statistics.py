@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.calibration.influence import block_influence, token_cosine
+from come.calibration.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.calibration.stream import Update
 from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.models.surgery import Span
@@ -63,11 +63,15 @@ class StatisticsCollector:
     Args:
         adapter: the model.
         metric: the channel metric.
+        tokens: which tokens count for BI, "all" or "last" of each window.
     """
 
-    def __init__(self, adapter: ModelAdapter, metric: SensitivityMetric) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, metric: SensitivityMetric, tokens: TOKENS = "all"
+    ) -> None:
         self.adapter = adapter
         self.metric = metric
+        self.tokens = tokens
         self.spans: list[Span] = []
         self.found: dict[int, LayerStatistics] = {}
 
@@ -83,7 +87,9 @@ class StatisticsCollector:
 
         def update(before: Tensor, after: Tensor) -> None:
             nonlocal influence, count
-            cosine = token_cosine(before, after)
+            cosine = token_cosine(
+                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
+            )
             influence += block_influence(cosine).sum().item()
             count += cosine.numel()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from come.models.adapter import ModelAdapter
 Update = Callable[[Tensor, Tensor], None]
 
 
+@runtime_checkable
 class LayerObserver(Protocol):
     """Accumulates something while windows pass through a layer."""
 

@@ -39,7 +39,7 @@ class Recipe:
         retention: how much each layer keeps.
         m: layers of a group.
         p: skewness exponent of the retention shares.
-        tokens: which tokens count for the group score, "all" or "last" of each window.
+        tokens: which tokens count for BI and SBI, "all" or "last" of each window.
         norms: "mean", or "fold" to keep every row's own norm scale.
         allow_remerge: whether a merged layer may be merged again.
         seed: of random choices.
@@ -55,7 +55,7 @@ class Recipe:
     retention: str = "bi_power"
     m: int = 2
     p: float = 1.0
-    tokens: str = "all"
+    tokens: str = "last"
     norms: str = "mean"
     allow_remerge: bool = False
     seed: int = 0
@@ -156,7 +156,7 @@ def compress(
         )
     apply(plan, model)
 
-    collector = StatisticsCollector(adapter, metric)
+    collector = StatisticsCollector(adapter, metric, check_tokens(recipe.tokens))
     statistics: list[LayerStatistics] = []
     scores: dict[tuple[int, int], float] = {}
     start = 0

@@ -19,7 +19,8 @@ class SBI(GroupScore):
 
     for a group of layers a..b, whatever its size. In [0, 0.5].
 
-    Source: arXiv 2510.15304. Which tokens count is our choice: all of them by default.
+    Source: arXiv 2510.15304. Which tokens count is our choice, the same for SBI and BI; the
+    default is `last`, measured against `all` in experiments/LOG.md.
 
     Args:
         tokens: "all", or "last" for the last token of each window.
@@ -29,7 +30,7 @@ class SBI(GroupScore):
     paper = "2510.15304"
     source = "CoMe, spherical block influence"
 
-    def __init__(self, tokens: TOKENS = "all") -> None:
+    def __init__(self, tokens: TOKENS = "last") -> None:
         self.tokens = check_tokens(tokens)
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:

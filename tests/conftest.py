@@ -1,0 +1,131 @@
+"""Pico random models of every family and layout, built from configuration, and their folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+torch.set_num_threads(1)
+
+LAYERS, VOCAB, WINDOWS, SEQ = 6, 300, 5, 16
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MHA, GQA, HEAD = {"num_key_value_heads": 4}, {"num_key_value_heads": 2}, {"head_dim": 8}
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama_mha": lambda **k: LlamaForCausalLM(LlamaConfig(**SHAPE | MHA | k)),
+    "llama_gqa": lambda **k: LlamaForCausalLM(LlamaConfig(**SHAPE | GQA | k)),
+    "llama_bias": lambda **k: LlamaForCausalLM(
+        LlamaConfig(**SHAPE | GQA | {"attention_bias": True, "mlp_bias": True} | k)
+    ),
+    "llama_tied": lambda **k: LlamaForCausalLM(
+        LlamaConfig(**SHAPE | GQA | {"tie_word_embeddings": True} | k)
+    ),
+    "mistral_gqa": lambda **k: MistralForCausalLM(
+        MistralConfig(**SHAPE | GQA | {"sliding_window": None} | k)
+    ),
+    "mistral_sliding": lambda **k: MistralForCausalLM(
+        MistralConfig(**SHAPE | GQA | {"sliding_window": 6} | k)
+    ),
+    "qwen2_gqa": lambda **k: Qwen2ForCausalLM(Qwen2Config(**SHAPE | GQA | k)),
+    "qwen3_gqa": lambda **k: Qwen3ForCausalLM(Qwen3Config(**SHAPE | GQA | HEAD | k)),
+    "qwen3_wide": lambda **k: Qwen3ForCausalLM(Qwen3Config(**SHAPE | GQA | {"head_dim": 16} | k)),
+    "opt": lambda **k: OPTForCausalLM(
+        OPTConfig(
+            **{n: v for n, v in SHAPE.items() if n != "intermediate_size"}
+            | {"ffn_dim": 24, "word_embed_proj_dim": 32, "dropout": 0.0}
+            | k
+        )
+    ),
+}
+
+
+def pico(family: str, seed: int = 0, **config: object) -> PreTrainedModel:
+    """A random model with nothing at its default: norms, biases and weights all vary."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](**config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(noise * 0.8 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (WINDOWS, SEQ), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pico LLaMA with a byte-level tokenizer, deep enough to be interrupted."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("pico")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the layers of a model, merged in depth order"] * 20, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    pico("llama_gqa", num_hidden_layers=24).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 1500 different lines."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [
+        f"Line {i} of the text speaks of {i * i} layers in {i % 7} groups." for i in range(1500)
+    ]
+    path.write_text("\n".join(lines))
+    return path

@@ -1,0 +1,269 @@
+"""run.py as a user runs it: real processes on a pico model."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "calibration.num_samples=8",
+    "calibration.seq_len=32",
+    "eval.seq_len=64",
+    "eval.max_tokens=512",
+    "eval.prompt_tokens=16",
+    "eval.new_tokens=4",
+    "eval.repeats=1",
+    "eval.continuation_tokens=4",
+]
+
+
+@pytest.fixture
+def command(pico_folder, tmp_path):
+    environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def start(*overrides, model=pico_folder):
+        words = [f"model.path={model}", "model=local"] if model else []
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def equal(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
+    folder = tmp_path / "out"
+    where = f"hydra.run.dir={folder}"
+    code, output, errors = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    assert code == 0, errors
+    result = json.loads((folder / "result.json").read_text())
+    assert [d["layers"] for d in result["depths"]] == [24, 21, 18]
+    assert [d["folder"] for d in result["depths"]] == ["", "model-21", "model"]
+    for depth in result["depths"]:
+        assert depth["perplexity"]["windows"] == 8
+        assert str(depth["layers"]) in output
+    assert str(folder) in output
+    assert "tokens in hand" in output
+    assert "forward passes of the decoder" in output
+    for name in (
+        "report.md",
+        "resolved.yaml",
+        "metrics.jsonl",
+        "plan.json",
+        "puzzle.png",
+        "influence.png",
+        "perplexity.png",
+        "model/README.md",
+        "model-21/README.md",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert not list(folder.glob("*partial*"))
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert AutoTokenizer.from_pretrained(folder / "model").bos_token == "<s>"
+    assert len(model.model.layers) == 18
+    assert model.config.come["merge_history"] == result["merge_history"]
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["merge/layers"] for r in records if "merge/step" in r] == [23, 22, 21, 20, 19, 18]
+    logged = read_wandb(folder, result["job"])
+    assert logged["config"]["merge"]["save_at"] == [21, 18]
+    assert [h["merge/layers"] for h in logged["history"] if "merge/step" in h] == [
+        23,
+        22,
+        21,
+        20,
+        19,
+        18,
+    ]
+    keys = {key for h in logged["history"] for key in h}
+    for name in ("figures/puzzle", "tables/steps", "layer/bi", "eval/perplexity_value"):
+        assert any(key.startswith(name) for key in keys), name
+    assert list((folder / "wandb").glob("offline-run-*/files/media/images/figures/puzzle*.png"))
+    assert logged["group"] == f"{result['model']}-come"
+    assert set(logged["tags"]) >= {"come", "m=2"}
+
+    # finished: returned, not computed again
+    before = (folder / "result.json").stat().st_mtime_ns
+    code, output, _ = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    assert code == 0
+    assert "has finished before" in output
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+    # another job in the same folder: refused
+    code, _, errors = finish(command("merge.m=3", "tracking=none", where))
+    assert code == 1
+    assert "holds the result of another job" in errors
+
+    # rebuilt from its plan, bit for bit, at both depths
+    again = tmp_path / "again"
+    code, _, errors = finish(
+        command(
+            "merge=from_plan",
+            f"merge.plan={folder / 'plan.json'}",
+            "merge.save_at=[21]",
+            "eval=none",
+            f"hydra.run.dir={again}",
+        )
+    )
+    assert code == 0, errors
+    assert equal(folder / "model", again / "model")
+    assert equal(folder / "model-21", again / "model-21")
+
+
+def leveldb_log(data, block=32768, head=7):
+    """Records of a LevelDB log: blocks of pieces, each with checksum, length and kind."""
+    at, record = head, b""  # the file opens with a header of its own, as long as a piece's
+    while at + head <= len(data):
+        if block - at % block < head:
+            at += block - at % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + head : at + head + length]
+        at += head + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield record
+            record = b""
+
+
+def read_wandb(folder, run_id):
+    """Reads an offline run back from its own record."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = (folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+    found = {"config": {}, "history": []}
+    for data in leveldb_log(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["group"], found["tags"] = record.run.run_group, list(record.run.tags)
+            found["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+        elif kind == "history":
+            items = {}
+            for item in record.history.item:
+                items[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+            found["history"].append(items)
+    return found
+
+
+def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path):
+    job = ["merge.target_layers=12", "calibration.num_samples=64", "eval=none"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, errors = finish(command(*job, f"hydra.run.dir={whole}"))
+    assert code == 0, errors
+
+    process = command(*job, f"hydra.run.dir={killed}")
+    partial = killed / "plan.partial.json"
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert partial.exists()
+    assert not (killed / "model").exists()
+    assert not (killed / "result.json").exists()
+    done = len(json.loads(partial.read_text())["steps"])
+    assert 1 <= done < 12
+
+    code, output, errors = finish(command(*job, f"hydra.run.dir={killed}"))
+    assert code == 0, errors
+    assert f"after {done} merges" in output
+    assert equal(whole / "model", killed / "model")
+    results = [json.loads((f / "result.json").read_text()) for f in (whole, killed)]
+    assert results[0]["plan"] == results[1]["plan"]
+    assert results[1]["compression"]["resumed_at"] == done
+
+
+def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
+    code, _, errors = finish(command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m"))
+    assert code == 0, errors
+    results = sorted((tmp_path / "runs").glob("*/result.json"))
+    assert len(results) == 2
+    found = [json.loads(path.read_text()) for path in results]
+    assert sorted(r["settings"]["merge"]["m"] for r in found) == [2, 3]
+    assert [path.parent.name for path in results] == [r["job"] for r in found]
+
+
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
+    code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
+    assert code == 1
+    assert "merge.m=1: a group has at least 2 layers" in errors
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
+
+
+def test_self_generated_calibration_needs_no_text(command, tmp_path):
+    folder = tmp_path / "out"
+    code, _, errors = finish(
+        command(
+            "calibration=self_generated",
+            "merge.target_layers=22",
+            "eval=none",
+            f"hydra.run.dir={folder}",
+        )
+    )
+    assert code == 0, errors
+    result = json.loads((folder / "result.json").read_text())
+    assert result["calibration"]["source"].startswith("self_generated")
+    assert result["depths"][1]["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["merge=kome"], "kome"),
+        (["merge.mm=3"], "merge.mm"),
+        (["merge.sensitivity=comme"], "did you mean 'come'"),
+        (["merge.m=1"], "merge.m=1: a group has at least 2 layers"),
+        (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
+        (["merge.sparsity=1.5"], "between 0 and 1"),
+        (["merge.target_layers=11"], "smallest depth that can is 12"),
+        (["merge.sparsity=0.1", "merge.target_layers=20"], "leave one of them out"),
+        (["model.path=/no/such/folder"], "no such folder"),
+        (["calibration=text_file", "calibration.path=/no/text.txt"], "does not exist"),
+        (["calibration=text_file"], "text_file needs a file: calibration.path=FILE"),
+        (["calibration.num_samples=100000"], "calibration text too short"),
+        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=FOLDER"),
+        (["merge=from_plan", "merge.plan=/no/plan.json"], "cannot be read as a plan"),
+        (["merge=from_plan"], "merge=from_plan needs the plan to apply: merge.plan=FILE"),
+        (["model.path=null"], "model.path is not set"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(command, tmp_path, overrides, message):
+    began = time.monotonic()
+    code, output, errors = finish(command(*overrides))
+    assert code == 1
+    assert message in errors
+    assert "Traceback" not in errors + output
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    assert time.monotonic() - began < 60
+    assert not list((tmp_path).glob("runs/*/*.safetensors"))

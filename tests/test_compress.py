@@ -1,0 +1,163 @@
+"""The whole merge on every family: plans, checkpoints, generation, resuming."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from come.merging.apply import apply
+from come.merging.compress import Recipe, compress
+from come.merging.plan import Plan
+from come.merging.saving import check_cache
+from come.models.adapter import ModelAdapter
+from come.operators.base import OPERATORS
+from come.report.figures import puzzle_pieces
+from come.sensitivity.base import SENSITIVITY
+from tests.conftest import LAYERS, pico
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.names())
+@pytest.mark.parametrize("sensitivity", SENSITIVITY.names())
+@pytest.mark.parametrize("norms", ["mean", "fold"])
+def test_every_method_on_every_family(family, operator, sensitivity, norms, windows, tmp_path):
+    model = pico(family)
+    recipe = Recipe(operator=operator, sensitivity=sensitivity, norms=norms)
+    plan = compress(model, windows, recipe, target_layers=LAYERS - 2, progress=False)
+    assert len(ModelAdapter(model).layers) == model.config.num_hidden_layers == LAYERS - 2
+    assert [layer for span in plan.history for layer in span] == list(range(LAYERS))
+    assert check_cache(model) < 1e-4
+    assert same(weights(apply(plan, pico(family))), weights(model))
+
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(windows).logits, model(windows).logits)
+    generated = loaded.generate(windows[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert generated.shape[1] == windows.shape[1] + 5
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_any_group_size_lands_on_the_target(m, windows):
+    for target in (5, 4, 3):
+        plan = compress(
+            pico("llama_gqa"), windows, Recipe(m=m), target_layers=target, progress=False
+        )
+        assert plan.num_layers == len(plan.history) == target
+        assert all(len(step.spans) <= m for step in plan.steps)
+        assert all(len(span) == 1 for step in plan.steps for span in step.spans)
+
+
+def test_remerging_goes_below_what_single_merges_reach(windows):
+    with pytest.raises(ValueError, match="smallest depth that can is 3"):
+        compress(pico("llama_gqa"), windows, target_layers=2, progress=False)
+    recipe = Recipe(allow_remerge=True)
+    plan = compress(pico("llama_gqa"), windows, recipe, target_layers=1, progress=False)
+    assert plan.history == [list(range(LAYERS))]
+    pieces = puzzle_pieces(plan, "channel")
+    assert sum(pieces[0].values()) == 24
+
+
+def test_a_plan_survives_json_bit_for_bit(windows, tmp_path):
+    model = pico("qwen3_gqa")
+    plan = compress(model, windows, Recipe(norms="fold"), target_layers=4, progress=False)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.steps == plan.steps
+    assert loaded.hash == plan.hash
+    assert same(weights(apply(loaded, pico("qwen3_gqa"))), weights(model))
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
+    class Interrupt(Exception):
+        pass
+
+    whole = pico("llama_gqa")
+    expected = compress(whole, windows, target_layers=3, progress=False)
+    saved: list[Plan] = []
+
+    def interrupt(plan: Plan) -> None:
+        saved.append(plan)
+        if len(saved) == done:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        compress(pico("llama_gqa"), windows, target_layers=3, on_step=interrupt, progress=False)
+    model = pico("llama_gqa")
+    plan = compress(model, windows, target_layers=3, plan=saved[-1], progress=False)
+    assert plan.steps == expected.steps
+    assert same(weights(model), weights(whole))
+
+
+def test_random_sensitivity_depends_on_its_seed_alone(windows):
+    plans = [
+        compress(
+            pico("llama_gqa"),
+            windows,
+            Recipe(sensitivity="random", seed=seed),
+            target_layers=4,
+            progress=False,
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].steps[0].kept["channel"] != plans[2].steps[0].kept["channel"]
+
+
+def test_truncated_plan_and_its_errors(windows, tmp_path):
+    plan = compress(pico("llama_gqa"), windows, target_layers=3, progress=False)
+    assert plan.truncated(4).num_layers == 4
+    with pytest.raises(ValueError, match=r"merge.target_layers=2: the plan passes through 5, 4, 3"):
+        plan.truncated(2)
+    with pytest.raises(ValueError, match="the plan is for .* this model has"):
+        apply(plan, pico("llama_mha"))
+    path = tmp_path / "plan.json"
+    with pytest.raises(ValueError, match="cannot be read as a plan"):
+        Plan.load(path)
+    path.write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="not a plan of format 1"):
+        Plan.load(path)
+    path.write_text(json.dumps({"format": 1, "steps": []}))
+    with pytest.raises(ValueError, match="a field is missing or odd"):
+        Plan.load(path)
+
+
+def test_puzzle_pieces_add_up(windows):
+    plan = compress(pico("llama_gqa"), windows, target_layers=4, progress=False)
+    for unit, count in plan.base.units.items():
+        pieces = puzzle_pieces(plan, unit)
+        assert [sum(piece.values()) for piece in pieces] == [count] * 4
+        for piece, span in zip(pieces, plan.history, strict=True):
+            assert set(piece) <= set(span)
+    average = compress(
+        pico("llama_gqa"), windows, Recipe(operator="average"), target_layers=4, progress=False
+    )
+    step = average.steps[0]
+    total = puzzle_pieces(average.truncated(5), "channel")[step.first]
+    assert total[step.first] == pytest.approx(24 * step.shares[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"m": 1}, "merge.m=1: a group has at least 2 layers"),
+        ({"norms": "max"}, "merge.norms='max': allowed are mean, fold"),
+        ({"tokens": "first"}, "merge.tokens='first': allowed are all, last"),
+        ({"sensitivity": "kome"}, r"merge.sensitivity='kome': unknown .* did you mean 'come'\?"),
+        ({"operator": "avg"}, "merge.operator='avg'.*Available: average, concat"),
+        ({"options": {"alpha": 1}}, "merge.options.alpha: no chosen part has this setting"),
+    ],
+)
+def test_recipes_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)

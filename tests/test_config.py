@@ -1,0 +1,154 @@
+"""Every YAML composes into typed settings that pass their checks; job hashes mean something."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from come.config import CONF, register, to_settings
+from come.job import check_folder, finished_result, job_hash, write_result
+from come.operators.base import OPERATORS
+
+GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
+MODELS = (
+    "smollm2_135m llama2_7b llama2_13b llama3_8b vicuna7b mistral7b qwen2_5_7b qwen3_4b "
+    "opt_6_7b local"
+)
+SOURCES = "pydocs wikitext2 c4 pg19 bookcorpus alpaca mmlu text_file self_generated"
+
+
+def settings(*overrides):
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return to_settings(compose("config", overrides=list(overrides)))
+
+
+def test_what_is_promised_is_there():
+    assert set(MODELS.split()) <= set(GROUPS["model"])
+    assert set(SOURCES.split()) <= set(GROUPS["calibration"])
+    assert {"come", "average", "from_plan"} <= set(GROUPS["merge"])
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in GROUPS.items() for n in names])
+def test_every_yaml_composes(group, name, text_file):
+    needs = {
+        ("model", "local"): ["model.path=folder"],
+        ("calibration", "text_file"): [f"calibration.path={text_file}"],
+        ("merge", "from_plan"): ["merge.plan=plan.json"],
+    }
+    composed = settings(f"{group}={name}", *needs.get((group, name), []))
+    composed.check()
+    first = (CONF / group / f"{name}.yaml").read_text()
+    assert f"python run.py {group}={name}" in first or "python run.py\n" in first
+
+
+def test_recipes_and_registries_agree():
+    for name in GROUPS["merge"]:
+        recipe = settings(f"merge={name}", *(["merge.plan=x"] if name == "from_plan" else [])).merge
+        assert recipe.name == name
+        assert recipe.operator in OPERATORS.names()
+
+
+def test_the_default_is_the_main_job():
+    default = settings()
+    assert default.model.name == "smollm2_135m"
+    assert (default.merge.name, default.merge.target_layers, default.merge.sparsity) == (
+        "come",
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("merge.mm=2", "mm"),
+        ("merge.m=two", "two"),
+        ("merge=kome", "kome"),
+        ("calibration.num_samples=[1]", "num_samples"),
+    ],
+)
+def test_typos_fail_at_composition(override, message):
+    with pytest.raises((HydraException, OmegaConfBaseException), match=message):
+        settings(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["merge.sparsity=0"], "merge.sparsity=0.0: the share of parameters"),
+        (["merge.sparsity=1.2"], "merge.sparsity=1.2"),
+        (["merge.sparsity=0.1", "merge.target_layers=27"], "both merge.target_layers=27 and"),
+        (["merge.target_layers=0"], "merge.target_layers=0: must be at least 1"),
+        (["merge=from_plan", "merge.plan=x", "merge.sparsity=0.1"], "no meaning with merge.plan"),
+        (["merge.sensitivity=comme"], "did you mean 'come'"),
+        (["calibration.num_samples=0"], "calibration.num_samples=0: must be at least 1"),
+        (["calibration.seq_len=1"], "a window has 2 tokens or more"),
+        (["calibration.temperature=0"], "calibration.temperature=0.0"),
+        (["calibration.store=tape"], "calibration.store='tape': allowed are memory, disk"),
+        (["calibration.source=pydoc"], "did you mean 'pydocs'"),
+        (["calibration=mmlu", "calibration.path=x.txt"], "is for calibration=text_file"),
+        (["calibration=text_file", "calibration.path=/no/file.txt"], "does not exist"),
+        (["eval.path=/no/file.txt"], "does not exist"),
+        (["eval.repeats=0"], "eval.repeats=0"),
+        (["tracking.backend=mlflow"], "allowed are none, wandb"),
+        (["tracking.mode=maybe"], "allowed are online, offline"),
+        (["distill.method=sp"], "distill.method='sp': allowed is none"),
+        (["model.device=tpux"], "model.device=tpux"),
+    ],
+)
+def test_rules_between_settings(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        settings(*overrides).check()
+
+
+def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path):
+    local = ["model=local", f"model.path={pico_folder}"]
+    base = job_hash(settings(*local))
+    for same in (
+        "calibration.store=disk",
+        "calibration.batch_size=2",
+        "tracking=wandb",
+        "model.name=other",
+        "eval.batch_tokens=512",
+    ):
+        assert job_hash(settings(*local, same)) == base, same
+    for other in (
+        "merge.m=3",
+        "merge.p=2",
+        "merge.norms=fold",
+        "calibration.seed=1",
+        "calibration.num_samples=8",
+        "eval.seq_len=64",
+        "model.dtype=bfloat16",
+        "merge.save_at=[20]",
+        f"eval.path={text_file}",
+        "calibration=self_generated",
+    ):
+        assert job_hash(settings(*local, other)) != base, other
+    copied = tmp_path / "elsewhere.txt"
+    copied.write_text(text_file.read_text())
+    paths = [job_hash(settings(*local, f"eval.path={path}")) for path in (text_file, copied)]
+    assert paths[0] == paths[1]
+    copied.write_text(text_file.read_text() + "x")
+    assert job_hash(settings(*local, f"eval.path={copied}")) != paths[0]
+
+
+def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):
+    assert finished_result(tmp_path, "abc") is None
+    write_result(tmp_path, {"job": "abc", "x": 1})
+    assert finished_result(tmp_path, "abc") == {"job": "abc", "x": 1}
+    with pytest.raises(ValueError, match=r"holds the result of another job \(abc, this is def\)"):
+        finished_result(tmp_path, "def")
+
+
+def test_folder_that_cannot_be_written_or_is_full(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written .*hydra.run.dir=FOLDER"):
+        check_folder(blocked / "run", 1)
+    with pytest.raises(ValueError, match=r"GB free, and the run writes about"):
+        check_folder(tmp_path, 10**18)
+    assert list(Path(tmp_path).iterdir()) == [blocked]

@@ -1,0 +1,61 @@
+"""Perplexity and speed against plain computations."""
+
+import math
+import time
+
+import pytest
+import torch
+from scipy import stats
+
+from come.evaluation.perplexity import Perplexity, perplexity
+from come.evaluation.speed import Timing, compare_speed
+from come.memory import PeakMemory
+from tests.conftest import pico
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
+def test_perplexity_is_exp_of_the_mean_cross_entropy(family, windows, batch_tokens):
+    model = pico(family)
+    found = perplexity(model, windows, batch_tokens=batch_tokens, progress=False)
+    logits = model.double()(windows).logits[:, :-1].log_softmax(-1)
+    nll = -logits.gather(-1, windows[:, 1:, None]).squeeze(-1)
+    assert found.nll == pytest.approx(nll.mean(1).tolist(), rel=1e-4)
+    assert found.interval.value == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+    assert found.tokens == windows.numel()
+    assert found.predicted == nll.numel()
+
+
+def test_intervals_are_students_over_windows():
+    dense = Perplexity((1.0, 1.2, 1.1, 1.5), 0, 0)
+    merged = Perplexity((1.3, 1.4, 1.5, 1.8), 0, 0)
+    low, high = stats.t.interval(0.95, 3, loc=1.2, scale=stats.sem([1.0, 1.2, 1.1, 1.5]))
+    assert (dense.interval.low, dense.interval.high) == pytest.approx(
+        (math.exp(low), math.exp(high))
+    )
+    difference = [0.3, 0.2, 0.4, 0.3]
+    low, high = stats.t.interval(0.95, 3, loc=0.3, scale=stats.sem(difference))
+    ratio = merged.ratio_to(dense)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx(
+        (math.exp(0.3), math.exp(low), math.exp(high))
+    )
+    assert Perplexity((1.0,), 0, 0).interval.high == math.inf
+
+
+def test_speed_counts_every_turn():
+    models = {"dense": pico("llama_gqa"), "model": pico("llama_gqa", num_hidden_layers=3)}
+    speeds = compare_speed(models, prompt_tokens=32, new_tokens=4, repeats=3, progress=False)
+    for speed in speeds.values():
+        assert len(speed.prompt.seconds) == len(speed.generation.seconds) == 3
+        assert speed.prompt.tokens == 32
+        assert speed.generation.tokens == 4
+    timing = Timing(10, (1.0, 4.0, 2.0))
+    assert timing.tokens_per_second == 5
+    assert timing.spread == (2.5, 10)
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    with PeakMemory() as memory:
+        block = torch.ones(64, 2**20)
+        time.sleep(0.1)
+        del block
+    assert 250e6 < memory.peak < 400e6

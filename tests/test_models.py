@@ -1,0 +1,159 @@
+"""Checkpoints, families and per-layer configuration: what is refused, and how it is said."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
+
+from come.merging.saving import check_cache, save_model
+from come.models.adapter import ModelAdapter
+from come.models.architectures import architecture_of
+from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
+from come.models.loading import inspect_model, load_model, load_weights
+from come.models.surgery import check_layer_config, reindex_config
+from tests.conftest import LAYERS, pico
+
+
+def test_supported_families_are_named():
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, mistral"):
+        architecture_of(GPT2Config())
+    with pytest.raises(ValueError, match="normalises after each block"):
+        architecture_of(OPTConfig(do_layer_norm_before=False))
+    with pytest.raises(ValueError, match="projects its embeddings from 16 to 32"):
+        architecture_of(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_attention_heads=4))
+
+
+def test_unknown_layer_tensors_are_refused():
+    model = pico("llama_gqa")
+    for layer in model.model.layers:
+        layer.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"layer tensor 'extra.weight'.* is not known"):
+        ModelAdapter(model)
+
+
+def test_per_layer_configuration_follows_the_layers():
+    config = Qwen2Config(num_hidden_layers=6, max_window_layers=4, use_sliding_window=False)
+    config.mlp_only_layers = [1, 4]
+    config.no_rope_layers = [1, 1, 1, 0, 1, 1]
+    reindex_config(config, [0, 1, 3, 4])
+    assert config.num_hidden_layers == len(config.layer_types) == 4
+    assert config.mlp_only_layers == [1, 3]
+    assert config.no_rope_layers == [1, 1, 0, 1]
+    assert config.max_window_layers == 3
+
+
+def test_per_layer_keys_that_are_not_known_are_refused():
+    config = Qwen2Config(num_hidden_layers=6)
+    config.layer_scales = [0.1] * 6
+    with pytest.raises(ValueError, match=r"config.layer_scales has one entry for each of the 6"):
+        check_layer_config(config)
+    mixed = Qwen2Config(num_hidden_layers=6, use_sliding_window=True, max_window_layers=3)
+    with pytest.raises(ValueError, match="mixes full_attention, sliding_attention"):
+        check_layer_config(mixed)
+
+
+def test_stale_layer_indices_would_show(windows):
+    """The cache check sees what forgetting to re-index a removed layer 0 does."""
+    model = pico("llama_gqa")
+    del model.model.layers[0]
+    model.config.num_hidden_layers -= 1
+    with pytest.raises((AssertionError, IndexError)):
+        assert check_cache(model) < 1e-3
+
+
+def test_load_and_fingerprint(pico_folder, tmp_path):
+    model, tokenizer = load_model(pico_folder)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.bos_token_id == 1
+    copied = tmp_path / "copy"
+    shutil.copytree(pico_folder, copied)
+    assert fingerprint(copied) == fingerprint(pico_folder)
+    weights = bytearray((copied / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(weights)
+    assert fingerprint(copied) != fingerprint(pico_folder)
+    shape = inspect_model(pico_folder, dtype="bfloat16")
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.weight_bytes == 2 * shape.parameters
+
+
+def test_tied_parameters_count_once(tmp_path):
+    model = pico("llama_tied")
+    model.save_pretrained(tmp_path)
+    assert inspect_model(tmp_path).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_sharded_checkpoint(tmp_path):
+    pico("llama_gqa").save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    load_weights(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=r"checkpoint is incomplete: .* is missing"):
+        load_weights(tmp_path)
+
+
+def test_damaged_checkpoints_are_named(pico_folder, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ValueError, match="no such folder"):
+        find_checkpoint(str(folder))
+    with pytest.raises(ValueError, match=r"model.path is not set"):
+        find_checkpoint(None)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"no config.json: not a Hugging Face checkpoint"):
+        check_checkpoint(folder)
+    shutil.copytree(pico_folder, folder, dirs_exist_ok=True)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        check_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"only pickles \(pytorch_model.bin\).*save_pretrained"):
+        check_checkpoint(folder)
+
+
+def test_weights_that_do_not_fit_are_an_error_not_random_numbers(pico_folder, tmp_path):
+    shutil.copytree(pico_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not fit its configuration, missing keys"):
+        load_weights(tmp_path)
+
+
+def test_hub_models_without_network_say_what_to_do():
+    with pytest.raises(ValueError, match=r"neither a folder nor to be had.*model.path=FOLDER"):
+        find_checkpoint("nobody/no-such-model")
+
+
+def test_dtype_and_device_names(pico_folder):
+    with pytest.raises(ValueError, match="model.dtype='float8': allowed are auto"):
+        load_weights(pico_folder, dtype="float8")
+    with pytest.raises(ValueError, match="model.device=tpux: allowed are auto, cpu"):
+        load_weights(pico_folder, device="tpux")
+
+
+def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
+    model, tokenizer = load_model(pico_folder)
+    save_model(model, tokenizer, tmp_path / "model")
+    before = fingerprint(tmp_path / "model")
+
+    def broken(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tokenizer, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert fingerprint(tmp_path / "model") == before
+
+
+def test_half_precision_models_keep_their_dtype(pico_folder):
+    model = load_weights(pico_folder, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(pico_folder).dtype == torch.float32
+    assert len(ModelAdapter(model).layers) == 24 != LAYERS

@@ -1,0 +1,92 @@
+"""Statistics, decisions and merged weights against the plain float64 computation."""
+
+import copy
+
+import pytest
+import torch
+
+from come.calibration.statistics import StatisticsCollector
+from come.calibration.stream import LayerStream
+from come.merging.compress import Recipe, choose_units, compress
+from come.models.adapter import ModelAdapter
+from come.retention.bi_power import BIPower
+from come.selection.sbi import SBI
+from come.sensitivity.come import Come
+from tests.conftest import LAYERS, pico
+from tests.reference import Reference
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+def test_statistics_and_decisions(family, windows, tokens):
+    model = pico(family)
+    reference = Reference(model, windows)
+    adapter = ModelAdapter(model)
+    collector = StatisticsCollector(adapter, Come(), tokens)
+    with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1, collector)
+        found = collector.found
+        for index in range(LAYERS):
+            assert found[index].bi == pytest.approx(reference.bi(index, tokens), rel=1e-4)
+            for unit in ("kv_group", "channel"):
+                expected = torch.tensor(reference.sensitivity(index, unit), dtype=torch.float64)
+                torch.testing.assert_close(found[index].scores[unit], expected, rtol=1e-4, atol=0)
+        for first, last in [(0, 1), (2, 4), (1, 5)]:
+            expected = reference.sbi(first, last, tokens)
+            assert SBI(tokens).score(stream, first, last) == pytest.approx(expected, rel=1e-4)
+    for first, last in [(0, 1), (2, 4)]:
+        group = [found[i] for i in range(first, last + 1)]
+        for p in (0.0, 1.0, 3.0):
+            shares = BIPower(p).shares(group)
+            assert shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)
+            kept = choose_units(group, shares)
+            for unit in ("kv_group", "channel"):
+                assert kept[unit] == reference.kept(first, last, unit, p, tokens)
+
+
+@pytest.mark.parametrize("norms", ["mean", "fold"])
+@pytest.mark.parametrize("m", [2, 3])
+def test_merged_weights(family, windows, norms, m):
+    model = pico(family)
+    reference = Reference(model, windows)
+    plan = compress(
+        model,
+        windows,
+        Recipe(m=m, norms=norms),
+        target_layers=LAYERS - m + 1,
+        batch_size=2,
+        progress=False,
+    )
+    step = plan.steps[0]
+    groups = [(first, first + m - 1) for first in range(LAYERS - m + 1)]
+    scores = [reference.sbi(*group, "last") for group in groups]
+    assert (step.first, step.last) == groups[scores.index(min(scores))]
+    expected = reference.merged(step.first, step.last, 1.0, "last", norms == "fold")
+    merged = ModelAdapter(model).layer_state(step.first)
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_second_step_measures_the_model_as_it_then_is(family, windows):
+    """After one merge, the suffix-only stream decides as a fresh look at the merged model."""
+    model = pico(family)
+    snapshots = []
+    plan = compress(
+        model,
+        windows,
+        target_layers=LAYERS - 2,
+        on_step=lambda plan: snapshots.append(copy.deepcopy(model)),
+        batch_size=3,
+        progress=False,
+    )
+    reference = Reference(snapshots[0], windows)
+    step = plan.steps[1]
+    assert step.bi == pytest.approx([reference.bi(i, "last") for i in range(LAYERS - 1)], rel=1e-4)
+    for candidate in step.candidates:
+        expected = reference.sbi(candidate.first, candidate.last, "last")
+        assert candidate.score == pytest.approx(expected, rel=1e-4)
+    best = min(step.candidates, key=lambda c: reference.sbi(c.first, c.last, "last"))
+    assert (step.first, step.last) == (best.first, best.last)
+    for unit in ("kv_group", "channel"):
+        assert step.kept[unit] == reference.kept(step.first, step.last, unit, 1.0, "last")

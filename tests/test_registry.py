@@ -1,0 +1,61 @@
+"""Registries: discovery, provenance, and errors that help."""
+
+import pytest
+
+from come.operators.base import OPERATORS
+from come.registry import Registry
+from come.retention.base import RETENTION
+from come.selection.base import SELECTION
+from come.sensitivity.base import SENSITIVITY
+from come.text.base import TEXT
+
+REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, TEXT]
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
+def test_file_name_is_registry_name(registry):
+    assert registry.names()
+    for name in registry.names():
+        cls = registry.get(name)
+        assert cls.__module__ == f"{registry.package}.{name}"
+        assert cls.source
+        assert cls.__doc__
+        assert cls.paper == "" or cls.paper[4] == "."
+
+
+def test_a_new_entry_is_one_decorated_class(monkeypatch):
+    monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
+
+    @SENSITIVITY.register
+    class Mine(SENSITIVITY.get("random")):
+        name = "mine"
+
+    assert "mine" in SENSITIVITY.names()
+    assert SENSITIVITY.create("mine", {"seed": 5, "unrelated": 1}).seed == 5
+    with pytest.raises(ValueError, match="'mine' is already registered"):
+
+        @SENSITIVITY.register
+        class Other(SENSITIVITY.get("random")):
+            name = "mine"
+
+
+def test_a_class_without_provenance_is_refused():
+    registry = Registry("thing", "come.sensitivity", "merge.thing")
+    with pytest.raises(TypeError, match="needs a class attribute 'paper'"):
+
+        @registry.register
+        class Nameless:
+            name = "nameless"
+
+
+def test_a_required_setting_is_named():
+    registry = Registry("thing", "come.sensitivity", "merge.thing")
+
+    @registry.register
+    class Needy:
+        name, paper, source = "needy", "", "test"
+
+        def __init__(self, alpha): ...
+
+    with pytest.raises(ValueError, match="merge.thing='needy' needs the setting 'alpha'"):
+        registry.create("needy", {})

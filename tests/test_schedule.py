@@ -1,0 +1,111 @@
+"""Which depths can be reached, and what a run costs."""
+
+from functools import cache
+
+import pytest
+from transformers import LlamaConfig
+
+from come.cost import Cost, duration
+from come.merging.schedule import (
+    check_target,
+    depths,
+    eligible_groups,
+    group_size,
+    layer_passes,
+    layers_for_sparsity,
+    smallest_depth,
+)
+
+
+@cache
+def reachable(runs: tuple[int, ...], excess: int, m: int) -> bool:
+    """Brute force: whether merges of m, the last one smaller, remove exactly `excess` layers."""
+    if excess == 0:
+        return True
+    size = min(m, excess + 1)
+    return any(
+        reachable((*runs[:i], at, run - size - at, *runs[i + 1 :]), excess - size + 1, m)
+        for i, run in enumerate(runs)
+        for at in range(run - size + 1)
+    )
+
+
+@pytest.mark.parametrize("layers", range(2, 11))
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_smallest_depth_is_what_brute_force_finds(layers, m):
+    if m <= layers:
+        least = min(t for t in range(1, layers + 1) if reachable((layers,), layers - t, m))
+        assert smallest_depth(layers, m, False) == least
+    assert smallest_depth(layers, m, True) == 1
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("merged", [(), (3,), (2, 5), (1, 4, 7)])
+def test_eligible_groups_leave_the_target_in_reach(m, merged):
+    depth = 10
+    history = [[i, -i] if i in merged else [i] for i in range(depth)]
+    for target in range(4, depth):
+        size = group_size(depth, target, m)
+        expected = []
+        for first in range(depth - size + 1):
+            group = range(first, first + size)
+            blocked = {*merged, *group}
+            runs, run = [], 0
+            for i in range(depth + 1):
+                if i == depth or i in blocked:
+                    runs.append(run)
+                    run = 0
+                else:
+                    run += 1
+            fits = reachable(tuple(runs), depth - size + 1 - target, m)
+            if fits and not set(merged) & set(group):
+                expected.append((first, first + size - 1))
+        assert eligible_groups(history, target, m, False) == expected
+
+
+def test_remerging_makes_every_group_eligible():
+    history = [[0, 1], [2], [3]]
+    assert eligible_groups(history, 1, 2, True) == [(0, 1), (1, 2)]
+    assert eligible_groups(history, 1, 3, True) == [(0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((30, 14, 2, False), "smallest depth that can is 15"),
+        ((30, 9, 3, False), r"smallest depth that can is 10.*merge.allow_remerge=true"),
+        ((30, 30, 2, False), "merge.target_layers=30: the model has 30 layers"),
+        ((4, 2, 5, False), "merge.m=5: a group has at least 2 layers and at most the model's 4"),
+        ((30, 25, 3, False, [26, 27]), "merge.save_at has 27, .* with merge.m=3: 28, 26, 25"),
+    ],
+)
+def test_targets_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_target(*arguments)
+
+
+def test_depths_and_passes():
+    assert depths(10, 5, 3) == [8, 6, 5]
+    # 30 layers, then the merged layer and all behind it; nothing behind the last merge
+    assert layer_passes(30, [(13, 14), (24, 25), (3, 4)]) == 30 + (29 - 13) + (28 - 24)
+    assert layer_passes(30, [(5, 6)]) == 30
+
+
+def test_sparsity_takes_the_nearest_depth():
+    config = LlamaConfig(num_hidden_layers=30)
+    assert layers_for_sparsity(0.1, config, 134_515_008, 3_540_096) == 26
+    with pytest.raises(ValueError, match="less than half a layer; one layer .* is 0.0263"):
+        layers_for_sparsity(0.01, config, 134_515_008, 3_540_096)
+    with pytest.raises(ValueError, match="with one layer left, 0.7632 of the parameters are gone"):
+        layers_for_sparsity(0.9, config, 134_515_008, 3_540_096)
+
+
+def test_cost_in_words():
+    cost = Cost(8192, 30, 32, 87, 538_000_000, 585_000_000, "disk")
+    assert cost.lines() == [
+        "cost: 8192 calibration tokens, 32 to 87 layer passes (1.1 to 2.9 forward passes of the "
+        "decoder)",
+        "memory: weights 538 MB, boundary states 585 MB in memory-mapped files",
+    ]
+    assert cost.estimate(1.0).endswith("so 32 s to 1 min 27 s in all")
+    assert duration(125.0) == "2 min 05 s"

@@ -1,0 +1,73 @@
+"""The layer stream gives the hidden states of the whole model, wherever it keeps them."""
+
+import pytest
+import torch
+
+from come.calibration.stream import LayerStream
+from come.merging.compress import Recipe, compress
+from come.models.adapter import ModelAdapter
+from tests.conftest import LAYERS, pico
+from tests.reference import Reference
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_boundaries_are_the_hidden_states(family, windows, store, tmp_path):
+    model = pico(family)
+    reference = Reference(model, windows)
+    stream = LayerStream(
+        ModelAdapter(model), windows, batch_size=2, store=store, folder=tmp_path, progress=False
+    )
+    with stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        for index in range(LAYERS + 1):
+            found = torch.cat([after for _, after in stream.pairs(0, index)])
+            torch.testing.assert_close(found.double(), reference.h[index], rtol=1e-4, atol=1e-5)
+        logits = stream.adapter.logits(found)
+    torch.testing.assert_close(logits, model(windows).logits, rtol=1e-4, atol=1e-5)
+    assert not list(tmp_path.iterdir())  # the disk store cleans up after itself
+
+
+def test_only_the_suffix_is_computed_again(windows):
+    model = pico("llama_gqa")
+    calls: list[int] = []
+    adapter = ModelAdapter(model)
+    for index, layer in enumerate(adapter.layers):
+        layer.mlp.register_forward_hook(lambda m, a, o, i=index: calls.append(i))
+    plan = compress(model, windows, target_layers=LAYERS - 2, batch_size=5, progress=False)
+    first = plan.steps[0].first
+    removed = plan.steps[0].last
+    suffix = [i for i in range(first, LAYERS) if i != removed]
+    assert calls == [*range(LAYERS), *suffix]  # no pass after the last merge
+
+
+def test_stores_give_the_same_plan(windows, tmp_path):
+    plans = [
+        compress(
+            pico("qwen2_gqa"),
+            windows,
+            Recipe(tokens="all"),
+            target_layers=3,
+            store=store,
+            folder=tmp_path,
+            progress=False,
+        )
+        for store in ("memory", "disk")
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_layers_keep_their_forward_after_recording(windows):
+    model = pico("opt")
+    before = model(windows).logits
+    ModelAdapter(model).layer_inputs(windows)
+    assert torch.equal(model(windows).logits, before)
+    assert all("forward" not in vars(layer) for layer in ModelAdapter(model).layers)
+
+
+def test_hidden_states_that_are_not_finite_are_an_error(windows):
+    model = pico("llama_gqa")
+    with torch.no_grad():
+        ModelAdapter(model).layers[3].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"layer 3 are not finite; try model.dtype"):
+        compress(model, windows, target_layers=4, progress=False)

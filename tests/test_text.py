@@ -1,0 +1,187 @@
+"""Text sources and windows: seeded, disjoint, and clear about how much text there is."""
+
+import json
+
+import pytest
+import torch
+
+from come.models.loading import load_model, load_tokenizer
+from come.text.base import TEXT
+from come.text.generated import self_generated_windows
+from come.text.hub import Hub
+from come.text.mmlu import MMLU
+from come.text.pydocs import PyDocs
+from come.text.text_file import TextFile
+from come.text.windows import (
+    calibration_windows,
+    corpus_text,
+    evaluation_windows,
+    text_part,
+    without_lines_of,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pico_folder):
+    return load_tokenizer(pico_folder)
+
+
+def draw(tokenizer, source, **options):
+    options = {"num_samples": 6, "seq_len": 32} | options
+    return calibration_windows(tokenizer, source, **options)
+
+
+def test_the_draw_is_seeded(tokenizer, text_file):
+    source = TextFile(str(text_file))
+    first, again, other = (draw(tokenizer, source, seed=seed) for seed in (0, 0, 1))
+    assert first.windows.shape == (6, 32)
+    assert first.windows.dtype == torch.int64
+    assert torch.equal(first.windows, again.windows)
+    assert first.hash == again.hash != other.hash
+    assert first.tokens == 192 < first.corpus_tokens
+
+
+def lines_of(tokenizer, windows):
+    text = "\n".join(tokenizer.decode(w) for w in windows.windows)
+    return {line.strip() for line in text.splitlines() if len(line) > 50}
+
+
+@pytest.mark.parametrize("source", ["file", "pydocs", "mmlu"])
+def test_calibration_and_held_out_text_are_disjoint(tokenizer, text_file, source):
+    source = {"file": TextFile(str(text_file)), "pydocs": PyDocs(), "mmlu": MMLU()}[source]
+    drawn = draw(tokenizer, source, num_samples=60, seq_len=512, held_out=source)
+    held_out = evaluation_windows(tokenizer, source, seq_len=128, calibration=source)
+    seen, unseen = lines_of(tokenizer, drawn), lines_of(tokenizer, held_out)
+    assert len(seen) > 20
+    assert len(unseen) > 20
+    assert not seen & unseen
+
+
+def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_path):
+    lines = text_file.read_text().splitlines()
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join([*lines[:500], "something of its own " * 5]))
+    held_out = TextFile(str(other))
+    drawn = draw(
+        tokenizer, TextFile(str(text_file)), num_samples=50, seq_len=512, held_out=held_out
+    )
+    assert drawn.removed_lines == 500
+    assert not lines_of(tokenizer, drawn) & set(lines[:500])
+    whole = evaluation_windows(
+        tokenizer, held_out, seq_len=64, calibration=TextFile(str(text_file))
+    )
+    assert "Line 0 of" in tokenizer.decode(whole.windows[0])  # the user's own file is not cut
+
+
+def test_short_lines_may_stand_in_both():
+    assert without_lines_of("a\nb\nc\n", "b\n") == ("a\nb\nc\n", 0)
+
+
+def test_parts_meet_at_line_ends():
+    text = "".join(f"line {i}\n" for i in range(100))
+    parts = [text_part(text, cut) for cut in ((0.0, 0.6), (0.6, 0.8), (0.8, 1.0))]
+    assert "".join(parts) == text
+    assert all(part.endswith("\n") for part in parts)
+
+
+def test_pydocs_repeats_no_paragraph():
+    text = corpus_text(PyDocs())
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
+    assert len(paragraphs) == len(set(paragraphs))
+    assert len(text) > 200_000
+
+
+def test_mmlu_has_five_questions_a_subject():
+    assert 250 < len(list(MMLU().documents())) <= 285
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("only a few words here")
+    with pytest.raises(ValueError, match=r"has \d+ tokens for calibration, 0 windows of 32"):
+        draw(tokenizer, TextFile(str(path)))
+    with pytest.raises(ValueError, match=r"evaluation text too short: .* gives \d+ tokens"):
+        evaluation_windows(tokenizer, TextFile(str(path)), seq_len=512)
+
+
+def test_rows_of_jsonl_and_parquet(tmp_path):
+    from pyarrow import parquet, table
+
+    rows = [{"body": "first text"}, {"body": "second text"}]
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("\n".join(json.dumps(row) for row in rows))
+    parquet.write_table(table({"body": ["first text", "second text"]}), tmp_path / "rows.parquet")
+    for path in (jsonl, tmp_path / "rows.parquet"):
+        assert list(TextFile(str(path), "body").documents()) == ["first text", "second text"]
+        with pytest.raises(ValueError, match=r"row without the field 'text'"):
+            list(TextFile(str(path)).documents())
+
+
+def test_files_that_cannot_be_text(tmp_path):
+    empty, odd, binary = tmp_path / "empty.txt", tmp_path / "a.docx", tmp_path / "b.txt"
+    empty.write_text("")
+    odd.write_text("x")
+    binary.write_bytes(b"\xff\xfe\x00\x80")
+    for path, message in (
+        (tmp_path / "no.txt", "does not exist"),
+        (empty, "is empty"),
+        (odd, "the ending must be one of .txt, .jsonl, .parquet"),
+        (binary, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            corpus_text(TextFile(str(path)))
+    blank = tmp_path / "blank.txt"
+    blank.write_text("  \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        corpus_text(TextFile(str(blank)))
+    with pytest.raises(ValueError, match=r"text_file needs a file: calibration.path=FILE"):
+        TEXT.create("text_file", {})
+
+
+@pytest.mark.parametrize("builder", ["json", "text", "parquet"])
+def test_the_hub_loader_reads_local_files(builder, tmp_path):
+    from pyarrow import parquet, table
+
+    path = tmp_path / f"rows.{builder}"
+    if builder == "json":
+        path.write_text('{"text": "one", "more": "1"}\n{"text": "two", "more": ""}\n')
+    elif builder == "text":
+        path.write_text("one\ntwo\n")
+    else:
+        parquet.write_table(table({"text": ["one", "two"]}), path)
+    source = Hub(dataset=builder, data_files=str(path))
+    assert list(source.documents()) == ["one", "two"]
+    if builder == "json":
+        joined = Hub(dataset=builder, data_files=str(path), field="text+more")
+        assert list(joined.documents()) == ["one\n1", "two"]
+    with pytest.raises(ValueError, match="no field 'body' in a row"):
+        list(Hub(dataset=builder, data_files=str(path), field="body").documents())
+
+
+def test_the_hub_without_network_says_what_to_do():
+    source = Hub(dataset="allenai/c4", subset="en")
+    with pytest.raises(ValueError, match=r"cannot be read.*calibration=pydocs"):
+        next(source.documents())
+
+
+def test_self_generated_text_is_the_models_own(pico_folder):
+    model, _ = load_model(pico_folder)
+    options = {"num_samples": 5, "seq_len": 12, "batch_size": 3, "progress": False}
+    first = self_generated_windows(model, **options)
+    again = self_generated_windows(model, **options)
+    other = self_generated_windows(model, **options, seed=1)
+    assert first.windows.shape == (5, 12)
+    assert torch.equal(first.windows, again.windows)
+    assert first.hash != other.hash
+    assert (first.windows[:, 0] == model.config.bos_token_id).all()
+    assert not torch.isin(first.windows[:, 1:], torch.tensor([0, 1, 2])).any()
+
+
+def test_low_temperature_follows_the_argmax(pico_folder):
+    model, _ = load_model(pico_folder)
+    ids = self_generated_windows(
+        model, num_samples=3, seq_len=10, temperature=1e-4, progress=False
+    ).windows
+    logits = model(ids).logits[:, 1:-1]
+    logits[..., :3] = -torch.inf
+    assert torch.equal(logits.argmax(-1), ids[:, 2:])
