@@ -116,6 +116,26 @@ def test_damaged_checkpoints_are_named(pico_folder, tmp_path):
         check_checkpoint(folder)
 
 
+def test_a_hub_repository_of_pickles_says_how_to_convert(pico_folder, tmp_path, monkeypatch):
+    """What the download leaves of a repository whose weights are pickles: no weights at all."""
+    asked = {}
+
+    def download(name, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        shutil.copy(pico_folder / "config.json", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("come.models.checkpoint.snapshot_download", download)
+    folder = find_checkpoint("some/pickles", revision="main")
+    assert asked["name"] == "some/pickles"
+    assert asked["revision"] == "main"
+    assert not {"*.bin", "*.pt", "*.py"} & set(asked["patterns"])
+    with pytest.raises(ValueError, match=r"none are there. Pickles are neither.*save_pretrained"):
+        inspect_model(folder)
+    find_checkpoint("some/pickles", trust_remote_code=True)
+    assert "*.py" in asked["patterns"]
+
+
 def test_weights_that_do_not_fit_are_an_error_not_random_numbers(pico_folder, tmp_path):
     shutil.copytree(pico_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.files import new_folder
@@ -33,13 +35,19 @@ def save_model(
 
     Returns:
         `folder`.
+
+    Raises:
+        OSError: the folder cannot be written, or its disk is full; nothing half-written is left.
     """
     folder = Path(folder)
     with new_folder(folder) as partial:
         if plan is not None:
             model.config.come = {"plan": plan.hash, "merge_history": plan.history}
             plan.save(partial / "plan.json")
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        try:
+            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"weights cannot be written ({error})", str(folder)) from error
         tokenizer.save_pretrained(partial)
         _readable_by_group(partial)
     return folder

@@ -97,11 +97,12 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
-    found = f"it has only pickles ({', '.join(pickles[:3])})" if pickles else "there are none"
+    found = f"it has only pickles ({', '.join(pickles[:3])})" if pickles else "none are there"
     raise ValueError(
-        f"checkpoint {folder} has no safetensors weights: {found}. Pickles are not read. Where "
-        "you trust their source, convert once: AutoModelForCausalLM.from_pretrained(SOURCE)"
-        ".save_pretrained(FOLDER), then model.path=FOLDER; many hub repositories also have a "
+        f"checkpoint {folder} has no safetensors weights: {found}. Pickles are neither read "
+        "nor downloaded. Where you trust their source, convert once: "
+        "AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER), then "
+        "model.path=FOLDER; many hub repositories also have a "
         "converted branch: model.revision=refs/pr/NUMBER"
     )
 

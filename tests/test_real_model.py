@@ -1,0 +1,151 @@
+"""The real model through the real command line: quality, exactness of the checkpoint, memory.
+
+Text beside the repository (../shared/data) is used where it is there; else Python's own
+documentation, with a bound that fits it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from come.text.windows import CALIBRATION_PART, EVALUATION_PART, text_part
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2_valid.txt"
+# perplexity over dense, 30 -> 27 layers: bound of the paper's merge on each text
+BOUND = {"wikitext": 1.60, "pydocs": 2.60}
+
+
+def run(*overrides):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Overrides that choose the texts, and the bound that belongs to them."""
+    if not WIKITEXT.is_file():
+        return [], BOUND["pydocs"]
+    folder = tmp_path_factory.mktemp("texts")
+    text = WIKITEXT.read_text()
+    for name, part in (("calibrate", CALIBRATION_PART), ("report", EVALUATION_PART)):
+        (folder / f"{name}.txt").write_text(text_part(text, part))
+    return [
+        "calibration=text_file",
+        f"calibration.path={folder}/calibrate.txt",
+        f"eval.path={folder}/report.txt",
+    ], BOUND["wikitext"]
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory, texts):
+    """30 -> 27 layers, killed after its first merge and started again."""
+    folder = tmp_path_factory.mktemp("run") / "job"
+    overrides = [
+        *texts[0],
+        "merge.target_layers=27",
+        "merge.save_at=[28]",
+        "eval.seq_len=256",
+        "eval.max_tokens=6144",
+        "eval.prompt_tokens=128",
+        "eval.new_tokens=8",
+        "eval.repeats=2",
+        f"hydra.run.dir={folder}",
+    ]
+    process = run(*overrides)
+    while not (folder / "plan.partial.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "model").exists()
+    process = run(*overrides)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert "after 1 merges" in output
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def test_quality(killed_run, texts):
+    _, result = killed_run
+    dense, shallow, deepest = (d["perplexity"] for d in result["depths"])
+    assert dense["ratio"] == 1
+    assert 1 < shallow["ratio"] < deepest["ratio"] <= texts[1]
+    assert deepest["ratio_low"] < deepest["ratio"] < deepest["ratio_high"]
+
+
+def test_memory(killed_run):
+    _, result = killed_run
+    compression = result["compression"]
+    limit = 1.3 * compression["weight_bytes"] + compression["boundary_bytes"]
+    assert compression["peak_bytes"] <= limit
+
+
+def test_the_checkpoint_is_an_ordinary_one(killed_run, tmp_path):
+    """Loaded in a process of its own that cannot import this project."""
+    folder, _ = killed_run
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=8, do_sample=False)
+print(model.config.num_hidden_layers, tokenizer.decode(out[0]))
+assert not [name for name in sys.modules if name == "come" or name.startswith("come.")]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "model")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("27 ")
+    assert "The capital of France is" in done.stdout
+
+
+def test_the_plan_rebuilds_the_weights_bit_for_bit(killed_run, tmp_path):
+    folder, _ = killed_run
+    process = run(
+        "merge=from_plan",
+        f"merge.plan={folder / 'plan.json'}",
+        "eval=none",
+        f"hydra.run.dir={tmp_path / 'again'}",
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    models = [
+        AutoModelForCausalLM.from_pretrained(f / "model").state_dict()
+        for f in (folder, tmp_path / "again")
+    ]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_cached_generation_is_uncached_generation(killed_run):
+    folder, _ = killed_run
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer("Water boils when", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, use_cache=True, **options),
+        model.generate(ids, use_cache=False, **options),
+    )
