@@ -10,13 +10,24 @@ from rich.table import Table
 from come.cost import duration, megabytes
 from come.result import DepthResult, Result
 
-_WIDTH = 120  # of the table where the output is not a terminal
-COLUMNS = ("layers", "parameters", "perplexity", "x dense", "prompt tok/s", "generate tok/s")
+_WIDTH = 132  # of the table where the output is not a terminal
+COLUMNS = (
+    "layers",
+    "parameters",
+    "perplexity",
+    "x dense",
+    "prompt tok/s",
+    "generate tok/s",
+    "compression",
+)
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:
     """One row a model, as text, under `COLUMNS`."""
-    return [_row(depth) for depth in result["depths"]]
+    rows = [[*_row(depth), "-"] for depth in result["depths"]]
+    cost = result["compression"]
+    rows[-1][-1] = f"{duration(cost['seconds'])}, {megabytes(cost['peak_bytes'])}"
+    return [tuple(row) for row in rows]
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -38,10 +49,9 @@ def summary_lines(result: Result) -> list[str]:
         lines.append("speed: median, dense and merged model in turn, in this run")
     resumed = compression["resumed_at"]
     lines.append(
-        f"compression: {duration(compression['seconds'])}, peak memory "
-        f"{megabytes(compression['peak_bytes'])} above the level before loading (weights "
-        f"{megabytes(compression['weight_bytes'])}, boundary states "
-        f"{megabytes(compression['boundary_bytes'])})"
+        "compression: seconds, and peak memory above the level before loading "
+        f"({megabytes(compression['weight_bytes'])} of weights, "
+        f"{megabytes(compression['boundary_bytes'])} of boundary states)"
         + (f", resumed after {resumed} merges" if resumed else "")
     )
     return lines

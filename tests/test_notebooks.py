@@ -1,0 +1,26 @@
+"""Every notebook runs from its first cell to its last, at a small size, and holds no output."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, pico_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), namespace)
+        if "MODEL" in namespace and "model" not in namespace:
+            namespace |= {
+                "MODEL": str(pico_folder),
+                "TARGET_LAYERS": 22,
+                "NUM_SAMPLES": 4,
+                "SEQ_LEN": 32,
+            }
+    assert (namespace["folder"] / "model" / "config.json").is_file()
