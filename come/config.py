@@ -27,6 +27,10 @@ INVALID = "invalid"  # the folder name of settings that do not pass their checks
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
 
+class JobFailedError(Exception):
+    """A job of a sweep ended with an error that has been said."""
+
+
 def register() -> None:
     """Makes the schema and the resolver of the job's hash known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Settings)
@@ -64,17 +68,25 @@ def main(run: Callable[[Settings, Path], Any]) -> int:
             if folder.name == INVALID:
                 _remove_if_empty(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
+                _say(f"job {HydraConfig.get().job.num}: {error}")
+                raise JobFailedError from error
             _say(error)
             raise SystemExit(1) from None
 
     try:
         job()
+    except JobFailedError:
+        return 1  # said when it failed
     except USER_ERRORS as error:
         _say(error)
         return 1
     except OSError as error:
-        _say(f"{error.strerror}: {error.filename}; choose another folder with hydra.run.dir=FOLDER")
+        if error.filename is None:
+            raise
+        _say(
+            f"{error.filename}: {error.strerror}; hydra.run.dir=FOLDER chooses the output folder, "
+            "COME_CACHE=FOLDER the cache"
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,25 +18,46 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COME_CACHE") or default).expanduser()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 16 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` in one step: a reader sees the old file or the whole new one."""
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # jobs may share a cache
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, mark: str) -> Iterator[Path]:
     """Gives a folder to fill that takes the name `path` when the block ends without an error.
 
-    A folder already there is replaced. What an earlier interrupted attempt left is removed.
+    A folder already there is replaced, if it holds `mark`; what an earlier interrupted attempt
+    left is removed.
+
+    Args:
+        path: the folder.
+        mark: a file that tells a folder made by this project from one of the user's.
+
+    Raises:
+        ValueError: `path` holds something that is not ours to replace.
     """
     path = Path(path)
+    if path.exists() and not (path / mark).is_file() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} is there and was not made by this project; choose another folder")
     partial = path.with_name(path.name + PARTIAL)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -44,5 +66,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, old)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from come.calibration.boundaries import check_store
 from come.merging.compress import Recipe
-from come.models.loading import choose_device
+from come.models.loading import check_dtype, choose_device
 from come.text.base import TEXT, TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
 
@@ -128,7 +128,7 @@ class MergeSettings:
         name: label of the recipe.
         target_layers: depth to reach.
         sparsity: share of the model's parameters to remove, in place of `target_layers`.
-        save_at: further depths to keep on the way.
+        save_at: depths to keep on the way; given alone, the smallest is the target.
         plan: a plan to apply instead of calibrating.
     """
 
@@ -229,6 +229,8 @@ class EvalSettings(TextSettings):
         for key in ("seq_len", "batch_tokens", "prompt_tokens", "new_tokens", "speed_batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"eval.{key}={getattr(self, key)}: must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 4:
+            raise ValueError(f"eval.max_tokens={self.max_tokens}: two windows of 2 tokens at least")
         if self.repeats < 1 or self.continuation_tokens < 0 or self.seq_len < 2:
             raise ValueError(
                 f"eval.repeats={self.repeats} and eval.seq_len={self.seq_len} must be at least 1 "
@@ -282,6 +284,7 @@ class Settings:
             ValueError: with the value, what is allowed, and the key.
         """
         choose_device(self.model.device)
+        check_dtype(self.model.dtype)
         if self.merge.plan is None:
             self.calibration.check()
         self.merge.check()

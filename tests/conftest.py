@@ -66,6 +66,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
             | k
         )
     ),
+    "opt_nobias": lambda **k: FAMILIES["opt"](**{"enable_bias": False} | k),
 }
 
 

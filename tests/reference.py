@@ -126,14 +126,15 @@ class Reference:
                 ):
                     for reader in readers:
                         weight = state[f"{reader}.weight"]
-                        if f"{norm}.bias" in state:
+                        if f"{norm}.bias" in state and f"{reader}.bias" in state:
                             state[f"{reader}.bias"] = (
                                 state[f"{reader}.bias"] + weight @ state[f"{norm}.bias"]
                             )
                         state[f"{reader}.weight"] = weight * state[f"{norm}.weight"][None, :]
-                    state[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
                     if f"{norm}.bias" in state:
-                        state[f"{norm}.bias"] = torch.zeros_like(state[f"{norm}.bias"])
+                        left = 0 if f"{readers[0]}.bias" in state else 1 / state[f"{norm}.weight"]
+                        state[f"{norm}.bias"] = left * state[f"{norm}.bias"]
+                    state[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
         ratio, dim = self.heads // self.kv_heads, self.head_dim
 
         def head_rows(heads: list[int]) -> list[int]:

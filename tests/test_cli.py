@@ -215,7 +215,7 @@ def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
 def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
     assert code == 1
-    assert "merge.m=1: a group has at least 2 layers" in errors
+    assert "error: job 0: merge.m=1: a group has at least 2 layers" in errors
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
@@ -244,6 +244,8 @@ def test_self_generated_calibration_needs_no_text(command, tmp_path):
         (["merge.m=1"], "merge.m=1: a group has at least 2 layers"),
         (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
         (["merge.sparsity=1.5"], "between 0 and 1"),
+        (["merge.sparsity=0.55"], "the largest that can is 0."),
+        (["eval.prompt_tokens=4096"], "eval.prompt_tokens=4096: the model reads at most 512"),
         (["merge.target_layers=11"], "smallest depth that can is 12"),
         (["merge.sparsity=0.1", "merge.target_layers=20"], "leave one of them out"),
         (["model.path=/no/such/folder"], "no such folder"),

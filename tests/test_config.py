@@ -37,6 +37,7 @@ def test_every_yaml_composes(group, name, text_file):
         ("model", "local"): ["model.path=folder"],
         ("calibration", "text_file"): [f"calibration.path={text_file}"],
         ("merge", "from_plan"): ["merge.plan=plan.json"],
+        ("experiment", "choices"): [f"calibration.path={text_file}"],
     }
     composed = settings(f"{group}={name}", *needs.get((group, name), []))
     composed.check()
@@ -97,6 +98,8 @@ def test_typos_fail_at_composition(override, message):
         (["tracking.mode=maybe"], "allowed are online, offline"),
         (["distill.method=sp"], "distill.method='sp': allowed is none"),
         (["model.device=tpux"], "model.device=tpux"),
+        (["model.dtype=float8"], "model.dtype='float8'"),
+        (["eval.max_tokens=-5"], "eval.max_tokens=-5"),
     ],
 )
 def test_rules_between_settings(overrides, message):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
+from come.merging.compress import base_model
+from come.merging.plan import Plan
 from come.merging.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
 from come.models.architectures import architecture_of
@@ -159,7 +161,9 @@ def test_dtype_and_device_names(pico_folder):
 
 def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
     model, tokenizer = load_model(pico_folder)
-    save_model(model, tokenizer, tmp_path / "model")
+    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    for _ in range(2):  # the second replaces the first
+        save_model(model, tokenizer, tmp_path / "model", plan)
     before = fingerprint(tmp_path / "model")
 
     def broken(*args, **kwargs):
@@ -167,9 +171,37 @@ def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
     with pytest.raises(OSError, match="No space left"):
-        save_model(model, tokenizer, tmp_path / "model")
+        save_model(model, tokenizer, tmp_path / "model", plan)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert fingerprint(tmp_path / "model") == before
+
+
+def test_folders_of_the_users_are_not_replaced(pico_folder, tmp_path):
+    model, tokenizer = load_model(pico_folder)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    with pytest.raises(ValueError, match="was not made by this project; choose another folder"):
+        save_model(model, tokenizer, tmp_path, plan)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "'t5' is not supported; supported are llama"),
+        ({"model_type": "no_such"}, "'no_such' is not supported; supported are llama"),
+        ({"hidden_act": "no_such"}, "bad configuration"),
+        ({"hidden_size": "wide"}, "bad configuration"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "bad configuration"),
+        ({"num_hidden_layers": 20}, "do not fit its configuration, unexpected keys"),
+    ],
+)
+def test_odd_configurations_are_one_clear_error(pico_folder, tmp_path, change, message):
+    shutil.copytree(pico_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path)
 
 
 def test_half_precision_models_keep_their_dtype(pico_folder):

@@ -138,6 +138,15 @@ def test_files_that_cannot_be_text(tmp_path):
         TEXT.create("text_file", {})
 
 
+def test_a_hub_sources_identity_is_its_content(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "one", "more": "1"}')
+    first = Hub(dataset="json", data_files=str(path)).identity
+    assert Hub(dataset="json", data_files=str(path), field="more").identity != first
+    path.write_text('{"text": "two", "more": "1"}')
+    assert Hub(dataset="json", data_files=str(path)).identity != first
+
+
 @pytest.mark.parametrize("builder", ["json", "text", "parquet"])
 def test_the_hub_loader_reads_local_files(builder, tmp_path):
     from pyarrow import parquet, table

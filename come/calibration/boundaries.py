@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -11,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from come.files import PARTIAL
 
 Store = Literal["memory", "disk"]
 
@@ -48,25 +51,35 @@ class MemoryStore(BoundaryStore):
 
 
 class DiskStore(BoundaryStore):
-    """Boundaries in memory-mapped files of a temporary folder, removed at `close`.
+    """Boundaries in memory-mapped files, removed at `close`.
 
     Args:
         shape: windows, seq, hidden.
         dtype: dtype of the states.
-        folder: where the temporary folder is made; None for the system's place.
+        folder: where the folder `boundaries.partial` is made, in place of one that a killed run
+            left; None for a temporary folder.
+
+    Raises:
+        OSError: the disk is full; said when a file is made, not when it is written.
     """
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None = None
     ) -> None:
         super().__init__(shape, dtype)
-        self._folder = Path(tempfile.mkdtemp(prefix="boundaries-", dir=folder))
+        if folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="boundaries-"))
+        else:
+            self._folder = folder / f"boundaries{PARTIAL}"
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
 
     def _allocate(self, index: int) -> Tensor:
         size = torch.Size(self.shape).numel()
-        flat = torch.from_file(
-            str(self._folder / f"{index}.bin"), shared=True, size=size, dtype=self.dtype
-        )
+        path = self._folder / f"{index}.bin"
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
+        flat = torch.from_file(str(path), shared=True, size=size, dtype=self.dtype)
         return flat.view(self.shape)
 
     def close(self) -> None:

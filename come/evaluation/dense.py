@@ -52,6 +52,7 @@ def evaluate_dense(
     *,
     fingerprint: str,
     dtype: torch.dtype,
+    device: torch.device,
     batch_tokens: int,
     new_tokens: int,
 ) -> Evaluation:
@@ -63,15 +64,19 @@ def evaluate_dense(
         windows: held-out windows.
         fingerprint: of the dense model's files.
         dtype: dtype that it runs in.
+        device: device that it runs on.
         batch_tokens: tokens of one forward pass.
         new_tokens: tokens of a continuation.
     """
+    if windows is None and not new_tokens:
+        return Evaluation(None, [])
     key = json.dumps(
         [
             fingerprint,
             str(dtype),
             windows.hash if windows else None,
             [PROMPTS, new_tokens],
+            device.type,
             [torch.__version__, transformers.__version__],
         ]
     )

@@ -26,8 +26,9 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         W (g * x^ + b) + c = (W diag(g)) x^ + (c + W b)
 
     The scale becomes ones. A LayerNorm's bias `b` moves too, and becomes zero, where every row
-    that reads the norm has a bias `c` to take it; otherwise it stays. Exact up to rounding to
-    the storage dtype. Norms behind a projection (Qwen3's q and k norms) cannot be folded.
+    that reads the norm has a bias `c` to take it; otherwise it becomes `b / g`, and a norm whose
+    scale has zeros stays as it is (what stays is averaged by the merge). Exact up to rounding to the storage dtype. Norms behind a
+    projection (Qwen3's q and k norms) cannot be folded.
 
     Args:
         state: all tensors of one layer; not changed.
@@ -46,6 +47,8 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         scale = state[f"{norm}.weight"].double()
         shift = state.get(f"{norm}.bias")
         moves_shift = shift is not None and all(bias in readers for bias in biases)
+        if shift is not None and not moves_shift and bool((scale == 0).any()):
+            continue
         for weight, bias in zip(weights, biases, strict=True):
             rows = state[weight].double()
             if moves_shift:
@@ -54,7 +57,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
                 folded[bias] = moved.to(state[bias].dtype)
             folded[weight] = (rows * scale).to(state[weight].dtype)
         folded[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
-        if moves_shift:
-            assert shift is not None
-            folded[f"{norm}.bias"] = torch.zeros_like(shift)
+        if shift is not None:
+            rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
+            folded[f"{norm}.bias"] = rest.to(shift.dtype)
     return folded

@@ -14,13 +14,14 @@ from come.files import new_folder
 from come.merging.plan import Plan
 
 MAX_SHARD_SIZE = "5GB"
+PLAN = "plan.json"
 
 
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    plan: Plan | None = None,
+    plan: Plan,
 ) -> Path:
     """Writes weights (safetensors), configuration, generation configuration and tokenizer.
 
@@ -30,20 +31,20 @@ def save_model(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        folder: where to; replaced if it is there.
+        folder: where to; a model that this function wrote there before is replaced.
         plan: the plan that made the model, saved beside its weights as `plan.json`.
 
     Returns:
         `folder`.
 
     Raises:
+        ValueError: the folder holds something else.
         OSError: the folder cannot be written, or its disk is full; nothing half-written is left.
     """
     folder = Path(folder)
-    with new_folder(folder) as partial:
-        if plan is not None:
-            model.config.come = {"plan": plan.hash, "merge_history": plan.history}
-            plan.save(partial / "plan.json")
+    with new_folder(folder, PLAN) as partial:
+        model.config.come = {"plan": plan.hash, "merge_history": plan.history}
+        plan.save(partial / PLAN)
         try:
             model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:

@@ -78,18 +78,22 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def check_model_type(model_type: str | None) -> None:
+    """Raises ValueError, naming the supported families, for any other."""
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model type {model_type!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)} (a family is one entry in come/models/architectures.py)"
+        )
+
+
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The family of a model's configuration.
 
     Raises:
         ValueError: the family, or this variant of it, is not supported.
     """
-    model_type = config.model_type
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"model type {model_type!r} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)} (a family is one entry in come/models/architectures.py)"
-        )
-    architecture = ARCHITECTURES[model_type]
+    check_model_type(config.model_type)
+    architecture = ARCHITECTURES[config.model_type]
     architecture.check(config)
     return architecture

@@ -10,10 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from come.files import cache_folder, file_hash, write_text
 from come.models.smollm2 import PACKAGE, converted_checkpoint
-
-_SAMPLES = 16  # places of each weights file that go into the fingerprint
-_SAMPLE_BYTES = 65536
 
 
 def find_checkpoint(
@@ -108,17 +106,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's configuration and weights, sampled: equal for copies.
+    """Hash of a checkpoint's configuration and all of its weights: equal for copies.
 
-    Of every weights file its name, size and 16 blocks of 64 KiB spread over it are read, so it
-    takes milliseconds whatever the size.
+    A weights file is read once; its hash is kept in the cache under its path, size and time of
+    change.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.name} {_cached_hash(path.resolve())}".encode())
     return digest.hexdigest()[:16]
+
+
+def _cached_hash(path: Path) -> str:
+    status = path.stat()
+    key = f"{path} {status.st_size} {status.st_mtime_ns}"
+    known = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if known.is_file():
+        return known.read_text()
+    found = file_hash(path)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    write_text(known, found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from come.models.adapter import ModelAdapter
+from come.models.architectures import check_model_type
 from come.models.checkpoint import check_checkpoint, find_checkpoint
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -60,11 +62,23 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"model.device={device}: allowed are auto, cpu, cuda, cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"model.device={device}: no CUDA device here; take model.device=cpu")
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"model.device={device}: allowed are auto, cpu, cuda, cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"model.device={device}: {torch.cuda.device_count()} CUDA devices here; "
+            "take model.device=cpu"
+        )
     return chosen
+
+
+def check_dtype(dtype: str) -> str:
+    """Raises ValueError unless `dtype` is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
+    return dtype
 
 
 def choose_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
@@ -73,9 +87,7 @@ def choose_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
     Raises:
         ValueError: an unknown name.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
-    if dtype != "auto":
+    if check_dtype(dtype) != "auto":
         return getattr(torch, dtype)
     own = config.dtype
     return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32"))
@@ -90,15 +102,17 @@ def inspect_model(
         ValueError: an incomplete checkpoint, or an unsupported architecture.
     """
     check_checkpoint(folder)
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    check_model_type(model_type)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        if getattr(config, "quantization_config", None):
+            raise ValueError("quantised weights cannot be merged; take the unquantised model")
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the configuration classes raise errors of many kinds
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model folder {folder}: cannot read its configuration: {reason}"
-        ) from error
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        raise ValueError(f"model folder {folder}: bad configuration: {reason}") from error
     adapter = ModelAdapter(skeleton)
     skeleton.tie_weights()
     layer = sum(p.numel() for p in adapter.layers[0].parameters())
@@ -142,7 +156,7 @@ def load_weights(
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model folder {folder}: cannot load its weights: {reason}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(map(str, info.get(kind) or []))
         if names:
             raise ValueError(

@@ -51,6 +51,6 @@ def _convert(package: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    with new_folder(folder) as partial:
+    with new_folder(folder, "config.json") as partial:
         model.save_pretrained(partial, max_shard_size="5GB")
         tokenizer.save_pretrained(partial)

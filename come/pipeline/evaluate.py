@@ -39,6 +39,7 @@ def evaluate_depths(
         job.held_out,
         fingerprint=fingerprint(job.checkpoint),
         dtype=job.shape.dtype,
+        device=model.device,
         batch_tokens=batch_tokens,
         new_tokens=new_tokens,
     )
@@ -51,11 +52,13 @@ def evaluate_depths(
             batch=settings.speed_batch,
             repeats=settings.repeats,
         )
+    dense_model.clear()
+    measures = job.held_out is not None or new_tokens > 0
     results = [_depth(job, job.shape.num_layers, "", dense, dense, speeds)]
     for depth in sorted(saved, reverse=True):
         name = saved[depth]
         at_depth = model
-        if depth != job.target:
+        if depth != job.target and measures:
             at_depth = load_weights(
                 job.folder / name, dtype=job.settings.model.dtype, device=str(model.device)
             )

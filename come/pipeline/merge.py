@@ -22,6 +22,7 @@ from come.merging.saving import check_cache, save_model
 from come.merging.schedule import layer_passes
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
+from come.models.loading import choose_device
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
 from come.text.generated import self_generated_windows
@@ -49,7 +50,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if earlier is not None:
         log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
-    with PeakMemory() as memory:
+    with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load()
         if job.plan is None and job.calibration is None:
             job = replace(
@@ -78,9 +79,9 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             )
             if plan.num_layers in method.save_at and plan.num_layers != job.target:
                 save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
-            _log_step(trackers, plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
             partial.save(job.folder / PARTIAL_PLAN)
+            _log_step(trackers, plan)
 
         if job.plan is not None:
             plan = _apply_plan(job, model)
@@ -137,9 +138,6 @@ def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
     """Applies the plan of `merge=from_plan`, saving the depths asked for on the way."""
     plan = job.plan
     assert plan is not None
-    found = fingerprint(job.checkpoint)
-    if plan.base.fingerprint not in ("", found):
-        log.warning("the plan was made for other weights (%s) than these (%s)", plan.base, found)
     apply(plan, model)
     for depth in job.settings.merge.save_at:
         if depth != job.target:
@@ -151,9 +149,11 @@ def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
 
 
 def _check_cache(model: PreTrainedModel) -> None:
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     difference = check_cache(model)
-    assert difference < tolerance, f"cached and uncached logits differ by {difference:.2g}"
+    if model.dtype == torch.float32:
+        assert difference < 1e-3, f"cached and uncached logits differ by {difference:.2g}"
+    elif difference > 0.1:
+        log.warning("cached and uncached logits differ by %.2g of the largest", difference)
 
 
 def _log_step(trackers: Trackers, plan: Plan) -> None:

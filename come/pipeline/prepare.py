@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.job import check_folder
 from come.merging.plan import Plan
-from come.merging.schedule import check_target, layers_for_sparsity
-from come.models.checkpoint import find_checkpoint
+from come.merging.schedule import check_target, layers_for_sparsity, smallest_depth
+from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
 from come.text.windows import TokenWindows, calibration_windows, evaluation_windows
@@ -67,6 +67,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     merge = settings.merge
     plan = Plan.load(Path(merge.plan)) if merge.plan is not None else None
     if plan is not None:
+        _check_plan(plan, settings, shape, checkpoint)
         plan = plan.truncated(merge.target_layers) if merge.target_layers else plan
         target = plan.num_layers
         for depth in merge.save_at:
@@ -74,7 +75,18 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     else:
         target = _target_layers(settings, shape)
         check_target(shape.num_layers, target, merge.m, merge.allow_remerge, merge.save_at)
-    check_folder(folder, int(shape.weight_bytes * (1 + len(set(merge.save_at) - {target}))))
+    needed = shape.weight_bytes * (1 + len(set(merge.save_at) - {target}))
+    calibrating = settings.calibration
+    if plan is None:
+        _check_length("calibration.seq_len", calibrating.seq_len, shape)
+        if calibrating.store == "disk":
+            tokens = calibrating.num_samples * calibrating.seq_len
+            state = tokens * shape.config.hidden_size * shape.dtype.itemsize
+            needed += state * (shape.num_layers + 1)
+    if settings.eval.speed:
+        _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
+        _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
+    check_folder(folder, needed)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
     calibration, held_out = None, None
@@ -120,4 +132,38 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
-    return layers_for_sparsity(sparsity, shape.config, shape.parameters, shape.layer_parameters)
+    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, shape.layer_parameters)
+    least = smallest_depth(shape.num_layers, merge.m, merge.allow_remerge)
+    if 2 <= merge.m <= shape.num_layers and target < least:
+        largest = (shape.num_layers - least) * shape.layer_parameters / shape.parameters
+        raise ValueError(
+            f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
+            f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
+            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true"
+        )
+    return target
+
+
+def _check_plan(plan: Plan, settings: Settings, shape: ModelShape, checkpoint: Path) -> None:
+    """Holds a plan against the model it is to be applied to."""
+    base = plan.base
+    if (base.model_type, base.num_layers) != (shape.config.model_type, shape.num_layers):
+        raise ValueError(
+            f"merge.plan={settings.merge.plan} is for {base.name}, {base.num_layers} layers of "
+            f"{base.model_type}; the model has {shape.num_layers} of {shape.config.model_type}"
+        )
+    if base.fingerprint not in ("", fingerprint(checkpoint)):
+        log.warning("the plan was made for other weights, those of %s", base.name)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    if plan.provenance.get("dtype", dtype) != dtype:
+        log.warning(
+            "the plan was made in %s and is applied in %s: the weights will differ by rounding",
+            plan.provenance["dtype"],
+            dtype,
+        )
+
+
+def _check_length(key: str, tokens: int, shape: ModelShape) -> None:
+    longest = getattr(shape.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise ValueError(f"{key}={tokens}: the model reads at most {longest} tokens")

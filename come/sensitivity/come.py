@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,4 +26,4 @@ class Come(SensitivityMetric):
     def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:
         """S, [d_in] float64, >= 0, in units of the map's output."""
         assert inputs.abs_mean is not None
-        return inputs.abs_mean * inputs.weight.double().abs().sum(dim=0).cpu()
+        return inputs.abs_mean * inputs.weight.abs().sum(dim=0, dtype=torch.float64).cpu()

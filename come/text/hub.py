@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from come.files import file_hash
 from come.text.base import TEXT, TextSource
 
 
@@ -49,8 +51,11 @@ class Hub(TextSource):
 
     @property
     def identity(self) -> str:
-        """Dataset, subset, split and revision."""
-        parts = (self.dataset, self.subset, self.split, self.revision, self.data_files)
+        """Dataset, subset, split, revision and fields; of a local file its content."""
+        file = Path(self.data_files or "")
+        files = file_hash(file) if self.data_files and file.is_file() else self.data_files
+        fields = "+".join(self.fields)
+        parts = (self.dataset, self.subset, self.split, self.revision, fields, files)
         return " ".join(str(part) for part in parts if part)
 
     def documents(self) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from come.files import file_hash
 from come.text.base import TEXT, TextSource
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -39,8 +39,7 @@ class TextFile(TextSource):
     def identity(self) -> str:
         """Hash of the file's content."""
         self.check()
-        with open(self.path, "rb") as file:
-            return f"file {hashlib.file_digest(file, 'sha256').hexdigest()[:16]} {self.field}"
+        return f"file {file_hash(self.path)} {self.field}"
 
     def check(self) -> None:
         """Raises ValueError for a missing or empty file, or one of an unknown kind."""
@@ -63,7 +62,7 @@ class TextFile(TextSource):
                 with open(self.path, encoding="utf-8") as file:
                     for line in file:
                         if line.strip():
-                            yield str(json.loads(line)[self.field])
+                            yield str(json.loads(line)[self.field] or "")
             else:
                 yield from self._parquet()
         except KeyError as error:
@@ -85,4 +84,4 @@ class TextFile(TextSource):
         if self.field not in names:
             raise KeyError(self.field)
         for batch in table.iter_batches(columns=[self.field]):
-            yield from (str(text) for text in batch.column(0).to_pylist())
+            yield from (str(text) for text in batch.column(0).to_pylist() if text)

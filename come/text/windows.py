@@ -49,7 +49,7 @@ class TokenWindows:
 
 
 def corpus_text(source: TextSource, max_chars: int | None = None) -> str:
-    """The documents of a source joined by blank lines, at most about `max_chars` characters.
+    """The documents of a source joined by blank lines, cut at a line end behind `max_chars`.
 
     Raises:
         ValueError: the source cannot be read or holds no text.
@@ -62,6 +62,9 @@ def corpus_text(source: TextSource, max_chars: int | None = None) -> str:
         if max_chars is not None and length >= max_chars:
             break
     text = "\n\n".join(documents)
+    if max_chars is not None and len(text) > max_chars:
+        end = text.find("\n", max_chars)
+        text = text[: end + 1] if end >= 0 else text
     if not text.strip():
         raise ValueError(f"{source.name} ({source.identity}) holds no text")
     return text

@@ -41,7 +41,7 @@ class WandB:
         config: Mapping[str, Any],
     ) -> None:
         assert mode in MODES
-        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
+        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # offline artifacts stay with the run
         self.run = wandb.init(
             dir=str(folder),
             id=run_id,
