@@ -27,8 +27,8 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
 
     The scale becomes ones. A LayerNorm's bias `b` moves too, and becomes zero, where every row
     that reads the norm has a bias `c` to take it; otherwise it becomes `b / g`, and a norm whose
-    scale has zeros stays as it is (what stays is averaged by the merge). Exact up to rounding to the storage dtype. Norms behind a
-    projection (Qwen3's q and k norms) cannot be folded.
+    scale has zeros stays as it is (what stays is averaged by the merge). Exact up to rounding to
+    the storage dtype. Norms behind a projection (Qwen3's q and k norms) cannot be folded.
 
     Args:
         state: all tensors of one layer; not changed.
