@@ -219,6 +219,23 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
+EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
+    "smoke": ["merge.target_layers=22"],
+    "choices": ["merge.save_at=[22,21]"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml")))
+def test_every_experiment_runs(command, text_file, tmp_path, name):
+    paths = [f"calibration.path={text_file}"] if name == "choices" else []
+    folder = tmp_path / "out"
+    code, _, errors = finish(
+        command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
+    )
+    assert code == 0, errors
+    assert (folder / "result.json").is_file()
+
+
 def test_self_generated_calibration_needs_no_text(command, tmp_path):
     folder = tmp_path / "out"
     code, _, errors = finish(
