@@ -47,7 +47,8 @@ def commands():
 
 @pytest.mark.parametrize("overrides", list(commands()), ids=" ".join)
 def test_commands_compose(overrides):
-    settings(*(o.replace("merge.m=2,3", "merge.m=2") for o in overrides))
+    """The first job of a sweep stands for all."""
+    settings(*(o if "[" in o else o.split(",")[0] for o in overrides))
 
 
 def test_every_registered_part_is_in_the_table():
