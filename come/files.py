@@ -38,6 +38,12 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path, mark: str) -> None:
+    """Raises ValueError if `path` holds anything but a folder with the file `mark` in it."""
+    if path.exists() and not (path / mark).is_file() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} is there and was not made by this project; choose another folder")
+
+
 @contextmanager
 def new_folder(path: Path, mark: str) -> Iterator[Path]:
     """Gives a folder to fill that takes the name `path` when the block ends without an error.
@@ -53,8 +59,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
         ValueError: `path` holds something that is not ours to replace.
     """
     path = Path(path)
-    if path.exists() and not (path / mark).is_file() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and was not made by this project; choose another folder")
+    check_replaceable(path, mark)
     partial = path.with_name(path.name + PARTIAL)
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

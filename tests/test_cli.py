@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -250,6 +251,18 @@ def test_self_generated_calibration_needs_no_text(command, tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert result["calibration"]["source"].startswith("self_generated")
     assert result["depths"][1]["perplexity"] is None
+
+
+def test_the_base_model_is_never_overwritten(command, pico_folder, tmp_path):
+    shutil.copytree(pico_folder, tmp_path / "run" / "model")
+    for model, message in (
+        (tmp_path / "run" / "model", "is where the result would be written"),
+        (pico_folder, "was not made by this project"),
+    ):
+        code, _, errors = finish(command(f"hydra.run.dir={tmp_path / 'run'}", model=model))
+        assert code == 1
+        assert message in errors
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

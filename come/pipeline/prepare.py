@@ -8,8 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from come.files import check_replaceable
 from come.job import check_folder
 from come.merging.plan import Plan
+from come.merging.saving import PLAN
 from come.merging.schedule import check_target, layers_for_sparsity, smallest_depth
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
@@ -87,6 +89,13 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
     check_folder(folder, needed)
+    for name in ("model", *(f"model-{depth}" for depth in merge.save_at)):
+        if (folder / name).resolve() == checkpoint.resolve():
+            raise ValueError(
+                f"model.path={source.path} is where the result would be written; "
+                "choose another hydra.run.dir"
+            )
+        check_replaceable(folder / name, PLAN)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
     calibration, held_out = None, None
