@@ -89,13 +89,13 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
     check_folder(folder, needed)
-    for name in ("model", *(f"model-{depth}" for depth in merge.save_at)):
-        if (folder / name).resolve() == checkpoint.resolve():
+    for output in ("model", *(f"model-{depth}" for depth in merge.save_at)):
+        if (folder / output).resolve() == checkpoint.resolve():
             raise ValueError(
                 f"model.path={source.path} is where the result would be written; "
                 "choose another hydra.run.dir"
             )
-        check_replaceable(folder / name, PLAN)
+        check_replaceable(folder / output, PLAN)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
     calibration, held_out = None, None
