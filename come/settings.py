@@ -93,7 +93,7 @@ class CalibrationSettings(TextSettings):
     seq_len: int = 256
     seed: int = 0
     temperature: float = 1.0
-    batch_size: int = 8
+    batch_size: int = 4
     store: str = "memory"
 
     def check(self) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=21)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--store", default="memory")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()

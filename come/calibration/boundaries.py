@@ -38,6 +38,10 @@ class BoundaryStore(ABC):
     @abstractmethod
     def _allocate(self, index: int) -> Float[Tensor, "windows seq hidden"]: ...
 
+    def trim(self, count: int) -> None:
+        """Frees all slots but the first `count`."""
+        del self._slots[count:]
+
     def close(self) -> None:
         """Frees all slots."""
         self._slots.clear()

@@ -54,7 +54,7 @@ class LayerStream:
         adapter: ModelAdapter,
         windows: Int[Tensor, "windows seq"],
         *,
-        batch_size: int = 8,
+        batch_size: int = 4,
         store: str = "memory",
         folder: Path | None = None,
         progress: bool = True,
@@ -142,6 +142,7 @@ class LayerStream:
         for kwargs in self._kwargs.values():
             del kwargs[first + 1 : last + 1]
             assert len(kwargs) == self.num_layers
+        self._store.trim(self.num_layers + 1)
         self._valid = first
 
     @property

@@ -111,7 +111,7 @@ def compress(
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
     on_first_layer: Callable[[float], None] | None = None,
-    batch_size: int = 8,
+    batch_size: int = 4,
     store: str = "memory",
     folder: Path | None = None,
     progress: bool = True,
