@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 
 from come.evaluation.perplexity import perplexity
 from come.merging.apply import apply
-from come.merging.compress import Recipe, compress
+from come.merging.compress import compress
 from come.merging.plan import Plan
+from come.merging.recipe import Recipe
 from come.merging.saving import save_model
 from come.models.loading import load_model
 from come.text.pydocs import PyDocs

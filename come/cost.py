@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from come.merging.schedule import depths
+from come.merging.reach import depths
+from come.merging.recipe import Recipe
 from come.models.loading import ModelShape
 
 
@@ -20,6 +21,7 @@ class Cost:
         weight_bytes: the model's weights.
         boundary_bytes: hidden states at every boundary.
         store: where those are kept.
+        extra: settings whose trials or gradients run passes of their own on top.
     """
 
     tokens: int
@@ -29,14 +31,16 @@ class Cost:
     weight_bytes: int
     boundary_bytes: int
     store: str
+    extra: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """What to tell before the start."""
+        extra = f"; the passes of {', '.join(self.extra)} come on top" if self.extra else ""
         places = "main memory" if self.store == "memory" else "memory-mapped files"
         return [
             f"cost: {self.tokens} calibration tokens, {self.least} to {self.most} layer passes "
             f"({self.least / self.num_layers:.1f} to {self.most / self.num_layers:.1f} forward "
-            "passes of the decoder)",
+            f"passes of the decoder){extra}",
             f"memory: weights {megabytes(self.weight_bytes)}, boundary states "
             f"{megabytes(self.boundary_bytes)} in {places}",
         ]
@@ -44,17 +48,30 @@ class Cost:
     def estimate(self, first_layer_seconds: float) -> str:
         """What to tell after the first layer's pass."""
         least, most = (duration(first_layer_seconds * n) for n in (self.least, self.most))
+        more = ", and more for what comes on top" if self.extra else ""
         return (
             f"time: the first layer took {first_layer_seconds:.1f} s, so {least} to {most} in all"
+            f"{more}"
         )
 
 
 def compression_cost(
-    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, m: int, store: str
+    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, recipe: Recipe, store: str
 ) -> Cost:
-    """The cost of merging a model of `shape` down to `target` layers in groups of `m`."""
+    """The cost of merging a model of `shape` down to `target` layers."""
     layers = shape.num_layers
-    passed = depths(layers, target, m)
+    _, metric, selection, retention, schedule = recipe.parts()
+    passed = [target]
+    if recipe.groups:
+        passed = passed * len(recipe.groups)
+    elif schedule.remeasures:
+        passed = depths(layers, target, recipe.rules(layers, target).m)
+    extra = {
+        f"merge.selection={recipe.selection}": not selection.local,
+        f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),
+        f"merge.retention={recipe.retention}": retention.trials,
+        f"merge.schedule={recipe.schedule}": schedule.trials,
+    }
     tokens = num_samples * seq_len
     state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(
@@ -65,6 +82,7 @@ def compression_cost(
         weight_bytes=shape.weight_bytes,
         boundary_bytes=state * (layers + 1),
         store=store,
+        extra=[name for name, costs in extra.items() if costs],
     )
 
 

@@ -26,11 +26,16 @@ def file_hash(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` in one step: a reader sees the old file or the whole new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` in one step: a reader sees the old file or the whole new one."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # jobs may share a cache
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

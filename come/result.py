@@ -62,7 +62,7 @@ class CompressionResult(TypedDict):
     peak_bytes: peak resident memory above the level before the model was loaded, last session.
     weight_bytes: bytes of the dense model's weights.
     boundary_bytes: bytes of all boundary states.
-    layer_passes: passes of all windows over one layer, of the groups that were chosen.
+    layer_passes: passes of all windows over one layer, trials included; 0 where a plan was applied.
     resumed_at: merges that an earlier session had finished; 0 without interruption.
     """
 
@@ -70,7 +70,7 @@ class CompressionResult(TypedDict):
     peak_bytes: int
     weight_bytes: int
     boundary_bytes: int
-    layer_passes: int
+    layer_passes: float
     resumed_at: int
 
 

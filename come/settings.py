@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from come.calibration.boundaries import check_store
-from come.merging.compress import Recipe
+from come.merging.recipe import Recipe
 from come.models.loading import check_dtype, choose_device
 from come.text.base import TEXT, TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
@@ -122,7 +122,7 @@ class CalibrationSettings(TextSettings):
 
 @dataclass
 class MergeSettings:
-    """`merge`: the method (see `come.merging.compress.Recipe`) and where it stops.
+    """`merge`: the method (see `come.merging.recipe.Recipe`) and where it stops.
 
     Attributes:
         name: label of the recipe.
@@ -137,11 +137,15 @@ class MergeSettings:
     sensitivity: str = "come"
     selection: str = "sbi"
     retention: str = "bi_power"
+    schedule: str = "progressive"
     m: int = 2
     p: float = 1.0
     tokens: str = "last"
     norms: str = "mean"
     allow_remerge: bool = False
+    protect_first: int = 0
+    protect_last: int = 0
+    groups: list[list[int]] = field(default_factory=list)
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     target_layers: Optional[int] = None
@@ -168,6 +172,12 @@ class MergeSettings:
                 f"both merge.target_layers={self.target_layers} and merge.sparsity="
                 f"{self.sparsity} are given; leave one of them out"
             )
+        for key in ("target_layers", "sparsity"):
+            if self.groups and getattr(self, key) is not None:
+                raise ValueError(
+                    f"both merge.groups and merge.{key}={getattr(self, key)} are given; the groups "
+                    "say how many layers are left"
+                )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(
                 f"merge.sparsity={self.sparsity}: the share of parameters to remove lies between "

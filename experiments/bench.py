@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from come.memory import PeakMemory
-from come.merging.compress import Recipe, compress
-from come.merging.schedule import layer_passes
+from come.merging.compress import compress
+from come.merging.reach import layer_passes
+from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights

@@ -7,13 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from come.merging.apply import apply
-from come.merging.compress import Recipe, compress
+from come.merging.compress import compress
 from come.merging.plan import Plan
+from come.merging.recipe import Recipe
 from come.merging.saving import check_cache
 from come.models.adapter import ModelAdapter
-from come.operators.base import OPERATORS
 from come.report.figures import puzzle_pieces
-from come.sensitivity.base import SENSITIVITY
 from tests.conftest import LAYERS, pico
 
 
@@ -25,10 +24,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("operator", OPERATORS.names())
-@pytest.mark.parametrize("sensitivity", SENSITIVITY.names())
+@pytest.mark.parametrize("operator", ["concat", "average"])
+@pytest.mark.parametrize("sensitivity", ["come", "random"])
 @pytest.mark.parametrize("norms", ["mean", "fold"])
-def test_every_method_on_every_family(family, operator, sensitivity, norms, windows, tmp_path):
+def test_merging_on_every_family(family, operator, sensitivity, norms, windows, tmp_path):
     model = pico(family)
     recipe = Recipe(operator=operator, sensitivity=sensitivity, norms=norms)
     plan = compress(model, windows, recipe, target_layers=LAYERS - 2, progress=False)
@@ -154,7 +153,7 @@ def test_puzzle_pieces_add_up(windows):
         ({"norms": "max"}, "merge.norms='max': allowed are mean, fold"),
         ({"tokens": "first"}, "merge.tokens='first': allowed are all, last"),
         ({"sensitivity": "kome"}, r"merge.sensitivity='kome': unknown .* did you mean 'come'\?"),
-        ({"operator": "avg"}, "merge.operator='avg'.*Available: average, concat"),
+        ({"operator": "avg"}, "merge.operator='avg'.*Available: average, concat, drop"),
         ({"options": {"alpha": 1}}, "merge.options.alpha: no chosen part has this setting"),
     ],
 )

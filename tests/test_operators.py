@@ -5,13 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from come.calibration.group import Group
 from come.calibration.statistics import LayerStatistics
+from come.calibration.stream import LayerStream
 from come.merging.norms import fold_norms
-from come.merging.units import allocate_units, top_units
 from come.models.adapter import UNITS, ModelAdapter
 from come.operators.average import Average
 from come.operators.concat import Concat
 from come.retention.bi_power import BIPower
+from come.retention.units import allocate_units, top_units
 from tests.conftest import pico
 
 ALL = {"kv_group": 0, "channel": 0}
@@ -111,13 +113,16 @@ def test_ties_go_to_the_lower_index():
     assert top_units(scores, 0) == []
 
 
-def stats(bi):
-    return LayerStatistics(bi, {})
+def group(*influences):
+    stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
+    statistics = [LayerStatistics(bi, {}) for bi in influences]
+    spans = [[i] for i in range(len(influences))]
+    return Group(stream, 0, len(influences) - 1, spans, statistics, lambda split: {})
 
 
 def test_bi_power_edges():
-    assert BIPower(0.0).shares([stats(0.1), stats(0.9)]) == [0.5, 0.5]
-    assert BIPower(1.0).shares([stats(0.0), stats(0.0)]) == [0.5, 0.5]
-    assert BIPower(400.0).shares([stats(0.001), stats(0.002)])[1] == pytest.approx(1)
+    assert BIPower(0.0).shares(group(0.1, 0.9)) == [0.5, 0.5]
+    assert BIPower(1.0).shares(group(0.0, 0.0)) == [0.5, 0.5]
+    assert BIPower(400.0).shares(group(0.001, 0.002))[1] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"merge.p=-1.0: the skewness exponent"):
         BIPower(-1.0)

@@ -1,13 +1,17 @@
 """Statistics, decisions and merged weights against the plain float64 computation."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+from come.calibration.group import Group
+from come.calibration.sensitivities import unit_scores
 from come.calibration.statistics import StatisticsCollector
 from come.calibration.stream import LayerStream
-from come.merging.compress import Recipe, choose_units, compress
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.retention.bi_power import BIPower
 from come.selection.sbi import SBI
@@ -21,27 +25,32 @@ def test_statistics_and_decisions(family, windows, tokens):
     model = pico(family)
     reference = Reference(model, windows)
     adapter = ModelAdapter(model)
-    collector = StatisticsCollector(adapter, Come(), tokens)
+    collector = StatisticsCollector(adapter, Come.moments, tokens)
     with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
         stream.embed()
         stream.advance(0, LAYERS - 1, collector)
         found = collector.found
         for index in range(LAYERS):
             assert found[index].bi == pytest.approx(reference.bi(index, tokens), rel=1e-4)
+            scores = unit_scores(stream, Come(), [found[index]], [[index]], index)
             for unit in ("kv_group", "channel"):
                 expected = torch.tensor(reference.sensitivity(index, unit), dtype=torch.float64)
-                torch.testing.assert_close(found[index].scores[unit], expected, rtol=1e-4, atol=0)
+                torch.testing.assert_close(scores[unit][0], expected, rtol=1e-4, atol=0)
         for first, last in [(0, 1), (2, 4), (1, 5)]:
             expected = reference.sbi(first, last, tokens)
             assert SBI(tokens).score(stream, first, last) == pytest.approx(expected, rel=1e-4)
     for first, last in [(0, 1), (2, 4)]:
-        group = [found[i] for i in range(first, last + 1)]
+        statistics = [found[i] for i in range(first, last + 1)]
+        spans = [[i] for i in range(first, last + 1)]
+        scores = unit_scores(stream, Come(), statistics, spans, first)
+        group = Group(
+            stream, first, last, spans, statistics, lambda split: {}, partial(dict, scores)
+        )
         for p in (0.0, 1.0, 3.0):
-            shares = BIPower(p).shares(group)
-            assert shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)
-            kept = choose_units(group, shares)
+            split = BIPower(p).split(group)
+            assert split.shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)
             for unit in ("kv_group", "channel"):
-                assert kept[unit] == reference.kept(first, last, unit, p, tokens)
+                assert split.kept[unit] == reference.kept(first, last, unit, p, tokens)
 
 
 @pytest.mark.parametrize("norms", ["mean", "fold"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from come.calibration.stream import LayerStream
-from come.merging.compress import Recipe, compress
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
 from tests.reference import Reference
@@ -23,7 +24,7 @@ def test_boundaries_are_the_hidden_states(family, windows, store, tmp_path):
         for index in range(LAYERS + 1):
             found = torch.cat([after for _, after in stream.pairs(0, index)])
             torch.testing.assert_close(found.double(), reference.h[index], rtol=1e-4, atol=1e-5)
-        logits = stream.adapter.logits(found)
+        logits = stream.adapter.head(stream.adapter.final_norm(found))
     torch.testing.assert_close(logits, model(windows).logits, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.iterdir())  # the disk store cleans up after itself
 

@@ -1,8 +1,8 @@
-"""Streaming statistics of one layer: block influence and unit scores."""
+"""Streaming statistics of one layer: block influence and moments of its maps' inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,22 +13,6 @@ from torch import Tensor, nn
 from come.calibration.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.calibration.stream import Update
 from come.models.adapter import UNITS, ModelAdapter, Unit
-from come.models.surgery import Span
-from come.sensitivity.base import MapStatistics, SensitivityMetric
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration says of one layer.
-
-    Attributes:
-        bi: block influence, mean_tokens(1 - clamp(cos(input, output), 0, 1)), in [0, 1].
-        scores: sensitivity of every unit, by kind, [units] float64: of an FFN channel its own,
-            of a KV group the mean over the head outputs of its query heads.
-    """
-
-    bi: float
-    scores: dict[Unit, Float[Tensor, " units"]]
 
 
 class InputMoments:
@@ -57,32 +41,41 @@ class InputMoments:
         return self.sums[kind] / self.tokens if kind in self.sums else None
 
 
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one pass of the calibration windows says of one layer.
+
+    Attributes:
+        bi: block influence, mean_tokens(1 - clamp(cos(input, output), 0, 1)), in [0, 1].
+        moments: of the inputs of the two output maps, by kind of unit.
+    """
+
+    bi: float
+    moments: dict[Unit, InputMoments]
+
+
 class StatisticsCollector:
     """Layer observer that gathers `LayerStatistics` in one pass.
 
     Args:
         adapter: the model.
-        metric: the channel metric.
+        kinds: which of "abs", "square", "mean" of the output maps' inputs to keep.
         tokens: which tokens count for BI, "all" or "last" of each window.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, metric: SensitivityMetric, tokens: TOKENS = "all"
+        self, adapter: ModelAdapter, kinds: Sequence[str] = (), tokens: TOKENS = "all"
     ) -> None:
         self.adapter = adapter
-        self.metric = metric
+        self.kinds = kinds
         self.tokens = tokens
-        self.spans: list[Span] = []
         self.found: dict[int, LayerStatistics] = {}
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Update]:
         """Watches the inputs of layer `index`'s two output maps and its block influence."""
         maps = {unit: self.adapter.output_map(index, unit) for unit in UNITS}
-        moments = {
-            unit: InputMoments(self.metric.moments, linear.in_features)
-            for unit, linear in maps.items()
-        }
+        moments = {unit: InputMoments(self.kinds, maps[unit].in_features) for unit in UNITS}
         influence, count = 0.0, 0
 
         def update(before: Tensor, after: Tensor) -> None:
@@ -94,40 +87,21 @@ class StatisticsCollector:
             count += cosine.numel()
 
         with ExitStack() as hooks:
-            for unit, linear in maps.items():
-                hooks.enter_context(_watch(linear, moments[unit]))
+            if self.kinds:
+                for unit, linear in maps.items():
+                    hooks.enter_context(watch_inputs(linear, moments[unit].update))
             yield update
-        scores = {
-            unit: self._unit_scores(index, unit, linear, moments[unit])
-            for unit, linear in maps.items()
-        }
-        self.found[index] = LayerStatistics(influence / count, scores)
-
-    def _unit_scores(
-        self, index: int, unit: Unit, linear: nn.Linear, moments: InputMoments
-    ) -> Float[Tensor, " units"]:
-        span = self.spans[index] if self.spans else [index]
-        columns = self.metric.score(
-            MapStatistics(
-                weight=linear.weight.detach(),
-                tokens=moments.tokens,
-                key=f"{span[0]}-{span[-1]}/{unit}",
-                abs_mean=moments.mean("abs"),
-                square_mean=moments.mean("square"),
-                mean=moments.mean("mean"),
-            )
-        )
-        return columns.cpu().view(-1, self.adapter.columns_per_unit(unit)).mean(dim=1)
+        self.found[index] = LayerStatistics(influence / count, moments)
 
 
 @contextmanager
-def _watch(linear: nn.Linear, moments: InputMoments) -> Iterator[None]:
-    """Adds every input of `linear` to `moments` while open."""
+def watch_inputs(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Calls `see` with every input of `module` while open."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments.update(inputs[0])
+        see(inputs[0])
 
-    handle = linear.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
         yield
     finally:

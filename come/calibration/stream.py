@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -10,13 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from come.calibration.boundaries import make_store
 from come.models.adapter import ModelAdapter
+from come.models.loss import window_nll
 
 Update = Callable[[Tensor, Tensor], None]
+Route = Sequence[tuple[int, nn.Module]]
+"""Layers to pass in turn: each with the index whose mask and positions it is given."""
 
 
 @runtime_checkable
@@ -61,6 +64,7 @@ class LayerStream:
     ) -> None:
         self.adapter = adapter
         self.windows = windows
+        self.store = store
         self.progress = progress
         self._batches = [
             slice(start, min(start + batch_size, len(windows)))
@@ -69,6 +73,7 @@ class LayerStream:
         shape = (*windows.shape, adapter.config.hidden_size)
         self._store = make_store(store, shape, adapter.model.dtype, folder)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._passed = 0  # windows times layers
         self._valid = -1  # the last boundary that belongs to the model as it is
 
     def __enter__(self) -> LayerStream:
@@ -91,6 +96,16 @@ class LayerStream:
     def tokens(self) -> int:
         """Tokens of all windows together."""
         return self.windows.numel()
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that the loss is a mean over: all but the first of each window."""
+        return len(self.windows) * (self.windows.shape[1] - 1)
+
+    @property
+    def layer_passes(self) -> float:
+        """Passes of all windows over one layer so far; backward passes are not counted."""
+        return self._passed / len(self.windows)
 
     def embed(self) -> None:
         """Computes boundary 0, and asks the model for every layer's keyword arguments."""
@@ -118,8 +133,9 @@ class LayerStream:
                     for rows in self._batches:
                         before = self._store[index][rows].to(self.adapter.device)
                         after = self.adapter.layers[index](
-                            before, **self._kwargs[len(before)][index]
+                            before, **self.keywords(len(before), index)
                         )
+                        self._passed += len(before)
                         self._store[index + 1][rows] = after
                         update(before, after)
                         bar.update()
@@ -133,6 +149,59 @@ class LayerStream:
         device = self.adapter.device
         for rows in self._batches:
             yield self._store[start][rows].to(device), self._store[stop][rows].to(device)
+
+    def keywords(self, batch: int, index: int) -> dict[str, Any]:
+        """Keyword arguments of layer `index` for a batch of `batch` windows."""
+        return self._kwargs[batch][index]
+
+    def beside(self) -> LayerStream:
+        """A second stream of the same windows and model, with boundaries of its own."""
+        return LayerStream(
+            self.adapter,
+            self.windows,
+            batch_size=self._batches[0].stop,
+            store=self.store,
+            progress=self.progress,
+        )
+
+    def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
+        """The model's own layers first..last, to be passed by `through`; may be empty."""
+        return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]
+
+    @torch.no_grad()
+    def through(
+        self, start: int, route: Route
+    ) -> Iterator[tuple[slice, Float[Tensor, "batch seq hidden"]]]:
+        """Boundary `start` sent through any layers, batch by batch; nothing is kept.
+
+        This is how a candidate is tried: with layers left out, or with a layer that is not in
+        the model, from the last boundary that it shares with the model.
+
+        Yields:
+            The rows of the batch and the states behind the last layer of the route.
+        """
+        assert 0 <= start <= self._valid
+        for rows in self._batches:
+            states = self._store[start][rows].to(self.adapter.device)
+            for index, layer in route:
+                states = layer(states, **self.keywords(len(states), index))
+                self._passed += len(states)
+            yield rows, states
+
+    def loss(self, start: int, route: Route) -> float:
+        """Mean cross-entropy, nats a predicted token, if boundary `start` takes `route` to the end.
+
+        Args:
+            start: a boundary that is there.
+            route: the layers between it and the final norm.
+        """
+        total = 0.0
+        for rows, states in self.through(start, route):
+            ids = self.windows[rows].to(states.device)
+            with torch.no_grad():
+                normed = self.adapter.final_norm(states)
+                total += window_nll(self.adapter.head, normed, ids).sum().item()
+        return total / self.predicted
 
     def merged(self, first: int, last: int) -> None:
         """Takes note that layers first..last became one layer at `first`.

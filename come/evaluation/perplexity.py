@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from come.models.adapter import ModelAdapter
+from come.models.loss import window_nll
 
 CONFIDENCE = 0.95
 
@@ -87,15 +88,8 @@ def perplexity(
     ) as bar:
         for batch in windows.split(max(1, batch_tokens // seq)):
             ids = batch.to(device)
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            for window, targets in zip(states, ids[:, 1:], strict=True):
-                total = 0.0
-                for block, wanted in zip(window.split(512), targets.split(512), strict=True):
-                    logits = head(block).float()
-                    total += torch.nn.functional.cross_entropy(
-                        logits, wanted, reduction="sum"
-                    ).item()
-                nll.append(total / (seq - 1))
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            nll += (window_nll(head, states, ids) / (seq - 1)).tolist()
             bar.update(len(batch))
     return Perplexity(tuple(nll), windows.numel(), len(windows) * (seq - 1))
 

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 from come.merging.norms import check_norms, fold_norms
 from come.merging.plan import MergeStep, Plan
-from come.models.adapter import ModelAdapter
-from come.operators.base import OPERATORS, MergeOperator
+from come.models.adapter import LayerState, ModelAdapter
+from come.operators.base import OPERATORS, KeptUnits, MergeOperator
+
+
+@torch.no_grad()
+def merged_state(
+    adapter: ModelAdapter,
+    layers: Sequence[int],
+    operator: MergeOperator,
+    norms: str,
+    shares: Sequence[float],
+    kept: KeptUnits,
+) -> LayerState:
+    """The tensors of the layer that `layers` of the model become; the model is not changed."""
+    states = [adapter.layer_state(index) for index in layers]
+    if check_norms(norms) == "fold":
+        states = [fold_norms(state, adapter.roles) for state in states]
+    return operator.merge(states, adapter.roles, shares, kept)
 
 
 @torch.no_grad()
 def apply_step(adapter: ModelAdapter, step: MergeStep, operator: MergeOperator, norms: str) -> None:
     """Merges one group of the model in place, as `step` says."""
-    layers = [adapter.layer_state(i) for i in range(step.first, step.last + 1)]
-    if check_norms(norms) == "fold":
-        layers = [fold_norms(layer, adapter.roles) for layer in layers]
-    merged = operator.merge(layers, adapter.roles, step.shares, step.kept)
-    adapter.replace(step.first, step.last, merged)
+    layers = range(step.first, step.last + 1)
+    merged = merged_state(adapter, layers, operator, norms, step.shares, step.kept)
+    adapter.replace(step.first, step.last, merged | step.solved.tensors)
+    if step.output_scale != 1:
+        for index in range(step.first + 1, adapter.num_layers):
+            adapter.scale_outputs(index, step.output_scale)
 
 
 def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:

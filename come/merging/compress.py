@@ -1,94 +1,29 @@
-"""The progressive loop: measure, choose a group, merge it, measure again what lies behind."""
+"""The loop of a compression: measure, choose a group, merge it, measure again what lies behind."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from come.calibration.group import Group, Split
 from come.calibration.influence import check_tokens
+from come.calibration.sensitivities import unit_scores
 from come.calibration.statistics import LayerStatistics, StatisticsCollector
 from come.calibration.stream import LayerStream
-from come.merging.apply import apply, apply_step
-from come.merging.norms import check_norms
-from come.merging.plan import BaseModel, GroupCandidate, MergeStep, Plan
-from come.merging.schedule import check_target, eligible_groups
-from come.merging.units import allocate_units, top_units
-from come.models.adapter import UNITS, ModelAdapter, Unit
-from come.operators.base import OPERATORS, MergeOperator
-from come.retention.base import RETENTION, RetentionRule
-from come.selection.base import SELECTION, GroupScore
-from come.sensitivity.base import SENSITIVITY, SensitivityMetric
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A merging method: four registry names and their settings. The default is CoMe's.
-
-    Attributes:
-        operator: how a group becomes one layer.
-        sensitivity: how channels are scored.
-        selection: how groups are scored.
-        retention: how much each layer keeps.
-        m: layers of a group.
-        p: skewness exponent of the retention shares.
-        tokens: which tokens count for BI and SBI, "all" or "last" of each window.
-        norms: "mean", or "fold" to keep every row's own norm scale.
-        allow_remerge: whether a merged layer may be merged again.
-        seed: of random choices.
-        options: further constructor settings of the registered parts.
-
-    Raises:
-        ValueError: an unknown name, m < 2, or a setting that no part knows or that is out of range.
-    """
-
-    operator: str = "concat"
-    sensitivity: str = "come"
-    selection: str = "sbi"
-    retention: str = "bi_power"
-    m: int = 2
-    p: float = 1.0
-    tokens: str = "last"
-    norms: str = "mean"
-    allow_remerge: bool = False
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.m < 2:
-            raise ValueError(f"merge.m={self.m}: a group has at least 2 layers")
-        check_norms(self.norms)
-        check_tokens(self.tokens)
-        known = {
-            *OPERATORS.options(self.operator),
-            *SENSITIVITY.options(self.sensitivity),
-            *SELECTION.options(self.selection),
-            *RETENTION.options(self.retention),
-        }
-        for option in self.options:
-            if option not in known:
-                raise ValueError(
-                    f"merge.options.{option}: no chosen part has this setting; known are "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
-        self.build()
-
-    def build(self) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule]:
-        """The four parts, made from the settings."""
-        settings = {"p": self.p, "tokens": self.tokens, "seed": self.seed, **self.options}
-        return (
-            OPERATORS.create(self.operator, settings),
-            SENSITIVITY.create(self.sensitivity, settings),
-            SELECTION.create(self.selection, settings),
-            RETENTION.create(self.retention, settings),
-        )
+from come.merging.apply import apply, apply_step, merged_state
+from come.merging.plan import BaseModel, MergeStep, Plan, SolvedTensors
+from come.merging.reach import check_target
+from come.merging.recipe import Recipe
+from come.merging.schedules.base import SCHEDULES, Search
+from come.models.adapter import LayerState, ModelAdapter
 
 
 def base_model(adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> BaseModel:
@@ -118,9 +53,9 @@ def compress(
 ) -> Plan:
     """Merges groups of layers, in place, until the model has `target_layers` layers.
 
-    Source: arXiv 2510.15304, the progressive strategy. Statistics are measured again after every
-    merge, on the model as it then is, for the merged layer and all behind it; nothing in front
-    of it can have changed.
+    Source: arXiv 2510.15304, the progressive strategy. By that schedule statistics are measured
+    again after every merge, on the model as it then is, for the merged layer and all behind it;
+    nothing in front of it can have changed.
 
     Args:
         model: the dense model, changed in place (also by an interrupted call).
@@ -144,9 +79,11 @@ def compress(
             hidden states that are not finite.
     """
     recipe = recipe or Recipe()
-    operator, metric, selection, retention = recipe.build()
     adapter = ModelAdapter(model)
-    check_target(adapter.num_layers, target_layers, recipe.m, recipe.allow_remerge)
+    schedule = SCHEDULES.get(recipe.schedule_name)
+    if not recipe.groups:
+        rules = recipe.rules(adapter.num_layers, target_layers)
+        check_target(adapter.num_layers, target_layers, rules)
     if plan is None:
         plan = Plan(
             base_model(adapter),
@@ -154,76 +91,161 @@ def compress(
             recipe.norms,
             provenance={"recipe": asdict(recipe)},
         )
+    if schedule.restarts:
+        plan = replace(plan, steps=[])
     apply(plan, model)
-
-    collector = StatisticsCollector(adapter, metric, check_tokens(recipe.tokens))
-    statistics: list[LayerStatistics] = []
-    scores: dict[tuple[int, int], float] = {}
-    start = 0
+    spent = float(plan.provenance.get("layer_passes", 0.0))
     stream = LayerStream(
         adapter, windows, batch_size=batch_size, store=store, folder=folder, progress=progress
     )
     with stream:
-        while adapter.num_layers > target_layers:
-            collector.spans = plan.history
-            if not statistics:
-                stream.embed()
-                began = time.perf_counter()
-                stream.advance(0, 0, collector)
-                if on_first_layer:
-                    on_first_layer(time.perf_counter() - began)
-                stream.advance(1, adapter.num_layers - 1, collector)
-            else:
-                stream.advance(start, adapter.num_layers - 1, collector)
-            statistics[start:] = [collector.found[i] for i in range(start, adapter.num_layers)]
-            _check_finite(statistics)
-
-            groups = eligible_groups(plan.history, target_layers, recipe.m, recipe.allow_remerge)
-            scores = {group: value for group, value in scores.items() if group[1] < start}
-            for group in groups:
-                if group not in scores:
-                    scores[group] = selection.score(stream, *group)
-            candidates = [GroupCandidate(*group, scores[group]) for group in groups]
-            best = min(candidates, key=lambda candidate: candidate.score)
-
-            group_statistics = statistics[best.first : best.last + 1]
-            shares = retention.shares(group_statistics)
-            step = MergeStep(
-                first=best.first,
-                last=best.last,
-                spans=plan.history[best.first : best.last + 1],
-                shares=shares,
-                kept=choose_units(group_statistics, shares) if operator.uses_units else {},
-                score=best.score,
-                candidates=candidates,
-                bi=[layer.bi for layer in statistics],
-            )
-            apply_step(adapter, step, operator, recipe.norms)
-            stream.merged(step.first, step.last)
-            plan = plan.with_step(step)
-            start = step.first
-            if on_step:
-                on_step(plan)
+        search = _Compression(stream, recipe, target_layers, on_first_layer)
+        steps: list[MergeStep] = []
+        merged = plan
+        while merged.num_layers > target_layers:
+            step = search.next_step(merged)
+            merged = merged.with_step(step)
+            steps.append(step)
+            if not schedule.remeasures and merged.num_layers > target_layers:
+                continue
+            for ready in steps:
+                apply_step(adapter, ready, search.operator, recipe.norms)
+                passes = spent + round(stream.layer_passes, 1)
+                plan = plan.with_step(ready, layer_passes=passes)
+                if on_step:
+                    on_step(plan)
+            steps.clear()
+            search.merged(step)
     return plan
 
 
-def choose_units(group: list[LayerStatistics], shares: list[float]) -> dict[Unit, list[list[int]]]:
-    """The kept units of every layer of a group: the most sensitive ones, as many as its share.
+class _Compression:
+    """What a compression knows between two merges."""
 
-    Args:
-        group: statistics of the group's layers, in depth order.
-        shares: rho of every layer.
+    def __init__(
+        self,
+        stream: LayerStream,
+        recipe: Recipe,
+        target: int,
+        on_first_layer: Callable[[float], None] | None,
+    ) -> None:
+        self.operator, self.metric, self.selection, self.retention, self.schedule = recipe.parts()
+        self.stream = stream
+        self.recipe = recipe
+        self.target = target
+        self.rules = recipe.rules(stream.num_layers, target)
+        self.statistics: list[LayerStatistics] = []
+        self.scores: dict[tuple[int, int], float] = {}
+        self.origins: list[int] = []
+        self.start = 0  # the first layer that has to be measured
+        self._on_first_layer = on_first_layer
+        kinds = self.metric.moments if self.operator.uses_units else ()
+        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(recipe.tokens))
 
-    Returns:
-        For each kind of unit one ascending list of indices a layer.
-    """
-    kept: dict[Unit, list[list[int]]] = {}
-    for unit in UNITS:
-        counts = allocate_units(len(group[0].scores[unit]), shares)
-        kept[unit] = [
-            top_units(layer.scores[unit], count) for layer, count in zip(group, counts, strict=True)
+    def next_step(self, plan: Plan) -> MergeStep:
+        """Measures what has to be, and decides the next merge of `plan`."""
+        if self.start < self.stream.num_layers:
+            self._measure()
+        history = plan.history
+        search = Search(
+            stream=self.stream,
+            history=history,
+            origins=self.origins,
+            target=self.target,
+            rules=self.rules,
+            score=self._score,
+            group=partial(self._group, history=history),
+            split=self._split,
+        )
+        choice = self.schedule.choose(search)
+        first, last = choice.first, choice.last
+        group = self._group(first, last, history)
+        split = self._split(group, choice.kept)
+        solution = self.operator.solve(group, split)
+        self.origins = [
+            *self.origins[:first],
+            self.origins[first + (choice.kept or 0)],
+            *self.origins[last + 1 :],
         ]
-    return kept
+        return MergeStep(
+            first=first,
+            last=last,
+            spans=[list(span) for span in group.spans],
+            shares=split.shares,
+            kept=split.kept,
+            score=choice.score,
+            candidates=choice.candidates,
+            bi=[layer.bi for layer in self.statistics],
+            solved=SolvedTensors(solution.tensors),
+            output_scale=solution.output_scale,
+        )
+
+    def merged(self, step: MergeStep) -> None:
+        """Takes note that `step` has been applied to the model."""
+        if self.schedule.remeasures:
+            self.stream.merged(step.first, step.last)
+            self.start = step.first
+
+    def _measure(self) -> None:
+        """Streams all layers whose statistics are not known."""
+        stream, last = self.stream, self.stream.num_layers - 1
+        if not self.statistics:
+            stream.embed()
+            began = time.perf_counter()
+            stream.advance(0, 0, self._collector)
+            if self._on_first_layer:
+                self._on_first_layer(time.perf_counter() - began)
+            stream.advance(1, last, self._collector)
+        else:
+            stream.advance(self.start, last, self._collector)
+        found = self._collector.found
+        self.statistics[self.start :] = [found[i] for i in range(self.start, last + 1)]
+        _check_finite(self.statistics)
+        kept = self.scores.items() if self.selection.local else ()
+        self.scores = {span: value for span, value in kept if span[1] < self.start}
+        self.selection.prepare(stream)
+        self.origins = list(range(stream.num_layers))
+        self.start = stream.num_layers
+
+    def _score(self, first: int, last: int) -> float:
+        if (first, last) not in self.scores:
+            self.scores[first, last] = self.selection.score(self.stream, first, last)
+        return self.scores[first, last]
+
+    def _group(self, first: int, last: int, history: Sequence[list[int]]) -> Group:
+        """The group of layers first..last of the plan so far, in places of the stream's model."""
+        places = self.origins[first : last + 1]
+        spans = history[first : last + 1]
+        statistics = [self.statistics[place] for place in places]
+        scores = None
+        if self.operator.uses_units:
+            scores = partial(
+                unit_scores, self.stream, self.metric, statistics, spans, first=places[0]
+            )
+        return Group(
+            stream=self.stream,
+            first=places[0],
+            last=places[-1],
+            spans=spans,
+            statistics=statistics,
+            merge=partial(self._merged_state, places),
+            scores=scores,
+        )
+
+    def _merged_state(self, places: Sequence[int], split: Split) -> LayerState:
+        return merged_state(
+            self.stream.adapter,
+            places,
+            self.operator,
+            self.recipe.norms,
+            split.shares,
+            split.kept,
+        )
+
+    def _split(self, group: Group, kept: int | None) -> Split:
+        if kept is None:
+            return self.retention.split(group)
+        return Split([float(i == kept) for i in range(len(group.statistics))])
 
 
 def _check_finite(statistics: list[LayerStatistics]) -> None:

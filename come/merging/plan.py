@@ -9,16 +9,48 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from come.files import write_text
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from come.files import write_bytes, write_text
 from come.models.adapter import Unit
 from come.models.surgery import Span
 
 FORMAT = 1
 
 
+class SolvedTensors:
+    """Named tensors, compared and recorded by the hash of their bytes.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+        }
+        self.hashes = {name: _digest(tensor) for name, tensor in self.tensors.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SolvedTensors) and self.hashes == other.hashes
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.hashes.items())))
+
+    def __repr__(self) -> str:
+        return f"SolvedTensors({self.hashes})"
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class GroupCandidate:
-    """A group that could have been merged at a step: layers first..last and its score."""
+    """A span that could have been merged, or dropped, at a step: first..last and its score."""
 
     first: int
     last: int
@@ -37,8 +69,10 @@ class MergeStep:
         kept: kept units of every layer of the group, by kind; empty where the operator has no
             use for units.
         score: the selection score of the group.
-        candidates: all groups that were eligible, with their scores.
-        bi: block influence of every layer of the model before this step.
+        candidates: all spans that were eligible, with their scores.
+        bi: block influence of every layer of the model that was measured for this step.
+        solved: tensors of the merged layer that were solved for on calibration data.
+        output_scale: factor on the output maps of all layers behind.
     """
 
     first: int
@@ -49,6 +83,8 @@ class MergeStep:
     score: float
     candidates: list[GroupCandidate]
     bi: list[float]
+    solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,14 +141,18 @@ class Plan:
     @property
     def hash(self) -> str:
         """Hash of what determines the weights: base, operator, norms and steps' decisions."""
-        decisions = [[s.first, s.last, s.shares, s.kept] for s in self.steps]
+        decisions = [
+            [s.first, s.last, s.shares, s.kept, s.solved.hashes, s.output_scale] for s in self.steps
+        ]
         base = asdict(self.base) | {"name": ""}
         text = json.dumps([FORMAT, base, self.operator, self.norms, decisions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def with_step(self, step: MergeStep) -> Plan:
-        """The plan with one more merge."""
-        return replace(self, steps=[*self.steps, step])
+    def with_step(self, step: MergeStep, **provenance: Any) -> Plan:
+        """The plan with one more merge, and what is worth knowing of it."""
+        return replace(
+            self, steps=[*self.steps, step], provenance={**self.provenance, **provenance}
+        )
 
     def truncated(self, depth: int) -> Plan:
         """The plan's first steps, down to `depth` layers.
@@ -133,8 +173,25 @@ class Plan:
         )
 
     def save(self, path: Path) -> None:
-        """Writes the plan as JSON, atomically."""
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Writes the plan as JSON, atomically; solved tensors go into safetensors beside it."""
+        tensors = {
+            f"{number}/{name}": tensor
+            for number, step in enumerate(self.steps)
+            for name, tensor in step.solved.tensors.items()
+        }
+        if tensors:
+            write_bytes(tensors_path(path), save_tensors(tensors))
+        steps = [
+            {
+                key: value
+                for key, value in asdict(replace(step, solved=SolvedTensors({}))).items()
+                if key != "solved"
+            }
+            | ({"solved": step.solved.hashes} if step.solved.hashes else {})
+            for step in self.steps
+        ]
+        data = {"format": FORMAT, **asdict(replace(self, steps=[])), "steps": steps}
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -150,12 +207,7 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"merge.plan={path}: not a plan of format {FORMAT}")
         try:
-            steps = [
-                MergeStep(
-                    **{**step, "candidates": [GroupCandidate(**c) for c in step["candidates"]]}
-                )
-                for step in data["steps"]
-            ]
+            steps = [_read_step(path, number, step) for number, step in enumerate(data["steps"])]
             return cls(
                 base=BaseModel(**data["base"]),
                 operator=data["operator"],
@@ -165,3 +217,26 @@ class Plan:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"merge.plan={path}: a field is missing or odd: {error}") from error
+
+
+def tensors_path(path: Path) -> Path:
+    """The file of a plan's solved tensors: plan.json -> refit.safetensors."""
+    return path.with_name(path.name.replace("plan", "refit", 1)).with_suffix(".safetensors")
+
+
+def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
+    """One step of a plan's JSON, with its tensors read and held against their hashes."""
+    hashes = step.get("solved", {})
+    tensors = {}
+    if hashes:
+        file = tensors_path(Path(path))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(f"{number}/{name}") for name in hashes}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"merge.plan={path} needs {file}: {error}") from error
+    solved = SolvedTensors(tensors)
+    if solved.hashes != hashes:
+        raise ValueError(f"merge.plan={path}: {tensors_path(Path(path))} belongs to another plan")
+    candidates = [GroupCandidate(**candidate) for candidate in step["candidates"]]
+    return MergeStep(**{**step, "candidates": candidates, "solved": solved})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,15 +109,23 @@ class ModelAdapter:
 
     def output_map(self, index: int, unit: Unit) -> nn.Linear:
         """The linear map of layer `index` whose input channels are the units' outputs."""
-        arch = self.architecture
-        name = arch.attention_output if unit == "kv_group" else arch.ffn_output
-        linear = self.layers[index].get_submodule(name)
+        linear = self.layers[index].get_submodule(self._output_module(unit))
         assert isinstance(linear, nn.Linear)
         return linear
 
+    def output_tensors(self, *units: Unit) -> list[str]:
+        """Names of the output maps' weights and biases, of all units unless some are named."""
+        modules = [self._output_module(unit) for unit in units or UNITS]
+        return [name for name in self.roles if name.rpartition(".")[0] in modules]
+
+    def linear_weights(self, index: int) -> list[Tensor]:
+        """The weights of all linear maps of layer `index`, [d_out, d_in] each."""
+        tensors = dict(self.layers[index].named_parameters())
+        return [tensors[name] for name in self.roles if tensors[name].dim() == 2]
+
     def columns_per_unit(self, unit: Unit) -> int:
         """Input columns of `output_map` that belong to one unit."""
-        return self.roles[self._output_weight(unit)].size
+        return self.roles[f"{self._output_module(unit)}.weight"].size
 
     @torch.no_grad()
     def layer_inputs(
@@ -138,18 +147,36 @@ class ModelAdapter:
         assert len(calls) == self.num_layers
         return calls[0][0], [kwargs for _, kwargs in calls]
 
-    def logits(self, states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """Final norm and head applied to the output of the last layer."""
-        final_norm = self.model.get_submodule(self.architecture.final_norm)
-        return self.model.get_output_embeddings()(final_norm(states))
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the head."""
+        return self.model.get_submodule(self.architecture.final_norm)
+
+    @property
+    def head(self) -> nn.Module:
+        """The map from normed hidden states to logits."""
+        return self.model.get_output_embeddings()
+
+    def scratch_layer(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+        """A layer beside the model, like layer `index` but with the tensors `state`."""
+        layer = copy.deepcopy(self.layers[index])
+        layer.load_state_dict(dict(state))
+        return layer
 
     def replace(self, first: int, last: int, state: Mapping[str, Tensor]) -> None:
         """Replaces layers first..last (inclusive) by one layer with the tensors `state`."""
         replace_layers(self.layers, self.config, first, last, state)
 
-    def _output_weight(self, unit: Unit) -> str:
+    @torch.no_grad()
+    def scale_outputs(self, index: int, factor: float) -> None:
+        """Multiplies the output maps of layer `index`, weights and biases, in place."""
+        tensors = self.layer_state(index)
+        for name in self.output_tensors():
+            tensors[name].mul_(factor)
+
+    def _output_module(self, unit: Unit) -> str:
         arch = self.architecture
-        return f"{arch.attention_output if unit == 'kv_group' else arch.ffn_output}.weight"
+        return arch.attention_output if unit == "kv_group" else arch.ffn_output
 
     def _roles(self) -> dict[str, Role]:
         """The role of every tensor of a layer.

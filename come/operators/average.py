@@ -20,7 +20,6 @@ class Average(MergeOperator):
     name = "average"
     paper = "2510.15304"
     source = "CoMe, the averaging baseline (WSLP)"
-    uses_units = False
 
     def merge(
         self,

@@ -29,6 +29,7 @@ class Concat(MergeOperator):
     name = "concat"
     paper = "2510.15304"
     source = "CoMe, channel concatenation"
+    uses_units = True
 
     def merge(
         self,

@@ -17,9 +17,8 @@ from come.job import PARTIAL_PLAN, partial_plan
 from come.memory import PeakMemory
 from come.merging.apply import apply
 from come.merging.compress import base_model, compress
-from come.merging.plan import Plan
+from come.merging.plan import MergeStep, Plan
 from come.merging.saving import check_cache, save_model
-from come.merging.schedule import layer_passes
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device
@@ -42,7 +41,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         num_samples=num_samples,
         seq_len=seq_len,
         target=job.target,
-        m=method.m,
+        recipe=method.recipe(),
         store=settings.calibration.store,
     )
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
@@ -71,12 +70,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
 
         def on_step(plan: Plan) -> None:
             step = plan.steps[-1]
-            log.info(
-                "merged layers %s into one (score %.4f): %d layers",
-                "+".join(_span(span) for span in step.spans),
-                step.score,
-                plan.num_layers,
-            )
+            log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
             if plan.num_layers in method.save_at and plan.num_layers != job.target:
                 save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
@@ -102,22 +96,45 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 store=settings.calibration.store,
                 folder=job.folder,
             )
+            if not method.recipe().nested:
+                _compress_apart(job)
         elapsed = seconds()
     _check_cache(model)
     plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
     save_model(model, job.tokenizer, job.folder / "model", plan)
     plan.save(job.folder / "plan.json")
-    steps = [(step.first, step.last) for step in plan.steps]
     compression: CompressionResult = {
         "seconds": elapsed,
         "peak_bytes": memory.peak,
         "weight_bytes": job.shape.weight_bytes,
         "boundary_bytes": cost.boundary_bytes,
-        "layer_passes": layer_passes(job.shape.num_layers, steps) if job.plan is None else 0,
+        "layer_passes": 0.0 if job.plan else float(plan.provenance["layer_passes"]),
         "resumed_at": len(earlier.steps) if earlier else 0,
     }
     trackers.log({f"compression/{key}": value for key, value in compression.items()})
     return model, plan, job, compression
+
+
+def _compress_apart(job: Job) -> None:
+    """Other depths of a method whose depths do not lie on one path, each from the dense model."""
+    settings = job.settings
+    assert job.calibration is not None
+    for depth in settings.merge.save_at:
+        folder = job.folder / f"model-{depth}"
+        if depth == job.target or folder.exists():
+            continue
+        model = job.load()
+        plan = compress(
+            model,
+            job.calibration.windows,
+            settings.merge.recipe(),
+            target_layers=depth,
+            plan=_empty_plan(job, model),
+            batch_size=settings.calibration.batch_size,
+            store=settings.calibration.store,
+            folder=job.folder,
+        )
+        save_model(model, job.tokenizer, folder, plan)
 
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
@@ -195,6 +212,15 @@ def versions() -> dict[str, str]:
         "come": come.__version__,
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def _deed(step: MergeStep) -> str:
+    """What a step did, in words."""
+    if not step.kept and 1.0 in step.shares:
+        keeper = step.shares.index(1.0)
+        gone = [_span(span) for i, span in enumerate(step.spans) if i != keeper]
+        return f"dropped {'+'.join(gone)} beside {_span(step.spans[keeper])}"
+    return f"merged layers {'+'.join(_span(span) for span in step.spans)} into one"
 
 
 def _span(span: list[int]) -> str:

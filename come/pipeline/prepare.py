@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from come.files import check_replaceable
 from come.job import check_folder
 from come.merging.plan import Plan
+from come.merging.reach import check_target, layers_for_sparsity
 from come.merging.saving import PLAN
-from come.merging.schedule import check_target, layers_for_sparsity, smallest_depth
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
@@ -76,7 +76,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             plan.truncated(depth)
     else:
         target = _target_layers(settings, shape)
-        check_target(shape.num_layers, target, merge.m, merge.allow_remerge, merge.save_at)
+        _check_reachable(settings, shape, target)
     needed = shape.weight_bytes * (1 + len(set(merge.save_at) - {target}))
     calibrating = settings.calibration
     if plan is None:
@@ -134,16 +134,44 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     )
 
 
+def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
+    """Holds the target, and the groups given by hand, against the model's depth."""
+    merge = settings.merge
+    recipe = merge.recipe()
+    rules = recipe.rules(shape.num_layers, target)
+    if not recipe.groups:
+        check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
+        return
+    for group in recipe.groups:
+        if group[-1] >= shape.num_layers:
+            raise ValueError(
+                f"merge.groups has {list(group)}, and the model's layers are 0 to "
+                f"{shape.num_layers - 1}"
+            )
+    sizes = [len(group) for group in recipe.groups]
+    passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
+    for depth in merge.save_at:
+        if depth not in passed:
+            raise ValueError(
+                f"merge.save_at has {depth}, and merge.groups passes through "
+                f"{', '.join(map(str, passed))}"
+            )
+
+
 def _target_layers(settings: Settings, shape: ModelShape) -> int:
     merge = settings.merge
+    if merge.groups:
+        return shape.num_layers - sum(len(group) - 1 for group in merge.groups)
     if merge.target_layers is not None:
         return merge.target_layers
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
     target = layers_for_sparsity(sparsity, shape.config, shape.parameters, shape.layer_parameters)
-    least = smallest_depth(shape.num_layers, merge.m, merge.allow_remerge)
-    if 2 <= merge.m <= shape.num_layers and target < least:
+    recipe = merge.recipe()
+    rules = recipe.rules(shape.num_layers, target)
+    least = rules.smallest_depth(shape.num_layers)
+    if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
         largest = (shape.num_layers - least) * shape.layer_parameters / shape.parameters
         raise ValueError(
             f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "

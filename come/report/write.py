@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from come.evaluation.continuations import PROMPTS
 from come.files import write_text
 from come.merging.plan import Plan
+from come.merging.saving import PLAN
 from come.operators.base import OPERATORS
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
@@ -34,7 +35,7 @@ def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     for depth in result["depths"]:
         if depth["folder"]:
-            card = _card(result, depth, plan.truncated(depth["layers"]))
+            card = _card(result, depth, Plan.load(folder / depth["folder"] / PLAN))
             write_text(folder / depth["folder"] / "README.md", str(card))
     return figures
 

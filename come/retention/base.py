@@ -6,26 +6,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from come.calibration.statistics import LayerStatistics
+from come.calibration.group import Group, Split
+from come.calibration.sensitivities import UnitScores
 from come.registry import Registry
+from come.retention.units import choose_units
 
 
 class RetentionRule(ABC):
-    """Decides how much of each layer of a group is kept.
+    """Decides how much of each layer of a group is kept, and which units.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
         source: where the formula stands, in words.
+        needs_units: whether it has no meaning for operators without units.
+        trials: whether it runs trial merges.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     source: ClassVar[str]
+    needs_units: ClassVar[bool] = False
+    trials: ClassVar[bool] = False
 
     @abstractmethod
-    def shares(self, group: Sequence[LayerStatistics]) -> list[float]:
+    def shares(self, group: Group) -> list[float]:
         """Share rho_i of every layer of the group, in depth order; >= 0, summing to 1."""
+
+    def split(self, group: Group) -> Split:
+        """The shares, and inside each layer the most sensitive units, as many as its share.
+
+        A rule that ranks the units of several layers together overrides this.
+        """
+        return with_units(self.shares(group), group.scores() if group.scores else None)
+
+
+def with_units(shares: Sequence[float], scores: UnitScores | None) -> Split:
+    """The split by shares with the most sensitive units of each layer; none without scores."""
+    return Split(list(shares), choose_units(scores, shares) if scores else {})
 
 
 RETENTION: Registry[RetentionRule] = Registry("retention rule", "come.retention", "merge.retention")

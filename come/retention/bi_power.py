@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from come.calibration.statistics import LayerStatistics
+from come.calibration.group import Group
 from come.retention.base import RETENTION, RetentionRule
 
 
@@ -33,10 +32,11 @@ class BIPower(RetentionRule):
             raise ValueError(f"merge.p={p}: the skewness exponent must be a finite number >= 0")
         self.p = p
 
-    def shares(self, group: Sequence[LayerStatistics]) -> list[float]:
+    def shares(self, group: Group) -> list[float]:
         """rho, one a layer, summing to 1."""
-        largest = max(layer.bi for layer in group)
+        influences = group.influences
+        largest = max(influences)
         if largest == 0:
-            return [1 / len(group)] * len(group)
-        powers = [(layer.bi / largest) ** self.p for layer in group]  # no underflow at large p
+            return [1 / group.size] * group.size
+        powers = [(bi / largest) ** self.p for bi in influences]  # no underflow at large p
         return [power / sum(powers) for power in powers]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from come.calibration.statistics import LayerStatistics
+from come.calibration.group import Group
 from come.retention.base import RETENTION, RetentionRule
 
 
@@ -16,6 +14,6 @@ class Uniform(RetentionRule):
     paper = ""
     source = "control"
 
-    def shares(self, group: Sequence[LayerStatistics]) -> list[float]:
+    def shares(self, group: Group) -> list[float]:
         """1/m for every layer."""
-        return [1 / len(group)] * len(group)
+        return [1 / group.size] * group.size

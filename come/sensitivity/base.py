@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +23,10 @@ class MapStatistics:
         abs_mean: E|x_j|, [d_in] float64; None unless the metric asks for the moment "abs".
         square_mean: E[x_j^2], [d_in] float64; None unless it asks for "square".
         mean: E[x_j], [d_in] float64; None unless it asks for "mean".
+        weight_gradient: dL/dW, [d_out, d_in] float32 or wider, L the mean loss over all calibration
+            tokens; None unless the metric asks for the gradient "weight".
+        path: integrated gradients of L for a scale on each channel, [d_in] float64, nats, signed;
+            None unless it asks for the gradient "path".
     """
 
     weight: Float[Tensor, "out in"]
@@ -31,6 +35,8 @@ class MapStatistics:
     abs_mean: Float[Tensor, " in"] | None = None
     square_mean: Float[Tensor, " in"] | None = None
     mean: Float[Tensor, " in"] | None = None
+    weight_gradient: Float[Tensor, "out in"] | None = None
+    path: Float[Tensor, " in"] | None = None
 
 
 class SensitivityMetric(ABC):
@@ -41,12 +47,14 @@ class SensitivityMetric(ABC):
         paper: arXiv id of the source, or "".
         source: where the formula stands, in words.
         moments: which of "abs", "square", "mean" of the inputs it needs.
+        gradient: "weight", "path", or "" for none; gradients cost backward passes of the stream.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     source: ClassVar[str]
     moments: ClassVar[tuple[str, ...]] = ()
+    gradient: ClassVar[Literal["", "weight", "path"]] = ""
 
     @abstractmethod
     def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:

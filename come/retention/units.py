@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from come.calibration.sensitivities import UnitScores
+from come.models.adapter import Unit
+
 
 def allocate_units(count: int, shares: Sequence[float]) -> list[int]:
     """Splits `count` units by shares.
@@ -35,3 +38,20 @@ def top_units(scores: Float[Tensor, " units"], count: int) -> list[int]:
     """Indices of the `count` highest scores, ascending; of equal scores the lower index wins."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return sorted(order[:count].tolist())
+
+
+def choose_units(scores: UnitScores, shares: Sequence[float]) -> dict[Unit, list[list[int]]]:
+    """The kept units of every layer of a group: the most sensitive ones, as many as its share.
+
+    Args:
+        scores: for each kind of unit one vector a layer, in depth order.
+        shares: rho of every layer.
+
+    Returns:
+        For each kind of unit one ascending list of indices a layer.
+    """
+    kept: dict[Unit, list[list[int]]] = {}
+    for unit, layers in scores.items():
+        counts = allocate_units(len(layers[0]), shares)
+        kept[unit] = [top_units(layer, count) for layer, count in zip(layers, counts, strict=True)]
+    return kept

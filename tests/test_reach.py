@@ -6,10 +6,10 @@ import pytest
 from transformers import LlamaConfig
 
 from come.cost import Cost, duration
-from come.merging.schedule import (
+from come.merging.reach import (
+    GroupRules,
     check_target,
     depths,
-    eligible_groups,
     group_size,
     layer_passes,
     layers_for_sparsity,
@@ -60,23 +60,46 @@ def test_eligible_groups_leave_the_target_in_reach(m, merged):
             fits = reachable(tuple(runs), depth - size + 1 - target, m)
             if fits and not set(merged) & set(group):
                 expected.append((first, first + size - 1))
-        assert eligible_groups(history, target, m, False) == expected
+        assert GroupRules(m).spans(history, target) == expected
 
 
 def test_remerging_makes_every_group_eligible():
     history = [[0, 1], [2], [3]]
-    assert eligible_groups(history, 1, 2, True) == [(0, 1), (1, 2)]
-    assert eligible_groups(history, 1, 3, True) == [(0, 2)]
+    assert GroupRules(2, remerges=True).spans(history, 1) == [(0, 1), (1, 2)]
+    assert GroupRules(3, remerges=True).spans(history, 1) == [(0, 2)]
+
+
+def test_protected_layers_are_in_no_span():
+    history = [[i] for i in range(8)]
+    merges = GroupRules(2, protect_first=2, protect_last=1)
+    assert merges.spans(history, 6) == [(2, 3), (3, 4), (4, 5), (5, 6)]
+    assert merges.spans(history, 7)[0] == (2, 3)
+    assert merges.smallest_depth(8) == 8 - 2
+    drops = GroupRules(3, remerges=True, drops=True, protect_first=2, protect_last=1)
+    assert drops.spans(history, 4) == [(2, 3), (3, 4), (4, 5), (5, 6)]
+    assert drops.smallest_depth(8) == 3
+
+
+def test_a_drop_keeps_the_layer_in_front_or_else_the_one_behind():
+    drops = GroupRules(3, remerges=True, drops=True)
+    assert drops.group(2, 3) == (1, 3, 0)
+    assert drops.group(0, 1) == (0, 2, 2)
+    assert GroupRules(3).group(2, 4) == (2, 4, None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((30, 14, 2, False), "smallest depth that can is 15"),
-        ((30, 9, 3, False), r"smallest depth that can is 10.*merge.allow_remerge=true"),
-        ((30, 30, 2, False), "merge.target_layers=30: the model has 30 layers"),
-        ((4, 2, 5, False), "merge.m=5: a group has at least 2 layers and at most the model's 4"),
-        ((30, 25, 3, False, [26, 27]), "merge.save_at has 27, .* with merge.m=3: 28, 26, 25"),
+        ((30, 14, GroupRules(2)), "smallest depth that can is 15"),
+        ((30, 9, GroupRules(3)), r"smallest depth that can is 10.*merge.allow_remerge=true"),
+        ((30, 30, GroupRules(2)), "merge.target_layers=30: the model has 30 layers"),
+        (
+            (4, 2, GroupRules(5)),
+            "merge.m=5: a group .* and at most the model's 4",
+        ),
+        ((30, 25, GroupRules(3), [26, 27]), "merge.save_at has 27, .* merge.m=3: 28, 26, 25"),
+        ((30, 3, GroupRules(2, True, True, 4, 2)), "30 layers cannot be reached with 6 protected"),
+        ((30, 20, GroupRules(11), [19], False), "save_at has 19, which does not lie between"),
     ],
 )
 def test_targets_that_do_not_fit(arguments, message):

@@ -1,0 +1,68 @@
+"""A group of layers about to become one: what is known of it, and how to try a way to split it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from come.calibration.sensitivities import UnitScores
+from come.calibration.statistics import LayerStatistics
+from come.calibration.stream import LayerStream
+from come.models.adapter import LayerState, Unit
+from come.models.surgery import Span
+
+
+@dataclass(frozen=True)
+class Split:
+    """How much of each layer of a group is kept, and which units.
+
+    Attributes:
+        shares: rho of every layer, in depth order; >= 0, summing to 1.
+        kept: kept units of every layer, ascending, by kind; empty where no units are chosen.
+    """
+
+    shares: list[float]
+    kept: dict[Unit, list[list[int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers first..last of the current model, between boundaries first and last + 1.
+
+    Attributes:
+        stream: all boundaries of the model as it is.
+        first: first layer of the group.
+        last: last layer of the group, inclusive.
+        spans: original layers behind every layer of the group.
+        statistics: of every layer of the group.
+        merge: gives the tensors of the merged layer for a split.
+        scores: gives the sensitivity of every unit; None where the operator has no units.
+    """
+
+    stream: LayerStream
+    first: int
+    last: int
+    spans: Sequence[Span]
+    statistics: Sequence[LayerStatistics]
+    merge: Callable[[Split], LayerState]
+    scores: Callable[[], UnitScores] | None = None
+
+    @property
+    def size(self) -> int:
+        """Layers of the group."""
+        return self.last - self.first + 1
+
+    @property
+    def influences(self) -> list[float]:
+        """Block influence of every layer."""
+        return [layer.bi for layer in self.statistics]
+
+    def loss(self, split: Split) -> float:
+        """Calibration loss, nats a predicted token, if the group were merged by `split`.
+
+        Only what lies behind the group is computed, from the boundary in front of it.
+        """
+        adapter = self.stream.adapter
+        merged = adapter.scratch_layer(self.first, self.merge(split))
+        behind = self.stream.route(self.last + 1, adapter.num_layers - 1)
+        return self.stream.loss(self.first, [(self.first, merged), *behind])

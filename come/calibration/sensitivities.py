@@ -1,0 +1,67 @@
+"""Unit scores of a group's layers: a channel metric applied to what calibration saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from come.calibration.gradients import path_gradients, weight_gradients
+from come.calibration.statistics import LayerStatistics
+from come.calibration.stream import LayerStream
+from come.models.adapter import UNITS, Unit
+from come.models.surgery import Span
+from come.sensitivity.base import MapStatistics, SensitivityMetric
+
+UnitScores = Mapping[Unit, Sequence[Float[Tensor, " units"]]]
+"""For each kind of unit one vector of scores a layer, higher is kept first."""
+
+
+def unit_scores(
+    stream: LayerStream,
+    metric: SensitivityMetric,
+    statistics: Sequence[LayerStatistics],
+    spans: Sequence[Span],
+    first: int,
+) -> UnitScores:
+    """Sensitivity of every unit of adjacent layers.
+
+    An FFN channel has its own score; a KV group has the mean over the head outputs of its query
+    heads. Gradients, where the metric needs them, are taken here, for these layers alone.
+
+    Args:
+        stream: all boundaries of the model as it is (for gradients).
+        metric: the channel metric.
+        statistics: of each layer, in depth order, with the moments that the metric asks for.
+        spans: original layers behind each layer, which names it in random choices.
+        first: position of the first of the layers.
+
+    Returns:
+        For each kind of unit one [units] float64 vector a layer.
+    """
+    adapter, last = stream.adapter, first + len(statistics) - 1
+    weight_gradient, path = {}, {}
+    if metric.gradient == "weight":
+        weight_gradient = weight_gradients(stream, first, last)
+    elif metric.gradient == "path":
+        path = path_gradients(stream, first, last)
+    scores: dict[Unit, list[Tensor]] = {unit: [] for unit in UNITS}
+    for index, layer, span in zip(range(first, last + 1), statistics, spans, strict=True):
+        for unit in UNITS:
+            moments = layer.moments[unit]
+            columns = metric.score(
+                MapStatistics(
+                    weight=adapter.output_map(index, unit).weight.detach(),
+                    tokens=moments.tokens,
+                    key=f"{span[0]}-{span[-1]}/{unit}",
+                    abs_mean=moments.mean("abs"),
+                    square_mean=moments.mean("square"),
+                    mean=moments.mean("mean"),
+                    weight_gradient=weight_gradient.get((index, unit)),
+                    path=path.get((index, unit)),
+                )
+            )
+            per_unit = columns.cpu().double().view(-1, adapter.columns_per_unit(unit))
+            scores[unit].append(per_unit.mean(dim=1))
+    return scores

@@ -1,0 +1,169 @@
+"""A method: registry names and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from come.calibration.influence import check_tokens
+from come.merging.norms import check_norms
+from come.merging.reach import GroupRules
+from come.merging.schedules.base import SCHEDULES, Schedule
+from come.operators.base import OPERATORS, MergeOperator
+from come.retention.base import RETENTION, RetentionRule
+from come.selection.base import SELECTION, GroupScore
+from come.sensitivity.base import SENSITIVITY, SensitivityMetric
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merging method: five registry names and their settings. The default is CoMe's.
+
+    Attributes:
+        operator: how a group becomes one layer.
+        sensitivity: how channels are scored.
+        selection: how spans of layers are scored.
+        retention: how much each layer keeps.
+        schedule: in which order groups are chosen.
+        m: layers of a group; a drop leaves m - 1 layers out at a time.
+        p: skewness exponent of the retention shares.
+        tokens: which tokens count for BI, SBI and cosines, "all" or "last" of each window.
+        norms: "mean", or "fold" to keep every row's own norm scale.
+        allow_remerge: whether a merged layer may be merged again; drops may.
+        protect_first: layers at the front that are left as they are.
+        protect_last: layers at the end that are left as they are.
+        groups: groups of original layers to merge, in this order, instead of a choice.
+        seed: of random choices.
+        options: further constructor settings of the registered parts.
+
+    Raises:
+        ValueError: an unknown name, m < 2, or a setting that no part knows or that is out of range.
+    """
+
+    operator: str = "concat"
+    sensitivity: str = "come"
+    selection: str = "sbi"
+    retention: str = "bi_power"
+    schedule: str = "progressive"
+    m: int = 2
+    p: float = 1.0
+    tokens: str = "last"
+    norms: str = "mean"
+    allow_remerge: bool = False
+    protect_first: int = 0
+    protect_last: int = 0
+    groups: Sequence[Sequence[int]] = ()
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.m < 2:
+            raise ValueError(f"merge.m={self.m}: a group has at least 2 layers")
+        for key in ("protect_first", "protect_last"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"merge.{key}={getattr(self, key)}: must be at least 0")
+        check_norms(self.norms)
+        check_tokens(self.tokens)
+        check_groups(self.groups)
+        if self.schedule == "fixed" and not self.groups:
+            raise ValueError("merge.schedule=fixed needs merge.groups, such as [[3,4],[10,11,12]]")
+        operator = OPERATORS.get(self.operator)
+        known = {
+            *OPERATORS.options(self.operator),
+            *SENSITIVITY.options(self.sensitivity),
+            *SELECTION.options(self.selection),
+            *RETENTION.options(self.retention),
+            *SCHEDULES.options(self.schedule),
+        }
+        for option in self.options:
+            if option not in known:
+                raise ValueError(
+                    f"merge.options.{option}: no chosen part has this setting; known are "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        if RETENTION.get(self.retention).needs_units and not operator.uses_units:
+            raise ValueError(
+                f"merge.retention={self.retention} ranks units, and merge.operator="
+                f"{self.operator} does not use them; choose merge.operator=concat"
+            )
+        if operator.needs_layer_before and not self.groups and self.protect_first < 1:
+            raise ValueError(
+                f"merge.operator={self.operator} needs a layer in front of what it drops: "
+                "set merge.protect_first=1 or more"
+            )
+        if not SCHEDULES.get(self.schedule_name).remeasures:
+            self._check_one_shot(operator)
+        self.parts()
+
+    def _check_one_shot(self, operator: type[MergeOperator]) -> None:
+        """What a schedule that measures the dense model once cannot do."""
+        reason = None
+        if operator.drops and self.m != 2:
+            reason = f"drops single layers; merge.m={self.m} is not possible with it"
+        elif self.allow_remerge and not operator.drops:
+            reason = "measures the dense model once, so merge.allow_remerge=true is not possible"
+        elif operator.solves:
+            reason = f"measures the dense model once, and merge.operator={self.operator} solves on "
+            reason += "the model as it is; choose merge.schedule=progressive or block"
+        if reason:
+            raise ValueError(f"merge.schedule={self.schedule} {reason}")
+
+    @property
+    def remerges(self) -> bool:
+        """Whether a layer may be part of several groups."""
+        return self.allow_remerge or OPERATORS.get(self.operator).drops
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule that is used: groups given by hand take the place of any other."""
+        return "fixed" if self.groups else self.schedule
+
+    @property
+    def nested(self) -> bool:
+        """Whether one run passes through all depths on the way to its target."""
+        return SCHEDULES.get(self.schedule_name).nested
+
+    def rules(self, num_layers: int, target: int) -> GroupRules:
+        """Which groups are allowed on the way from `num_layers` to `target` layers."""
+        return GroupRules(
+            m=num_layers - target + 1 if SCHEDULES.get(self.schedule_name).whole else self.m,
+            remerges=self.remerges,
+            drops=OPERATORS.get(self.operator).drops,
+            protect_first=self.protect_first,
+            protect_last=self.protect_last,
+        )
+
+    def parts(
+        self,
+    ) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule, Schedule]:
+        """The five parts, made anew from the settings."""
+        settings = {
+            "p": self.p,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "groups": self.groups,
+            **self.options,
+        }
+        return (
+            OPERATORS.create(self.operator, settings),
+            SENSITIVITY.create(self.sensitivity, settings),
+            SELECTION.create(self.selection, settings),
+            RETENTION.create(self.retention, settings),
+            SCHEDULES.create(self.schedule_name, settings),
+        )
+
+
+def check_groups(groups: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError unless groups are adjacent ascending layers and do not overlap."""
+    seen: set[int] = set()
+    for group in groups:
+        adjacent = list(group) == list(range(group[0], group[0] + len(group))) if group else False
+        if len(group) < 2 or not adjacent or group[0] < 0:
+            raise ValueError(
+                f"merge.groups has {list(group)}: a group is two or more adjacent layers, counted "
+                "from 0, such as [3,4]"
+            )
+        if seen & set(group):
+            raise ValueError(f"merge.groups: layer {min(seen & set(group))} stands in two groups")
+        seen |= set(group)

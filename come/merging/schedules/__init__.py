@@ -1,0 +1,1 @@
+"""Orders in which groups are chosen, one a file."""

@@ -1,0 +1,104 @@
+"""What a schedule sees and gives; the registry of schedules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from come.calibration.group import Group, Split
+from come.calibration.stream import LayerStream
+from come.merging.plan import GroupCandidate
+from come.merging.reach import GroupRules
+from come.models.surgery import Span
+from come.registry import Registry
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next group: layers first..last of the current model, and what decided.
+
+    Attributes:
+        first: first layer of the group.
+        last: last layer of the group, inclusive.
+        kept: the layer that a drop keeps, 0 for the first of the group; None for a merge.
+        score: score of the chosen span.
+        candidates: all spans that could have been chosen, with their scores.
+    """
+
+    first: int
+    last: int
+    kept: int | None
+    score: float
+    candidates: list[GroupCandidate]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The state of a search for the next group.
+
+    Attributes:
+        stream: the layer stream, on the current model if the schedule remeasures, else on the dense
+            one.
+        history: original layers behind every layer of the current model.
+        origins: position in the stream's model of every layer of the current one.
+        target: the depth to reach.
+        rules: which groups are allowed.
+        score: score of a span of the stream's model; one that cannot have changed is not computed
+            again.
+        group: the group of layers first..last of the stream's model, to try a merge.
+        split: how much of each layer of a group is kept; with the layer that a drop keeps.
+    """
+
+    stream: LayerStream
+    history: Sequence[Span]
+    origins: Sequence[int]
+    target: int
+    rules: GroupRules
+    score: Callable[[int, int], float]
+    group: Callable[[int, int], Group]
+    split: Callable[[Group, int | None], Split]
+
+    def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
+        """The span with the lowest score, the first of equal ones, as a choice."""
+        return self.choose([GroupCandidate(*span, self.score(*span)) for span in spans])
+
+    def choose(self, candidates: list[GroupCandidate]) -> Choice:
+        """The candidate with the lowest score, the first of equal ones."""
+        best = min(candidates, key=lambda candidate: candidate.score)
+        first, last, kept = self.rules.group(best.first, best.last)
+        return Choice(first, last, kept, best.score, candidates)
+
+
+class Schedule(ABC):
+    """Decides in which order groups are chosen.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the source, or "".
+        source: where the procedure stands, in words.
+        remeasures: whether the model is merged and measured again after every choice; if not, all
+            choices are made on the dense model and applied together.
+        restarts: whether an interrupted search has to start again.
+        trials: whether it runs trial merges.
+        nested: whether a deeper result goes on from a shallower one, so that one run passes
+            through all depths; if not, every depth is found from the dense model.
+        whole: whether one group takes all layers that have to go, whatever `merge.m` is.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    remeasures: ClassVar[bool] = True
+    restarts: ClassVar[bool] = False
+    trials: ClassVar[bool] = False
+    nested: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
+
+    @abstractmethod
+    def choose(self, search: Search) -> Choice:
+        """The next group."""
+
+
+SCHEDULES: Registry[Schedule] = Registry("schedule", "come.merging.schedules", "merge.schedule")

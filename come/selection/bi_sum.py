@@ -1,0 +1,47 @@
+"""The sum of the layers' block influences."""
+
+from __future__ import annotations
+
+from come.calibration.influence import (
+    TOKENS,
+    block_influence,
+    check_tokens,
+    chosen_tokens,
+    token_cosine,
+)
+from come.calibration.stream import LayerStream
+from come.selection.base import SELECTION, GroupScore
+
+
+@SELECTION.register
+class BISum(GroupScore):
+    """Sum of block influence over the span; for one layer, ShortGPT's score.
+
+        sum_{i = a..b} mean_tokens( 1 - clamp(cos(h_{i-1}, h_i), 0, 1) )
+
+    Source: arXiv 2403.03853.
+
+    Args:
+        tokens: "all", or "last" for the last token of each window.
+    """
+
+    name = "bi_sum"
+    paper = "2403.03853"
+    source = "ShortGPT, block influence"
+
+    def __init__(self, tokens: TOKENS = "last") -> None:
+        self.tokens = check_tokens(tokens)
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """The sum, in [0, number of layers]."""
+        return sum(self._influence(stream, index) for index in range(first, last + 1))
+
+    def _influence(self, stream: LayerStream, index: int) -> float:
+        total, count = 0.0, 0
+        for before, after in stream.pairs(index, index + 1):
+            cosine = token_cosine(
+                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
+            )
+            total += block_influence(cosine).sum().item()
+            count += cosine.numel()
+        return total / count

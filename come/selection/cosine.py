@@ -1,0 +1,38 @@
+"""Cosine distance across the span."""
+
+from __future__ import annotations
+
+from come.calibration.influence import TOKENS, check_tokens, chosen_tokens, token_cosine
+from come.calibration.stream import LayerStream
+from come.selection.base import SELECTION, GroupScore
+
+
+@SELECTION.register
+class Cosine(GroupScore):
+    """Mean cosine distance between the span's input and its output.
+
+        mean_tokens( 1 - cos(h_{a-1}, h_b) )
+
+    Source: arXiv 2505.02819 (ReplaceMe), the choice of the block.
+
+    Args:
+        tokens: "all", or "last" for the last token of each window.
+    """
+
+    name = "cosine"
+    paper = "2505.02819"
+    source = "ReplaceMe, cosine distance of a block"
+
+    def __init__(self, tokens: TOKENS = "last") -> None:
+        self.tokens = check_tokens(tokens)
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """The distance, in [0, 2]."""
+        total, count = 0.0, 0
+        for before, after in stream.pairs(first, last + 1):
+            cosine = token_cosine(
+                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
+            )
+            total += (1 - cosine).sum().item()
+            count += cosine.numel()
+        return total / count

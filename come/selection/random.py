@@ -1,0 +1,29 @@
+"""Any layers: the control of every choice."""
+
+from __future__ import annotations
+
+import hashlib
+
+from come.calibration.stream import LayerStream
+from come.selection.base import SELECTION, GroupScore
+
+
+@SELECTION.register
+class Random(GroupScore):
+    """Uniform in [0, 1), the same for the same seed, span and depth of the model.
+
+    Args:
+        seed: of the choice.
+    """
+
+    name = "random"
+    paper = ""
+    source = "control"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """A number in [0, 1)."""
+        text = f"{self.seed}/{stream.num_layers}/{first}-{last}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
