@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from come.files import LISTING
 from come.job import job_hash
 from come.settings import Settings
 
@@ -29,6 +33,47 @@ USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
 class JobFailedError(Exception):
     """A job of a sweep ended with an error that has been said."""
+
+
+class GridReport(Callback):
+    """Hydra callback: lists the jobs of a sweep, and makes its table and figure at the end.
+
+    Both stand in `runs/grid-NAME/`, NAME being the experiment's; `python -m come.report` makes them
+    again from whatever has finished.
+
+    Args:
+        x: horizontal axis of the figure: "parameters", or a key that the jobs differ in.
+        title: of the figure.
+    """
+
+    def __init__(self, x: str = "parameters", title: str = "") -> None:
+        self.x = x
+        self.title = title
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Adds the job to the list."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        entry = {"folder": str(folder), "overrides": list(config.hydra.overrides.task)}
+        listing = self._folder(config) / LISTING
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        with open(listing, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Writes and prints the table of all jobs of the list."""
+        from come.report.grid import read_grid, write_grid  # plotting is slow to import
+
+        folder = self._folder(config)
+        if not (folder / LISTING).is_file():
+            return
+        table = write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
+        print(f"\n{table}\ntable and figure: {folder}")
+
+    def _folder(self, config: DictConfig) -> Path:
+        name = config.hydra.runtime.choices.get("experiment") or "sweep"
+        return Path(config.hydra.sweep.dir).absolute() / f"grid-{name}"
 
 
 def register() -> None:

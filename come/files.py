@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+RESULT = "result.json"  # the last file of a job
+LISTING = "jobs.jsonl"  # what a sweep notes of its jobs
 
 
 def cache_folder() -> Path:

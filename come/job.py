@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import come
-from come.files import write_text
+from come.files import RESULT, file_hash, write_text
 from come.merging.plan import Plan
 from come.models.checkpoint import fingerprint
 from come.settings import EvalSettings, ModelSettings, Settings, TextSettings
 
-RESULT = "result.json"
 PARTIAL_PLAN = "plan.partial.json"
 
 # What changes how a job runs, but not what it finds.
@@ -55,6 +54,8 @@ def job_hash(settings: Settings) -> str:
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
+    if settings.plugins:
+        parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:

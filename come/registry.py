@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -96,3 +98,24 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
             importlib.import_module(f"{self.package}.{module.name}")
+
+
+def load_plugin(path: str | Path) -> None:
+    """Runs a Python file that registers entries of its own; the same file again changes nothing.
+
+    Args:
+        path: the file, as given in the setting `plugins`.
+
+    Raises:
+        ValueError: no such file, or running it fails.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"plugins has {path}, which is not a file")
+    spec = importlib.util.spec_from_file_location(f"come_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"plugins has {path}, which is not a Python file")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        raise ValueError(f"plugins: {path} fails with {type(error).__name__}: {error}") from error

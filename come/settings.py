@@ -9,6 +9,7 @@ from typing import Any, Optional
 from come.calibration.boundaries import check_store
 from come.merging.recipe import Recipe
 from come.models.loading import check_dtype, choose_device
+from come.registry import load_plugin
 from come.text.base import TEXT, TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
 
@@ -278,7 +279,12 @@ class TrackingSettings:
 
 @dataclass
 class Settings:
-    """All settings of one job."""
+    """All settings of one job.
+
+    Attributes:
+        plugins: Python files that register metrics, scores, rules, operators or sources of their
+            own; they are run before names are looked up.
+    """
 
     model: ModelSettings = field(default_factory=ModelSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
@@ -286,6 +292,7 @@ class Settings:
     distill: DistillSettings = field(default_factory=DistillSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    plugins: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """All rules that need no model.
@@ -293,6 +300,8 @@ class Settings:
         Raises:
             ValueError: with the value, what is allowed, and the key.
         """
+        for path in self.plugins:
+            load_plugin(path)
         choose_device(self.model.device)
         check_dtype(self.model.dtype)
         if self.merge.plan is None:

@@ -213,6 +213,84 @@ def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
     assert [path.parent.name for path in results] == [r["job"] for r in found]
 
 
+def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
+    grid = (
+        "merge=come,shortgpt",
+        "calibration.seed=0,1",
+        "merge.save_at=[22,21]",
+        "eval.speed=false",
+    )
+    code, output, errors = finish(command(*grid, "-m"))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "grid-sweep"
+    table = (folder / "table.md").read_text()
+    assert table in output
+    lines = table.splitlines()
+    assert lines[0] == "|  | 22 layers | 21 layers |"
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| come", "| shortgpt"]
+    assert all(line.count("[") == 2 for line in lines[2:4])  # mean and spread over the seeds
+    assert (folder / "figure.png").stat().st_size > 0
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert sorted((r["overrides"]["merge"], r["overrides"]["calibration.seed"]) for r in rows) == [
+        ("come", "0"),
+        ("come", "1"),
+        ("shortgpt", "0"),
+        ("shortgpt", "1"),
+    ]
+    done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
+    code, output, errors = finish(command(*grid, "-m"))  # nothing runs again
+    assert code == 0, errors
+    assert output.count("has finished before") == 4
+    for job, changed in done.items():
+        assert (tmp_path / "runs" / job / "result.json").stat().st_mtime == changed
+    report = subprocess.run(
+        [sys.executable, "-m", "come.report", str(folder), "--out", str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert report.stdout == table == (tmp_path / "again" / "table.md").read_text()
+
+
+def test_a_metric_of_ones_own_is_one_file(command, tmp_path):
+    code = """from come.sensitivity.base import SENSITIVITY, SensitivityMetric
+
+@SENSITIVITY.register
+class Loud(SensitivityMetric):
+    name, paper, source, moments = "loud", "", "test", ("square",)
+
+    def score(self, inputs):
+        return inputs.square_mean
+"""
+    plugin = tmp_path / "loud.py"
+    plugin.write_text(code)
+    job = (f"plugins=[{plugin}]", "merge.target_layers=22", "eval=none")
+    sweep = command(*job, "merge.sensitivity=loud,come", "-m")
+    code, _, errors = finish(sweep)
+    assert code == 0, errors
+    results = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")]
+    assert sorted(r["settings"]["merge"]["sensitivity"] for r in results) == ["come", "loud"]
+    assert len({r["plan"] for r in results}) == 2
+    plugin.write_text("import nonsense")
+    code, _, errors = finish(command(*job))
+    assert code == 1
+    assert "loud.py fails with ModuleNotFoundError: No module named 'nonsense'" in errors
+
+
+def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
+    folder = tmp_path / "out"
+    where = (f"hydra.run.dir={folder}", "eval.speed=false")
+    code, _, errors = finish(command("merge=uidl", "merge.save_at=[22,20]", *where))
+    assert code == 0, errors
+    result = json.loads((folder / "result.json").read_text())
+    assert [d["layers"] for d in result["depths"]] == [24, 22, 20]
+    for depth, name in ((22, "model-22"), (20, "model")):
+        plan = json.loads((folder / name / "plan.json").read_text())
+        (step,) = plan["steps"]
+        assert step["last"] - step["first"] == 24 - depth
+        assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == depth
+
+
 def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
     assert code == 1
@@ -223,6 +301,13 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
 EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
     "smoke": ["merge.target_layers=22"],
     "choices": ["merge.save_at=[22,21]"],
+    "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
+    "positions": ["merge.groups=[[0,1]]"],
+    "calibration_size": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "group_size": ["merge.target_layers=20"],
+    "skewness": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "metrics": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
 }
 
 

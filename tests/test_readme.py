@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from come.merging.schedules.base import SCHEDULES
 from come.operators.base import OPERATORS
 from come.retention.base import RETENTION
 from come.selection.base import SELECTION
@@ -30,6 +31,7 @@ def test_five_lines_of_python(pico_folder, tmp_path, monkeypatch, capsys):
 def test_the_metric_of_the_tutorial(monkeypatch):
     import torch
 
+    assert SENSITIVITY.names()
     monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
     (block,) = [b for b in BLOCKS if "SENSITIVITY.register" in b]
     exec(block, {"__name__": "quiet"})
@@ -52,7 +54,7 @@ def test_commands_compose(overrides):
 
 
 def test_every_registered_part_is_in_the_table():
-    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION):
+    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES):
         for name in registry.names():
             assert f"`{name}`" in README, name
 

@@ -24,6 +24,7 @@ def test_file_name_is_registry_name(registry):
 
 
 def test_a_new_entry_is_one_decorated_class(monkeypatch):
+    assert SENSITIVITY.names()
     monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
 
     @SENSITIVITY.register

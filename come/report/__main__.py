@@ -1,0 +1,36 @@
+"""Table and figure of a grid, from whatever has finished: python -m come.report FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from come.files import LISTING
+from come.report.grid import PARAMETERS, read_grid, write_grid
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m come.report", description=__doc__)
+    parser.add_argument("grid", type=Path, help="the grid's folder, with jobs.jsonl")
+    parser.add_argument("--out", type=Path, help="where to write; the grid's folder by default")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="results.jsonl of the same grid"
+    )
+    parser.add_argument("--x", default=PARAMETERS, help="horizontal axis of the figure")
+    parser.add_argument("--title", default="", help="title of the figure")
+    arguments = parser.parse_args()
+    needed = [*arguments.also, *([] if arguments.also else [arguments.grid / LISTING])]
+    for path in needed:
+        if not path.is_file():
+            sys.stderr.write(f"error: {path} is not there; a sweep (-m) writes it\n")
+            return 1
+    rows, missing = read_grid(arguments.grid, arguments.also)
+    out = arguments.out or arguments.grid
+    sys.stdout.write(write_grid(out, rows, missing, x=arguments.x, title=arguments.title))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
