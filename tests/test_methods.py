@@ -35,8 +35,13 @@ RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "from
 SOME = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # where a computation of each family is dear
 
 
+def read(name: str) -> dict:
+    """The settings of a recipe."""
+    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
+
+
 def recipe(name: str, **changes) -> Recipe:
-    settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    settings = read(name)
     if name.endswith("_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
     return MergeSettings(**settings | changes).recipe()
@@ -119,8 +124,7 @@ def test_every_part_in_the_paper_s_recipe(family, parts, windows):
 
 def test_recipes_name_what_the_registries_hold():
     for name in RECIPES:
-        settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-        assert settings["name"] == name
+        assert read(name)["name"] == name
         recipe(name)
         first = (CONF / f"{name}.yaml").read_text().splitlines()[0]
         assert first.endswith(f"python run.py merge={name}") or "python run.py merge=" in first

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-BLOCK = 512  # tokens whose logits over the whole vocabulary exist at a time
+BLOCK = 128  # tokens whose logits over the vocabulary exist at a time; larger is slower on CPUs
 
 
 def window_nll(
