@@ -60,7 +60,7 @@ def compression_cost(
 ) -> Cost:
     """The cost of merging a model of `shape` down to `target` layers."""
     layers = shape.num_layers
-    _, metric, selection, retention, schedule = recipe.parts()
+    _, metric, selection, retention, schedule = recipe.make()
     passed = [target]
     if recipe.groups:
         passed = passed * len(recipe.groups)

@@ -39,7 +39,8 @@ class SpeedResult(TypedDict):
 class DepthResult(TypedDict):
     """One model of a run; the dense one comes first.
 
-    layers, parameters: its size, tied parameters once.
+    layers, parameters: its size, tied parameters once; of a job with merge.parts, how many layers
+        still have that part, and the parameters without those of silent blocks.
     sparsity: share of the dense model's parameters that is gone.
     folder: where it is saved, relative to the run's folder; "" for the dense model.
     perplexity, speed: None where they were not measured.

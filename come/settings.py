@@ -146,6 +146,7 @@ class MergeSettings:
     allow_remerge: bool = False
     protect_first: int = 0
     protect_last: int = 0
+    parts: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     groups: list[list[int]] = field(default_factory=list)
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)

@@ -83,9 +83,10 @@ def main() -> None:
         f"{whole:.1f} s by whole-model passes; ratio {cached / whole:.3f} (wanted: at most 0.65), "
         f"{(cached + boundaries) / whole:.3f} with the pass that makes the boundaries"
     )
+    passes = stream.layer_passes - count
     print(
-        f"layer passes {stream.layer_passes - count:.0f} against {count * (count - 1)}, and {count} "
-        f"passes of the head each, {head:.2f} s a pass; largest difference of losses {difference:.1e}"
+        f"layer passes {passes:.0f} against {count * (count - 1)}, and {count} passes of the head "
+        f"each, {head:.2f} s a pass; largest difference of losses {difference:.1e}"
     )
 
 

@@ -291,6 +291,25 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
         assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == depth
 
 
+def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
+    folder = tmp_path / "out"
+    method = ("merge=shortgpt", "merge.parts=[attention]", "merge.save_at=[22,20]")
+    where = (f"hydra.run.dir={folder}", "eval.speed=false")
+    code, output, errors = finish(command(*method, *where))
+    assert code == 0, errors
+    assert "dropped" in errors + output
+    result = json.loads((folder / "result.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert [d["layers"] for d in result["depths"]] == [24, 22, 20]
+    attention = 32 * 32 * 2 + 32 * 16 * 2 + 32  # query and output, key and value, norm
+    sizes = [d["parameters"] for d in result["depths"]]
+    assert [sizes[0] - size for size in sizes] == [0, 2 * attention, 4 * attention]
+    assert len(model.model.layers) == 24
+    silent = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
+    assert sorted({*range(24)} - {*silent}) == model.config.come["places"]
+    assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
+
+
 def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
     assert code == 1

@@ -109,6 +109,17 @@ PARTS = [
     {"groups": ((3, 4), (0, 1))},
     {"groups": ((3, 4), (0, 1)), "operator": "drop"},
     {"schedule": "progressive", "operator": "drop", "m": 3},
+    *(
+        {"parts": (part,), **more}
+        for part in ("attention", "ffn")
+        for more in (
+            {},
+            {"operator": "drop", "selection": "skip_loss"},
+            {"operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
+            {"operator": "average", "retention": "posterior", "selection": "taylor"},
+            {"schedule": "laco", "operator": "laco", "allow_remerge": True, "m": 3},
+        )
+    ),
 ]
 
 
@@ -474,6 +485,91 @@ def test_replaceme_is_a_least_squares_map(family, windows):
             assert torch.equal(tensor, old.layer_state(1)[name])
 
 
+# --- parts ---------------------------------------------------------------------------------
+
+
+def output_names(model, part):
+    adapter = ModelAdapter(model)
+    return adapter.output_tensors("kv_group" if part == "attention" else "channel")
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_a_part_is_dropped_where_the_loss_misses_it_least(family, windows, part):
+    method = Recipe(operator="drop", selection="skip_loss", parts=(part,))
+    model, dense = pico(family), pico(family).double()
+    plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+    gone = []
+    for step in plan.steps:
+        losses = {}
+        for candidate in (i for i in range(LAYERS) if i not in gone):
+            tried = copy.deepcopy(dense)
+            for index in (*gone, candidate):
+                state = ModelAdapter(tried).layer_state(index)
+                for name in output_names(tried, part):
+                    state[name].zero_()
+            with torch.no_grad():
+                losses[candidate] = float(loss(tried, windows))
+        gone.append(min(losses, key=losses.get))
+        assert min(losses.values()) == pytest.approx(step.score, rel=1e-4)
+    assert dropped(plan) == gone
+    assert model.config.num_hidden_layers == LAYERS
+    assert plan.places == [i for i in range(LAYERS) if i not in gone]
+    for index in range(LAYERS):
+        old, new = (ModelAdapter(m).layer_state(index) for m in (pico(family), model))
+        for name in old:
+            silent = index in gone and name in output_names(model, part)
+            expected = torch.zeros_like(old[name]) if silent else old[name]
+            assert torch.equal(new[name], expected), name
+    assert check_cache(model) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_scores_of_parts_begin_and_end_inside_layers(family, windows, part):
+    model = pico(family)
+    reference = Reference(model, windows)
+    middle = []
+    norm = {"opt": "final_layer_norm"}.get(model.config.model_type, "post_attention_layernorm")
+    for layer in reference.layers:
+        layer.get_submodule(norm).register_forward_pre_hook(
+            lambda m, a: middle.append(a[0].reshape(*windows.shape, -1))
+        )
+    with torch.no_grad():
+        reference.model(windows, use_cache=False)
+    adapter = ModelAdapter(model)
+    with LayerStream(adapter, windows, batch_size=2, progress=False, block=part) as stream:
+        stream.embed()
+        collector = StatisticsCollector(adapter, (), "all")
+        stream.advance(0, LAYERS - 1, collector)
+        for first, last in SPANS:
+            x = reference.h[first] if part == "attention" else middle[first]
+            y = middle[last] if part == "attention" else reference.h[last + 1]
+            cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+            found = SELECTION.create("cosine", {"tokens": "all"}).score(stream, first, last)
+            assert found == pytest.approx(float(1 - cosine.mean()), rel=1e-3, abs=1e-6)
+            if first == last:
+                bi = float((1 - cosine.clamp(0, 1)).mean())
+                assert collector.found[first].bi == pytest.approx(bi, rel=1e-3, abs=1e-6)
+
+
+def test_a_merged_part_stands_in_its_first_layer(family, windows):
+    for part in ("attention", "ffn"):
+        method = Recipe(parts=(part,), groups=((1, 2), (4, 5)))
+        model, whole = pico(family), pico(family)
+        plan = compress(model, windows, method, target_layers=4, progress=False)
+        assert plan.history == [[0], [1, 2], [3], [4, 5]]
+        adapter, roles = ModelAdapter(model), ModelAdapter(whole).roles
+        step = plan.steps[0]
+        merged = OPERATORS.create("concat").merge(
+            states(whole, 1, 2), roles, step.shares, step.kept
+        )
+        own = adapter.block_tensors(part)
+        for name, tensor in adapter.layer_state(1).items():
+            expected = merged[name] if name in own else states(whole, 1)[0][name]
+            assert torch.equal(tensor, expected)
+        for name in output_names(model, part):
+            assert not adapter.layer_state(2)[name].any()
+
+
 # --- choices of whole methods --------------------------------------------------------------
 
 
@@ -481,7 +577,7 @@ def dropped(plan):
     """Original layers that a plan of drops left out, in order."""
     own, gone = list(range(plan.base.num_layers)), []
     for step in plan.steps:
-        keeper = step.shares.index(1.0)
+        keeper = step.keeper
         group = own[step.first : step.last + 1]
         gone += [layer for i, layer in enumerate(group) if i != keeper]
         own[step.first : step.last + 1] = [group[keeper]]
@@ -555,6 +651,8 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),
+        ({"parts": ("mlp",)}, r"merge.parts=\['mlp'\]: allowed are \[attention\]"),
+        ({"parts": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
         ({"protect_first": -1}, "merge.protect_first=-1: must be at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
         ({"schedule": "laco", "options": {"interval": 0}}, "interval=0 must be at least 1"),

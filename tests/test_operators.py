@@ -117,7 +117,7 @@ def group(*influences):
     stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
     statistics = [LayerStatistics(bi, {}) for bi in influences]
     spans = [[i] for i in range(len(influences))]
-    return Group(stream, 0, len(influences) - 1, spans, statistics, lambda split: {})
+    return Group(stream, 0, len(influences) - 1, spans, statistics, dict, list)
 
 
 def test_bi_power_edges():

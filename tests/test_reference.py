@@ -43,9 +43,8 @@ def test_statistics_and_decisions(family, windows, tokens):
         statistics = [found[i] for i in range(first, last + 1)]
         spans = [[i] for i in range(first, last + 1)]
         scores = unit_scores(stream, Come(), statistics, spans, first)
-        group = Group(
-            stream, first, last, spans, statistics, lambda split: {}, partial(dict, scores)
-        )
+        units = partial(dict, scores)
+        group = Group(stream, first, last, spans, statistics, dict, list, units)
         for p in (0.0, 1.0, 3.0):
             split = BIPower(p).split(group)
             assert split.shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from come.calibration.sensitivities import UnitScores
 from come.calibration.statistics import LayerStatistics
-from come.calibration.stream import LayerStream
+from come.calibration.stream import LayerStream, Route
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
 
@@ -36,6 +36,7 @@ class Group:
         spans: original layers behind every layer of the group.
         statistics: of every layer of the group.
         merge: gives the tensors of the merged layer for a split.
+        trial: gives the layers that take the group's place for a split, to be passed in turn.
         scores: gives the sensitivity of every unit; None where the operator has no units.
     """
 
@@ -45,12 +46,13 @@ class Group:
     spans: Sequence[Span]
     statistics: Sequence[LayerStatistics]
     merge: Callable[[Split], LayerState]
+    trial: Callable[[Split], Route]
     scores: Callable[[], UnitScores] | None = None
 
     @property
     def size(self) -> int:
         """Layers of the group."""
-        return self.last - self.first + 1
+        return len(self.statistics)
 
     @property
     def influences(self) -> list[float]:
@@ -62,7 +64,9 @@ class Group:
 
         Only what lies behind the group is computed, from the boundary in front of it.
         """
-        adapter = self.stream.adapter
-        merged = adapter.scratch_layer(self.first, self.merge(split))
-        behind = self.stream.route(self.last + 1, adapter.num_layers - 1)
-        return self.stream.loss(self.first, [(self.first, merged), *behind])
+        return self.stream.loss(self.first, self.way(split))
+
+    def way(self, split: Split) -> Route:
+        """All layers from the boundary in front of the group to the end, if merged by `split`."""
+        behind = self.stream.route(self.last + 1, self.stream.num_layers - 1)
+        return [*self.trial(split), *behind]

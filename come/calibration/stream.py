@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from come.calibration.boundaries import make_store
-from come.models.adapter import ModelAdapter
+from come.models.adapter import Block, ModelAdapter
 from come.models.loss import window_nll
 
 Update = Callable[[Tensor, Tensor], None]
@@ -48,6 +48,8 @@ class LayerStream:
         store: "memory", or "disk" for memory-mapped files.
         folder: where the files of the disk store go; None for the system's temporary place.
         progress: whether to show a progress bar.
+        block: what spans are made of: whole layers, or one part of each. For parts the states
+            between attention and FFN are kept too, which doubles what is kept.
 
     Use it as a context manager: leaving it frees the boundaries.
     """
@@ -61,8 +63,10 @@ class LayerStream:
         store: str = "memory",
         folder: Path | None = None,
         progress: bool = True,
+        block: Block = "layer",
     ) -> None:
         self.adapter = adapter
+        self.block: Block = block
         self.windows = windows
         self.store = store
         self.progress = progress
@@ -72,6 +76,9 @@ class LayerStream:
         ]
         shape = (*windows.shape, adapter.config.hidden_size)
         self._store = make_store(store, shape, adapter.model.dtype, folder)
+        self._middle = make_store(
+            store, shape, adapter.model.dtype, folder / "middle" if folder else None
+        )
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._passed = 0  # windows times layers
         self._valid = -1  # the last boundary that belongs to the model as it is
@@ -86,6 +93,7 @@ class LayerStream:
         trace: TracebackType | None,
     ) -> None:
         self._store.close()
+        self._middle.close()
 
     @property
     def num_layers(self) -> int:
@@ -132,14 +140,59 @@ class LayerStream:
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in self._batches:
                         before = self._store[index][rows].to(self.adapter.device)
-                        after = self.adapter.layers[index](
-                            before, **self.keywords(len(before), index)
-                        )
+                        keywords = self.keywords(len(before), index)
+                        with self._watch_middle(index, rows):
+                            after = self.adapter.layers[index](before, **keywords)
                         self._passed += len(before)
                         self._store[index + 1][rows] = after
-                        update(before, after)
+                        update(before, after) if self.block == "layer" else update(
+                            *self._ends(index, index, rows)
+                        )
                         bar.update()
                 self._valid = index + 1
+
+    def span(
+        self, first: int, last: int
+    ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
+        """Batches of the input and the output of the span of blocks of layers first..last.
+
+        For whole layers these are boundaries first and last + 1; an attention block ends, and an
+        FFN block begins, in the middle of its layer.
+        """
+        assert 0 <= first <= last < self._valid
+        for rows in self._batches:
+            yield self._ends(first, last, rows)
+
+    def without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
+        """The way from boundary `first` to boundary last + 1 without the blocks of these layers."""
+        if self.block == "layer":
+            return []
+        return [
+            (index, self.adapter.scratch_layer(index, self.adapter.silent(index, self.block)))
+            for index in range(first, last + 1)
+        ]
+
+    def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
+        begin = self._middle[first] if self.block == "ffn" else self._store[first]
+        end = self._middle[last] if self.block == "attention" else self._store[last + 1]
+        return begin[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
+
+    @contextmanager
+    def _watch_middle(self, index: int, rows: slice) -> Iterator[None]:
+        """Keeps the state between attention and FFN, where blocks are parts of layers."""
+        if self.block == "layer":
+            yield
+            return
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            slot = self._middle[index][rows]
+            slot.copy_(inputs[0].view(slot.shape))
+
+        handle = self.adapter.middle(index).register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def pairs(
         self, start: int, stop: int
@@ -213,6 +266,10 @@ class LayerStream:
             assert len(kwargs) == self.num_layers
         self._store.trim(self.num_layers + 1)
         self._valid = first
+
+    def changed(self, index: int) -> None:
+        """Takes note that layer `index`, and perhaps layers behind it, have other weights."""
+        self._valid = min(self._valid, index)
 
     @property
     def _quiet(self) -> bool | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from come.merging.norms import check_norms, fold_norms
 from come.merging.plan import MergeStep, Plan
-from come.models.adapter import LayerState, ModelAdapter
+from come.models.adapter import Block, LayerState, ModelAdapter
 from come.operators.base import OPERATORS, KeptUnits, MergeOperator
 
 
@@ -30,14 +31,40 @@ def merged_state(
 
 
 @torch.no_grad()
-def apply_step(adapter: ModelAdapter, step: MergeStep, operator: MergeOperator, norms: str) -> None:
-    """Merges one group of the model in place, as `step` says."""
-    layers = range(step.first, step.last + 1)
-    merged = merged_state(adapter, layers, operator, norms, step.shares, step.kept)
-    adapter.replace(step.first, step.last, merged | step.solved.tensors)
+def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: MergeOperator) -> None:
+    """Merges one group of the model in place, as `step` says, the next one of `plan`."""
+    block, places = plan.block, plan.places[step.first : step.last + 1]
+    layers = range(step.first, step.last + 1) if block == "layer" else places
+    merged = merged_state(adapter, layers, operator, plan.norms, step.shares, step.kept)
+    merged |= step.solved.tensors
+    if block == "layer":
+        adapter.replace(step.first, step.last, merged)
+    else:
+        for place, state in block_states(adapter, places, step.keeper, merged, block).items():
+            adapter.write(place, state)
     if step.output_scale != 1:
         for index in range(step.first + 1, adapter.num_layers):
             adapter.scale_outputs(index, step.output_scale)
+
+
+def block_states(
+    adapter: ModelAdapter,
+    places: Sequence[int],
+    keeper: int | None,
+    merged: LayerState,
+    block: Block,
+) -> dict[int, LayerState]:
+    """The tensors of all layers that change when blocks of the layers `places` become one.
+
+    A merged block goes into the first of its layers and is silenced in the others; a drop leaves
+    the block that it keeps where it is.
+    """
+    states = {place: adapter.silent(place, block) for place in places}
+    home = places[keeper or 0]
+    states[home] = adapter.layer_state(home)
+    if keeper is None:
+        states[home] |= {name: merged[name] for name in adapter.block_tensors(block)}
+    return states
 
 
 def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
@@ -62,6 +89,8 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
             f"this model has {found}"
         )
     operator = OPERATORS.create(plan.operator)
+    done = replace(plan, steps=[])
     for step in plan.steps:
-        apply_step(adapter, step, operator, plan.norms)
+        apply_step(adapter, done, step, operator)
+        done = done.with_step(step)
     return model

@@ -17,8 +17,8 @@ from come.calibration.group import Group, Split
 from come.calibration.influence import check_tokens
 from come.calibration.sensitivities import unit_scores
 from come.calibration.statistics import LayerStatistics, StatisticsCollector
-from come.calibration.stream import LayerStream
-from come.merging.apply import apply, apply_step, merged_state
+from come.calibration.stream import LayerStream, Route
+from come.merging.apply import apply, apply_step, block_states, merged_state
 from come.merging.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merging.reach import check_target
 from come.merging.recipe import Recipe
@@ -89,6 +89,7 @@ def compress(
             base_model(adapter),
             recipe.operator,
             recipe.norms,
+            recipe.block,
             provenance={"recipe": asdict(recipe)},
         )
     if schedule.restarts:
@@ -96,7 +97,13 @@ def compress(
     apply(plan, model)
     spent = float(plan.provenance.get("layer_passes", 0.0))
     stream = LayerStream(
-        adapter, windows, batch_size=batch_size, store=store, folder=folder, progress=progress
+        adapter,
+        windows,
+        batch_size=batch_size,
+        store=store,
+        folder=folder,
+        progress=progress,
+        block=recipe.block,
     )
     with stream:
         search = _Compression(stream, recipe, target_layers, on_first_layer)
@@ -109,13 +116,13 @@ def compress(
             if not schedule.remeasures and merged.num_layers > target_layers:
                 continue
             for ready in steps:
-                apply_step(adapter, ready, search.operator, recipe.norms)
+                apply_step(adapter, plan, ready, search.operator)
                 passes = spent + round(stream.layer_passes, 1)
                 plan = plan.with_step(ready, layer_passes=passes)
                 if on_step:
                     on_step(plan)
             steps.clear()
-            search.merged(step)
+            search.merged(plan)
     return plan
 
 
@@ -129,7 +136,7 @@ class _Compression:
         target: int,
         on_first_layer: Callable[[float], None] | None,
     ) -> None:
-        self.operator, self.metric, self.selection, self.retention, self.schedule = recipe.parts()
+        self.operator, self.metric, self.selection, self.retention, self.schedule = recipe.make()
         self.stream = stream
         self.recipe = recipe
         self.target = target
@@ -146,6 +153,8 @@ class _Compression:
         """Measures what has to be, and decides the next merge of `plan`."""
         if self.start < self.stream.num_layers:
             self._measure()
+            whole = self.stream.block == "layer"
+            self.origins = list(range(self.stream.num_layers)) if whole else plan.places
         history = plan.history
         search = Search(
             stream=self.stream,
@@ -176,15 +185,22 @@ class _Compression:
             score=choice.score,
             candidates=choice.candidates,
             bi=[layer.bi for layer in self.statistics],
+            keeper=choice.kept,
             solved=SolvedTensors(solution.tensors),
             output_scale=solution.output_scale,
         )
 
-    def merged(self, step: MergeStep) -> None:
-        """Takes note that `step` has been applied to the model."""
-        if self.schedule.remeasures:
+    def merged(self, plan: Plan) -> None:
+        """Takes note that the last step of `plan` has been applied to the model."""
+        step = plan.steps[-1]
+        if not self.schedule.remeasures:
+            return
+        if self.stream.block == "layer":
             self.stream.merged(step.first, step.last)
             self.start = step.first
+        else:
+            self.start = replace(plan, steps=plan.steps[:-1]).places[step.first]
+            self.stream.changed(self.start)
 
     def _measure(self) -> None:
         """Streams all layers whose statistics are not known."""
@@ -204,7 +220,6 @@ class _Compression:
         kept = self.scores.items() if self.selection.local else ()
         self.scores = {span: value for span, value in kept if span[1] < self.start}
         self.selection.prepare(stream)
-        self.origins = list(range(stream.num_layers))
         self.start = stream.num_layers
 
     def _score(self, first: int, last: int) -> float:
@@ -229,6 +244,7 @@ class _Compression:
             spans=spans,
             statistics=statistics,
             merge=partial(self._merged_state, places),
+            trial=partial(self._trial, places),
             scores=scores,
         )
 
@@ -241,6 +257,20 @@ class _Compression:
             split.shares,
             split.kept,
         )
+
+    def _trial(self, places: Sequence[int], split: Split) -> Route:
+        """Layers beside the model that are what the group would become."""
+        adapter, block = self.stream.adapter, self.stream.block
+        merged = self._merged_state(places, split)
+        if block == "layer":
+            return [(places[0], adapter.scratch_layer(places[0], merged))]
+        keeper = split.shares.index(1.0) if self.operator.drops else None
+        states = block_states(adapter, places, keeper, merged, block)
+        layers = {place: adapter.scratch_layer(place, state) for place, state in states.items()}
+        return [
+            (index, layers.get(index, adapter.layers[index]))
+            for index in range(places[0], places[-1] + 1)
+        ]
 
     def _split(self, group: Group, kept: int | None) -> Split:
         if kept is None:

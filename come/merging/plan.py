@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from come.files import write_bytes, write_text
-from come.models.adapter import Unit
+from come.models.adapter import Block, Unit
 from come.models.surgery import Span
 
 FORMAT = 1
@@ -71,6 +71,7 @@ class MergeStep:
         score: the selection score of the group.
         candidates: all spans that were eligible, with their scores.
         bi: block influence of every layer of the model that was measured for this step.
+        keeper: the layer of the group that a drop keeps, 0 for its first; None for a merge.
         solved: tensors of the merged layer that were solved for on calibration data.
         output_scale: factor on the output maps of all layers behind.
     """
@@ -83,6 +84,7 @@ class MergeStep:
     score: float
     candidates: list[GroupCandidate]
     bi: list[float]
+    keeper: int | None = None
     solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     output_scale: float = 1.0
 
@@ -114,19 +116,22 @@ class Plan:
         base: the model that it starts from.
         operator: registry name of the merge operator.
         norms: "mean" or "fold".
-        steps: the merges, in order.
+        block: what is merged: "layer", or one part of each, "attention" or "ffn". Parts that are
+            gone stay as blocks that add nothing, so no layer is removed.
+        steps: the merges, in order; by parts, positions count the blocks that are left.
         provenance: everything else worth knowing (metric, calibration, versions, job).
     """
 
     base: BaseModel
     operator: str
     norms: str
+    block: Block = "layer"
     steps: list[MergeStep] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model after all steps."""
+        """Layers of the model after all steps; by parts, blocks that are left."""
         return self.base.num_layers - sum(step.last - step.first for step in self.steps)
 
     @property
@@ -139,13 +144,25 @@ class Plan:
         return spans
 
     @property
+    def places(self) -> list[int]:
+        """By parts, the layer that each block that is left stands in."""
+        places = list(range(self.base.num_layers))
+        for step in self.steps:
+            group = places[step.first : step.last + 1]
+            places[step.first : step.last + 1] = [group[step.keeper or 0]]
+        return places
+
+    @property
     def hash(self) -> str:
         """Hash of what determines the weights: base, operator, norms and steps' decisions."""
         decisions = [
-            [s.first, s.last, s.shares, s.kept, s.solved.hashes, s.output_scale] for s in self.steps
+            [s.first, s.last, s.shares, s.kept, s.keeper, s.solved.hashes, s.output_scale]
+            for s in self.steps
         ]
         base = asdict(self.base) | {"name": ""}
-        text = json.dumps([FORMAT, base, self.operator, self.norms, decisions], sort_keys=True)
+        text = json.dumps(
+            [FORMAT, base, self.operator, self.norms, self.block, decisions], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def with_step(self, step: MergeStep, **provenance: Any) -> Plan:
@@ -212,6 +229,7 @@ class Plan:
                 base=BaseModel(**data["base"]),
                 operator=data["operator"],
                 norms=data["norms"],
+                block=data.get("block", "layer"),
                 steps=steps,
                 provenance=data["provenance"],
             )

@@ -10,6 +10,7 @@ from come.calibration.influence import check_tokens
 from come.merging.norms import check_norms
 from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
+from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
 from come.retention.base import RETENTION, RetentionRule
 from come.selection.base import SELECTION, GroupScore
@@ -33,6 +34,7 @@ class Recipe:
         allow_remerge: whether a merged layer may be merged again; drops may.
         protect_first: layers at the front that are left as they are.
         protect_last: layers at the end that are left as they are.
+        parts: what is merged: attention, ffn, or both, which is whole layers.
         groups: groups of original layers to merge, in this order, instead of a choice.
         seed: of random choices.
         options: further constructor settings of the registered parts.
@@ -53,6 +55,7 @@ class Recipe:
     allow_remerge: bool = False
     protect_first: int = 0
     protect_last: int = 0
+    parts: Sequence[str] = ("attention", "ffn")
     groups: Sequence[Sequence[int]] = ()
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -94,7 +97,12 @@ class Recipe:
             )
         if not SCHEDULES.get(self.schedule_name).remeasures:
             self._check_one_shot(operator)
-        self.parts()
+        if self.block != "layer" and operator.solves:
+            raise ValueError(
+                f"merge.operator={self.operator} solves for whole layers; "
+                f"merge.parts={list(self.parts)} is not possible with it"
+            )
+        self.make()
 
     def _check_one_shot(self, operator: type[MergeOperator]) -> None:
         """What a schedule that measures the dense model once cannot do."""
@@ -134,7 +142,21 @@ class Recipe:
             protect_last=self.protect_last,
         )
 
-    def parts(
+    @property
+    def block(self) -> Block:
+        """What is merged: whole layers, or one part of each."""
+        chosen = list(self.parts)
+        if sorted(chosen) == ["attention", "ffn"]:
+            return "layer"
+        if chosen == ["attention"]:
+            return "attention"
+        if chosen == ["ffn"]:
+            return "ffn"
+        raise ValueError(
+            f"merge.parts={chosen}: allowed are [attention], [ffn] and [attention,ffn]"
+        )
+
+    def make(
         self,
     ) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule, Schedule]:
         """The five parts, made anew from the settings."""

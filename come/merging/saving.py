@@ -44,6 +44,8 @@ def save_model(
     folder = Path(folder)
     with new_folder(folder, PLAN) as partial:
         model.config.come = {"plan": plan.hash, "merge_history": plan.history}
+        if plan.block != "layer":
+            model.config.come |= {"block": plan.block, "places": plan.places}
         plan.save(partial / PLAN)
         try:
             model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)

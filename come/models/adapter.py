@@ -19,6 +19,13 @@ from come.models.surgery import check_layer_config, replace_layers
 
 Unit = Literal["kv_group", "channel"]
 UNITS: tuple[Unit, ...] = ("kv_group", "channel")
+Block = Literal["layer", "attention", "ffn"]
+"""What is merged or dropped: whole layers, or one of their two parts."""
+UNITS_OF: dict[Block, tuple[Unit, ...]] = {
+    "layer": UNITS,
+    "attention": ("kv_group",),
+    "ffn": ("channel",),
+}
 LayerState = dict[str, Tensor]
 """All tensors of one decoder layer by their name inside the layer."""
 
@@ -118,10 +125,36 @@ class ModelAdapter:
         modules = [self._output_module(unit) for unit in units or UNITS]
         return [name for name in self.roles if name.rpartition(".")[0] in modules]
 
-    def linear_weights(self, index: int) -> list[Tensor]:
-        """The weights of all linear maps of layer `index`, [d_out, d_in] each."""
+    def block_tensors(self, block: Block) -> list[str]:
+        """Names of the tensors of a layer that belong to a block, its norm among them."""
+        arch = self.architecture
+        ffn = {arch.ffn_norm, *arch.ffn_inputs, arch.ffn_output}
+        own = {
+            name: "ffn" if name.rpartition(".")[0] in ffn else "attention" for name in self.roles
+        }
+        return [name for name in self.roles if block in ("layer", own[name])]
+
+    def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
+        """The weights of all linear maps of a block of layer `index`, [d_out, d_in] each."""
         tensors = dict(self.layers[index].named_parameters())
-        return [tensors[name] for name in self.roles if tensors[name].dim() == 2]
+        return [tensors[name] for name in self.block_tensors(block) if tensors[name].dim() == 2]
+
+    def middle(self, index: int) -> nn.Module:
+        """The norm of layer `index` whose input is the state between attention and FFN."""
+        return self.layers[index].get_submodule(self.architecture.ffn_norm)
+
+    def silent(self, index: int, block: Block) -> LayerState:
+        """The tensors of layer `index` with a block that adds nothing to the residual stream."""
+        state = self.layer_state(index)
+        silenced = self.output_tensors(*UNITS_OF[block])
+        return state | {name: torch.zeros_like(state[name]) for name in silenced}
+
+    @torch.no_grad()
+    def write(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Overwrites tensors of layer `index` in place."""
+        tensors = self.layer_state(index)
+        for name, tensor in state.items():
+            tensors[name].copy_(tensor)
 
     def columns_per_unit(self, unit: Unit) -> int:
         """Input columns of `output_map` that belong to one unit."""

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from come.models.adapter import ModelAdapter
+from come.models.adapter import UNITS_OF, Block, ModelAdapter
 from come.models.architectures import check_model_type
 from come.models.checkpoint import check_checkpoint, find_checkpoint
 
@@ -32,13 +32,13 @@ class ModelShape:
     Attributes:
         config: the configuration.
         parameters: of the whole model, tied ones once.
-        layer_parameters: of one decoder layer.
+        block_parameters: of one decoder layer, and of its attention and its FFN with their norms.
         dtype: dtype that it will be loaded in.
     """
 
     config: PretrainedConfig
     parameters: int
-    layer_parameters: int
+    block_parameters: dict[Block, int]
     dtype: torch.dtype
 
     @property
@@ -115,9 +115,12 @@ def inspect_model(
         raise ValueError(f"model folder {folder}: bad configuration: {reason}") from error
     adapter = ModelAdapter(skeleton)
     skeleton.tie_weights()
-    layer = sum(p.numel() for p in adapter.layers[0].parameters())
+    sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
+    blocks: dict[Block, int] = {
+        block: sum(sizes[name] for name in adapter.block_tensors(block)) for block in UNITS_OF
+    }
     total = sum(p.numel() for p in skeleton.parameters())
-    return ModelShape(skeleton.config, total, layer, choose_dtype(dtype, config))
+    return ModelShape(skeleton.config, total, blocks, choose_dtype(dtype, config))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

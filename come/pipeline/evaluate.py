@@ -95,7 +95,8 @@ def _depth(
     dense: Evaluation,
     speeds: dict[str, Speed],
 ) -> DepthResult:
-    removed = (job.shape.num_layers - layers) * job.shape.layer_parameters
+    block = job.plan.block if job.plan else job.settings.merge.recipe().block
+    removed = (job.shape.num_layers - layers) * job.shape.block_parameters[block]
     result: DepthResult = {
         "layers": layers,
         "parameters": job.shape.parameters - removed,

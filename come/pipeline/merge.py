@@ -148,7 +148,7 @@ def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
         "calibration": calibration_result(job),
         "versions": versions(),
     }
-    return Plan(base, merge.operator, merge.norms, provenance=provenance)
+    return Plan(base, merge.operator, merge.norms, merge.recipe().block, provenance=provenance)
 
 
 def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
@@ -216,10 +216,9 @@ def versions() -> dict[str, str]:
 
 def _deed(step: MergeStep) -> str:
     """What a step did, in words."""
-    if not step.kept and 1.0 in step.shares:
-        keeper = step.shares.index(1.0)
-        gone = [_span(span) for i, span in enumerate(step.spans) if i != keeper]
-        return f"dropped {'+'.join(gone)} beside {_span(step.spans[keeper])}"
+    if step.keeper is not None:
+        gone = [_span(span) for i, span in enumerate(step.spans) if i != step.keeper]
+        return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.keeper])}"
     return f"merged layers {'+'.join(_span(span) for span in step.spans)} into one"
 
 

@@ -167,12 +167,13 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
-    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, shape.layer_parameters)
     recipe = merge.recipe()
+    each = shape.block_parameters[recipe.block]
+    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
     rules = recipe.rules(shape.num_layers, target)
     least = rules.smallest_depth(shape.num_layers)
     if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
-        largest = (shape.num_layers - least) * shape.layer_parameters / shape.parameters
+        largest = (shape.num_layers - least) * each / shape.parameters
         raise ValueError(
             f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
             f"layer is merged again; the largest that can is {largest:.3f} ({least} of "

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from come.merging.plan import Plan
-from come.models.adapter import UNITS, Unit
+from come.models.adapter import UNITS, UNITS_OF, Unit
 from come.result import Result
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
@@ -33,10 +33,11 @@ def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
         units where an operator mixes layers), in depth order of the originals.
     """
     count = plan.base.units[unit]
+    steps = plan.steps if unit in UNITS_OF[plan.block] else []
     origins: list[list[dict[int, float]]] = [
         [{layer: 1.0} for _ in range(count)] for layer in range(plan.base.num_layers)
     ]
-    for step in plan.steps:
+    for step in steps:
         group = origins[step.first : step.last + 1]
         if step.kept:
             merged = [
@@ -48,7 +49,8 @@ def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
                 mix: dict[int, float] = {}
                 for piece, share in zip(parts, step.shares, strict=True):
                     for layer, weight in piece.items():
-                        mix[layer] = mix.get(layer, 0.0) + share * weight
+                        if share > 0:
+                            mix[layer] = mix.get(layer, 0.0) + share * weight
                 merged.append(mix)
         origins[step.first : step.last + 1] = [merged]
     totals = []
@@ -64,8 +66,9 @@ def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
 def draw_puzzle(plan: Plan, path: Path) -> None:
     """Every new layer as a bar cut into its pieces, coloured by original layer."""
     depth = plan.num_layers
+    whole = plan.block == "layer"
     figure, axes = plt.subplots(
-        1, 2, figsize=(10, 0.22 * depth + 1.4), sharey=True, layout="constrained"
+        1, 2, figsize=(10, 0.22 * depth + 1.4), sharey=whole, layout="constrained"
     )
     colours = plt.get_cmap("turbo")
     for axis, unit in zip(axes, UNITS, strict=True):
@@ -90,9 +93,10 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
                 left += units
         axis.set_title(f"{TITLES[unit]} ({plan.base.units[unit]} a layer)", fontsize=10)
         axis.set_xlabel("units, labelled with the original layer")
-    axes[0].set_ylabel("layer of the merged model")
+    axes[0].set_ylabel("layer of the merged model" if whole else f"{plan.block} blocks left")
     axes[0].set_yticks(range(0, depth, max(1, depth // 15)))
-    axes[0].invert_yaxis()
+    for axis in axes[: 1 if whole else 2]:
+        axis.invert_yaxis()
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 

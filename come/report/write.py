@@ -85,6 +85,12 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
         if calibration
         else "none, a given plan was applied"
     )
+    deed = "merging adjacent layers"
+    if plan.block != "layer":
+        deed = (
+            f"merging {plan.block} blocks; those that are gone stay in the file as blocks that add "
+            "nothing, so that any loader takes it"
+        )
     text = f"""---
 {data.to_yaml()}
 ---
@@ -92,7 +98,7 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
 # {result["model"]}, {depth["layers"]} layers
 
 {result["model"]} compressed from {plan.base.num_layers} to {depth["layers"]} layers
-({depth["sparsity"]:.1%} of its parameters removed) by merging adjacent layers: method
+({depth["sparsity"]:.1%} of its parameters removed) by {deed}: method
 `{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
 `{plan.norms}`. No training. It is an ordinary checkpoint of the same architecture and loads with
 `AutoModelForCausalLM.from_pretrained`.

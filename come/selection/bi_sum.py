@@ -38,7 +38,7 @@ class BISum(GroupScore):
 
     def _influence(self, stream: LayerStream, index: int) -> float:
         total, count = 0.0, 0
-        for before, after in stream.pairs(index, index + 1):
+        for before, after in stream.span(index, index):
             cosine = token_cosine(
                 chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
             )

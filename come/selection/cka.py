@@ -29,7 +29,7 @@ class CKA(GroupScore):
         """The distance, in [0, 1]."""
         products: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
-        for before, after in stream.pairs(first, last + 1):
+        for before, after in stream.span(first, last):
             x, y = (states.flatten(0, 1).double() for states in (before, after))
             for name, a, b in (("xx", x, x), ("yy", y, y), ("yx", y, x)):
                 products[name] = products.get(name, 0) + a.T @ b

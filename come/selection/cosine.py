@@ -29,7 +29,7 @@ class Cosine(GroupScore):
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The distance, in [0, 2]."""
         total, count = 0.0, 0
-        for before, after in stream.pairs(first, last + 1):
+        for before, after in stream.span(first, last):
             cosine = token_cosine(
                 chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
             )

@@ -23,5 +23,6 @@ class Magnitude(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The sum, >= 0."""
-        weights = [w for i in range(first, last + 1) for w in stream.adapter.linear_weights(i)]
+        layers = range(first, last + 1)
+        weights = [w for i in layers for w in stream.adapter.linear_weights(i, stream.block)]
         return sum(w.detach().abs().sum(dtype=torch.float64).item() for w in weights)

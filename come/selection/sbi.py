@@ -36,7 +36,7 @@ class SBI(GroupScore):
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """SBI of layers first..last, in [0, 0.5]."""
         total, count = 0.0, 0
-        for before, after in stream.pairs(first, last + 1):
+        for before, after in stream.span(first, last):
             cosine = token_cosine(
                 chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
             )

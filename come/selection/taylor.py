@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from come.calibration.gradients import backward, trainable
@@ -34,8 +36,9 @@ class Taylor(GroupScore):
         adapter = stream.adapter
         self._layers.clear()
         with trainable(adapter, 0, adapter.num_layers - 1):
-            for index, gradients in backward(stream, 0, adapter.linear_weights):
-                weights = adapter.linear_weights(index)
+            weights_of = partial(adapter.linear_weights, block=stream.block)
+            for index, gradients in backward(stream, 0, weights_of):
+                weights = weights_of(index)
                 self._layers[index] = sum(
                     (weight.detach() * gradient).abs().sum(dtype=torch.float64).item()
                     for weight, gradient in zip(weights, gradients, strict=True)

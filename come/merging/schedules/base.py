@@ -62,7 +62,8 @@ class Search:
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
         """The span with the lowest score, the first of equal ones, as a choice."""
-        return self.choose([GroupCandidate(*span, self.score(*span)) for span in spans])
+        own = self.origins
+        return self.choose([GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans])
 
     def choose(self, candidates: list[GroupCandidate]) -> Choice:
         """The candidate with the lowest score, the first of equal ones."""

@@ -31,6 +31,6 @@ class Fixed(Schedule):
         group = next(group for group in self.groups if list(group) not in merged)
         first = [span[0] for span in search.history].index(group[0])
         last = first + len(group) - 1
-        score = search.score(first, last)
+        score = search.score(search.origins[first], search.origins[last])
         kept = 0 if search.rules.drops else None
         return Choice(first, last, kept, score, [GroupCandidate(first, last, score)])

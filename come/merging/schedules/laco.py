@@ -78,10 +78,9 @@ class LaCo(Schedule):
         stream = search.stream
         first, last, kept = search.rules.group(first, last)
         group = search.group(first, last)
-        merged = stream.adapter.scratch_layer(first, group.merge(search.split(group, kept)))
-        route = [(first, merged), *stream.route(last + 1, stream.num_layers - 1)]
+        way = group.way(search.split(group, kept))
         total, count = 0.0, 0
-        for (_, states), dense in zip(stream.through(first, route), self._dense, strict=True):
+        for (_, states), dense in zip(stream.through(group.first, way), self._dense, strict=True):
             cosine = token_cosine(states.cpu(), dense)
             total += cosine.sum().item()
             count += cosine.numel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from come.merging.plan import GroupCandidate
 from come.merging.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 
@@ -21,10 +20,4 @@ class OneShot(Schedule):
 
     def choose(self, search: Search) -> Choice:
         """The eligible span with the lowest score on the dense model."""
-        own = search.origins
-        return search.choose(
-            [
-                GroupCandidate(first, last, search.score(own[first], own[last]))
-                for first, last in search.rules.spans(search.history, search.target)
-            ]
-        )
+        return search.lowest(search.rules.spans(search.history, search.target))
