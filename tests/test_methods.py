@@ -612,7 +612,8 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
 def test_laco_keeps_merges_that_leave_the_output_similar(windows):
     model = pico("llama_gqa")
     snapshots = []
-    method = recipe("laco", m=2, options={"threshold": 0.9, "interval": 1, "relax": 0.1})
+    options = {"threshold": 0.9, "interval": 1, "relax": 0.1, "trial_windows": 5}
+    method = recipe("laco", m=2, options=options)
     plan = compress(
         model,
         windows,

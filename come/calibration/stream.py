@@ -70,6 +70,7 @@ class LayerStream:
         self.windows = windows
         self.store = store
         self.progress = progress
+        self.batch_size = batch_size
         self._batches = [
             slice(start, min(start + batch_size, len(windows)))
             for start in range(0, len(windows), batch_size)
@@ -212,7 +213,7 @@ class LayerStream:
         return LayerStream(
             self.adapter,
             self.windows,
-            batch_size=self._batches[0].stop,
+            batch_size=self.batch_size,
             store=self.store,
             progress=self.progress,
         )
@@ -223,18 +224,23 @@ class LayerStream:
 
     @torch.no_grad()
     def through(
-        self, start: int, route: Route
+        self, start: int, route: Route, batches: int | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "batch seq hidden"]]]:
         """Boundary `start` sent through any layers, batch by batch; nothing is kept.
 
         This is how a candidate is tried: with layers left out, or with a layer that is not in
         the model, from the last boundary that it shares with the model.
 
+        Args:
+            start: a boundary that is there.
+            route: the layers to pass.
+            batches: how many batches; all unless given.
+
         Yields:
             The rows of the batch and the states behind the last layer of the route.
         """
         assert 0 <= start <= self._valid
-        for rows in self._batches:
+        for rows in self._batches[:batches]:
             states = self._store[start][rows].to(self.adapter.device)
             for index, layer in route:
                 states = layer(states, **self.keywords(len(states), index))

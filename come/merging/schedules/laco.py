@@ -26,6 +26,8 @@ class LaCo(Schedule):
         threshold: similarity above which a merge is kept.
         interval: layers that the walk goes down after a merge.
         relax: how much the threshold falls between walks.
+        trial_windows: calibration windows that a trial runs on, rounded up to whole batches; the
+            paper takes ten sentences.
     """
 
     name = "laco"
@@ -35,7 +37,13 @@ class LaCo(Schedule):
     trials = True
     nested = False
 
-    def __init__(self, threshold: float = 0.65, interval: int = 2, relax: float = 0.05) -> None:
+    def __init__(
+        self,
+        threshold: float = 0.65,
+        interval: int = 2,
+        relax: float = 0.05,
+        trial_windows: int = 4,
+    ) -> None:
         if interval < 1 or relax <= 0:
             raise ValueError(
                 f"merge.options.interval={interval} must be at least 1 and "
@@ -44,6 +52,7 @@ class LaCo(Schedule):
         self.threshold = threshold
         self.interval = interval
         self.relax = relax
+        self.trial_windows = trial_windows
         self._dense: list[torch.Tensor] = []
         self._position: int | None = None
 
@@ -51,7 +60,9 @@ class LaCo(Schedule):
         """The next group that passes the trial; candidates hold 1 - s of all that were tried."""
         if not self._dense:
             depth = search.stream.num_layers
-            self._dense = [states.cpu() for _, states in search.stream.through(depth, [])]
+            self._batches = -(-self.trial_windows // search.stream.batch_size)
+            states = search.stream.through(depth, [], self._batches)
+            self._dense = [batch.cpu() for _, batch in states]
         spans = search.rules.spans(search.history, search.target)
         size = spans[0][1] - spans[0][0] + 1
         tried: dict[tuple[int, int], float] = {}
@@ -80,7 +91,8 @@ class LaCo(Schedule):
         group = search.group(first, last)
         way = group.way(search.split(group, kept))
         total, count = 0.0, 0
-        for (_, states), dense in zip(stream.through(group.first, way), self._dense, strict=True):
+        trial = stream.through(group.first, way, self._batches)
+        for (_, states), dense in zip(trial, self._dense, strict=True):
             cosine = token_cosine(states.cpu(), dense)
             total += cosine.sum().item()
             count += cosine.numel()
