@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from come.files import LISTING
+from come.files import AXES, LISTING, write_text
 from come.job import job_hash
 from come.settings import Settings
 
@@ -36,10 +36,10 @@ class JobFailedError(Exception):
 
 
 class GridReport(Callback):
-    """Hydra callback: lists the jobs of a sweep, and makes its table and figure at the end.
+    """Hydra callback: lists the jobs of a sweep, and keeps its table and figure up to date.
 
-    Both stand in `runs/grid-NAME/`, NAME being the experiment's; `python -m come.report` makes them
-    again from whatever has finished.
+    They stand in `runs/grid-NAME/`, NAME being the experiment's, whose sweeps share a table, or
+    "sweep"; `python -m come.report runs/grid-NAME` makes them again.
 
     Args:
         x: horizontal axis of the figure: "parameters", or a key that the jobs differ in.
@@ -50,26 +50,34 @@ class GridReport(Callback):
         self.x = x
         self.title = title
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A sweep that is no experiment begins a list of its own."""
+        folder = self._folder(config)
+        if folder.name == "grid-sweep":
+            (folder / LISTING).unlink(missing_ok=True)
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Adds the job to the list."""
+        """Adds the job to the list and makes the table and the figure anew."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        folder = Path(config.hydra.runtime.output_dir)
-        entry = {"folder": str(folder), "overrides": list(config.hydra.overrides.task)}
-        listing = self._folder(config) / LISTING
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        with open(listing, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Writes and prints the table of all jobs of the list."""
         from come.report.grid import read_grid, write_grid  # plotting is slow to import
 
         folder = self._folder(config)
-        if not (folder / LISTING).is_file():
-            return
-        table = write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
-        print(f"\n{table}\ntable and figure: {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "folder": str(config.hydra.runtime.output_dir),
+            "overrides": list(config.hydra.overrides.task),
+        }
+        with open(folder / LISTING, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        write_text(folder / AXES, json.dumps({"x": self.x, "title": self.title}))
+        write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table."""
+        folder = self._folder(config)
+        if (folder / "table.md").is_file():
+            print(f"\n{(folder / 'table.md').read_text()}\ntable and figure: {folder}")
 
     def _folder(self, config: DictConfig) -> Path:
         name = config.hydra.runtime.choices.get("experiment") or "sweep"

@@ -73,6 +73,9 @@ def compression_cost(
         f"merge.schedule={recipe.schedule}": schedule.trials,
     }
     tokens = num_samples * seq_len
+    slots = layers + 1 if recipe.block == "layer" else 2 * layers + 1
+    if metric.gradient == "path":
+        slots += layers + 1  # the second stream's
     state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(
         tokens=tokens,
@@ -80,7 +83,7 @@ def compression_cost(
         least=layers + len(passed) - 1,
         most=layers + sum(passed[:-1]),
         weight_bytes=shape.weight_bytes,
-        boundary_bytes=state * (layers + 1),
+        boundary_bytes=state * slots,
         store=store,
         extra=[name for name, costs in extra.items() if costs],
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 PARTIAL = ".partial"
 RESULT = "result.json"  # the last file of a job
 LISTING = "jobs.jsonl"  # what a sweep notes of its jobs
+AXES = "axes.json"  # and of its figure
 
 
 def cache_folder() -> Path:

@@ -39,6 +39,9 @@ def model_identity(model: ModelSettings) -> str:
 def job_hash(settings: Settings) -> str:
     """Hash of everything that determines a job's result: 12 hexadecimal digits.
 
+    The files of the chosen metric, score, rule, operator and schedule count too, so that editing
+    one's own method runs it anew; other code counts by the version.
+
     Paths count by the content behind them; labels, devices, batch sizes, stores and tracking do
     not count.
     """
@@ -61,7 +64,8 @@ def job_hash(settings: Settings) -> str:
     else:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else _text_identity(settings.calibration)
-        parts |= {"calibration": calibration, "calibration_text": text}
+        sources = [file_hash(path) for path in settings.merge.recipe().sources()]
+        parts |= {"calibration": calibration, "calibration_text": text, "sources": sources}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
 

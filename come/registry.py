@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -44,9 +46,13 @@ class Registry(Generic[T]):
             if not isinstance(getattr(cls, attribute, None), str):
                 raise TypeError(f"{cls.__qualname__} needs a class attribute {attribute!r} (str)")
         name: str = getattr(cls, "name")  # noqa: B009 - T carries no bound with `name`
+        if not cls.__module__.startswith(self.package):
+            self._discover()  # so that a name of the package's own is seen to be taken
         known = self._entries.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"{self.kind} {name!r} is already registered by {known.__qualname__}")
+        if known is not None and _identity(known) != _identity(cls):
+            raise ValueError(
+                f"{self.kind} {name!r} is already registered by {'.'.join(_identity(known))}"
+            )
         self._entries[name] = cls
         return cls
 
@@ -96,8 +102,16 @@ class Registry(Generic[T]):
             return
         self._discovered = True
         package = importlib.import_module(self.package)
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
-            importlib.import_module(f"{self.package}.{module.name}")
+        try:
+            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+                importlib.import_module(f"{self.package}.{module.name}")
+        except BaseException:
+            self._discovered = False
+            raise
+
+
+def _identity(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def load_plugin(path: str | Path) -> None:
@@ -112,10 +126,13 @@ def load_plugin(path: str | Path) -> None:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"plugins has {path}, which is not a file")
-    spec = importlib.util.spec_from_file_location(f"come_plugin_{path.stem}", path)
+    name = f"come_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"plugins has {path}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"plugins: {path} fails with {type(error).__name__}: {error}") from error

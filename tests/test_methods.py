@@ -143,6 +143,87 @@ def test_recipes_name_what_the_registries_hold():
     assert used == set(OPERATORS.names())
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        *({"selection": name, "allow_remerge": True} for name in SELECTION.names()),
+        *({"schedule": name} for name in ("one_shot", "block", "laco")),
+        {"operator": "prune_comp"},
+        {"operator": "replaceme", "protect_first": 1},
+        {"groups": ((3, 4), (0, 1))},
+        {"parts": ("ffn",), "allow_remerge": True},
+        {"parts": ("attention",), "operator": "drop", "selection": "skip_loss"},
+    ],
+    ids=lambda parts: "-".join(map(str, parts.values())),
+)
+def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_path):
+    class Interrupt(Exception):
+        pass
+
+    whole, method = pico("llama_gqa"), Recipe(**parts)
+    target = 4 if "groups" in parts else 3
+    expected = compress(whole, windows, method, target_layers=target, progress=False)
+    for done in range(1, len(expected.steps)):
+
+        def interrupt(plan, done=done):
+            plan.save(tmp_path / "plan.partial.json")
+            if len(plan.steps) == done:
+                raise Interrupt
+
+        with pytest.raises(Interrupt):
+            compress(
+                pico("llama_gqa"),
+                windows,
+                method,
+                target_layers=target,
+                on_step=interrupt,
+                progress=False,
+            )
+        model, plan = pico("llama_gqa"), Plan.load(tmp_path / "plan.partial.json")
+        plan = compress(model, windows, method, target_layers=target, plan=plan, progress=False)
+        assert plan.hash == expected.hash
+        assert same(model, whole)
+
+
+@pytest.mark.parametrize("name", ["come", "replaceme", "prune_comp", "sleb", "taylor", "laco"])
+def test_half_precision(name, windows):
+    model = pico("qwen3_gqa").bfloat16()
+    plan = compress(model, windows, recipe(name), target_layers=4, progress=False)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
+    assert same(apply(plan, pico("qwen3_gqa").bfloat16()), model)
+    full = compress(pico("qwen3_gqa"), windows, recipe(name), target_layers=4, progress=False)
+    scores = {(c.first, c.last): c.score for c in full.steps[0].candidates}
+    for candidate in plan.steps[0].candidates:
+        span = (candidate.first, candidate.last)
+        if span in scores:
+            assert candidate.score == pytest.approx(scores[span], rel=0.1, abs=0.05)
+
+
+def test_units_of_parts_are_those_of_their_own_layers(windows):
+    """A merged block merged again: what is in between is silent, and not looked at."""
+    gaps = 0
+    for seed in range(4):
+        model, snapshots = pico("llama_gqa"), [(None, pico("llama_gqa"))]
+        plan = compress(
+            model,
+            windows,
+            Recipe(parts=("ffn",), allow_remerge=True, selection="random", seed=seed),
+            target_layers=2,
+            on_step=lambda plan, model=model, seen=snapshots: seen.append(
+                (plan, copy.deepcopy(model))
+            ),
+            progress=False,
+        )
+        for (before, merged), step in zip(snapshots, plan.steps):
+            places = before.places[step.first : step.last + 1] if before else []
+            if len(places) == 2 and places[1] - places[0] > 1:
+                gaps += 1
+                reference = Reference(merged, windows)
+                scores = {u: [reference.sensitivity(place, u) for place in places] for u in UNITS}
+                assert step.kept["channel"] == _plain_units(scores, step.shares)["channel"]
+    assert gaps > 0
+
+
 # --- sensitivity ---------------------------------------------------------------------------
 
 
@@ -171,7 +252,7 @@ def per_unit(values, stream, unit):
 def found_scores(stream, name, first, last):
     statistics = [stream.found[i] for i in range(first, last + 1)]
     spans = [[i] for i in range(first, last + 1)]
-    return unit_scores(stream, SENSITIVITY.create(name), statistics, spans, first)
+    return unit_scores(stream, SENSITIVITY.create(name), statistics, spans, range(first, last + 1))
 
 
 @pytest.mark.parametrize("name", ["activation", "magnitude", "wanda", "fluctuation"])
@@ -242,7 +323,7 @@ def test_path_attributions_add_up_to_the_loss(windows):
     with LayerStream(adapter, windows, progress=False) as stream, torch.no_grad():
         stream.embed()
         stream.advance(0, LAYERS - 1)
-        found = path_gradients(stream, 0, LAYERS - 1, steps=40)
+        found = path_gradients(stream, range(LAYERS), steps=40)
         difference = float(loss(model, windows) - loss(silent, windows))
     assert sum(float(part.sum()) for part in found.values()) == pytest.approx(difference, rel=0.02)
 
@@ -271,6 +352,8 @@ def test_scores_of_hidden_states(stream, windows, tokens):
         cosines = reference.cosines(first, last + 1, tokens)
         distance = sum(1 - c for c in cosines) / len(cosines)
         assert score("cosine") == pytest.approx(distance, rel=1e-3)
+        angles = [math.acos(max(-1, min(1, c))) / math.pi for c in cosines]
+        assert score("angular") == pytest.approx(sum(angles) / len(angles), rel=1e-3)
         states = (reference.h[i].flatten(0, 1) for i in (first, last + 1))
         assert score("cka") == pytest.approx(cka(*states), rel=1e-3, abs=1e-6)
 
@@ -656,7 +739,10 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"parts": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
         ({"protect_first": -1}, "merge.protect_first=-1: must be at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
-        ({"schedule": "laco", "options": {"interval": 0}}, "interval=0 must be at least 1"),
+        (
+            {"schedule": "laco", "options": {"interval": 0}},
+            "interval=0 and trial_windows=4",
+        ),
     ],
 )
 def test_recipes_that_are_refused(settings, message):

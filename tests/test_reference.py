@@ -32,7 +32,7 @@ def test_statistics_and_decisions(family, windows, tokens):
         found = collector.found
         for index in range(LAYERS):
             assert found[index].bi == pytest.approx(reference.bi(index, tokens), rel=1e-4)
-            scores = unit_scores(stream, Come(), [found[index]], [[index]], index)
+            scores = unit_scores(stream, Come(), [found[index]], [[index]], [index])
             for unit in ("kv_group", "channel"):
                 expected = torch.tensor(reference.sensitivity(index, unit), dtype=torch.float64)
                 torch.testing.assert_close(scores[unit][0], expected, rtol=1e-4, atol=0)
@@ -42,7 +42,7 @@ def test_statistics_and_decisions(family, windows, tokens):
     for first, last in [(0, 1), (2, 4)]:
         statistics = [found[i] for i in range(first, last + 1)]
         spans = [[i] for i in range(first, last + 1)]
-        scores = unit_scores(stream, Come(), statistics, spans, first)
+        scores = unit_scores(stream, Come(), statistics, spans, range(first, last + 1))
         units = partial(dict, scores)
         group = Group(stream, first, last, spans, statistics, dict, list, units)
         for p in (0.0, 1.0, 3.0):

@@ -2,14 +2,15 @@
 
 import pytest
 
+from come.merging.schedules.base import SCHEDULES
 from come.operators.base import OPERATORS
-from come.registry import Registry
+from come.registry import Registry, load_plugin
 from come.retention.base import RETENTION
 from come.selection.base import SELECTION
 from come.sensitivity.base import SENSITIVITY
 from come.text.base import TEXT
 
-REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, TEXT]
+REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, TEXT]
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
@@ -38,6 +39,34 @@ def test_a_new_entry_is_one_decorated_class(monkeypatch):
         @SENSITIVITY.register
         class Other(SENSITIVITY.get("random")):
             name = "mine"
+
+
+def plugin(folder, name):
+    path = folder / f"{name}.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from come.sensitivity.base import SENSITIVITY, SensitivityMetric\n"
+        "@SENSITIVITY.register\n@dataclass\n"
+        "class Own(SensitivityMetric):\n"
+        f"    name = '{name}'\n    paper = ''\n    source = 'test'\n"
+        "    def score(self, inputs):\n        return inputs.weight.double().sum(0)\n"
+    )
+    return path
+
+
+def test_a_plugin_does_not_take_a_name_of_the_package(tmp_path, monkeypatch):
+    assert SENSITIVITY.names()
+    monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
+    for _ in range(2):
+        load_plugin(plugin(tmp_path, "mine_alone"))
+    assert SENSITIVITY.get("mine_alone").__name__ == "Own"
+    taken = r"'wanda' is already registered by come.sensitivity.wanda.Wanda"
+    with pytest.raises(ValueError, match=taken):
+        load_plugin(plugin(tmp_path, "wanda"))
+    assert SENSITIVITY.get("wanda").__module__ == "come.sensitivity.wanda"
+    with pytest.raises(ValueError, match="which is not a file"):
+        load_plugin(tmp_path / "nowhere.py")
 
 
 def test_a_class_without_provenance_is_refused():

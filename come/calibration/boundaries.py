@@ -60,21 +60,26 @@ class DiskStore(BoundaryStore):
     Args:
         shape: windows, seq, hidden.
         dtype: dtype of the states.
-        folder: where the folder `boundaries.partial` is made, in place of one that a killed run
-            left; None for a temporary folder.
+        folder: where the folder `NAME.partial` is made, in place of one that a killed run left;
+            None for a temporary folder.
+        name: of that folder.
 
     Raises:
         OSError: the disk is full; said when a file is made, not when it is written.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None = None
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        folder: Path | None = None,
+        name: str = "boundaries",
     ) -> None:
         super().__init__(shape, dtype)
         if folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="boundaries-"))
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
         else:
-            self._folder = folder / f"boundaries{PARTIAL}"
+            self._folder = folder / f"{name}{PARTIAL}"
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
@@ -101,13 +106,17 @@ def check_store(kind: str) -> Store:
 
 
 def make_store(
-    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None = None
+    kind: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    folder: Path | None = None,
+    name: str = "boundaries",
 ) -> BoundaryStore:
-    """A store by name.
+    """A store by its kind; `name` tells those of one folder apart.
 
     Raises:
         ValueError: neither "memory" nor "disk".
     """
     if check_store(kind) == "memory":
         return MemoryStore(shape, dtype)
-    return DiskStore(shape, dtype, folder)
+    return DiskStore(shape, dtype, folder, name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from come.calibration.stream import LayerStream
 from come.models.adapter import UNITS, ModelAdapter, Unit
-from come.models.loss import window_nll
+from come.models.loss import BLOCK, window_nll
 
 PATH_STEPS = 10
 
@@ -52,16 +52,24 @@ def backward(
 
 
 def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
-    """dL/dh of the last boundary, in the model's dtype, in main memory."""
+    """dL/dh of the last boundary, in the model's dtype, in main memory.
+
+    The loss of a token depends on its own state alone, so one block of tokens has logits at a time.
+    """
     adapter = stream.adapter
     found = []
     for rows, states in stream.through(adapter.num_layers, []):
-        with torch.enable_grad():
-            inputs = states.detach().requires_grad_()
-            ids = stream.windows[rows].to(states.device)
-            nll = window_nll(adapter.head, adapter.final_norm(inputs), ids).sum()
-            (part,) = torch.autograd.grad(nll / stream.predicted, [inputs])
-        found.append(part.cpu())
+        ids = stream.windows[rows].to(states.device)
+        gradient = torch.zeros_like(states, device="cpu")
+        for window, tokens in enumerate(ids):
+            for start in range(0, len(tokens) - 1, BLOCK):
+                with torch.enable_grad():
+                    own = slice(start, start + BLOCK + 1)
+                    inputs = states[window : window + 1, own].detach().requires_grad_()
+                    nll = window_nll(adapter.head, adapter.final_norm(inputs), tokens[None, own])
+                    (part,) = torch.autograd.grad(nll.sum() / stream.predicted, [inputs])
+                gradient[window, own] += part[0].cpu()
+        found.append(gradient)
     return torch.cat(found)
 
 
@@ -71,23 +79,23 @@ def output_maps(adapter: ModelAdapter, index: int) -> list[Tensor]:
 
 
 def weight_gradients(
-    stream: LayerStream, first: int, last: int
+    stream: LayerStream, layers: Sequence[int]
 ) -> dict[tuple[int, Unit], Float[Tensor, "out in"]]:
-    """dL/dW of both output maps of layers first..last, float32 or wider."""
+    """dL/dW of both output maps of some layers, float32 or wider."""
     found: dict[tuple[int, Unit], Tensor] = {}
 
     def leaves(index: int) -> list[Tensor]:
-        return output_maps(stream.adapter, index) if index <= last else []
+        return output_maps(stream.adapter, index) if index in layers else []
 
-    with trainable(stream.adapter, first, last):
-        for index, gradients in backward(stream, first, leaves):
+    with trainable(stream.adapter, layers):
+        for index, gradients in backward(stream, min(layers), leaves):
             for unit, gradient in zip(UNITS, gradients, strict=False):
                 found[index, unit] = gradient.cpu()
     return found
 
 
 def path_gradients(
-    stream: LayerStream, first: int, last: int, steps: int = PATH_STEPS
+    stream: LayerStream, layers: Sequence[int], steps: int = PATH_STEPS
 ) -> dict[tuple[int, Unit], Float[Tensor, " in"]]:
     """Integrated gradients of the loss with respect to one scale on each input channel.
 
@@ -95,10 +103,10 @@ def path_gradients(
 
     s_j multiplies channel j of an output map's input; all channels of all layers' maps go from 0
     to 1 together, so that the A_j of the whole model add up to L(1) - L(0). Costs `steps` times a
-    forward pass and a backward pass down to layer `first`.
+    forward pass and a backward pass down to the first of the layers, and boundaries of its own.
 
     Returns:
-        For each map of layers first..last its A, [d_in], nats, signed.
+        For each map of the layers its A, [d_in], nats, signed.
     """
     adapter = stream.adapter
     keys = [(index, unit) for index in range(adapter.num_layers) for unit in UNITS]
@@ -111,12 +119,12 @@ def path_gradients(
             scales[index, unit].requires_grad_()
 
         def leaves(index: int, scales: dict[tuple[int, Unit], Tensor] = scales) -> list[Tensor]:
-            return [scales[index, unit] for unit in UNITS] if index <= last else []
+            return [scales[index, unit] for unit in UNITS] if index in layers else []
 
         with _scaled(adapter, scales), stream.beside() as scaled:
             scaled.embed()
             scaled.advance(0, adapter.num_layers - 1)
-            for index, gradients in backward(scaled, first, leaves):
+            for index, gradients in backward(scaled, min(layers), leaves):
                 for unit, gradient in zip(UNITS, gradients, strict=False):
                     part = gradient.double().cpu() / steps
                     total[index, unit] = total.get((index, unit), 0) + part
@@ -128,12 +136,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def trainable(adapter: ModelAdapter, first: int, last: int) -> Iterator[None]:
-    """Lets gradients flow to the parameters of layers first..last, and nowhere else."""
+def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
+    """Lets gradients flow to the parameters of some layers, and nowhere else."""
     before = {p: p.requires_grad for p in adapter.model.parameters()}
     try:
         adapter.model.requires_grad_(False)
-        for index in range(first, last + 1):
+        for index in layers:
             adapter.layers[index].requires_grad_(True)
         yield
     finally:

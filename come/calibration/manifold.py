@@ -13,10 +13,16 @@ from come.calibration.stream import LayerStream
 NEIGHBOUR = 8  # the neighbour whose distance is a point's own scale
 ALPHA = 0.5  # how much of the sampling density is taken out
 DIMENSIONS = 2
+MIN_WINDOWS = 5
 
 
 def last_states(stream: LayerStream, boundary: int) -> Float[Tensor, "windows hidden"]:
     """Hidden states of the last token of every window at a boundary, float64."""
+    if len(stream.windows) < MIN_WINDOWS:
+        raise ValueError(
+            f"calibration.num_samples={len(stream.windows)}: MKA compares layers by one state a "
+            f"window, and needs at least {MIN_WINDOWS} windows"
+        )
     states = [after[:, -1].double().cpu() for _, after in stream.pairs(boundary, boundary)]
     return torch.cat(states)
 

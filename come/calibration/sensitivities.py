@@ -23,9 +23,9 @@ def unit_scores(
     metric: SensitivityMetric,
     statistics: Sequence[LayerStatistics],
     spans: Sequence[Span],
-    first: int,
+    layers: Sequence[int],
 ) -> UnitScores:
-    """Sensitivity of every unit of adjacent layers.
+    """Sensitivity of every unit of some layers.
 
     An FFN channel has its own score; a KV group has the mean over the head outputs of its query
     heads. Gradients, where the metric needs them, are taken here, for these layers alone.
@@ -35,19 +35,19 @@ def unit_scores(
         metric: the channel metric.
         statistics: of each layer, in depth order, with the moments that the metric asks for.
         spans: original layers behind each layer, which names it in random choices.
-        first: position of the first of the layers.
+        layers: positions of the layers, ascending.
 
     Returns:
         For each kind of unit one [units] float64 vector a layer.
     """
-    adapter, last = stream.adapter, first + len(statistics) - 1
+    adapter = stream.adapter
     weight_gradient, path = {}, {}
     if metric.gradient == "weight":
-        weight_gradient = weight_gradients(stream, first, last)
+        weight_gradient = weight_gradients(stream, layers)
     elif metric.gradient == "path":
-        path = path_gradients(stream, first, last)
+        path = path_gradients(stream, layers)
     scores: dict[Unit, list[Tensor]] = {unit: [] for unit in UNITS}
-    for index, layer, span in zip(range(first, last + 1), statistics, spans, strict=True):
+    for index, layer, span in zip(layers, statistics, spans, strict=True):
         for unit in UNITS:
             moments = layer.moments[unit]
             columns = metric.score(

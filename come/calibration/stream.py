@@ -50,6 +50,7 @@ class LayerStream:
         progress: whether to show a progress bar.
         block: what spans are made of: whole layers, or one part of each. For parts the states
             between attention and FFN are kept too, which doubles what is kept.
+        name: of the files of the disk store.
 
     Use it as a context manager: leaving it frees the boundaries.
     """
@@ -64,6 +65,7 @@ class LayerStream:
         folder: Path | None = None,
         progress: bool = True,
         block: Block = "layer",
+        name: str = "boundaries",
     ) -> None:
         self.adapter = adapter
         self.block: Block = block
@@ -71,15 +73,16 @@ class LayerStream:
         self.store = store
         self.progress = progress
         self.batch_size = batch_size
+        self._folder = folder
         self._batches = [
             slice(start, min(start + batch_size, len(windows)))
             for start in range(0, len(windows), batch_size)
         ]
         shape = (*windows.shape, adapter.config.hidden_size)
-        self._store = make_store(store, shape, adapter.model.dtype, folder)
-        self._middle = make_store(
-            store, shape, adapter.model.dtype, folder / "middle" if folder else None
-        )
+        self._store = make_store(store, shape, adapter.model.dtype, folder, name)
+        self._middle = self._store
+        if block != "layer":
+            self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._passed = 0  # windows times layers
         self._valid = -1  # the last boundary that belongs to the model as it is
@@ -208,15 +211,24 @@ class LayerStream:
         """Keyword arguments of layer `index` for a batch of `batch` windows."""
         return self._kwargs[batch][index]
 
-    def beside(self) -> LayerStream:
-        """A second stream of the same windows and model, with boundaries of its own."""
-        return LayerStream(
+    @contextmanager
+    def beside(self) -> Iterator[LayerStream]:
+        """A second stream of the same windows and model, with boundaries of its own.
+
+        Its passes count as this stream's.
+        """
+        second = LayerStream(
             self.adapter,
             self.windows,
             batch_size=self.batch_size,
             store=self.store,
+            folder=self._folder,
             progress=self.progress,
+            name="beside",
         )
+        with second:
+            yield second
+        self._passed += second._passed
 
     def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
         """The model's own layers first..last, to be passed by `through`; may be empty."""

@@ -21,7 +21,7 @@ from come.calibration.stream import LayerStream, Route
 from come.merging.apply import apply, apply_step, block_states, merged_state
 from come.merging.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merging.reach import check_target
-from come.merging.recipe import Recipe
+from come.merging.recipe import Recipe, groups_target
 from come.merging.schedules.base import SCHEDULES, Search
 from come.models.adapter import LayerState, ModelAdapter
 
@@ -81,7 +81,11 @@ def compress(
     recipe = recipe or Recipe()
     adapter = ModelAdapter(model)
     schedule = SCHEDULES.get(recipe.schedule_name)
-    if not recipe.groups:
+    if recipe.groups:
+        reached = groups_target(recipe.groups, adapter.num_layers)
+        if target_layers != reached:
+            raise ValueError(f"merge.groups lead to {reached} layers, not to {target_layers}")
+    else:
         rules = recipe.rules(adapter.num_layers, target_layers)
         check_target(adapter.num_layers, target_layers, rules)
     if plan is None:
@@ -224,7 +228,13 @@ class _Compression:
 
     def _score(self, first: int, last: int) -> float:
         if (first, last) not in self.scores:
-            self.scores[first, last] = self.selection.score(self.stream, first, last)
+            score = self.selection.score(self.stream, first, last)
+            if math.isnan(score):
+                raise ValueError(
+                    f"merge.selection={self.recipe.selection} gives no number for layers {first} "
+                    f"to {last}; try model.dtype=float32 or bfloat16"
+                )
+            self.scores[first, last] = score
         return self.scores[first, last]
 
     def _group(self, first: int, last: int, history: Sequence[list[int]]) -> Group:
@@ -235,7 +245,7 @@ class _Compression:
         scores = None
         if self.operator.uses_units:
             scores = partial(
-                unit_scores, self.stream, self.metric, statistics, spans, first=places[0]
+                unit_scores, self.stream, self.metric, statistics, spans, layers=places
             )
         return Group(
             stream=self.stream,
@@ -273,9 +283,10 @@ class _Compression:
         ]
 
     def _split(self, group: Group, kept: int | None) -> Split:
-        if kept is None:
-            return self.retention.split(group)
-        return Split([float(i == kept) for i in range(len(group.statistics))])
+        if kept is not None:
+            return Split([float(i == kept) for i in range(group.size)])
+        shares = self.operator.fixed_shares(group.size)
+        return Split(shares) if shares else self.retention.split(group)
 
 
 def _check_finite(statistics: list[LayerStatistics]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -149,28 +149,34 @@ def check_target(
         ValueError: m or the target does not fit the model, the target cannot be reached without
             merging a layer twice, or a depth of `save_at` is not passed on the way.
     """
-    if not 2 <= rules.m <= num_layers:
-        raise ValueError(
-            f"merge.m={rules.m}: a group has at least 2 layers and at most the model's {num_layers}"
-        )
     if not 1 <= target < num_layers:
         raise ValueError(
             f"merge.target_layers={target}: the model has {num_layers} layers, so a target is "
             f"from 1 to {num_layers - 1}"
         )
+    if not 2 <= rules.m <= num_layers:
+        raise ValueError(
+            f"merge.m={rules.m}: a group has at least 2 layers and at most the model's {num_layers}"
+        )
+    protects = (
+        f"merge.protect_first={rules.protect_first} and merge.protect_last={rules.protect_last}"
+    )
+    if rules.protected >= num_layers:
+        raise ValueError(f"{protects} leave none of the model's {num_layers} layers to merge")
     least = rules.smallest_depth(num_layers)
     if target < least:
-        if rules.remerges:
-            raise ValueError(
-                f"{target} of {num_layers} layers cannot be reached with {rules.protected} "
-                f"protected (merge.protect_first, merge.protect_last); the smallest depth that can "
-                f"is {least}"
-            )
-        raise ValueError(
-            f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m} unless a "
-            f"merged layer is merged again; the smallest depth that can is {least}. Ask for at "
-            f"least {least} layers, or set merge.allow_remerge=true"
+        keeps = f" with {protects}" if rules.protected else ""
+        message = (
+            f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m}{keeps} "
+            f"unless a merged layer is merged again; the smallest depth that can is {least}. Ask "
+            f"for at least {least} layers, or set merge.allow_remerge=true"
         )
+        if target < replace(rules, remerges=True).smallest_depth(num_layers):
+            message = (
+                f"{target} of {num_layers} layers cannot be reached{keeps}; the smallest depth "
+                f"that can is {least}"
+            )
+        raise ValueError(message)
     passed = depths(num_layers, target, rules.m)
     for depth in save_at:
         if nested and depth not in passed:

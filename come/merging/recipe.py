@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from come.calibration.influence import check_tokens
@@ -32,8 +34,9 @@ class Recipe:
         tokens: which tokens count for BI, SBI and cosines, "all" or "last" of each window.
         norms: "mean", or "fold" to keep every row's own norm scale.
         allow_remerge: whether a merged layer may be merged again; drops may.
-        protect_first: layers at the front that are left as they are.
-        protect_last: layers at the end that are left as they are.
+        protect_first: layers at the front that are neither merged nor dropped. (A repair may still
+            write into them: ReplaceMe into the layer in front of what it drops.)
+        protect_last: layers at the end that are neither merged nor dropped.
         parts: what is merged: attention, ffn, or both, which is whole layers.
         groups: groups of original layers to merge, in this order, instead of a choice.
         seed: of random choices.
@@ -85,6 +88,15 @@ class Recipe:
                     f"merge.options.{option}: no chosen part has this setting; known are "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
+        for key in ("schedule", "protect_first", "protect_last"):
+            if self.groups and getattr(self, key) not in (0, "progressive", "fixed"):
+                raise ValueError(
+                    f"merge.groups are merged as they are given; merge.{key}={getattr(self, key)} "
+                    "has no meaning with them"
+                )
+        for option in self.options:
+            if option in self.__dataclass_fields__:
+                raise ValueError(f"merge.options.{option} is a setting of its own: merge.{option}")
         if RETENTION.get(self.retention).needs_units and not operator.uses_units:
             raise ValueError(
                 f"merge.retention={self.retention} ranks units, and merge.operator="
@@ -156,6 +168,11 @@ class Recipe:
             f"merge.parts={chosen}: allowed are [attention], [ffn] and [attention,ffn]"
         )
 
+    def sources(self) -> list[Path]:
+        """The files that define the chosen parts."""
+        classes = (type(part) for part in self.make())
+        return [Path(inspect.getfile(cls)) for cls in classes]
+
     def make(
         self,
     ) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule, Schedule]:
@@ -174,6 +191,20 @@ class Recipe:
             RETENTION.create(self.retention, settings),
             SCHEDULES.create(self.schedule_name, settings),
         )
+
+
+def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:
+    """The depth that groups given by hand lead to.
+
+    Raises:
+        ValueError: a group is outside the model.
+    """
+    for group in groups:
+        if group[-1] >= num_layers:
+            raise ValueError(
+                f"merge.groups has {list(group)}, and the model's layers are 0 to {num_layers - 1}"
+            )
+    return num_layers - sum(len(group) - 1 for group in groups)
 
 
 def check_groups(groups: Sequence[Sequence[int]]) -> None:

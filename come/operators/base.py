@@ -75,6 +75,10 @@ class MergeOperator(ABC):
             All tensors of the new layer, of the shapes and dtypes of the old ones.
         """
 
+    def fixed_shares(self, size: int) -> list[float] | None:
+        """What each of `size` layers counts for, where retention has no say; else None."""
+        return None
+
     def solve(self, group: Group, split: Split) -> Solution:
         """What calibration data says beyond `merge`; nothing, unless an operator overrides it."""
         return Solution()

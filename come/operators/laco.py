@@ -23,6 +23,10 @@ class LaCo(MergeOperator):
     paper = "2402.11187"
     source = "LaCo, RDSC layer merge"
 
+    def fixed_shares(self, size: int) -> list[float] | None:
+        """Every layer counts alike."""
+        return [1 / size] * size
+
     def merge(
         self,
         layers: Sequence[LayerState],

@@ -22,6 +22,10 @@ class LaCoReleased(MergeOperator):
     paper = "2402.11187"
     source = "LaCo, behaviour of the published code"
 
+    def fixed_shares(self, size: int) -> list[float] | None:
+        """The last layer alone."""
+        return [*[0.0] * (size - 1), 1.0]
+
     def merge(
         self,
         layers: Sequence[LayerState],

@@ -7,6 +7,7 @@ import platform
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +19,8 @@ from come.memory import PeakMemory
 from come.merging.apply import apply
 from come.merging.compress import base_model, compress
 from come.merging.plan import MergeStep, Plan
-from come.merging.saving import check_cache, save_model
+from come.merging.saving import PLAN, check_cache, save_model
+from come.merging.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device
@@ -46,6 +48,8 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     )
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
     earlier = partial_plan(job.folder, job.hash)
+    if SCHEDULES.get(method.recipe().schedule_name).restarts:
+        earlier = None  # its choices rest on the dense model
     if earlier is not None:
         log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
@@ -71,7 +75,8 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         def on_step(plan: Plan) -> None:
             step = plan.steps[-1]
             log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
-            if plan.num_layers in method.save_at and plan.num_layers != job.target:
+            passed = plan.num_layers in method.save_at and plan.num_layers != job.target
+            if passed and method.recipe().nested:
                 save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
             partial.save(job.folder / PARTIAL_PLAN)
@@ -121,7 +126,7 @@ def _compress_apart(job: Job) -> None:
     assert job.calibration is not None
     for depth in settings.merge.save_at:
         folder = job.folder / f"model-{depth}"
-        if depth == job.target or folder.exists():
+        if depth == job.target or _made_by(job, folder):
             continue
         model = job.load()
         plan = compress(
@@ -135,6 +140,13 @@ def _compress_apart(job: Job) -> None:
             folder=job.folder,
         )
         save_model(model, job.tokenizer, folder, plan)
+        del model
+
+
+def _made_by(job: Job, folder: Path) -> bool:
+    """Whether an earlier session of the same job left the whole model in this folder."""
+    path = folder / PLAN
+    return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
 
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:

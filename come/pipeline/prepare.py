@@ -8,10 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from come.cost import compression_cost
 from come.files import check_replaceable
 from come.job import check_folder
 from come.merging.plan import Plan
 from come.merging.reach import check_target, layers_for_sparsity
+from come.merging.recipe import groups_target
 from come.merging.saving import PLAN
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
@@ -82,9 +84,14 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     if plan is None:
         _check_length("calibration.seq_len", calibrating.seq_len, shape)
         if calibrating.store == "disk":
-            tokens = calibrating.num_samples * calibrating.seq_len
-            state = tokens * shape.config.hidden_size * shape.dtype.itemsize
-            needed += state * (shape.num_layers + 1)
+            needed += compression_cost(
+                shape,
+                num_samples=calibrating.num_samples,
+                seq_len=calibrating.seq_len,
+                target=target,
+                recipe=merge.recipe(),
+                store=calibrating.store,
+            ).boundary_bytes
     if settings.eval.speed:
         _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
@@ -142,12 +149,6 @@ def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None
     if not recipe.groups:
         check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
         return
-    for group in recipe.groups:
-        if group[-1] >= shape.num_layers:
-            raise ValueError(
-                f"merge.groups has {list(group)}, and the model's layers are 0 to "
-                f"{shape.num_layers - 1}"
-            )
     sizes = [len(group) for group in recipe.groups]
     passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
     for depth in merge.save_at:
@@ -161,7 +162,8 @@ def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None
 def _target_layers(settings: Settings, shape: ModelShape) -> int:
     merge = settings.merge
     if merge.groups:
-        return shape.num_layers - sum(len(group) - 1 for group in merge.groups)
+        merge.recipe()
+        return groups_target(merge.groups, shape.num_layers)
     if merge.target_layers is not None:
         return merge.target_layers
     if merge.sparsity is None and merge.save_at:

@@ -11,7 +11,7 @@ import yaml
 
 from come.files import write_text
 from come.job import PARTIAL_PLAN, finished_result, job_hash, write_result
-from come.merging.plan import Plan
+from come.merging.plan import Plan, tensors_path
 from come.pipeline.evaluate import evaluate_depths
 from come.pipeline.merge import calibration_result, merge, versions
 from come.pipeline.prepare import Job, prepare
@@ -51,7 +51,8 @@ def run(settings: Settings, folder: Path) -> Result:
         result = _result(job, plan, compression, depths)
         for title, path in write_report(folder, result, plan).items():
             trackers.figure(title, path)
-    (folder / PARTIAL_PLAN).unlink(missing_ok=True)
+    for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN)):
+        leftover.unlink(missing_ok=True)
     write_result(folder, cast(dict[str, Any], result))
     show(result, folder)
     return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from come.files import LISTING
+from come.files import AXES, LISTING
 from come.report.grid import PARAMETERS, read_grid, write_grid
 
 
@@ -18,8 +19,8 @@ def main() -> int:
     parser.add_argument(
         "--also", type=Path, action="append", default=[], help="results.jsonl of the same grid"
     )
-    parser.add_argument("--x", default=PARAMETERS, help="horizontal axis of the figure")
-    parser.add_argument("--title", default="", help="title of the figure")
+    parser.add_argument("--x", help="horizontal axis of the figure; the sweep's by default")
+    parser.add_argument("--title", help="title of the figure; the sweep's by default")
     arguments = parser.parse_args()
     needed = [*arguments.also, *([] if arguments.also else [arguments.grid / LISTING])]
     for path in needed:
@@ -27,8 +28,11 @@ def main() -> int:
             sys.stderr.write(f"error: {path} is not there; a sweep (-m) writes it\n")
             return 1
     rows, missing = read_grid(arguments.grid, arguments.also)
-    out = arguments.out or arguments.grid
-    sys.stdout.write(write_grid(out, rows, missing, x=arguments.x, title=arguments.title))
+    noted = arguments.grid / AXES
+    axes = {"x": PARAMETERS, "title": ""}
+    axes |= json.loads(noted.read_text()) if noted.is_file() else {}
+    axes |= {key: value for key in axes if (value := getattr(arguments, key)) is not None}
+    sys.stdout.write(write_grid(arguments.out or arguments.grid, rows, missing, **axes))
     return 0
 
 

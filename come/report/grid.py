@@ -19,6 +19,7 @@ from come.files import LISTING, RESULT, write_text
 
 PARAMETERS = "parameters"
 _DPI = 110
+_CUT = 15  # ratios above it leave the figure, so that the others can be told apart
 
 
 Row = dict[str, Any]
@@ -36,6 +37,7 @@ class Point:
         layers: depth of the model.
         ratio: perplexity over dense.
         perplexity: the perplexity.
+        dense: perplexity of the dense model, tokens and windows of the text.
     """
 
     line: str
@@ -43,37 +45,43 @@ class Point:
     layers: int
     ratio: float
     perplexity: float
+    dense: tuple[float, int, int]
 
 
 def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[dict[str, str]]]:
     """What a sweep has finished, from the list of its jobs and their `result.json`.
 
     Args:
-        folder: the grid's folder, with `jobs.jsonl`.
+        folder: the grid's folder, with `jobs.jsonl`; of a job that is listed twice the last entry
+            counts.
         also: `results.jsonl` files of the same grid, written elsewhere; a job of the sweep itself
             takes the place of the same one there.
 
     Returns:
         The finished jobs, and the overrides of those that have not.
     """
-    rows: dict[str, Row] = {}
-    missing: dict[str, dict[str, str]] = {}
-    for path in also:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            rows[_key(row["overrides"])] = row
     listing = folder / LISTING
+    jobs: dict[str, tuple[dict[str, str], Path]] = {}
     for line in listing.read_text().splitlines() if listing.is_file() else []:
         entry = json.loads(line)
-        overrides = dict(item.lstrip("+").split("=", 1) for item in entry["overrides"])
-        key = _key(overrides)
-        result = Path(entry["folder"]) / RESULT
-        if result.is_file():
-            rows[key] = _row(overrides, json.loads(result.read_text()))
-            missing.pop(key, None)
-        elif key not in rows:
-            missing[key] = overrides
-    return list(rows.values()), list(missing.values())
+        overrides = {}
+        for item in entry["overrides"]:
+            key, _, value = item.lstrip("+").partition("=")
+            overrides[key] = value
+        jobs[json.dumps(overrides, sort_keys=True)] = overrides, Path(entry["folder"])
+    short = _short_paths([overrides for overrides, _ in jobs.values()])
+    rows, missing, seen = [], [], []
+    for overrides, job in jobs.values():
+        shown = {key: short.get(value, value) for key, value in overrides.items()}
+        seen.append(shown)
+        if (job / RESULT).is_file():
+            rows.append(_row(shown, json.loads((job / RESULT).read_text())))
+        else:
+            missing.append(shown)
+    for path in also:
+        others = [json.loads(line) for line in path.read_text().splitlines()]
+        rows += [row for row in others if row["overrides"] not in seen]
+    return rows, missing
 
 
 def write_grid(
@@ -100,22 +108,20 @@ def write_grid(
     """
     varying = _varying([*(row["overrides"] for row in rows), *missing])
     points = [point for row in rows for point in _points(row, varying, x)]
-    dense = next((row["depths"][0]["perplexity"] for row in rows), None)
-    table = _table(points, dense, [_label(job, varying) for job in missing], x)
+    table = _table(points, [_label(job, varying) for job in missing], x)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / "table.md", table)
     if points:
-        _draw(points, dense, folder / "figure.png", x, title)
+        _draw(points, folder / "figure.png", x, title)
     return table
 
 
-def _key(overrides: Mapping[str, str]) -> str:
-    """Names a job of a grid; files count by their names, so that a grid may move."""
-    return json.dumps(
-        {k: Path(v).name if k.endswith("path") else v for k, v in overrides.items()},
-        sort_keys=True,
-    )
+def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Files by their names alone, where no two files of the grid share one."""
+    paths = sorted({v for job in jobs for k, v in job.items() if k.endswith("path")})
+    names = [Path(path).name for path in paths]
+    return {path: name for path, name in zip(paths, names, strict=True) if names.count(name) == 1}
 
 
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
@@ -127,7 +133,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     ]
     return {
         "job": result["job"],
-        "overrides": {k: Path(v).name if k.endswith("path") else v for k, v in overrides.items()},
+        "overrides": overrides,
         "depths": depths,
         "compression": {
             k: result["compression"][k] for k in ("seconds", "layer_passes", "peak_bytes")
@@ -153,6 +159,7 @@ def _label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
 
 def _points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     """One point for every compressed model of a job that has a perplexity."""
+    dense = row["depths"][0]["perplexity"]
     line = _label(row["overrides"], [k for k in varying if k != x and not k.endswith("seed")])
     return [
         Point(
@@ -161,6 +168,7 @@ def _points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
             layers=depth["layers"],
             ratio=depth["perplexity"]["ratio"],
             perplexity=depth["perplexity"]["value"],
+            dense=(dense["value"], dense["tokens"], dense["windows"]),
         )
         for depth in row["depths"][1:]
         if depth["perplexity"]
@@ -172,9 +180,7 @@ def _place(value: str) -> str:
     return value.strip("[").split(",")[0] if value.startswith("[[") else value
 
 
-def _table(
-    points: Sequence[Point], dense: Mapping[str, Any] | None, missing: Sequence[str], x: str
-) -> str:
+def _table(points: Sequence[Point], missing: Sequence[str], x: str) -> str:
     """A row for each line and place, a column for each depth; cells are perplexity, x dense."""
     depths = sorted({point.layers for point in points}, reverse=True)
     by_x = x != PARAMETERS
@@ -189,13 +195,14 @@ def _table(
             ]
             cells.append(_cell(found))
         lines.append(f"| {' | '.join([line, *([place] if by_x else []), *cells])} |")
-    if dense:
+    if points:
         lines += [
             "",
-            f"Perplexity and, behind it, perplexity over the dense model's {dense['value']:.2f}; "
-            f"{dense['tokens']} tokens in {dense['windows']} windows. Of several seeds: mean and "
-            "[lowest, highest] of the latter.",
+            "Perplexity, and behind it perplexity over the dense model's; of several seeds",
         ]
+        lines += ["means, and [lowest, highest] of the latter. Dense:", ""]
+        texts = sorted({point.dense for point in points})
+        lines += [f"- {value:.2f}, {t} tokens in {w} windows" for value, t, w in texts]
     if missing:
         lines += ["", f"Not finished: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -211,9 +218,7 @@ def _cell(found: Sequence[Point]) -> str:
     return f"{perplexity:.1f}, {ratio:.2f}{spread}"
 
 
-def _draw(
-    points: Sequence[Point], dense: Mapping[str, Any] | None, path: Path, x: str, title: str
-) -> None:
+def _draw(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     """Perplexity over the horizontal axis, a line for each label (and depth, where x is a key)."""
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1
@@ -237,10 +242,17 @@ def _draw(
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
             color=colours(number % 20), label=name,
         )  # fmt: skip
-    if dense:
-        axis.axhline(dense["value"], color="black", lw=0.8, ls=":", label="dense")
+    dense = {point.dense for point in points}
+    for value, _, _ in dense:
+        label = "dense" if len(dense) == 1 else f"dense, {value:.1f}"
+        axis.axhline(value, color="black", lw=0.8, ls=":", label=label)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("perplexity")
+    if len(dense) == 1 and max(point.ratio for point in points) > _CUT:
+        axis.set_ylim(points[0].dense[0] * 0.9, points[0].dense[0] * _CUT)
+        axis.set_ylabel(f"perplexity (cut at {_CUT} x dense)")
     axis.set_xlabel("parameters, millions" if x == PARAMETERS else x)
     if x == PARAMETERS:
         axis.invert_xaxis()

@@ -85,20 +85,21 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
         if calibration
         else "none, a given plan was applied"
     )
-    deed = "merging adjacent layers"
+    what = "layers" if plan.block == "layer" else f"{plan.block} blocks"
+    deed = f"dropping {what}" if operator.drops else f"merging adjacent {what}"
     if plan.block != "layer":
-        deed = (
-            f"merging {plan.block} blocks; those that are gone stay in the file as blocks that add "
-            "nothing, so that any loader takes it"
+        deed += (
+            f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are gone and "
+            "stay in the file as blocks that add nothing, so that any loader takes it"
         )
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {result["model"]}, {depth["layers"]} layers
+# {result["model"]}, {depth["layers"]} {what}
 
-{result["model"]} compressed from {plan.base.num_layers} to {depth["layers"]} layers
-({depth["sparsity"]:.1%} of its parameters removed) by {deed}: method
+{result["model"]}, a model of {plan.base.num_layers} layers, compressed by
+{depth["sparsity"]:.1%} of its parameters by {deed}: method
 `{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
 `{plan.norms}`. No training. It is an ordinary checkpoint of the same architecture and loads with
 `AutoModelForCausalLM.from_pretrained`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from come.calibration.group import Group, Split
@@ -32,8 +33,10 @@ class Posterior(RetentionRule):
     trials = True
 
     def __init__(self, granularity: int = 20) -> None:
-        if granularity < 1:
-            raise ValueError(f"merge.options.granularity={granularity}: must be at least 1")
+        if granularity != int(granularity) or granularity < 1:
+            raise ValueError(
+                f"merge.options.granularity={granularity}: must be a whole number, at least 1"
+            )
         self.granularity = granularity
 
     def shares(self, group: Group) -> list[float]:
@@ -49,7 +52,8 @@ class Posterior(RetentionRule):
             split = with_units([count / self.granularity for count in counts], scores)
             key = str(split.kept or split.shares)
             if key not in losses:
-                losses[key] = group.loss(split)
+                found = group.loss(split)
+                losses[key] = math.inf if math.isnan(found) else found
             return losses[key]
 
         if group.size == 2:

@@ -10,7 +10,7 @@ from come.selection.base import SELECTION, GroupScore
 
 @SELECTION.register
 class Random(GroupScore):
-    """Uniform in [0, 1), the same for the same seed, span and depth of the model.
+    """Uniform in [0, 1), the same for the same seed and place of the span.
 
     Args:
         seed: of the choice.
@@ -25,5 +25,5 @@ class Random(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """A number in [0, 1)."""
-        text = f"{self.seed}/{stream.num_layers}/{first}-{last}"
+        text = f"{self.seed}/{first}-{last}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56

@@ -35,7 +35,7 @@ class Taylor(GroupScore):
         """Takes the gradients of all layers."""
         adapter = stream.adapter
         self._layers.clear()
-        with trainable(adapter, 0, adapter.num_layers - 1):
+        with trainable(adapter, range(adapter.num_layers)):
             weights_of = partial(adapter.linear_weights, block=stream.block)
             for index, gradients in backward(stream, 0, weights_of):
                 weights = weights_of(index)

@@ -76,9 +76,8 @@ def draw_scores(adapter, tokenizer, text, size, seq_len, seed):
         stream.embed()
         stream.advance(0, adapter.num_layers - 1, collector)
         layers = range(adapter.num_layers)
-        return unit_scores(
-            stream, Come(), [collector.found[i] for i in layers], [[i] for i in layers], 0
-        )
+        statistics = [collector.found[i] for i in layers]
+        return unit_scores(stream, Come(), statistics, [[i] for i in layers], layers)
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -26,8 +26,7 @@ class LaCo(Schedule):
         threshold: similarity above which a merge is kept.
         interval: layers that the walk goes down after a merge.
         relax: how much the threshold falls between walks.
-        trial_windows: calibration windows that a trial runs on, rounded up to whole batches; the
-            paper takes ten sentences.
+        trial_windows: calibration windows that a trial is judged by; the paper takes ten sentences.
     """
 
     name = "laco"
@@ -44,25 +43,26 @@ class LaCo(Schedule):
         relax: float = 0.05,
         trial_windows: int = 4,
     ) -> None:
-        if interval < 1 or relax <= 0:
+        if interval < 1 or trial_windows < 1 or relax <= 0:
             raise ValueError(
-                f"merge.options.interval={interval} must be at least 1 and "
-                f"merge.options.relax={relax} above 0"
+                f"merge.options.interval={interval} and trial_windows={trial_windows} must be at "
+                f"least 1 and relax={relax} above 0"
             )
         self.threshold = threshold
         self.interval = interval
         self.relax = relax
         self.trial_windows = trial_windows
-        self._dense: list[torch.Tensor] = []
+        self._dense: torch.Tensor | None = None
+        self._batches = 0
         self._position: int | None = None
 
     def choose(self, search: Search) -> Choice:
         """The next group that passes the trial; candidates hold 1 - s of all that were tried."""
-        if not self._dense:
+        if self._dense is None:
             depth = search.stream.num_layers
             self._batches = -(-self.trial_windows // search.stream.batch_size)
             states = search.stream.through(depth, [], self._batches)
-            self._dense = [batch.cpu() for _, batch in states]
+            self._dense = torch.cat([batch.cpu() for _, batch in states])[: self.trial_windows]
         spans = search.rules.spans(search.history, search.target)
         size = spans[0][1] - spans[0][0] + 1
         tried: dict[tuple[int, int], float] = {}
@@ -82,6 +82,11 @@ class LaCo(Schedule):
                         return Choice(*search.rules.group(*span), 1 - tried[span], candidates)
                 self._position -= 1
             self.threshold -= self.relax
+            if self.threshold < -1:
+                raise ValueError(
+                    "merge.schedule=laco: no trial gives hidden states that are finite; "
+                    "try model.dtype=float32 or bfloat16"
+                )
             self._position = None
 
     def _similarity(self, search: Search, first: int, last: int) -> float:
@@ -90,10 +95,7 @@ class LaCo(Schedule):
         first, last, kept = search.rules.group(first, last)
         group = search.group(first, last)
         way = group.way(search.split(group, kept))
-        total, count = 0.0, 0
         trial = stream.through(group.first, way, self._batches)
-        for (_, states), dense in zip(trial, self._dense, strict=True):
-            cosine = token_cosine(states.cpu(), dense)
-            total += cosine.sum().item()
-            count += cosine.numel()
-        return total / count
+        states = torch.cat([batch.cpu() for _, batch in trial])[: self.trial_windows]
+        assert self._dense is not None
+        return token_cosine(states, self._dense).mean().item()
