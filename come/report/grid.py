@@ -215,7 +215,12 @@ def _cell(found: Sequence[Point]) -> str:
     ratios = [p.ratio for p in found]
     ratio = sum(ratios) / len(ratios)
     spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(found) > 1 else ""
-    return f"{perplexity:.1f}, {ratio:.2f}{spread}"
+    return f"{_number(perplexity, 1)}, {_number(ratio, 2)}{spread}"
+
+
+def _number(value: float, digits: int) -> str:
+    """A number with so many decimals, or with an exponent where it is large."""
+    return f"{value:.{digits}f}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")
 
 
 def _draw(points: Sequence[Point], path: Path, x: str, title: str) -> None:
