@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from come.calibration.influence import TOKENS, check_tokens, chosen_tokens, token_cosine
+from come.calibration.influence import TOKENS, check_tokens
 from come.calibration.stream import LayerStream
-from come.selection.base import SELECTION, GroupScore
+from come.selection.base import SELECTION, GroupScore, token_mean
 
 
 @SELECTION.register
@@ -34,11 +34,10 @@ class Angular(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The distance, in [0, 1]."""
-        total, count = 0.0, 0
-        for before, after in stream.span(first, last):
-            cosine = token_cosine(
-                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
-            )
-            total += torch.arccos(cosine.clamp(-1, 1)).sum().item()
-            count += cosine.numel()
-        return total / count / math.pi
+        return token_mean(
+            stream,
+            first,
+            last,
+            self.tokens,
+            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
+        )

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
+
+from come.calibration.influence import TOKENS, chosen_tokens, token_cosine
 from come.calibration.stream import LayerStream
 from come.registry import Registry
 
@@ -33,6 +38,22 @@ class GroupScore(ABC):
     @abstractmethod
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the current model)."""
+
+
+def token_mean(
+    stream: LayerStream,
+    first: int,
+    last: int,
+    tokens: TOKENS,
+    measure: Callable[[Float[Tensor, " tokens"]], Float[Tensor, " tokens"]],
+) -> float:
+    """Mean over tokens of a measure of cos(input, output) of the span of layers first..last."""
+    total, count = 0.0, 0
+    for before, after in stream.span(first, last):
+        cosine = token_cosine(chosen_tokens(before, tokens), chosen_tokens(after, tokens))
+        total += measure(cosine).sum().item()
+        count += cosine.numel()
+    return total / count
 
 
 SELECTION: Registry[GroupScore] = Registry("selection score", "come.selection", "merge.selection")

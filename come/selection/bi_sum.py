@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from come.calibration.influence import (
-    TOKENS,
-    block_influence,
-    check_tokens,
-    chosen_tokens,
-    token_cosine,
-)
+from come.calibration.influence import TOKENS, block_influence, check_tokens
 from come.calibration.stream import LayerStream
-from come.selection.base import SELECTION, GroupScore
+from come.selection.base import SELECTION, GroupScore, token_mean
 
 
 @SELECTION.register
@@ -34,14 +28,7 @@ class BISum(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The sum, in [0, number of layers]."""
-        return sum(self._influence(stream, index) for index in range(first, last + 1))
-
-    def _influence(self, stream: LayerStream, index: int) -> float:
-        total, count = 0.0, 0
-        for before, after in stream.span(index, index):
-            cosine = token_cosine(
-                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
-            )
-            total += block_influence(cosine).sum().item()
-            count += cosine.numel()
-        return total / count
+        return sum(
+            token_mean(stream, index, index, self.tokens, block_influence)
+            for index in range(first, last + 1)
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from come.calibration.influence import TOKENS, check_tokens, chosen_tokens, token_cosine
+from come.calibration.influence import TOKENS, check_tokens
 from come.calibration.stream import LayerStream
-from come.selection.base import SELECTION, GroupScore
+from come.selection.base import SELECTION, GroupScore, token_mean
 
 
 @SELECTION.register
@@ -28,11 +28,4 @@ class Cosine(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The distance, in [0, 2]."""
-        total, count = 0.0, 0
-        for before, after in stream.span(first, last):
-            cosine = token_cosine(
-                chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
-            )
-            total += (1 - cosine).sum().item()
-            count += cosine.numel()
-        return total / count
+        return token_mean(stream, first, last, self.tokens, lambda cosine: 1 - cosine)
