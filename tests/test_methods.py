@@ -399,6 +399,29 @@ def test_npib_of_related_and_unrelated_states():
     assert shared_information(one, two) < 0.3
 
 
+def plain_diffusion_map(points):
+    """Coordinates of the random walk, by loops and the eigenvectors of its own matrix."""
+    n = len(points)
+    d = [[float((a - b).norm()) for b in points] for a in points]
+    scale = [sorted(row)[8] for row in d]
+    k = [[math.exp(-(d[i][j] ** 2) / (scale[i] * scale[j])) for j in range(n)] for i in range(n)]
+    q = [sum(row) for row in k]
+    k = [[k[i][j] / math.sqrt(q[i] * q[j]) for j in range(n)] for i in range(n)]
+    p = torch.tensor([[value / sum(row) for value in row] for row in k], dtype=torch.float64)
+    values, vectors = torch.linalg.eig(p)
+    order = values.real.argsort(descending=True)
+    return vectors.real[:, order[1:3]]
+
+
+def test_diffusion_map_is_the_random_walks():
+    points = torch.randn(20, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found, expected = diffusion_map(points), plain_diffusion_map(points)
+    for axis in range(2):
+        ranks = expected[:, axis].argsort().argsort().double() / 20
+        flipped = (-expected[:, axis]).argsort().argsort().double() / 20
+        assert torch.equal(found[:, axis], ranks) or torch.equal(found[:, axis], flipped)
+
+
 # --- retention -----------------------------------------------------------------------------
 
 
