@@ -252,6 +252,17 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
     assert report.stdout == table == (tmp_path / "again" / "table.md").read_text()
 
 
+def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
+    grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
+    code, output, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "grid-group_size"
+    assert json.loads((folder / "axes.json").read_text())["x"] == "merge.m"
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | merge.m | 22 layers |"
+    assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
+
+
 def test_a_metric_of_ones_own_is_one_file(command, tmp_path):
     code = """from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
