@@ -254,7 +254,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
 
 def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
     grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
-    code, output, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
+    code, _, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-group_size"
     assert json.loads((folder / "axes.json").read_text())["x"] == "merge.m"
