@@ -60,7 +60,7 @@ def compression_cost(
 ) -> Cost:
     """The cost of merging a model of `shape` down to `target` layers."""
     layers = shape.num_layers
-    _, metric, selection, retention, schedule = recipe.make()
+    _, metric, selection, retention, schedule, refit = recipe.make()
     passed = [target]
     if recipe.groups:
         passed = passed * len(recipe.groups)
@@ -71,11 +71,13 @@ def compression_cost(
         f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),
         f"merge.retention={recipe.retention}": retention.trials,
         f"merge.schedule={recipe.schedule}": schedule.trials,
+        f"merge.refit={recipe.refit}": refit.active,
+        f"merge.finish_lambda={recipe.finish_lambda}": recipe.finish_lambda is not None,
     }
     tokens = num_samples * seq_len
     slots = layers + 1 if recipe.block == "layer" else 2 * layers + 1
-    if metric.gradient == "path":
-        slots += layers + 1  # the second stream's
+    if metric.gradient == "path" or recipe.wants_dense:
+        slots += layers + 1  # the second stream's, or the dense model's
     state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(
         tokens=tokens,

@@ -148,6 +148,12 @@ class MergeSettings:
     protect_last: int = 0
     parts: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     groups: list[list[int]] = field(default_factory=list)
+    refit: str = "none"
+    refit_lambda: Any = 0.1
+    refit_parts: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+    refit_weights: str = "relative"
+    target: str = "dense"
+    finish_lambda: Optional[float] = None
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     target_layers: Optional[int] = None

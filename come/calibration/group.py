@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from come.calibration.sensitivities import UnitScores
 from come.calibration.statistics import LayerStatistics
 from come.calibration.stream import LayerStream, Route
+from come.refit.goals import Goals
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
 
@@ -38,6 +39,7 @@ class Group:
         merge: gives the tensors of the merged layer for a split.
         trial: gives the layers that take the group's place for a split, to be passed in turn.
         scores: gives the sensitivity of every unit; None where the operator has no units.
+        goals: gives what a layer in its place has to reproduce.
     """
 
     stream: LayerStream
@@ -48,6 +50,7 @@ class Group:
     merge: Callable[[Split], LayerState]
     trial: Callable[[Split], Route]
     scores: Callable[[], UnitScores] | None = None
+    goals: Callable[[], Goals] | None = None
 
     @property
     def size(self) -> int:

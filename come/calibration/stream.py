@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from come.calibration.boundaries import make_store
+from come.calibration.boundaries import BoundaryStore, make_store
 from come.models.adapter import Block, ModelAdapter
 from come.models.loss import window_nll
 
@@ -83,6 +83,7 @@ class LayerStream:
         self._middle = self._store
         if block != "layer":
             self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
+        self._dense: BoundaryStore | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._passed = 0  # windows times layers
         self._valid = -1  # the last boundary that belongs to the model as it is
@@ -98,6 +99,8 @@ class LayerStream:
     ) -> None:
         self._store.close()
         self._middle.close()
+        if self._dense is not None:
+            self._dense.close()
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +121,39 @@ class LayerStream:
     def layer_passes(self) -> float:
         """Passes of all windows over one layer so far; backward passes are not counted."""
         return self._passed / len(self.windows)
+
+    @property
+    def batches(self) -> Sequence[slice]:
+        """The rows of every batch, in order."""
+        return self._batches
+
+    @property
+    def valid(self) -> int:
+        """The last boundary that belongs to the model as it is."""
+        return self._valid
+
+    def boundary(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
+        """One batch of a boundary of the model as it is, on its device."""
+        assert 0 <= index <= self._valid
+        return self._store[index][rows].to(self.adapter.device)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are boundaries of the dense model to compare with."""
+        return self._dense is not None
+
+    def remember(self) -> None:
+        """Keeps a copy of all boundaries, as those of the dense model."""
+        assert self._valid == self.num_layers
+        shape, dtype = self._store.shape, self._store.dtype
+        self._dense = make_store(self.store, shape, dtype, self._folder, "dense")
+        for index in range(self.num_layers + 1):
+            self._dense[index].copy_(self._store[index])
+
+    def dense(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
+        """One batch of a boundary that was remembered."""
+        assert self._dense is not None
+        return self._dense[index][rows].to(self.adapter.device)
 
     def embed(self) -> None:
         """Computes boundary 0, and asks the model for every layer's keyword arguments."""

@@ -93,4 +93,23 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     for step in plan.steps:
         apply_step(adapter, done, step, operator)
         done = done.with_step(step)
+    write_finish(adapter, plan)
     return model
+
+
+def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
+    """Writes what was solved for after the last merge into the merged model.
+
+    Returns:
+        What stood there before, by layer.
+    """
+    layers: dict[int, LayerState] = {}
+    for key, tensor in plan.finish.tensors.items():
+        index, _, name = key.partition("/")
+        layers.setdefault(int(index), {})[name] = tensor
+    before: dict[int, LayerState] = {}
+    for index, tensors in layers.items():
+        state = adapter.layer_state(index)
+        before[index] = {name: state[name].clone() for name in tensors}
+        adapter.write(index, tensors)
+    return before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,15 @@ from come.calibration.influence import check_tokens
 from come.calibration.sensitivities import unit_scores
 from come.calibration.statistics import LayerStatistics, StatisticsCollector
 from come.calibration.stream import LayerStream, Route
-from come.merging.apply import apply, apply_step, block_states, merged_state
+from come.merging.apply import apply, apply_step, block_states, merged_state, write_finish
 from come.merging.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merging.reach import check_target
 from come.merging.recipe import Recipe, groups_target
 from come.merging.schedules.base import SCHEDULES, Search
 from come.models.adapter import LayerState, ModelAdapter
+from come.models.surgery import Span
+from come.refit.finish import finish
+from come.refit.goals import Goals, check_refit_target, check_weighting
 
 
 def base_model(adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> BaseModel:
@@ -43,6 +46,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     target_layers: int,
+    finish_at: Collection[int] = (),
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
     on_first_layer: Callable[[float], None] | None = None,
@@ -62,6 +66,7 @@ def compress(
         windows: calibration windows, packed, without padding, int64.
         recipe: the method; None for CoMe's.
         target_layers: depth to reach.
+        finish_at: depths on the way that get their last refit too, for `on_step` alone.
         plan: an empty plan that describes the base model, or one of an interrupted call: its
             steps are applied first.
         on_step: called with the plan after every merge, while the model is at that depth.
@@ -98,7 +103,7 @@ def compress(
         )
     if schedule.restarts:
         plan = replace(plan, steps=[])
-    apply(plan, model)
+    plan = replace(plan, finish=SolvedTensors({}))
     spent = float(plan.provenance.get("layer_passes", 0.0))
     stream = LayerStream(
         adapter,
@@ -110,6 +115,11 @@ def compress(
         block=recipe.block,
     )
     with stream:
+        if plan.steps and recipe.wants_dense:
+            stream.embed()
+            stream.advance(0, adapter.num_layers - 1)
+            stream.remember()
+        apply(plan, model)
         search = _Compression(stream, recipe, target_layers, on_first_layer)
         steps: list[MergeStep] = []
         merged = plan
@@ -120,13 +130,22 @@ def compress(
             if not schedule.remeasures and merged.num_layers > target_layers:
                 continue
             for ready in steps:
-                apply_step(adapter, plan, ready, search.operator)
+                repaired = search.refitted(plan, ready)
+                apply_step(adapter, plan, repaired, search.operator)
                 passes = spent + round(stream.layer_passes, 1)
-                plan = plan.with_step(ready, layer_passes=passes)
+                plan = plan.with_step(repaired, layer_passes=passes)
+                search.merged(plan)
+                wanted = plan.num_layers == target_layers or plan.num_layers in finish_at
+                finished = search.finished(plan) if wanted else plan
+                before = write_finish(adapter, finished)
                 if on_step:
-                    on_step(plan)
+                    on_step(finished)
+                if plan.num_layers > target_layers:
+                    for index, state in before.items():
+                        adapter.write(index, state)
+                else:
+                    plan = finished
             steps.clear()
-            search.merged(plan)
     return plan
 
 
@@ -140,7 +159,14 @@ class _Compression:
         target: int,
         on_first_layer: Callable[[float], None] | None,
     ) -> None:
-        self.operator, self.metric, self.selection, self.retention, self.schedule = recipe.make()
+        (
+            self.operator,
+            self.metric,
+            self.selection,
+            self.retention,
+            self.schedule,
+            self.refit,
+        ) = recipe.make()
         self.stream = stream
         self.recipe = recipe
         self.target = target
@@ -194,11 +220,48 @@ class _Compression:
             output_scale=solution.output_scale,
         )
 
+    def refitted(self, plan: Plan, step: MergeStep) -> MergeStep:
+        """The step, its layer fitted to what the group does in the model as it now is."""
+        if not self.refit.active:
+            return step
+        self.stream.advance(self.stream.valid, step.last)
+        state = merged_state(
+            self.stream.adapter,
+            range(step.first, step.last + 1),
+            self.operator,
+            self.recipe.norms,
+            step.shares,
+            step.kept,
+        )
+        solved = self.refit.solve(self._goals(step.first, step.last, plan.history), state)
+        return replace(step, solved=SolvedTensors(solved))
+
+    def finished(self, plan: Plan) -> Plan:
+        """The plan with the last refit of all layers behind its first merge, if there is one."""
+        if self.recipe.finish_lambda is None:
+            return plan
+        weighting = check_weighting(self.recipe.refit_weights)
+        found = finish(self.stream, plan.history, self.recipe.finish_lambda, weighting)
+        tensors = {
+            f"{index}/{name}": tensor
+            for index, state in found.items()
+            for name, tensor in state.items()
+        }
+        return replace(plan, finish=SolvedTensors(tensors))
+
+    def _goals(self, first: int, last: int, history: Sequence[Span]) -> Goals:
+        return Goals(
+            self.stream,
+            first,
+            last,
+            original=history[last][-1],
+            target=check_refit_target(self.recipe.target),
+            weighting=check_weighting(self.recipe.refit_weights),
+        )
+
     def merged(self, plan: Plan) -> None:
         """Takes note that the last step of `plan` has been applied to the model."""
         step = plan.steps[-1]
-        if not self.schedule.remeasures:
-            return
         if self.stream.block == "layer":
             self.stream.merged(step.first, step.last)
             self.start = step.first
@@ -216,6 +279,8 @@ class _Compression:
             if self._on_first_layer:
                 self._on_first_layer(time.perf_counter() - began)
             stream.advance(1, last, self._collector)
+            if self.recipe.wants_dense and not stream.remembers:
+                stream.remember()
         else:
             stream.advance(self.start, last, self._collector)
         found = self._collector.found
@@ -256,6 +321,7 @@ class _Compression:
             merge=partial(self._merged_state, places),
             trial=partial(self._trial, places),
             scores=scores,
+            goals=partial(self._goals, first, last, history),
         )
 
     def _merged_state(self, places: Sequence[int], split: Split) -> LayerState:

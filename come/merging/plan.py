@@ -119,6 +119,8 @@ class Plan:
         block: what is merged: "layer", or one part of each, "attention" or "ffn". Parts that are
             gone stay as blocks that add nothing, so no layer is removed.
         steps: the merges, in order; by parts, positions count the blocks that are left.
+        finish: tensors of unmerged or merged layers that were solved for after the last merge, each
+            named "LAYER/TENSOR" by the layer's position then.
         provenance: everything else worth knowing (metric, calibration, versions, job).
     """
 
@@ -127,6 +129,7 @@ class Plan:
     norms: str
     block: Block = "layer"
     steps: list[MergeStep] = field(default_factory=list)
+    finish: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -160,15 +163,19 @@ class Plan:
             for s in self.steps
         ]
         base = asdict(self.base) | {"name": ""}
-        text = json.dumps(
-            [FORMAT, base, self.operator, self.norms, self.block, decisions], sort_keys=True
-        )
+        parts = [FORMAT, base, self.operator, self.norms, self.block, decisions]
+        if self.finish.hashes:
+            parts.append(self.finish.hashes)
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def with_step(self, step: MergeStep, **provenance: Any) -> Plan:
         """The plan with one more merge, and what is worth knowing of it."""
         return replace(
-            self, steps=[*self.steps, step], provenance={**self.provenance, **provenance}
+            self,
+            steps=[*self.steps, step],
+            finish=SolvedTensors({}),
+            provenance={**self.provenance, **provenance},
         )
 
     def truncated(self, depth: int) -> Plan:
@@ -183,7 +190,7 @@ class Plan:
             plan = plan.with_step(step)
             passed.append(plan.num_layers)
             if plan.num_layers == depth:
-                return plan
+                return self if depth == self.num_layers else plan
         raise ValueError(
             f"merge.target_layers={depth}: the plan passes through "
             f"{', '.join(map(str, passed)) or 'no merge'}"
@@ -196,6 +203,7 @@ class Plan:
             for number, step in enumerate(self.steps)
             for name, tensor in step.solved.tensors.items()
         }
+        tensors |= {f"finish/{name}": tensor for name, tensor in self.finish.tensors.items()}
         if tensors:
             write_bytes(tensors_path(path), save_tensors(tensors))
         steps = [
@@ -207,7 +215,8 @@ class Plan:
             | ({"solved": step.solved.hashes} if step.solved.hashes else {})
             for step in self.steps
         ]
-        data = {"format": FORMAT, **asdict(replace(self, steps=[])), "steps": steps}
+        empty = replace(self, steps=[], finish=SolvedTensors({}))
+        data = {"format": FORMAT, **asdict(empty), "steps": steps, "finish": self.finish.hashes}
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
@@ -231,6 +240,7 @@ class Plan:
                 norms=data["norms"],
                 block=data.get("block", "layer"),
                 steps=steps,
+                finish=_read_tensors(path, "finish", data.get("finish", {})),
                 provenance=data["provenance"],
             )
         except (KeyError, TypeError) as error:
@@ -243,18 +253,22 @@ def tensors_path(path: Path) -> Path:
 
 
 def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
-    """One step of a plan's JSON, with its tensors read and held against their hashes."""
-    hashes = step.get("solved", {})
-    tensors = {}
-    if hashes:
-        file = tensors_path(Path(path))
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(f"{number}/{name}") for name in hashes}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"merge.plan={path} needs {file}: {error}") from error
-    solved = SolvedTensors(tensors)
-    if solved.hashes != hashes:
-        raise ValueError(f"merge.plan={path}: {tensors_path(Path(path))} belongs to another plan")
+    """One step of a plan's JSON, with its tensors."""
+    solved = _read_tensors(path, str(number), step.get("solved", {}))
     candidates = [GroupCandidate(**candidate) for candidate in step["candidates"]]
     return MergeStep(**{**step, "candidates": candidates, "solved": solved})
+
+
+def _read_tensors(path: Path, prefix: str, hashes: Mapping[str, str]) -> SolvedTensors:
+    """Tensors beside a plan, held against the hashes in it."""
+    if not hashes:
+        return SolvedTensors({})
+    file = tensors_path(Path(path))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            solved = SolvedTensors({name: opened.get_tensor(f"{prefix}/{name}") for name in hashes})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"merge.plan={path} needs {file}: {error}") from error
+    if solved.hashes != hashes:
+        raise ValueError(f"merge.plan={path}: {file} belongs to another plan")
+    return solved

@@ -14,6 +14,8 @@ from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
+from come.refit.base import REFITS, Refit
+from come.refit.goals import check_refit_target, check_weighting
 from come.retention.base import RETENTION, RetentionRule
 from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
@@ -39,6 +41,13 @@ class Recipe:
         protect_last: layers at the end that are neither merged nor dropped.
         parts: what is merged: attention, ffn, or both, which is whole layers.
         groups: groups of original layers to merge, in this order, instead of a choice.
+        refit: how the merged layer is fitted to what its group did.
+        refit_lambda: penalty on the distance from the operator's weights, relative to the mean
+            diagonal of the Gram matrix, or "auto".
+        refit_parts: which output maps are refitted, attention and ffn.
+        refit_weights: of tokens, "relative" to the size of their states, or "equal".
+        target: whose states are refitted to, of the "dense" or of the "current" model.
+        finish_lambda: penalty of a last refit of all layers behind the first merge; None for none.
         seed: of random choices.
         options: further constructor settings of the registered parts.
 
@@ -60,6 +69,12 @@ class Recipe:
     protect_last: int = 0
     parts: Sequence[str] = ("attention", "ffn")
     groups: Sequence[Sequence[int]] = ()
+    refit: str = "none"
+    refit_lambda: Any = 0.1
+    refit_parts: Sequence[str] = ("attention", "ffn")
+    refit_weights: str = "relative"
+    target: str = "dense"
+    finish_lambda: float | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,6 +96,7 @@ class Recipe:
             *SELECTION.options(self.selection),
             *RETENTION.options(self.retention),
             *SCHEDULES.options(self.schedule),
+            *REFITS.options(self.refit),
         }
         for option in self.options:
             if option not in known:
@@ -114,7 +130,28 @@ class Recipe:
                 f"merge.operator={self.operator} solves for whole layers; "
                 f"merge.parts={list(self.parts)} is not possible with it"
             )
+        self._check_refit(operator)
         self.make()
+
+    def _check_refit(self, operator: type[MergeOperator]) -> None:
+        """What a repair cannot be combined with."""
+        check_refit_target(self.target)
+        check_weighting(self.refit_weights)
+        if self.finish_lambda is not None and not self.finish_lambda > 0:
+            raise ValueError(f"merge.finish_lambda={self.finish_lambda}: must be above 0, or null")
+        if not self.repairs:
+            return
+        key = f"merge.refit={self.refit}" if self.refit != "none" else "merge.finish_lambda"
+        if operator.solves:
+            raise ValueError(
+                f"merge.operator={self.operator} solves for the layer itself; {key} is not "
+                "possible with it: choose merge.operator=drop or concat"
+            )
+        if self.block != "layer":
+            raise ValueError(
+                f"{key} repairs whole layers; merge.parts={list(self.parts)} is not possible "
+                "with it"
+            )
 
     def _check_one_shot(self, operator: type[MergeOperator]) -> None:
         """What a schedule that measures the dense model once cannot do."""
@@ -128,6 +165,17 @@ class Recipe:
             reason += "the model as it is; choose merge.schedule=progressive or block"
         if reason:
             raise ValueError(f"merge.schedule={self.schedule} {reason}")
+
+    @property
+    def repairs(self) -> bool:
+        """Whether anything is refitted."""
+        return REFITS.get(self.refit).active or self.finish_lambda is not None
+
+    @property
+    def wants_dense(self) -> bool:
+        """Whether the dense model's states have to be kept."""
+        refits = REFITS.get(self.refit).active and self.target == "dense"
+        return refits or self.finish_lambda is not None
 
     @property
     def remerges(self) -> bool:
@@ -175,13 +223,15 @@ class Recipe:
 
     def make(
         self,
-    ) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule, Schedule]:
-        """The five parts, made anew from the settings."""
+    ) -> tuple[MergeOperator, SensitivityMetric, GroupScore, RetentionRule, Schedule, Refit]:
+        """The parts, made anew from the settings."""
         settings = {
             "p": self.p,
             "tokens": self.tokens,
             "seed": self.seed,
             "groups": self.groups,
+            "refit_lambda": self.refit_lambda,
+            "refit_parts": self.refit_parts,
             **self.options,
         }
         return (
@@ -190,6 +240,7 @@ class Recipe:
             SELECTION.create(self.selection, settings),
             RETENTION.create(self.retention, settings),
             SCHEDULES.create(self.schedule_name, settings),
+            REFITS.create(self.refit, settings),
         )
 
 

@@ -1,0 +1,1 @@
+"""Closed-form repair: output maps solved for on calibration data."""

@@ -1,0 +1,44 @@
+"""What a repair sees and gives; the registry of repairs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from come.models.adapter import LayerState
+from come.refit.goals import Goals
+from come.registry import Registry
+
+
+class Refit(ABC):
+    """Fits the layer that takes a group's place to what the group did.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the source, or "".
+        source: where the formula stands, in words.
+        active: whether it does anything.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    active: ClassVar[bool] = True
+
+    @abstractmethod
+    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+        """The tensors that change.
+
+        Args:
+            goals: the layer's inputs and what is wanted behind its blocks.
+            state: all tensors of the layer as the operator made it.
+
+        Returns:
+            Tensors that take the place of those in `state`, same shapes and dtypes.
+        """
+
+
+REFITS: Registry[Refit] = Registry("refit", "come.refit", "merge.refit")

@@ -1,0 +1,125 @@
+"""Ridge regression from streamed batches: the normal equations of an output map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Map:
+    """An output map: weight [d_out, d_in] float64, and a bias [d_out] float64 where it has one."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None = None
+
+
+class NormalEquations:
+    """Weighted second moments of a map's inputs and of its targets, summed over tokens.
+
+        G = sum_t w_t f_t f_t^T    C = sum_t w_t f_t y_t^T    Y = sum_t w_t |y_t|^2
+
+    f has a constant 1 at its end where the map has a bias. Products of a batch run in float32 or
+    wider, sums in float64, so memory does not grow with the number of tokens.
+
+    Args:
+        width: inputs d_in of the map.
+        out: outputs d_out.
+        bias: whether the map has a bias.
+        device: where the sums are kept.
+    """
+
+    def __init__(
+        self, width: int, out: int, *, bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        self.width = width
+        self.bias = bias
+        size = width + int(bias)
+        options = {"dtype": torch.float64, "device": device}
+        self.gram = torch.zeros(size, size, **options)
+        self.moment = torch.zeros(size, out, **options)
+        self.energy = 0.0
+
+    def add(
+        self,
+        features: Float[Tensor, "tokens width"],
+        targets: Float[Tensor, "tokens out"],
+        weights: Float[Tensor, " tokens"],
+    ) -> None:
+        """Adds a batch of tokens."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        features, targets = features.to(wide), targets.to(wide)
+        if self.bias:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        root = weights.to(wide).sqrt()[:, None]
+        features, targets = features * root, targets * root
+        self.gram += features.T @ features
+        self.moment += features.T @ targets
+        self.energy += targets.double().square().sum().item()
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """The equations of both sets of tokens."""
+        total = NormalEquations(
+            self.width, self.moment.shape[1], bias=self.bias, device=self.gram.device
+        )
+        total.gram = self.gram + other.gram
+        total.moment = self.moment + other.moment
+        total.energy = self.energy + other.energy
+        return total
+
+    def mean_square(self) -> float:
+        """Mean diagonal of the inputs' Gram matrix, to which a relative lambda refers."""
+        return self.gram.diagonal()[: self.width].mean().item()
+
+    def columns(self, kept: Int[Tensor, " kept"]) -> NormalEquations:
+        """The equations of some of the inputs; the constant stays."""
+        rows = kept
+        if self.bias:
+            rows = torch.cat([kept, kept.new_tensor([self.width])])
+        chosen = NormalEquations(
+            len(kept), self.moment.shape[1], bias=self.bias, device=self.gram.device
+        )
+        chosen.gram = self.gram[rows][:, rows]
+        chosen.moment = self.moment[rows]
+        chosen.energy = self.energy
+        return chosen
+
+    def solve(self, prior: Map, penalty: float) -> Map:
+        """argmin_W sum_t w_t |y_t - W f_t - b|^2 + penalty |W - W0|^2, by Cholesky.
+
+        The bias is solved for with the weight and not penalised (but for rounding's sake).
+
+        Args:
+            prior: W0 and its bias.
+            penalty: absolute, > 0.
+        """
+        ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
+        ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
+        start = _stacked(prior).to(self.gram)
+        factor = torch.linalg.cholesky(self.gram + ridge.diag())
+        solved = torch.cholesky_solve(self.moment + ridge[:, None] * start, factor).T
+        return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
+
+    def error(self, found: Map) -> float:
+        """sum_t w_t |y_t - W f_t - b|^2."""
+        stacked = _stacked(found).to(self.gram)
+        fit = (stacked * (self.gram @ stacked)).sum() - 2 * (stacked * self.moment).sum()
+        return self.energy + fit.item()
+
+
+def best_lambda(
+    fit: NormalEquations, held_out: NormalEquations, prior: Map, grid: Sequence[float]
+) -> float:
+    """The relative lambda whose solution on `fit` has the least error on `held_out`."""
+    scale = fit.mean_square()
+    return min(grid, key=lambda ratio: held_out.error(fit.solve(prior, ratio * scale)))
+
+
+def _stacked(found: Map) -> Float[Tensor, "in out"]:
+    """The map's weight, transposed, and its bias as the last row."""
+    weight = found.weight.double().T
+    return weight if found.bias is None else torch.cat([weight, found.bias.double()[None]])

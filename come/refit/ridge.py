@@ -1,0 +1,115 @@
+"""The output maps, solved for by ridge regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from come.models.adapter import LayerState, ModelAdapter, Unit
+from come.models.halves import attention_half, ffn_half
+from come.refit.base import REFITS, Refit
+from come.refit.goals import Goals
+from come.refit.normal import Map, NormalEquations, best_lambda
+
+PARTS = ("attention", "ffn")
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+HELD_OUT = 5  # with lambda "auto" every fifth batch is held out
+
+
+@REFITS.register
+class Ridge(Refit):
+    """Solves for the layer's output maps, attention first, then the FFN behind it.
+
+        W_o = argmin sum_t w_t | (middle - x) - W a |^2 + mu |W - W_o0|^2
+        W_d = argmin sum_t w_t | (output - h') - W f |^2 + mu |W - W_d0|^2
+        mu  = lambda * mean diagonal of sum_t w_t a a^T   (f f^T)
+
+    x: the layer's true input; a: its head outputs; h' = x + W_o a; f: its FFN activations on h'.
+    W_o0 and W_d0 are what the operator made. Output biases are solved for with their maps.
+
+    Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
+    for the FFN's map alone.
+
+    Args:
+        refit_lambda: relative to the mean diagonal, or "auto": the one of 0.01 ... 3 with the
+            least error on every fifth batch, solved on the others; then all are solved on.
+        refit_parts: which maps, of "attention" and "ffn".
+    """
+
+    name = "ridge"
+    paper = ""
+    source = "ridge regression to the group's output"
+
+    def __init__(
+        self, refit_lambda: float | str = 0.1, refit_parts: Sequence[str] = PARTS
+    ) -> None:
+        automatic = refit_lambda == "auto"
+        if not automatic and not (isinstance(refit_lambda, int | float) and refit_lambda > 0):
+            raise ValueError(
+                f"merge.refit_lambda={refit_lambda}: must be a number above 0, or auto"
+            )
+        if not refit_parts or not set(refit_parts) <= set(PARTS):
+            raise ValueError(
+                f"merge.refit_parts={list(refit_parts)}: allowed are [attention], [ffn] and "
+                "[attention,ffn]"
+            )
+        self.ratio = refit_lambda
+        self.parts = refit_parts
+
+    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+        """The output maps' new tensors."""
+        adapter, index = goals.stream.adapter, goals.first
+        layer = adapter.scratch_layer(index, state)
+        found: LayerState = {}
+        units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
+        for part, unit in units:
+            if part not in self.parts:
+                continue
+            prior = output_map(adapter, layer, unit)
+            sets = [equations(prior, adapter), equations(prior, adapter)]
+            for number, goal in enumerate(goals):
+                keywords = goals.stream.keywords(len(goal.states), index)
+                features, middle = attention_half(adapter, layer, goal.states, keywords)
+                wanted = goal.middle - goal.states
+                if unit == "channel":
+                    features, _ = ffn_half(adapter, layer, middle, keywords)
+                    wanted = goal.output - middle
+                chosen = sets[number % HELD_OUT == HELD_OUT - 1]
+                chosen.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
+            solved = self._solve(*sets, prior)
+            tensors = as_tensors(adapter, unit, solved, state)
+            layer.load_state_dict({**layer.state_dict(), **tensors})
+            found |= tensors
+        return found
+
+    def _solve(self, fit: NormalEquations, held_out: NormalEquations, prior: Map) -> Map:
+        both = fit + held_out
+        ratio = self.ratio
+        if isinstance(ratio, str):
+            ratio = best_lambda(fit, held_out, prior, GRID) if held_out.energy else 0.1
+        return both.solve(prior, ratio * both.mean_square())
+
+
+def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
+    """The output map of a layer of the model, or of one beside it, in float64."""
+    tensors = dict(layer.state_dict())
+    weight, *bias = (tensors[name].double() for name in adapter.output_tensors(unit))
+    return Map(weight, bias[0] if bias else None)
+
+
+def equations(prior: Map, adapter: ModelAdapter) -> NormalEquations:
+    """Empty equations for a map of this shape."""
+    out, width = prior.weight.shape
+    return NormalEquations(width, out, bias=prior.bias is not None, device=adapter.device)
+
+
+def as_tensors(
+    adapter: ModelAdapter, unit: Unit, found: Map, state: Mapping[str, Tensor]
+) -> LayerState:
+    """A map as named tensors of a layer, in the dtypes of `state`."""
+    values = [found.weight] if found.bias is None else [found.weight, found.bias]
+    names = adapter.output_tensors(unit)
+    return {
+        name: value.to(state[name]).contiguous() for name, value in zip(names, values, strict=True)
+    }
