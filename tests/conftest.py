@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from come.calibration.statistics import StatisticsCollector
+from come.calibration.stream import LayerStream
+from come.models.adapter import ModelAdapter
+from tests.commands import ROOT, SMALL
 
 torch.set_num_threads(1)
 
@@ -130,3 +137,32 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture
+def stream(family, windows):
+    adapter = ModelAdapter(pico(family))
+    collector = StatisticsCollector(adapter, ("abs", "square", "mean"), "all")
+    with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1, collector)
+        stream.found = collector.found
+        yield stream
+
+
+@pytest.fixture
+def command(pico_folder, tmp_path):
+    environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def start(*overrides, model=pico_folder):
+        words = [f"model.path={model}", "model=local"] if model else []
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

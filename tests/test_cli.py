@@ -1,62 +1,15 @@
 """run.py as a user runs it: real processes on a pico model."""
 
 import json
-import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "calibration.num_samples=8",
-    "calibration.seq_len=32",
-    "eval.seq_len=64",
-    "eval.max_tokens=512",
-    "eval.prompt_tokens=16",
-    "eval.new_tokens=4",
-    "eval.repeats=1",
-    "eval.continuation_tokens=4",
-]
-
-
-@pytest.fixture
-def command(pico_folder, tmp_path):
-    environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-
-    def start(*overrides, model=pico_folder):
-        words = [f"model.path={model}", "model=local"] if model else []
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
-
-
-def finish(process):
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def equal(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.commands import equal, finish
 
 
 def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
@@ -203,66 +156,6 @@ def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path
     assert results[1]["compression"]["resumed_at"] == done
 
 
-def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
-    code, _, errors = finish(command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m"))
-    assert code == 0, errors
-    results = sorted((tmp_path / "runs").glob("*/result.json"))
-    assert len(results) == 2
-    found = [json.loads(path.read_text()) for path in results]
-    assert sorted(r["settings"]["merge"]["m"] for r in found) == [2, 3]
-    assert [path.parent.name for path in results] == [r["job"] for r in found]
-
-
-def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
-    grid = (
-        "merge=come,shortgpt",
-        "calibration.seed=0,1",
-        "merge.save_at=[22,21]",
-        "eval.speed=false",
-    )
-    code, output, errors = finish(command(*grid, "-m"))
-    assert code == 0, errors
-    folder = tmp_path / "runs" / "grid-sweep"
-    table = (folder / "table.md").read_text()
-    assert table in output
-    lines = table.splitlines()
-    assert lines[0] == "|  | 22 layers | 21 layers |"
-    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| come", "| shortgpt"]
-    assert all(line.count("[") == 2 for line in lines[2:4])  # mean and spread over the seeds
-    assert (folder / "figure.png").stat().st_size > 0
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert sorted((r["overrides"]["merge"], r["overrides"]["calibration.seed"]) for r in rows) == [
-        ("come", "0"),
-        ("come", "1"),
-        ("shortgpt", "0"),
-        ("shortgpt", "1"),
-    ]
-    done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
-    code, output, errors = finish(command(*grid, "-m"))  # nothing runs again
-    assert code == 0, errors
-    assert output.count("has finished before") == 4
-    for job, changed in done.items():
-        assert (tmp_path / "runs" / job / "result.json").stat().st_mtime == changed
-    report = subprocess.run(
-        [sys.executable, "-m", "come.report", str(folder), "--out", str(tmp_path / "again")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert report.stdout == table == (tmp_path / "again" / "table.md").read_text()
-
-
-def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
-    grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
-    code, _, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
-    assert code == 0, errors
-    folder = tmp_path / "runs" / "grid-group_size"
-    assert json.loads((folder / "axes.json").read_text())["x"] == "merge.m"
-    lines = (folder / "table.md").read_text().splitlines()
-    assert lines[0] == "|  | merge.m | 22 layers |"
-    assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
-
-
 def test_a_metric_of_ones_own_is_one_file(command, tmp_path):
     code = """from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
@@ -319,37 +212,6 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     silent = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
     assert sorted({*range(24)} - {*silent}) == model.config.come["places"]
     assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
-
-
-def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
-    code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
-    assert code == 1
-    assert "error: job 0: merge.m=1: a group has at least 2 layers" in errors
-    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
-
-
-EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
-    "smoke": ["merge.target_layers=22"],
-    "choices": ["merge.save_at=[22,21]"],
-    "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
-    "positions": ["merge.groups=[[0,1]]"],
-    "calibration_size": ["merge.target_layers=20", "merge.save_at=[22]"],
-    "group_size": ["merge.target_layers=20"],
-    "skewness": ["merge.target_layers=20", "merge.save_at=[22]"],
-    "metrics": ["merge.target_layers=20", "merge.save_at=[22]"],
-    "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
-}
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml")))
-def test_every_experiment_runs(command, text_file, tmp_path, name):
-    paths = [f"calibration.path={text_file}"] if name == "choices" else []
-    folder = tmp_path / "out"
-    code, _, errors = finish(
-        command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
-    )
-    assert code == 0, errors
-    assert (folder / "result.json").is_file()
 
 
 def test_self_generated_calibration_needs_no_text(command, tmp_path):

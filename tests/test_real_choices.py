@@ -11,7 +11,7 @@ from come.models.loading import load_tokenizer, load_weights
 from come.settings import MergeSettings
 from come.text.pydocs import PyDocs
 from come.text.windows import calibration_windows
-from tests.test_methods import decoder_layers, dropped, loss, read, recipe
+from tests.methods import decoder_layers, dropped, loss, read, recipe
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from come.calibration.goals import Goals
 from come.calibration.sensitivities import UnitScores
 from come.calibration.statistics import LayerStatistics
 from come.calibration.stream import LayerStream, Route
-from come.refit.goals import Goals
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
 

@@ -105,8 +105,8 @@ def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
     """
     layers: dict[int, LayerState] = {}
     for key, tensor in plan.finish.tensors.items():
-        index, _, name = key.partition("/")
-        layers.setdefault(int(index), {})[name] = tensor
+        place, _, name = key.partition("/")
+        layers.setdefault(int(place), {})[name] = tensor
     before: dict[int, LayerState] = {}
     for index, tensors in layers.items():
         state = adapter.layer_state(index)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from come.calibration.goals import Goals, check_refit_target, check_weighting
 from come.calibration.group import Group, Split
 from come.calibration.influence import check_tokens
 from come.calibration.sensitivities import unit_scores
@@ -26,7 +27,6 @@ from come.merging.schedules.base import SCHEDULES, Search
 from come.models.adapter import LayerState, ModelAdapter
 from come.models.surgery import Span
 from come.refit.finish import finish
-from come.refit.goals import Goals, check_refit_target, check_weighting
 
 
 def base_model(adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> BaseModel:

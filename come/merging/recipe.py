@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from come.calibration.goals import check_refit_target, check_weighting
 from come.calibration.influence import check_tokens
 from come.merging.norms import check_norms
 from come.merging.reach import GroupRules
@@ -15,7 +16,6 @@ from come.merging.schedules.base import SCHEDULES, Schedule
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
 from come.refit.base import REFITS, Refit
-from come.refit.goals import check_refit_target, check_weighting
 from come.retention.base import RETENTION, RetentionRule
 from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
@@ -174,8 +174,8 @@ class Recipe:
     @property
     def wants_dense(self) -> bool:
         """Whether the dense model's states have to be kept."""
-        refits = REFITS.get(self.refit).active and self.target == "dense"
-        return refits or self.finish_lambda is not None
+        goals = REFITS.get(self.refit).active or RETENTION.get(self.retention).uses_goals
+        return (goals and self.target == "dense") or self.finish_lambda is not None
 
     @property
     def remerges(self) -> bool:

@@ -44,9 +44,12 @@ def attention_half(
 
     output = layer.get_submodule(adapter.architecture.attention_output)
     middle = layer.get_submodule(adapter.architecture.ffn_norm)
-    with _before(output, lambda module, inputs: seen.append(inputs[0])), _before(middle, stop):
-        with suppress(_EnoughError):
-            layer(states, **keywords)
+    with (
+        _before(output, lambda module, inputs: seen.append(inputs[0])),
+        _before(middle, stop),
+        suppress(_EnoughError),
+    ):
+        layer(states, **keywords)
     features, residual = seen
     return features.view(*states.shape[:2], -1), residual.view(states.shape)
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from come.calibration.goals import Goals
 from come.models.adapter import LayerState
-from come.refit.goals import Goals
 from come.registry import Registry
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from come.calibration.goals import Weighting, token_weights
 from come.calibration.stream import LayerStream
 from come.models.adapter import LayerState
 from come.models.halves import attention_half, ffn_half
 from come.models.surgery import Span
-from come.refit.goals import Weighting, token_weights
 from come.refit.ridge import as_tensors, equations, output_map
 
 
@@ -40,7 +40,9 @@ def finish(
     """
     adapter = stream.adapter
     start = min(index for index, span in enumerate(history) if len(span) > 1)
-    states: list[Tensor] = [batch.cpu() for _, batch in stream.through(start, stream.route(start, start))]
+    states: list[Tensor] = [
+        batch.cpu() for _, batch in stream.through(start, stream.route(start, start))
+    ]
     found: dict[int, LayerState] = {}
     for index in range(start + 1, len(history)):
         state = adapter.layer_state(index)

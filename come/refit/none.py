@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from come.calibration.goals import Goals
 from come.models.adapter import LayerState
 from come.refit.base import REFITS, Refit
-from come.refit.goals import Goals
 
 
 @REFITS.register

@@ -39,9 +39,8 @@ class NormalEquations:
         self.width = width
         self.bias = bias
         size = width + int(bias)
-        options = {"dtype": torch.float64, "device": device}
-        self.gram = torch.zeros(size, size, **options)
-        self.moment = torch.zeros(size, out, **options)
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.moment = torch.zeros(size, out, dtype=torch.float64, device=device)
         self.energy = 0.0
 
     def add(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from come.calibration.goals import Goals
 from come.models.adapter import LayerState, ModelAdapter, Unit
 from come.models.halves import attention_half, ffn_half
 from come.refit.base import REFITS, Refit
-from come.refit.goals import Goals
 from come.refit.normal import Map, NormalEquations, best_lambda
 
 PARTS = ("attention", "ffn")
@@ -41,9 +42,7 @@ class Ridge(Refit):
     paper = ""
     source = "ridge regression to the group's output"
 
-    def __init__(
-        self, refit_lambda: float | str = 0.1, refit_parts: Sequence[str] = PARTS
-    ) -> None:
+    def __init__(self, refit_lambda: Any = 0.1, refit_parts: Sequence[str] = PARTS) -> None:
         automatic = refit_lambda == "auto"
         if not automatic and not (isinstance(refit_lambda, int | float) and refit_lambda > 0):
             raise ValueError(
@@ -67,7 +66,7 @@ class Ridge(Refit):
             if part not in self.parts:
                 continue
             prior = output_map(adapter, layer, unit)
-            sets = [equations(prior, adapter), equations(prior, adapter)]
+            fit, held_out = equations(prior, adapter), equations(prior, adapter)
             for number, goal in enumerate(goals):
                 keywords = goals.stream.keywords(len(goal.states), index)
                 features, middle = attention_half(adapter, layer, goal.states, keywords)
@@ -75,9 +74,9 @@ class Ridge(Refit):
                 if unit == "channel":
                     features, _ = ffn_half(adapter, layer, middle, keywords)
                     wanted = goal.output - middle
-                chosen = sets[number % HELD_OUT == HELD_OUT - 1]
+                chosen = held_out if number % HELD_OUT == HELD_OUT - 1 else fit
                 chosen.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
-            solved = self._solve(*sets, prior)
+            solved = self._solve(fit, held_out, prior)
             tensors = as_tensors(adapter, unit, solved, state)
             layer.load_state_dict({**layer.state_dict(), **tensors})
             found |= tensors

@@ -21,6 +21,7 @@ class RetentionRule(ABC):
         source: where the formula stands, in words.
         needs_units: whether it has no meaning for operators without units.
         trials: whether it runs trial merges.
+        uses_goals: whether it reads what the merged layer has to reproduce.
     """
 
     name: ClassVar[str]
@@ -28,6 +29,7 @@ class RetentionRule(ABC):
     source: ClassVar[str]
     needs_units: ClassVar[bool] = False
     trials: ClassVar[bool] = False
+    uses_goals: ClassVar[bool] = False
 
     @abstractmethod
     def shares(self, group: Group) -> list[float]:

@@ -1,0 +1,168 @@
+"""The units that the error after the refit asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from come.calibration.group import Group, Split
+from come.models.adapter import UNITS, Unit
+from come.models.halves import attention_half, ffn_half
+from come.refit.normal import Map, NormalEquations
+from come.refit.ridge import equations, output_map
+from come.retention.base import RETENTION, RetentionRule
+
+
+@RETENTION.register
+class Adaptive(RetentionRule):
+    """Backward elimination: the units without which the refit's error grows least go first.
+
+    All units of all layers of the group read the group's input and drive one wide output map
+    W = [W_1 ... W_m]; W is solved for by ridge regression to what the group did (see
+    `come.refit.ridge`), and while more than K units are left, those with the least growth of the
+    penalised error leave:
+
+        growth_u = tr( W_u [ ((G + mu I)^-1)_uu ]^-1 W_u^T )
+
+    u: the columns of a unit. KV groups leave one at a time; of FFN channels `rate` of those that
+    have to go leave in one round, then everything is solved for again. The FFN is asked on the
+    residual stream that the chosen and solved attention leaves.
+
+    No exponent and no sensitivity is used: how many units each layer keeps follows. The shares
+    (which weigh output biases and per-head norms) are those of the kept FFN channels.
+
+    Source: this project; the growth is that of optimal brain surgery, for groups of columns as in
+    arXiv 2302.04089 (ZipLM). The merge reads one norm where units were asked with their own:
+    exact with `merge.norms=fold` but for per-head norms.
+
+    Args:
+        refit_lambda: mu over the mean diagonal of G; "auto" means 0.1 here.
+        rate: share of the surplus channels that leave in one round, in (0, 1].
+    """
+
+    name = "adaptive"
+    paper = ""
+    source = "backward elimination on the refit's Gram matrix"
+    needs_units = True
+    uses_goals = True
+
+    def __init__(self, refit_lambda: Any = 0.1, rate: float = 0.3) -> None:
+        if not 0 < rate <= 1:
+            raise ValueError(f"merge.options.rate={rate}: must be above 0 and at most 1")
+        self.ratio = 0.1 if isinstance(refit_lambda, str) else refit_lambda
+        self.rate = rate
+
+    def shares(self, group: Group) -> list[float]:
+        """Share of the kept FFN channels of every layer."""
+        return self.split(group).shares
+
+    @torch.no_grad()
+    def split(self, group: Group) -> Split:
+        """The units that are left."""
+        assert group.goals is not None
+        adapter = group.stream.adapter
+        layers = list(range(group.first, group.last + 1))
+        kept: dict[Unit, list[list[int]]] = {}
+        attention: tuple[Map, Tensor] | None = None
+        for unit in UNITS:
+            maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
+            biases = [part.bias for part in maps if part.bias is not None]
+            prior = Map(
+                torch.cat([part.weight for part in maps], dim=1),
+                torch.stack(biases).sum(dim=0) if biases else None,
+            )
+            sums = self._equations(group, unit, prior, attention)
+            count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
+            penalty = self.ratio * sums.mean_square()
+            best = eliminate(sums, prior, penalty, count, size, self.rate if size == 1 else 0.0)
+            kept[unit] = [
+                [i - count * layer for i in best if i // count == layer]
+                for layer in range(group.size)
+            ]
+            if unit == "kv_group":
+                columns = unit_columns(best, size).to(sums.gram.device)
+                chosen = Map(prior.weight[:, columns], prior.bias)
+                attention = sums.columns(columns).solve(chosen, penalty), columns
+        total = adapter.unit_counts["channel"]
+        return Split([len(layer) / total for layer in kept["channel"]], kept)
+
+    def _equations(
+        self, group: Group, unit: Unit, prior: Map, attention: tuple[Map, Tensor] | None
+    ) -> NormalEquations:
+        """Normal equations of all units of one kind of the group."""
+        assert group.goals is not None
+        stream, adapter = group.stream, group.stream.adapter
+        sums = equations(prior, adapter)
+        for goal in group.goals():
+            ways = [
+                (adapter.layers[i], stream.keywords(len(goal.states), i))
+                for i in range(group.first, group.last + 1)
+            ]
+            features = torch.cat(
+                [attention_half(adapter, layer, goal.states, way)[0] for layer, way in ways], dim=-1
+            )
+            wanted = goal.middle - goal.states
+            if unit == "channel":
+                assert attention is not None
+                solved, columns = attention
+                added = features[..., columns] @ solved.weight.to(features).T
+                if solved.bias is not None:
+                    added = added + solved.bias.to(features)
+                middle = goal.states + added
+                features = torch.cat(
+                    [ffn_half(adapter, layer, middle, way)[0] for layer, way in ways], dim=-1
+                )
+                wanted = goal.output - middle
+            sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
+        return sums
+
+
+def eliminate(
+    sums: NormalEquations, prior: Map, penalty: float, keep: int, size: int, rate: float
+) -> list[int]:
+    """Backward elimination of units of `size` adjacent columns until `keep` are left.
+
+    Args:
+        sums: normal equations of all columns.
+        prior: the map that the penalty refers to.
+        penalty: absolute.
+        keep: units to keep.
+        size: columns of a unit.
+        rate: share of the surplus that leaves in a round; at least one unit leaves.
+
+    Returns:
+        Kept units, ascending.
+    """
+    alive = list(range(sums.width // size))
+    while len(alive) > keep:
+        columns = unit_columns(alive, size).to(sums.gram.device)
+        part = sums.columns(columns)
+        weight = part.solve(Map(prior.weight[:, columns], prior.bias), penalty).weight.T
+        ridge = torch.full((len(part.gram),), penalty, dtype=torch.float64).to(part.gram)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(part.gram + ridge.diag()))
+        growth = _growth(weight, inverse, size)
+        surplus = len(alive) - keep
+        leaving = max(1, int(surplus * rate))
+        order = torch.sort(growth, descending=True, stable=True).indices
+        alive = [alive[i] for i in sorted(order[: len(alive) - leaving].tolist())]
+    return alive
+
+
+def _growth(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """tr(W_u (inverse_uu)^-1 W_u^T) of every unit u; weight [columns, out], as solved."""
+    count = len(weight) // size
+    if size == 1:
+        return weight.square().sum(dim=1) / inverse.diagonal()[:count]
+    rows = weight.view(count, size, -1)
+    spans = [slice(i * size, (i + 1) * size) for i in range(count)]
+    blocks = torch.stack([inverse[span, span] for span in spans])
+    return (rows * torch.linalg.solve(blocks, rows)).sum(dim=(1, 2))
+
+
+def unit_columns(units: Sequence[int], size: int) -> Tensor:
+    """The columns of units of `size` adjacent ones, int64."""
+    first = torch.as_tensor(units, dtype=torch.long) * size
+    return (first[:, None] + torch.arange(size)).flatten()

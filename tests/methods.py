@@ -1,0 +1,97 @@
+"""What the tests of methods share: recipes, plain whole-model computations, references."""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import yaml
+
+from come.merging.recipe import Recipe
+from come.models.adapter import UNITS, ModelAdapter
+from come.settings import MergeSettings
+from tests.conftest import pico
+from tests.reference import Reference
+
+SOME = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # where a computation of each family is dear
+CONF = Path(__file__).parents[1] / "conf" / "merge"
+
+
+def read(name: str) -> dict:
+    """The settings of a recipe."""
+    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
+
+
+def recipe(name: str, **changes) -> Recipe:
+    settings = read(name)
+    if name.endswith("_plus"):
+        changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
+    return MergeSettings(**settings | changes).recipe()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def decoder_layers(model):
+    return model.model.decoder.layers if model.config.model_type == "opt" else model.model.layers
+
+
+def loss(model, windows):
+    """Mean cross-entropy of a whole model, in its dtype."""
+    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten())
+
+
+def without(model, dropped):
+    """A float64 copy of a model without some layers."""
+    other = copy.deepcopy(model).double()
+    layers = decoder_layers(other)
+    kept = [layer for i, layer in enumerate(layers) if i not in dropped]
+    del layers[:]
+    layers.extend(kept)
+    return other
+
+
+def states(model, *indices):
+    return [ModelAdapter(model).layer_state(i) for i in indices]
+
+
+def output_names(model, part):
+    adapter = ModelAdapter(model)
+    return adapter.output_tensors("kv_group" if part == "attention" else "channel")
+
+
+def dropped(plan):
+    """Original layers that a plan of drops left out, in order."""
+    own, gone = list(range(plan.base.num_layers)), []
+    for step in plan.steps:
+        keeper = step.keeper
+        group = own[step.first : step.last + 1]
+        gone += [layer for i, layer in enumerate(group) if i != keeper]
+        own[step.first : step.last + 1] = [group[keeper]]
+    return gone
+
+
+def come_scores(windows, layers):
+    reference = Reference(pico("llama_gqa"), windows)
+    return {unit: [reference.sensitivity(i, unit) for i in layers] for unit in UNITS}
+
+
+def plain_units(scores, shares):
+    """Units by shares, written from the formula."""
+    kept = {}
+    for unit, layers in scores.items():
+        total = len(layers[0])
+        counts = [math.floor(total * share) for share in shares]
+        biggest = shares.index(max(shares))
+        counts[biggest] = total - sum(c for i, c in enumerate(counts) if i != biggest)
+        kept[unit] = [
+            sorted(sorted(range(total), key=lambda j, s=s: (-s[j], j))[:n])
+            for s, n in zip(layers, counts)
+        ]
+    return kept
+
+
+SPANS = [(0, 1), (2, 2), (1, 4), (4, 5)]

@@ -1,0 +1,284 @@
+"""The refit: against plain float64 solutions, and what it must hold for every operator."""
+
+import pytest
+import torch
+
+from come.calibration.statistics import StatisticsCollector
+from come.calibration.stream import LayerStream
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from come.models.halves import attention_half, ffn_half
+from come.refit.normal import Map, NormalEquations, best_lambda
+from come.retention.adaptive import eliminate
+from tests.conftest import LAYERS, pico
+from tests.methods import decoder_layers, same
+from tests.reference import Reference
+
+
+def plain_ridge(features, targets, weights, start, bias, penalty):
+    """Weighted ridge regression as one least-squares problem, float64; the bias is free."""
+    root = weights.double().sqrt()[:, None]
+    columns = features.double()
+    if bias is not None:
+        columns = torch.cat([columns, torch.ones(len(columns), 1).double()], dim=1)
+    width = features.shape[1]
+    ridge = torch.zeros(width, columns.shape[1]).double()
+    ridge[:, :width] = penalty**0.5 * torch.eye(width).double()
+    left = torch.cat([columns * root, ridge])
+    right = torch.cat([targets.double() * root, penalty**0.5 * start.double().T])
+    solved = torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+    return solved[:, :width], solved[:, width] if bias is not None else None
+
+
+@pytest.fixture(params=[False, True], ids=["no bias", "bias"])
+def problem(request):
+    generator = torch.Generator().manual_seed(0)
+    features, targets, start, bias = (
+        torch.randn(shape, generator=generator).double()
+        for shape in ((50, 8), (50, 3), (3, 8), (3,))
+    )
+    weights = torch.rand(50, generator=generator).double()
+    prior = Map(start, bias if request.param else None)
+    sums = NormalEquations(8, 3, bias=request.param)
+    for rows in torch.arange(50).split(7):
+        sums.add(features[rows], targets[rows], weights[rows])
+    return features, targets, weights, prior, sums
+
+
+def residual(found, features, targets, weights):
+    missed = targets - features @ found.weight.T - (0 if found.bias is None else found.bias)
+    return float((weights * missed.square().sum(dim=1)).sum())
+
+
+def test_normal_equations_solve_the_weighted_ridge_problem(problem):
+    features, targets, weights, prior, sums = problem
+    penalty = 0.3 * sums.mean_square()
+    found = sums.solve(prior, penalty)
+    weight, bias = plain_ridge(features, targets, weights, prior.weight, prior.bias, penalty)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=1e-6)
+    if bias is not None:
+        torch.testing.assert_close(found.bias, bias, rtol=1e-5, atol=1e-6)
+    expected = residual(found, features, targets, weights)
+    assert sums.error(found) == pytest.approx(expected, rel=1e-8)
+    assert expected < sums.error(prior)
+
+
+def test_lambda_is_the_best_on_what_is_held_out(problem):
+    features, targets, weights, prior, sums = problem
+    held_out = NormalEquations(8, 3, bias=prior.bias is not None)
+    held_out.add(features[:10] * 1.1, targets[:10] + 0.5, weights[:10])
+    grid = (0.01, 1.0, 100.0)
+    errors = {
+        ratio: residual(
+            sums.solve(prior, ratio * sums.mean_square()),
+            features[:10] * 1.1,
+            targets[:10] + 0.5,
+            weights[:10],
+        )
+        for ratio in grid
+    }
+    assert best_lambda(sums, held_out, prior, grid) == min(grid, key=lambda ratio: errors[ratio])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
+    features, targets, weights, prior, sums = problem
+    penalty = 0.1 * sums.mean_square()
+
+    def least(units):
+        """The least penalised error with the other units' columns at zero."""
+        columns = torch.tensor([u * size + i for u in units for i in range(size)])
+        weight, bias = plain_ridge(
+            features[:, columns], targets, weights, prior.weight[:, columns], prior.bias, penalty
+        )
+        whole = torch.zeros_like(prior.weight)
+        whole[:, columns] = weight
+        error = residual(Map(whole, bias), features, targets, weights)
+        return error + penalty * float((whole - prior.weight).square().sum())
+
+    alive = list(range(8 // size))
+    while len(alive) > 2:
+        alive = min(([u for u in alive if u != gone] for gone in alive), key=least)
+    assert eliminate(sums, prior, penalty, keep=2, size=size, rate=1e-9) == alive
+
+
+def test_the_halves_of_a_layer_are_the_layer(family, windows):
+    adapter = ModelAdapter(pico(family))
+    reference = Reference(pico(family), windows)
+    states, keywords = adapter.layer_inputs(windows)
+    layer = adapter.layers[0]
+    with torch.no_grad():
+        expected = layer(states, **keywords[0])
+    heads, middle = attention_half(adapter, layer, states, keywords[0])
+    channels, output = ffn_half(adapter, layer, middle, keywords[0])
+    torch.testing.assert_close(output, expected)
+    for features, unit in ((heads, "kv_group"), (channels, "channel")):
+        torch.testing.assert_close(
+            features.flatten(0, 1).double(), reference.inputs[0, unit], rtol=1e-3, atol=1e-4
+        )
+
+
+def activations(layer, middle):
+    """FFN activations of a LLaMA or OPT layer."""
+    if hasattr(layer, "fc1"):
+        return torch.relu(layer.fc1(layer.final_layer_norm(middle)))
+    mlp, normed = layer.mlp, layer.post_attention_layernorm(middle)
+    return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+
+
+@pytest.mark.parametrize("weighting", ["relative", "equal"])
+@pytest.mark.parametrize("family", ["llama_gqa", "llama_bias", "opt"])
+@torch.no_grad()
+def test_a_drop_is_refitted_as_the_formula_says(family, weighting, windows):
+    """Layer 3 is refitted to what layers 3 and 4 did, in float64 from whole-model states."""
+    model, reference = pico(family), Reference(pico(family), windows)
+    method = Recipe(
+        operator="drop", groups=((3, 4),), refit="ridge", refit_lambda=0.2, refit_weights=weighting
+    )
+    compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
+    layer, new = reference.layers[3], decoder_layers(model)[3]
+
+    def added(index):
+        return reference.output(index, "kv_group")(reference.inputs[index, "kv_group"])
+
+    x, output = (reference.h[i].flatten(0, 1) for i in (3, 5))
+    weights = 1 / output.square().mean(dim=1) if weighting == "relative" else torch.ones(len(x))
+    heads = reference.inputs[3, "kv_group"]
+    old = reference.output(3, "kv_group")
+    penalty = 0.2 * (weights[:, None] * heads.square()).sum(dim=0).mean()
+    wanted = added(3) + added(4)
+    weight, bias = plain_ridge(heads, wanted, weights, old.weight, old.bias, float(penalty))
+    found = new.self_attn.out_proj if reference.is_opt else new.self_attn.o_proj
+    torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
+    middle = x + heads @ weight.T + (0 if bias is None else bias)
+    channels = activations(layer, middle)
+    old = reference.output(3, "channel")
+    penalty = 0.2 * (weights[:, None] * channels.square()).sum(dim=0).mean()
+    weight, bias = plain_ridge(
+        channels, output - middle, weights, old.weight, old.bias, float(penalty)
+    )
+    found = new.fc2 if reference.is_opt else new.mlp.down_proj
+    torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
+    if bias is not None:
+        torch.testing.assert_close(found.bias.double(), bias, rtol=1e-2, atol=1e-3)
+
+
+OPERATORS = [
+    {"operator": "concat"},
+    {"operator": "concat", "retention": "adaptive", "norms": "fold"},
+    {"operator": "concat", "m": 3, "retention": "adaptive", "norms": "fold"},
+    {"operator": "average"},
+    {"operator": "laco"},
+    {"operator": "average", "retention": "mka"},
+    {"operator": "drop", "selection": "skip_loss"},
+    {"operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
+    {"operator": "drop", "groups": ((0, 1), (3, 4))},
+]
+
+
+def behind(model, windows):
+    """The state in front of the final norm."""
+    with torch.no_grad():
+        return Reference(model, windows).h[-1]
+
+
+@pytest.mark.parametrize("target", ["dense", "current"])
+@pytest.mark.parametrize("parts", OPERATORS, ids=lambda parts: "-".join(map(str, parts.values())))
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3_gqa", "opt"])
+def test_every_operator_gains_by_the_refit(family, parts, target, windows):
+    dense = behind(pico(family), windows)
+
+    def distance(**more):
+        model = pico(family)
+        method = Recipe(**parts, target=target, **more)
+        compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+        return float((behind(model, windows) - dense).square().mean())
+
+    plain, refitted = distance(), distance(refit="ridge")
+    assert refitted < 0.7 * plain
+    assert distance(refit="ridge", finish_lambda=0.1) <= refitted
+
+
+def test_a_strong_penalty_leaves_the_gathered_weights(windows):
+    plain, held = pico("llama_bias"), pico("llama_bias")
+    compress(plain, windows, Recipe(), target_layers=4, progress=False)
+    method = Recipe(refit="ridge", refit_lambda=1e12)
+    compress(held, windows, method, target_layers=4, progress=False)
+    for layer, other in zip(decoder_layers(plain), decoder_layers(held), strict=True):
+        torch.testing.assert_close(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
+        torch.testing.assert_close(layer.mlp.down_proj.weight, other.mlp.down_proj.weight)
+
+
+def test_only_the_parts_asked_for_are_refitted(windows):
+    plan = compress(
+        pico("llama_bias"),
+        windows,
+        Recipe(refit="ridge", refit_parts=["ffn"]),
+        target_layers=5,
+        progress=False,
+    )
+    assert set(plan.steps[0].solved.hashes) == {"mlp.down_proj.weight", "mlp.down_proj.bias"}
+
+
+def test_a_passed_depth_has_its_own_finish_and_leaves_no_trace(windows):
+    method = Recipe(refit="ridge", finish_lambda=0.3)
+    seen = {}
+
+    def on_step(plan):
+        seen[plan.num_layers] = plan, [p.clone() for p in model.parameters()]
+
+    model = pico("llama_gqa")
+    compress(
+        model, windows, method, target_layers=3, finish_at=[4], on_step=on_step, progress=False
+    )
+    alone = pico("llama_gqa")
+    plan = compress(alone, windows, method, target_layers=4, progress=False)
+    assert seen[4][0].hash == plan.hash
+    assert all(map(torch.equal, seen[4][1], alone.parameters()))
+    straight = pico("llama_gqa")
+    compress(straight, windows, method, target_layers=3, progress=False)
+    assert same(model, straight)
+
+
+def test_adaptive_retention_keeps_whole_layers_worth_of_units(family, windows):
+    method = Recipe(retention="adaptive", norms="fold", m=3)
+    plan = compress(pico(family), windows, method, target_layers=4, progress=False)
+    counts = ModelAdapter(pico(family)).unit_counts
+    for unit, layers in plan.steps[0].kept.items():
+        assert sum(map(len, layers)) == counts[unit]
+        assert all(layer == sorted(set(layer)) for layer in layers)
+
+
+def test_dense_states_are_those_of_the_dense_model(windows):
+    adapter = ModelAdapter(pico("llama_gqa"))
+    with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1, StatisticsCollector(adapter))
+        stream.remember()
+        before = stream.boundary(4, slice(0, 2)).clone()
+        adapter.scale_outputs(1, 0.5)
+        stream.changed(1)
+        stream.advance(1, LAYERS - 1)
+        assert torch.equal(stream.dense(4, slice(0, 2)), before)
+        assert not torch.equal(stream.boundary(4, slice(0, 2)), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refit": "rigde"}, "merge.refit='rigde': unknown refit; did you mean 'ridge'"),
+        ({"refit": "ridge", "refit_lambda": 0}, "merge.refit_lambda=0: must be a number above 0"),
+        ({"refit": "ridge", "refit_lambda": "best"}, "must be a number above 0, or auto"),
+        ({"refit": "ridge", "refit_parts": ["mlp"]}, r"merge.refit_parts=\['mlp'\]: allowed are"),
+        ({"refit": "ridge", "target": "teacher"}, "merge.target='teacher': allowed are dense, cur"),
+        ({"refit_weights": "norm"}, "merge.refit_weights='norm': allowed are relative, equal"),
+        ({"finish_lambda": -1.0}, "merge.finish_lambda=-1.0: must be above 0, or null"),
+        ({"refit": "ridge", "operator": "prune_comp"}, "prune_comp solves for the layer itself"),
+        ({"finish_lambda": 1.0, "parts": ("ffn",)}, "merge.finish_lambda repairs whole layers"),
+        ({"retention": "adaptive", "options": {"rate": 0.0}}, "merge.options.rate=0.0: must be above"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)

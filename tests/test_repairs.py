@@ -1,0 +1,126 @@
+"""LaCo, drops and closed-form repairs against their definitions."""
+
+import copy
+
+import pytest
+import torch
+
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from come.operators.base import OPERATORS
+from tests.conftest import LAYERS, pico
+from tests.methods import (
+    decoder_layers,
+    recipe,
+    without,
+)
+from tests.reference import Reference
+
+
+def test_laco_adds_up_differences(family):
+    adapter = ModelAdapter(pico(family))
+    layers = [adapter.layer_state(i) for i in (1, 2, 3)]
+    merged = OPERATORS.create("laco").merge(layers, adapter.roles, [1 / 3] * 3, {})
+    released = OPERATORS.create("laco_released").merge(layers, adapter.roles, [1 / 3] * 3, {})
+    for name in merged:
+        a, b, c = (layer[name].double() for layer in layers)
+        expected = a + (b - a) + (c - a)
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-5)
+        is_norm = name.rpartition(".")[0] in (
+            adapter.architecture.attention_norm,
+            adapter.architecture.ffn_norm,
+        )
+        assert torch.equal(released[name], layers[0 if is_norm else 2][name])
+    pair = OPERATORS.create("laco").merge(layers[:2], adapter.roles, [0.5, 0.5], {})
+    for name, tensor in pair.items():
+        torch.testing.assert_close(tensor, layers[1][name])
+
+
+def test_a_drop_is_the_model_without_the_layers(family, windows):
+    dense = pico(family)
+    for groups, gone in ((((2, 3, 4),), (3, 4)), (((0, 1),), (1,))):
+        model = pico(family)
+        method = Recipe(operator="drop", groups=groups)
+        compress(model, windows, method, target_layers=LAYERS - len(gone), progress=False)
+        expected = without(dense, gone)(windows, use_cache=False).logits
+        torch.testing.assert_close(model(windows).logits.double(), expected, rtol=1e-3, atol=1e-4)
+    model = pico(family)
+    method = Recipe(operator="drop", selection="reverse", protect_last=LAYERS - 2)
+    plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+    assert plan.history[0] == [0, 1, 2]  # nothing in front: the layer behind stays
+    expected = without(dense, (0, 1))(windows, use_cache=False).logits
+    torch.testing.assert_close(model(windows).logits.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("span", [(0, 1), (2, 3)])
+def test_prune_comp_equals_scaling_all_in_front(family, windows, span):
+    dense = pico(family)
+    h = Reference(dense, windows).h
+    first, last = span
+    alpha = h[last + 1].norm(dim=-1).mean() / h[first].norm(dim=-1).mean()
+    scaled = without(dense, range(first, last + 1))
+    layers, seen = decoder_layers(scaled), []
+    layers[first].register_forward_pre_hook(lambda m, a: (a[0] * alpha, *a[1:]))
+    expected = scaled(windows, use_cache=False).logits
+    model, m = pico(family), 3
+    protect = {"protect_first": first, "protect_last": LAYERS - 1 - last}
+    method = Recipe(operator="prune_comp", selection="bi_sum", m=m, **protect)
+    compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+    assert not seen
+    found = model(windows).logits.double()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_replaceme_is_a_least_squares_map(family, windows):
+    windows = torch.randint(3, 300, (12, 16), generator=torch.Generator().manual_seed(1))
+    dense = pico(family)
+    reference = Reference(dense, windows)
+    outputs = []
+    hook = reference.output(1, "channel").register_forward_hook(
+        lambda module, inputs, output: outputs.append(output.detach().reshape(-1, 32))
+    )
+    with torch.no_grad():
+        reference.model(windows, use_cache=False)
+    hook.remove()
+    m, h = outputs[0], [state.flatten(0, 1) for state in reference.h]
+    transform = torch.linalg.lstsq(m, m + h[4] - h[2]).solution
+    method = Recipe(operator="replaceme", groups=((1, 2, 3),))
+    model = pico(family)
+    plan = compress(model, windows, method, target_layers=4, progress=False)
+    old, new = ModelAdapter(dense), ModelAdapter(model)
+    weight = transform.T @ old.output_map(1, "channel").weight.double()
+    torch.testing.assert_close(
+        new.output_map(1, "channel").weight.double(), weight, rtol=1e-2, atol=1e-3
+    )
+    if old.output_map(1, "channel").bias is not None:
+        bias = transform.T @ old.output_map(1, "channel").bias.double()
+        torch.testing.assert_close(
+            new.output_map(1, "channel").bias.double(), bias, rtol=1e-2, atol=1e-3
+        )
+    assert set(plan.steps[0].solved.hashes) == set(new.output_tensors("channel"))
+    for name, tensor in new.layer_state(1).items():
+        if name not in plan.steps[0].solved.hashes:
+            assert torch.equal(tensor, old.layer_state(1)[name])
+
+
+def test_laco_keeps_merges_that_leave_the_output_similar(windows):
+    model = pico("llama_gqa")
+    snapshots = []
+    options = {"threshold": 0.9, "interval": 1, "relax": 0.1, "trial_windows": 5}
+    method = recipe("laco", m=2, options=options)
+    plan = compress(
+        model,
+        windows,
+        method,
+        target_layers=LAYERS - 2,
+        on_step=lambda plan: snapshots.append(copy.deepcopy(model)),
+        progress=False,
+    )
+    dense = Reference(pico("llama_gqa"), windows).h[-1]
+    for step, snapshot in zip(plan.steps, snapshots):
+        after = Reference(snapshot, windows).h[-1]
+        cosine = torch.nn.functional.cosine_similarity(after, dense, dim=-1).mean()
+        assert 1 - step.score == pytest.approx(float(cosine), rel=1e-4)
+        tried = [c for c in step.candidates if (c.first, c.last) != (step.first, step.last)]
+        assert all(c.first > step.first or c.score >= step.score for c in tried)

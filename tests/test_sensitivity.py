@@ -1,0 +1,118 @@
+"""Sensitivity metrics against plain float64 computations."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from come.calibration.gradients import path_gradients
+from come.calibration.sensitivities import unit_scores
+from come.calibration.stream import LayerStream
+from come.models.adapter import UNITS, ModelAdapter
+from come.sensitivity.base import SENSITIVITY
+from tests.conftest import LAYERS, pico
+from tests.methods import SOME, loss
+from tests.reference import Reference
+
+
+def columns(reference: Reference, index: int, unit: str) -> dict[str, torch.Tensor]:
+    """Every metric that needs no gradient, by channel, from the inputs of the whole model."""
+    weight, x = reference.output(index, unit).weight, reference.inputs[index, unit]
+    tokens = len(x)
+    rows = range(weight.shape[1])
+    size = [math.sqrt(sum(float(w) ** 2 for w in weight[:, j])) for j in rows]
+    mean = [float(x[:, j].sum()) / tokens for j in rows]
+    return {
+        "activation": [float(x[:, j].abs().sum()) / tokens for j in rows],
+        "magnitude": [float(weight[:, j].abs().sum()) for j in rows],
+        "wanda": [math.sqrt(float((x[:, j] ** 2).sum()) / tokens) * size[j] for j in rows],
+        "fluctuation": [
+            float(((x[:, j] - mean[j]) ** 2).sum()) / tokens * size[j] ** 2 for j in rows
+        ],
+    }
+
+
+def per_unit(values, stream, unit):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return values.view(-1, stream.adapter.columns_per_unit(unit)).mean(dim=1)
+
+
+def found_scores(stream, name, first, last):
+    statistics = [stream.found[i] for i in range(first, last + 1)]
+    spans = [[i] for i in range(first, last + 1)]
+    return unit_scores(stream, SENSITIVITY.create(name), statistics, spans, range(first, last + 1))
+
+
+@pytest.mark.parametrize("name", ["activation", "magnitude", "wanda", "fluctuation"])
+def test_metrics_of_inputs_and_weights(stream, name, windows):
+    reference = Reference(stream.adapter.model, windows)
+    scores = found_scores(stream, name, 0, LAYERS - 1)
+    for unit, index in itertools.product(UNITS, range(LAYERS)):
+        expected = per_unit(columns(reference, index, unit)[name], stream, unit)
+        torch.testing.assert_close(scores[unit][index], expected, rtol=2e-4, atol=1e-12)
+
+
+def output_weights(model, index):
+    adapter = ModelAdapter(model)
+    return {unit: adapter.output_map(index, unit).weight for unit in UNITS}
+
+
+def test_taylor_is_the_whole_models_gradient(stream, windows):
+    model = copy.deepcopy(stream.adapter.model).double().requires_grad_()
+    loss(model, windows).backward()
+    for first, last in [(1, 2), (3, 5)]:
+        scores = found_scores(stream, "taylor", first, last)
+        for index in range(first, last + 1):
+            for unit, weight in output_weights(model, index).items():
+                expected = per_unit((weight * weight.grad).abs().sum(0).detach(), stream, unit)
+                torch.testing.assert_close(
+                    scores[unit][index - first], expected, rtol=2e-3, atol=1e-9
+                )
+    assert all(p.grad is None for p in stream.adapter.model.parameters())
+
+
+def whole_path(model, windows, steps):
+    """Integrated gradients of every channel's scale, from the whole float64 model."""
+    model = copy.deepcopy(model).double().requires_grad_(False)
+    adapter = ModelAdapter(model)
+    total = {}
+    for step in range(steps):
+        scales, handles = {}, []
+        for index, unit in itertools.product(range(adapter.num_layers), UNITS):
+            linear = adapter.output_map(index, unit)
+            scale = torch.full((linear.in_features,), (step + 0.5) / steps, dtype=torch.float64)
+            scales[index, unit] = scale.requires_grad_()
+            handles.append(
+                linear.register_forward_pre_hook(lambda m, a, s=scale: (a[0] * s, *a[1:]))
+            )
+        loss(model, windows).backward()
+        for key, scale in scales.items():
+            total[key] = total.get(key, 0) + scale.grad / steps
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_path_attribution_is_the_whole_models(stream, windows):
+    expected = whole_path(stream.adapter.model, windows, 10)
+    scores = found_scores(stream, "path_attribution", 2, 3)
+    for index, unit in itertools.product((2, 3), UNITS):
+        values = per_unit(expected[index, unit].abs(), stream, unit)
+        torch.testing.assert_close(scores[unit][index - 2], values, rtol=5e-3, atol=1e-6)
+
+
+def test_path_attributions_add_up_to_the_loss(windows):
+    model = pico("llama_gqa")
+    adapter = ModelAdapter(model)
+    silent = copy.deepcopy(model)
+    for index, unit in itertools.product(range(LAYERS), UNITS):
+        ModelAdapter(silent).output_map(index, unit).weight.data.zero_()
+    with LayerStream(adapter, windows, progress=False) as stream, torch.no_grad():
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        found = path_gradients(stream, range(LAYERS), steps=40)
+        difference = float(loss(model, windows) - loss(silent, windows))
+    assert sum(float(part.sum()) for part in found.values()) == pytest.approx(difference, rel=0.02)

@@ -1,0 +1,100 @@
+"""Sweeps and experiments as a user starts them, in real processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import ROOT, finish
+
+
+def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
+    code, _, errors = finish(command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m"))
+    assert code == 0, errors
+    results = sorted((tmp_path / "runs").glob("*/result.json"))
+    assert len(results) == 2
+    found = [json.loads(path.read_text()) for path in results]
+    assert sorted(r["settings"]["merge"]["m"] for r in found) == [2, 3]
+    assert [path.parent.name for path in results] == [r["job"] for r in found]
+
+
+def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
+    grid = (
+        "merge=come,shortgpt",
+        "calibration.seed=0,1",
+        "merge.save_at=[22,21]",
+        "eval.speed=false",
+    )
+    code, output, errors = finish(command(*grid, "-m"))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "grid-sweep"
+    table = (folder / "table.md").read_text()
+    assert table in output
+    lines = table.splitlines()
+    assert lines[0] == "|  | 22 layers | 21 layers |"
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| come", "| shortgpt"]
+    assert all(line.count("[") == 2 for line in lines[2:4])  # mean and spread over the seeds
+    assert (folder / "figure.png").stat().st_size > 0
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert sorted((r["overrides"]["merge"], r["overrides"]["calibration.seed"]) for r in rows) == [
+        ("come", "0"),
+        ("come", "1"),
+        ("shortgpt", "0"),
+        ("shortgpt", "1"),
+    ]
+    done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
+    code, output, errors = finish(command(*grid, "-m"))  # nothing runs again
+    assert code == 0, errors
+    assert output.count("has finished before") == 4
+    for job, changed in done.items():
+        assert (tmp_path / "runs" / job / "result.json").stat().st_mtime == changed
+    report = subprocess.run(
+        [sys.executable, "-m", "come.report", str(folder), "--out", str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert report.stdout == table == (tmp_path / "again" / "table.md").read_text()
+
+
+def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
+    grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
+    code, _, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "grid-group_size"
+    assert json.loads((folder / "axes.json").read_text())["x"] == "merge.m"
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | merge.m | 22 layers |"
+    assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
+
+
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
+    code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
+    assert code == 1
+    assert "error: job 0: merge.m=1: a group has at least 2 layers" in errors
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
+
+
+EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
+    "smoke": ["merge.target_layers=22"],
+    "choices": ["merge.save_at=[22,21]"],
+    "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
+    "positions": ["merge.groups=[[0,1]]"],
+    "calibration_size": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "group_size": ["merge.target_layers=20"],
+    "skewness": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "metrics": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml")))
+def test_every_experiment_runs(command, text_file, tmp_path, name):
+    paths = [f"calibration.path={text_file}"] if name == "choices" else []
+    folder = tmp_path / "out"
+    code, _, errors = finish(
+        command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
+    )
+    assert code == 0, errors
+    assert (folder / "result.json").is_file()
