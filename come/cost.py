@@ -67,7 +67,7 @@ def compression_cost(
     elif schedule.remeasures:
         passed = depths(layers, target, recipe.rules(layers, target).m)
     extra = {
-        f"merge.selection={recipe.selection}": not selection.local,
+        f"merge.selection={recipe.selection}": not selection.local or selection.shortlist > 0,
         f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),
         f"merge.retention={recipe.retention}": retention.trials,
         f"merge.schedule={recipe.schedule}": schedule.trials,

@@ -168,13 +168,18 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
 
 
 def test_depths_of_a_block_method_are_found_apart(windows):
-    spans = [
-        compress(
-            pico("llama_gqa"), windows, recipe("uidl"), target_layers=target, progress=False
-        ).steps
-        for target in (4, 3)
-    ]
-    assert [len(steps) for steps in spans] == [1, 1]
+    reference = Reference(pico("llama_gqa"), windows)
+    for size in (2, 3):
+        plan = compress(
+            pico("llama_gqa"), windows, recipe("uidl"), target_layers=LAYERS - size, progress=False
+        )
+        angles = {}
+        for first in range(LAYERS - size + 1):
+            cosines = reference.cosines(first, first + size, "last")
+            angles[first] = sum(math.acos(max(-1, min(1, c))) for c in cosines)
+        best = min(angles, key=lambda first: angles[first])
+        assert len(plan.steps) == 1
+        assert dropped(plan) == list(range(best, best + size))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from come.merging.schedules.base import SCHEDULES
 from come.operators.base import OPERATORS
+from come.refit.base import REFITS
 from come.retention.base import RETENTION
 from come.selection.base import SELECTION
 from come.sensitivity.base import SENSITIVITY, MapStatistics
@@ -54,7 +55,7 @@ def test_commands_compose(overrides):
 
 
 def test_every_registered_part_is_in_the_table():
-    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES):
+    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, REFITS):
         for name in registry.names():
             assert f"`{name}`" in README, name
 

@@ -174,6 +174,8 @@ OPERATORS = [
     {"operator": "drop", "selection": "skip_loss"},
     {"operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
     {"operator": "drop", "groups": ((0, 1), (3, 4))},
+    {"operator": "drop", "selection": "refit_error"},
+    {"operator": "concat", "selection": "refit_error"},
 ]
 
 
@@ -264,6 +266,25 @@ def test_dense_states_are_those_of_the_dense_model(windows):
         assert not torch.equal(stream.boundary(4, slice(0, 2)), before)
 
 
+@pytest.mark.parametrize("operator", ["concat", "drop"])
+def test_refit_error_is_what_the_trial_leaves(operator, windows):
+    """Each candidate's score is the error of a model in which that group alone is merged."""
+    shared = {"operator": operator, "refit": "ridge", "protect_first": 1}
+    method = Recipe(selection="refit_error", options={"shortlist": 3}, **shared)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
+    step, dense = plan.steps[0], Reference(pico("llama_gqa"), windows)
+    assert len(step.candidates) == 3
+    assert step.score == min(candidate.score for candidate in step.candidates)
+    for candidate in step.candidates:
+        first, last = candidate.first - (operator == "drop"), candidate.last
+        model = pico("llama_gqa")
+        alone = Recipe(groups=((first, last),), operator=operator, refit="ridge")
+        compress(model, windows, alone, target_layers=5, progress=False)
+        found, wanted = Reference(model, windows).h[first + 1], dense.h[last + 1]
+        relative = (found - wanted).square().mean(dim=-1) / wanted.square().mean(dim=-1)
+        assert candidate.score == pytest.approx(float(relative.mean()), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -276,7 +297,10 @@ def test_dense_states_are_those_of_the_dense_model(windows):
         ({"finish_lambda": -1.0}, "merge.finish_lambda=-1.0: must be above 0, or null"),
         ({"refit": "ridge", "operator": "prune_comp"}, "prune_comp solves for the layer itself"),
         ({"finish_lambda": 1.0, "parts": ("ffn",)}, "merge.finish_lambda repairs whole layers"),
-        ({"retention": "adaptive", "options": {"rate": 0.0}}, "merge.options.rate=0.0: must be above"),
+        (
+            {"retention": "adaptive", "options": {"rate": 0.0}},
+            "merge.options.rate=0.0: must be above",
+        ),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -60,14 +60,12 @@ def test_prune_comp_equals_scaling_all_in_front(family, windows, span):
     first, last = span
     alpha = h[last + 1].norm(dim=-1).mean() / h[first].norm(dim=-1).mean()
     scaled = without(dense, range(first, last + 1))
-    layers, seen = decoder_layers(scaled), []
-    layers[first].register_forward_pre_hook(lambda m, a: (a[0] * alpha, *a[1:]))
+    decoder_layers(scaled)[first].register_forward_pre_hook(lambda m, a: (a[0] * alpha, *a[1:]))
     expected = scaled(windows, use_cache=False).logits
     model, m = pico(family), 3
     protect = {"protect_first": first, "protect_last": LAYERS - 1 - last}
     method = Recipe(operator="prune_comp", selection="bi_sum", m=m, **protect)
     compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-    assert not seen
     found = model(windows).logits.double()
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 

@@ -85,6 +85,7 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
     "group_size": ["merge.target_layers=20"],
     "skewness": ["merge.target_layers=20", "merge.save_at=[22]"],
     "metrics": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "beyond": ["calibration.num_samples=8", "merge.target_layers=20", "merge.save_at=[22]"],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
 }
 

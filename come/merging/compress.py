@@ -195,6 +195,8 @@ class _Compression:
             score=self._score,
             group=partial(self._group, history=history),
             split=self._split,
+            refine=partial(self._refine, history),
+            shortlist=self.selection.shortlist,
         )
         choice = self.schedule.choose(search)
         first, last = choice.first, choice.last
@@ -301,6 +303,11 @@ class _Compression:
                 )
             self.scores[first, last] = score
         return self.scores[first, last]
+
+    def _refine(self, history: Sequence[Span], first: int, last: int) -> float:
+        first, last, kept = self.rules.group(first, last)
+        group = self._group(first, last, history)
+        return self.selection.refine(group, self._split(group, kept), self.refit)
 
     def _group(self, first: int, last: int, history: Sequence[list[int]]) -> Group:
         """The group of layers first..last of the plan so far, in places of the stream's model."""

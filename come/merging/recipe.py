@@ -139,9 +139,11 @@ class Recipe:
         check_weighting(self.refit_weights)
         if self.finish_lambda is not None and not self.finish_lambda > 0:
             raise ValueError(f"merge.finish_lambda={self.finish_lambda}: must be above 0, or null")
-        if not self.repairs:
+        key = next(iter(self._goal_users()), None)
+        if self.finish_lambda is not None and key is None:
+            key = "merge.finish_lambda"
+        if key is None:
             return
-        key = f"merge.refit={self.refit}" if self.refit != "none" else "merge.finish_lambda"
         if operator.solves:
             raise ValueError(
                 f"merge.operator={self.operator} solves for the layer itself; {key} is not "
@@ -166,16 +168,20 @@ class Recipe:
         if reason:
             raise ValueError(f"merge.schedule={self.schedule} {reason}")
 
-    @property
-    def repairs(self) -> bool:
-        """Whether anything is refitted."""
-        return REFITS.get(self.refit).active or self.finish_lambda is not None
+    def _goal_users(self) -> list[str]:
+        """The settings whose parts read what a merged layer has to reproduce."""
+        users = {
+            f"merge.refit={self.refit}": REFITS.get(self.refit).active,
+            f"merge.selection={self.selection}": SELECTION.get(self.selection).uses_goals,
+            f"merge.retention={self.retention}": RETENTION.get(self.retention).uses_goals,
+        }
+        return [key for key, reads in users.items() if reads]
 
     @property
     def wants_dense(self) -> bool:
         """Whether the dense model's states have to be kept."""
-        goals = REFITS.get(self.refit).active or RETENTION.get(self.retention).uses_goals
-        return (goals and self.target == "dense") or self.finish_lambda is not None
+        towards_dense = self.target == "dense" and bool(self._goal_users())
+        return towards_dense or self.finish_lambda is not None
 
     @property
     def remerges(self) -> bool:

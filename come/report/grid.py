@@ -224,13 +224,18 @@ def _number(value: float, digits: int) -> str:
 
 
 def _draw(points: Sequence[Point], path: Path, x: str, title: str) -> None:
-    """Perplexity over the horizontal axis, a line for each label (and depth, where x is a key)."""
+    """Perplexity over the horizontal axis, a line for each label (and depth, where x is a key).
+
+    Jobs that were evaluated on different texts are drawn relative to their dense models.
+    """
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1
     lines: dict[str, dict[str, list[float]]] = {}
+    texts = {point.dense for point in points}
     for point in points:
+        value = point.perplexity if len(texts) == 1 else point.ratio
         name = f"{point.line}, {point.layers} layers" if several else point.line
-        lines.setdefault(name, {}).setdefault(point.x, []).append(point.perplexity)
+        lines.setdefault(name, {}).setdefault(point.x, []).append(value)
     numeric = all(_is_number(place) for places in lines.values() for place in places)
     colours = plt.get_cmap("tab20")
     for number, (name, places) in enumerate(lines.items()):
@@ -247,17 +252,15 @@ def _draw(points: Sequence[Point], path: Path, x: str, title: str) -> None:
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
             color=colours(number % 20), label=name,
         )  # fmt: skip
-    dense = {point.dense for point in points}
-    for value, _, _ in dense:
-        label = "dense" if len(dense) == 1 else f"dense, {value:.1f}"
-        axis.axhline(value, color="black", lw=0.8, ls=":", label=label)
+    level = points[0].dense[0] if len(texts) == 1 else 1.0
+    axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_ylabel("perplexity")
-    if len(dense) == 1 and max(point.ratio for point in points) > _CUT:
-        axis.set_ylim(points[0].dense[0] * 0.9, points[0].dense[0] * _CUT)
-        axis.set_ylabel(f"perplexity (cut at {_CUT} x dense)")
+    axis.set_ylabel("perplexity" if len(texts) == 1 else "perplexity, x dense")
+    if max(point.ratio for point in points) > _CUT:
+        axis.set_ylim(level * 0.9, level * _CUT)
+        axis.set_ylabel(f"{axis.get_ylabel()} (cut at {_CUT} x)")
     axis.set_xlabel("parameters, millions" if x == PARAMETERS else x)
     if x == PARAMETERS:
         axis.invert_xaxis()

@@ -9,8 +9,10 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from come.calibration.group import Group, Split
 from come.calibration.influence import TOKENS, chosen_tokens, token_cosine
 from come.calibration.stream import LayerStream
+from come.refit.base import Refit
 from come.registry import Registry
 
 
@@ -25,12 +27,19 @@ class GroupScore(ABC):
         source: where the formula stands, in words.
         local: whether a score depends on nothing behind the span, so that it holds as long as
             only layers behind it change.
+        uses_goals: whether `refine` reads what the merged layer has to reproduce.
+
+    Attributes:
+        shortlist: how many of the spans with the lowest scores are tried for real and judged by
+            `refine` instead; 0 for none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     source: ClassVar[str]
     local: ClassVar[bool] = True
+    uses_goals: ClassVar[bool] = False
+    shortlist: int = 0
 
     def prepare(self, stream: LayerStream) -> None:  # noqa: B027 - most scores need nothing
         """Called before the spans of a new state of the model are scored."""
@@ -38,6 +47,10 @@ class GroupScore(ABC):
     @abstractmethod
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the current model)."""
+
+    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+        """What decides among the shortlist: the group, how it would be merged, and its repair."""
+        raise NotImplementedError
 
 
 def token_mean(

@@ -49,6 +49,8 @@ class Search:
             again.
         group: the group of layers first..last of the stream's model, to try a merge.
         split: how much of each layer of a group is kept; with the layer that a drop keeps.
+        refine: what decides among the `shortlist` spans with the lowest scores.
+        shortlist: how many spans `refine` is asked about; 0 leaves the choice to the score.
     """
 
     stream: LayerStream
@@ -59,11 +61,19 @@ class Search:
     score: Callable[[int, int], float]
     group: Callable[[int, int], Group]
     split: Callable[[Group, int | None], Split]
+    refine: Callable[[int, int], float]
+    shortlist: int = 0
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
         """The span with the lowest score, the first of equal ones, as a choice."""
         own = self.origins
-        return self.choose([GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans])
+        candidates = [GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
+        if self.shortlist and len(candidates) > 1:
+            best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
+            candidates = [
+                GroupCandidate(c.first, c.last, self.refine(c.first, c.last)) for c in best
+            ]
+        return self.choose(candidates)
 
     def choose(self, candidates: list[GroupCandidate]) -> Choice:
         """The candidate with the lowest score, the first of equal ones."""
