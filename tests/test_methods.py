@@ -93,7 +93,7 @@ def test_recipes_name_what_the_registries_hold():
         {"groups": ((3, 4), (0, 1))},
         {"parts": ("ffn",), "allow_remerge": True},
         {"parts": ("attention",), "operator": "drop", "selection": "skip_loss"},
-        {"refit": "ridge", "finish_lambda": 0.5, "allow_remerge": True},
+        {"refit": "ridge", "finish_lambda": 0.5, "allow_remerge": True, "protect_last": 1},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
         {"refit": "ridge", "target": "current", "refit_lambda": "auto", "allow_remerge": True},
     ],
@@ -106,7 +106,7 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_
     whole, method = pico("llama_gqa"), Recipe(**parts)
     target = 4 if "groups" in parts else 3
     expected = compress(whole, windows, method, target_layers=target, progress=False)
-    for done in range(1, len(expected.steps)):
+    for done in range(1, len(expected.steps) + 1):
 
         def interrupt(plan, done=done):
             plan.save(tmp_path / "plan.partial.json")

@@ -212,6 +212,24 @@ def test_a_strong_penalty_leaves_the_gathered_weights(windows):
         torch.testing.assert_close(layer.mlp.down_proj.weight, other.mlp.down_proj.weight)
 
 
+def test_the_disk_store_finds_the_same(windows, tmp_path):
+    method = Recipe(refit="ridge", retention="adaptive", finish_lambda=0.3)
+    plans = [
+        compress(
+            pico("llama_gqa"),
+            windows,
+            method,
+            target_layers=4,
+            store=store,
+            folder=tmp_path,
+            progress=False,
+        )
+        for store in ("memory", "disk")
+    ]
+    assert plans[0].hash == plans[1].hash
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_the_parts_asked_for_are_refitted(windows):
     plan = compress(
         pico("llama_bias"),

@@ -103,7 +103,8 @@ def compress(
         )
     if schedule.restarts:
         plan = replace(plan, steps=[])
-    plan = replace(plan, finish=SolvedTensors({}))
+    if plan.num_layers > target_layers:
+        plan = replace(plan, finish=SolvedTensors({}))  # it was for that depth alone
     spent = float(plan.provenance.get("layer_passes", 0.0))
     stream = LayerStream(
         adapter,
@@ -115,7 +116,7 @@ def compress(
         block=recipe.block,
     )
     with stream:
-        if plan.steps and recipe.wants_dense:
+        if recipe.wants_dense and plan.steps and plan.num_layers > target_layers:
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)
             stream.remember()
