@@ -128,7 +128,9 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_
         assert same(model, whole)
 
 
-@pytest.mark.parametrize("name", ["come", "replaceme", "prune_comp", "sleb", "taylor", "laco"])
+@pytest.mark.parametrize(
+    "name", ["come", "come_plus", "replaceme", "prune_comp", "sleb", "taylor", "laco"]
+)
 def test_half_precision(name, windows):
     model = pico("qwen3_gqa").bfloat16()
     plan = compress(model, windows, recipe(name), target_layers=4, progress=False)

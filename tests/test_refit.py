@@ -5,6 +5,7 @@ import torch
 
 from come.calibration.statistics import StatisticsCollector
 from come.calibration.stream import LayerStream
+from come.merging.apply import apply
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
@@ -212,6 +213,22 @@ def test_a_strong_penalty_leaves_the_gathered_weights(windows):
         torch.testing.assert_close(layer.mlp.down_proj.weight, other.mlp.down_proj.weight)
 
 
+def test_adam_goes_beyond_the_closed_form(windows):
+    dense = Reference(pico("llama_bias"), windows).h
+
+    def error(refit, **options):
+        model = pico("llama_bias")
+        method = Recipe(groups=((2, 3),), refit=refit, options=options)
+        plan = compress(model, windows, method, target_layers=5, progress=False)
+        assert same(apply(plan, pico("llama_bias")), model)
+        missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
+        return float((missed / dense[4].square().mean(dim=-1)).mean())
+
+    closed = error("ridge")
+    assert error("adam", steps=100, learning_rate=1e-3) < 0.8 * closed
+    assert error("adam", steps=1, learning_rate=1e-9) == pytest.approx(closed, rel=1e-4)
+
+
 def test_the_disk_store_finds_the_same(windows, tmp_path):
     method = Recipe(refit="ridge", retention="adaptive", finish_lambda=0.3)
     plans = [
@@ -313,6 +330,7 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
         ({"refit": "ridge", "target": "teacher"}, "merge.target='teacher': allowed are dense, cur"),
         ({"refit_weights": "norm"}, "merge.refit_weights='norm': allowed are relative, equal"),
         ({"finish_lambda": -1.0}, "merge.finish_lambda=-1.0: must be above 0, or null"),
+        ({"refit": "adam", "options": {"steps": 0}}, "merge.options.steps=0 must be at least 1"),
         ({"refit": "ridge", "operator": "prune_comp"}, "prune_comp solves for the layer itself"),
         ({"finish_lambda": 1.0, "parts": ("ffn",)}, "merge.finish_lambda repairs whole layers"),
         (

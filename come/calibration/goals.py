@@ -73,18 +73,23 @@ class Goals:
         """Batches of all windows, in order."""
         stream, layers = self.stream, range(self.first, self.last + 1)
         for rows in stream.batches:
-            states = stream.boundary(self.first, rows)
+            states, output, weights = self.ends(rows)
             middle = states.clone()
             for index in layers:
                 before = stream.boundary(index, rows)
                 keywords = stream.keywords(len(before), index)
                 layer = stream.adapter.layers[index]
                 middle += attention_half(stream.adapter, layer, before, keywords)[1] - before
-            if self.target == "dense":
-                output = stream.dense(self.original + 1, rows)
-            else:
-                output = stream.boundary(self.last + 1, rows)
-            yield Goal(states, middle, output, token_weights(output, self.weighting))
+            yield Goal(states, middle, output, weights)
+
+    def ends(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
+        """Of one batch the layer's input, the output that is wanted, and the tokens' weights."""
+        if self.target == "dense":
+            output = self.stream.dense(self.original + 1, rows)
+        else:
+            output = self.stream.boundary(self.last + 1, rows)
+        states = self.stream.boundary(self.first, rows)
+        return states, output, token_weights(output, self.weighting)
 
 
 def token_weights(output: States, weighting: Weighting) -> Float[Tensor, " tokens"]:

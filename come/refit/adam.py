@@ -1,0 +1,79 @@
+"""The whole layer, fitted by gradient steps: what the closed form leaves on the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from come.calibration.goals import Goals
+from come.models.adapter import LayerState
+from come.refit.base import REFITS, Refit
+from come.refit.ridge import PARTS, Ridge
+
+
+@REFITS.register
+class Adam(Refit):
+    """Solves by ridge regression first, then fits all tensors of the layer by Adam steps.
+
+        loss = sum_t w_t | output_t - layer(x)_t |^2 / sum_t w_t | output_t |^2      of one batch
+
+    with the learning rate falling to zero along a cosine; batches in turn, so nothing is random.
+    An upper bound for the closed form rather than a training-free method.
+
+    Source: arXiv 2609.02083 (XMERGE): a few hundred Adam steps that fit the surviving layer to the
+    output of two. Differs in that it starts from the ridge solution.
+
+    Args:
+        refit_lambda: of the ridge regression.
+        refit_parts: of the ridge regression.
+        steps: Adam steps.
+        learning_rate: of the first step.
+    """
+
+    name = "adam"
+    paper = "2609.02083"
+    source = "XMERGE, gradient steps on the surviving layer"
+
+    def __init__(
+        self,
+        refit_lambda: Any = 0.1,
+        refit_parts: Sequence[str] = PARTS,
+        steps: int = 300,
+        learning_rate: float = 1e-4,
+    ) -> None:
+        if steps < 1 or learning_rate <= 0:
+            raise ValueError(
+                f"merge.options.steps={steps} must be at least 1 and "
+                f"learning_rate={learning_rate} above 0"
+            )
+        self.ridge = Ridge(refit_lambda, refit_parts)
+        self.steps = steps
+        self.learning_rate = learning_rate
+
+    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+        """All tensors of the layer, fitted."""
+        stream, index = goals.stream, goals.first
+        start = {**state, **self.ridge.solve(goals, state)}
+        layer = stream.adapter.scratch_layer(index, start).requires_grad_(True)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        quiet = None if stream.progress else True
+        steps = tqdm(range(self.steps), desc="adam", leave=False, delay=2, disable=quiet)
+        with torch.enable_grad():
+            for step in steps:
+                rows = stream.batches[step % len(stream.batches)]
+                states, wanted, weights = goals.ends(rows)
+                output = layer(states, **stream.keywords(len(states), index))
+                gap = (wanted - output).flatten(0, 1).float()
+                size = wanted.flatten(0, 1).float()
+                loss = (weights * gap.square().sum(dim=1)).sum()
+                loss = loss / (weights * size.square().sum(dim=1)).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
