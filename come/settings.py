@@ -131,6 +131,8 @@ class MergeSettings:
         sparsity: share of the model's parameters to remove, in place of `target_layers`.
         save_at: depths to keep on the way; given alone, the smallest is the target.
         plan: a plan to apply instead of calibrating.
+        keep: whether the merged weights stay on disk after the evaluation; if not, the plans in the
+            same folders rebuild them.
     """
 
     name: str = "come"
@@ -160,6 +162,7 @@ class MergeSettings:
     sparsity: Optional[float] = None
     save_at: list[int] = field(default_factory=list)
     plan: Optional[str] = None
+    keep: bool = True
 
     def recipe(self) -> Recipe:
         """The method.

@@ -98,4 +98,8 @@ def test_every_experiment_runs(command, text_file, tmp_path, name):
         command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
     )
     assert code == 0, errors
-    assert (folder / "result.json").is_file()
+    result = json.loads((folder / "result.json").read_text())
+    weights = list(folder.glob("model*/model*.safetensors"))
+    assert bool(weights) == result["settings"]["merge"]["keep"]
+    for depth in result["depths"][1:]:
+        assert (folder / depth["folder"] / "plan.json").is_file()

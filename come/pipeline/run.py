@@ -28,7 +28,7 @@ def run(settings: Settings, folder: Path) -> Result:
     """Runs a job, or returns its result if it has finished before.
 
     Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
-    depth of `merge.save_at`), report.md with its figures, and result.json, written last. An
+    depth of `merge.save_at`; without weights where `merge.keep` is false), report.md with its figures, and result.json, written last. An
     interrupted job goes on at its last finished merge.
 
     Raises:
@@ -54,6 +54,9 @@ def run(settings: Settings, folder: Path) -> Result:
     for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN)):
         leftover.unlink(missing_ok=True)
     write_result(folder, cast(dict[str, Any], result))
+    if not settings.merge.keep:
+        for weights in folder.glob("model*/model*.safetensors"):
+            weights.unlink()
     show(result, folder)
     return result
 
