@@ -181,6 +181,9 @@ class Plan:
     def truncated(self, depth: int) -> Plan:
         """The plan's first steps, down to `depth` layers.
 
+        Above the plan's own depth the last refit is left out: it was solved for at that depth. A
+        depth of `merge.save_at` has a plan of its own, with its own.
+
         Raises:
             ValueError: the plan does not pass through this depth.
         """
