@@ -28,8 +28,8 @@ def run(settings: Settings, folder: Path) -> Result:
     """Runs a job, or returns its result if it has finished before.
 
     Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
-    depth of `merge.save_at`; without weights where `merge.keep` is false), report.md with its figures, and result.json, written last. An
-    interrupted job goes on at its last finished merge.
+    depth of `merge.save_at`; without weights where `merge.keep` is false), report.md with its
+    figures, and result.json, written last. An interrupted job goes on at its last finished merge.
 
     Raises:
         ValueError: settings that do not fit each other, the model or the texts; before any
