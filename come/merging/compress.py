@@ -236,7 +236,8 @@ class _Compression:
             step.shares,
             step.kept,
         )
-        solved = self.refit.solve(self._goals(step.first, step.last, plan.history), state)
+        original = plan.history[step.last][-1]
+        solved = self.refit.solve(self._goals(step.first, step.last, original), state)
         return replace(step, solved=SolvedTensors(solved))
 
     def finished(self, plan: Plan) -> Plan:
@@ -252,12 +253,12 @@ class _Compression:
         }
         return replace(plan, finish=SolvedTensors(tensors))
 
-    def _goals(self, first: int, last: int, history: Sequence[Span]) -> Goals:
+    def _goals(self, first: int, last: int, original: int) -> Goals:
         return Goals(
             self.stream,
             first,
             last,
-            original=history[last][-1],
+            original=original,
             target=check_refit_target(self.recipe.target),
             weighting=check_weighting(self.recipe.refit_weights),
         )
@@ -329,7 +330,7 @@ class _Compression:
             merge=partial(self._merged_state, places),
             trial=partial(self._trial, places),
             scores=scores,
-            goals=partial(self._goals, first, last, history),
+            goals=partial(self._goals, places[0], places[-1], history[last][-1]),
         )
 
     def _merged_state(self, places: Sequence[int], split: Split) -> LayerState:

@@ -55,8 +55,9 @@ def run(settings: Settings, folder: Path) -> Result:
         leftover.unlink(missing_ok=True)
     write_result(folder, cast(dict[str, Any], result))
     if not settings.merge.keep:
-        for weights in folder.glob("model*/model*.safetensors"):
-            weights.unlink()
+        for depth in depths[1:]:
+            for weights in (folder / depth["folder"]).glob("model*.safetensors"):
+                weights.unlink()
     show(result, folder)
     return result
 
