@@ -24,7 +24,7 @@ def read(name: str) -> dict:
 
 def recipe(name: str, **changes) -> Recipe:
     settings = read(name)
-    if name.endswith("_plus"):
+    if name in ("magnitude_plus", "taylor_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
     return MergeSettings(**settings | changes).recipe()
 

@@ -96,12 +96,17 @@ class NormalEquations:
             prior: W0 and its bias.
             penalty: absolute, > 0.
         """
-        ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
-        ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
+        ridge = self.ridge(penalty)
         start = _stacked(prior).to(self.gram)
         factor = torch.linalg.cholesky(self.gram + ridge.diag())
         solved = torch.cholesky_solve(self.moment + ridge[:, None] * start, factor).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
+
+    def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
+        """The penalty on each column: the constant's is next to nothing."""
+        ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
+        ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
+        return ridge
 
     def error(self, found: Map) -> float:
         """sum_t w_t |y_t - W f_t - b|^2."""

@@ -141,7 +141,7 @@ def eliminate(
         columns = unit_columns(alive, size).to(sums.gram.device)
         part = sums.columns(columns)
         weight = part.solve(Map(prior.weight[:, columns], prior.bias), penalty).weight.T
-        ridge = torch.full((len(part.gram),), penalty, dtype=torch.float64).to(part.gram)
+        ridge = part.ridge(penalty)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(part.gram + ridge.diag()))
         growth = _growth(weight, inverse, size)
         surplus = len(alive) - keep
