@@ -18,7 +18,7 @@ from come.job import PARTIAL_PLAN, partial_plan
 from come.memory import PeakMemory
 from come.merging.apply import apply
 from come.merging.compress import base_model, compress
-from come.merging.plan import MergeStep, Plan
+from come.merging.plan import MergeStep, Plan, SolvedTensors
 from come.merging.saving import PLAN, check_cache, save_model
 from come.merging.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
@@ -79,6 +79,8 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             if passed and method.recipe().nested:
                 save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
+            if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
+                partial = replace(partial, finish=SolvedTensors({}))
             partial.save(job.folder / PARTIAL_PLAN)
             _log_step(trackers, plan)
 
