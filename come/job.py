@@ -14,6 +14,7 @@ import come
 from come.files import RESULT, file_hash, write_text
 from come.merging.plan import Plan
 from come.models.checkpoint import fingerprint
+from come.refit.base import REFITS
 from come.settings import EvalSettings, ModelSettings, Settings, TextSettings
 
 PARTIAL_PLAN = "plan.partial.json"
@@ -42,8 +43,8 @@ def job_hash(settings: Settings) -> str:
     The files of the chosen metric, score, rule, operator and schedule count too, so that editing
     one's own method runs it anew; other code counts by the version.
 
-    Paths count by the content behind them; labels, devices, batch sizes, stores and tracking do
-    not count.
+    Paths count by the content behind them; labels, devices, stores and tracking do not count, nor
+    do batch sizes, unless the refit depends on them.
     """
     merge = _without(asdict(settings.merge), ("name", "plan"))
     calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
@@ -64,7 +65,10 @@ def job_hash(settings: Settings) -> str:
     else:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else _text_identity(settings.calibration)
-        sources = [file_hash(path) for path in settings.merge.recipe().sources()]
+        recipe = settings.merge.recipe()
+        if REFITS.get(recipe.refit).batchwise:
+            calibration["batch_size"] = settings.calibration.batch_size
+        sources = [file_hash(path) for path in recipe.sources()]
         parts |= {"calibration": calibration, "calibration_text": text, "sources": sources}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]

@@ -196,6 +196,13 @@ class MergeSettings:
             )
         if self.target_layers is not None and self.target_layers < 1:
             raise ValueError(f"merge.target_layers={self.target_layers}: must be at least 1")
+        default = MergeSettings()
+        for key in Recipe.__dataclass_fields__:
+            if self.plan is not None and getattr(self, key) != getattr(default, key):
+                raise ValueError(
+                    f"merge.{key}={getattr(self, key)} has no meaning with merge.plan, which holds "
+                    "every decision; use merge=from_plan and leave it out"
+                )
         if self.plan is not None and self.sparsity is not None:
             raise ValueError(
                 "merge.sparsity has no meaning with merge.plan; "

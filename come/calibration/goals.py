@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.calibration.stream import LayerStream
@@ -26,12 +26,14 @@ class Goal:
         middle: wanted behind the attention.
         output: wanted behind the FFN.
         weights: of every token, [batch * seq].
+        windows: the numbers of the windows, counted from 0 over all batches.
     """
 
     states: States
     middle: States
     output: States
     weights: Float[Tensor, " tokens"]
+    windows: Int[Tensor, " batch"]
 
 
 class Goals:
@@ -80,7 +82,7 @@ class Goals:
                 keywords = stream.keywords(len(before), index)
                 layer = stream.adapter.layers[index]
                 middle += attention_half(stream.adapter, layer, before, keywords)[1] - before
-            yield Goal(states, middle, output, weights)
+            yield Goal(states, middle, output, weights, torch.arange(rows.start, rows.stop))
 
     def ends(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
         """Of one batch the layer's input, the output that is wanted, and the tokens' weights."""

@@ -298,18 +298,22 @@ class _Compression:
     def _score(self, first: int, last: int) -> float:
         if (first, last) not in self.scores:
             score = self.selection.score(self.stream, first, last)
-            if math.isnan(score):
-                raise ValueError(
-                    f"merge.selection={self.recipe.selection} gives no number for layers {first} "
-                    f"to {last}; try model.dtype=float32 or bfloat16"
-                )
-            self.scores[first, last] = score
+            self.scores[first, last] = self._number(score, first, last)
         return self.scores[first, last]
 
     def _refine(self, history: Sequence[Span], first: int, last: int) -> float:
         first, last, kept = self.rules.group(first, last)
         group = self._group(first, last, history)
-        return self.selection.refine(group, self._split(group, kept), self.refit)
+        score = self.selection.refine(group, self._split(group, kept), self.refit)
+        return self._number(score, first, last)
+
+    def _number(self, score: float, first: int, last: int) -> float:
+        if math.isnan(score):
+            raise ValueError(
+                f"merge.selection={self.recipe.selection} gives no number for layers {first} to "
+                f"{last}; try model.dtype=float32 or bfloat16"
+            )
+        return score
 
     def _group(self, first: int, last: int, history: Sequence[list[int]]) -> Group:
         """The group of layers first..last of the plan so far, in places of the stream's model."""

@@ -15,7 +15,9 @@ from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
+from come.refit import finish, normal
 from come.refit.base import REFITS, Refit
+from come.refit.normal import check_lambda
 from come.retention.base import RETENTION, RetentionRule
 from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
@@ -137,8 +139,15 @@ class Recipe:
         """What a repair cannot be combined with."""
         check_refit_target(self.target)
         check_weighting(self.refit_weights)
+        check_lambda("merge.refit_lambda", self.refit_lambda)
         if self.finish_lambda is not None and not self.finish_lambda > 0:
             raise ValueError(f"merge.finish_lambda={self.finish_lambda}: must be above 0, or null")
+        if SELECTION.get(self.selection).uses_goals and not SCHEDULES.get(self.schedule_name).ranks:
+            other = "merge.groups" if self.groups else f"merge.schedule={self.schedule}"
+            raise ValueError(
+                f"merge.selection={self.selection} merges a shortlist on trial, and {other} leaves "
+                "it no choice: choose another selection"
+            )
         key = next(iter(self._goal_users()), None)
         if self.finish_lambda is not None and key is None:
             key = "merge.finish_lambda"
@@ -223,9 +232,11 @@ class Recipe:
         )
 
     def sources(self) -> list[Path]:
-        """The files that define the chosen parts."""
-        classes = (type(part) for part in self.make())
-        return [Path(inspect.getfile(cls)) for cls in classes]
+        """The files that define the chosen parts, and what they solve with."""
+        parts: list[Any] = [type(part) for part in self.make()]
+        if self._goal_users() or self.finish_lambda is not None:
+            parts += [normal, finish]
+        return [Path(inspect.getfile(part)) for part in parts]
 
     def make(
         self,

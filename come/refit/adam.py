@@ -21,7 +21,8 @@ class Adam(Refit):
 
         loss = sum_t w_t | output_t - layer(x)_t |^2 / sum_t w_t | output_t |^2      of one batch
 
-    with the learning rate falling to zero along a cosine; batches in turn, so nothing is random.
+    with the learning rate falling to zero along a cosine; batches in turn, so nothing is random,
+    but `calibration.batch_size` counts. The steps work on a float32 copy of the layer.
     An upper bound for the closed form rather than a training-free method.
 
     Source: arXiv 2609.02083 (XMERGE): a few hundred Adam steps that fit the surviving layer to the
@@ -35,6 +36,7 @@ class Adam(Refit):
     """
 
     name = "adam"
+    batchwise = True
     paper = "2609.02083"
     source = "XMERGE, gradient steps on the surviving layer"
 
@@ -58,7 +60,7 @@ class Adam(Refit):
         """All tensors of the layer, fitted."""
         stream, index = goals.stream, goals.first
         start = {**state, **self.ridge.solve(goals, state)}
-        layer = stream.adapter.scratch_layer(index, start).requires_grad_(True)
+        layer = stream.adapter.scratch_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         quiet = None if stream.progress else True
@@ -67,13 +69,24 @@ class Adam(Refit):
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]
                 states, wanted, weights = goals.ends(rows)
-                output = layer(states, **stream.keywords(len(states), index))
-                gap = (wanted - output).flatten(0, 1).float()
-                size = wanted.flatten(0, 1).float()
+                keywords = as_float(stream.keywords(len(states), index))
+                output = layer(states.float(), **keywords)
+                gap = (wanted.float() - output).flatten(0, 1)
+                size = wanted.float().flatten(0, 1)
                 loss = (weights * gap.square().sum(dim=1)).sum()
                 loss = loss / (weights * size.square().sum(dim=1)).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+        found = layer.state_dict()
+        return {name: found[name].detach().to(tensor.dtype) for name, tensor in state.items()}
+
+
+def as_float(value: Any) -> Any:
+    """The same keyword arguments with floating-point tensors (masks, rotary tables) in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: as_float(item) for key, item in value.items()}
+    return tuple(map(as_float, value)) if isinstance(value, tuple) else value

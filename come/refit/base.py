@@ -21,12 +21,14 @@ class Refit(ABC):
         paper: arXiv id of the source, or "".
         source: where the formula stands, in words.
         active: whether it does anything.
+        batchwise: whether what it finds depends on how windows are batched.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     source: ClassVar[str]
     active: ClassVar[bool] = True
+    batchwise: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:

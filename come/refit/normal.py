@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -113,6 +115,15 @@ class NormalEquations:
         stacked = _stacked(found).to(self.gram)
         fit = (stacked * (self.gram @ stacked)).sum() - 2 * (stacked * self.moment).sum()
         return self.energy + fit.item()
+
+
+def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
+    """Raises ValueError, naming the configuration key, unless a number above 0 or "auto"."""
+    if ratio == "auto":
+        return "auto"
+    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf:
+        return ratio
+    raise ValueError(f"{key}={ratio}: must be a number above 0, or auto")
 
 
 def best_lambda(

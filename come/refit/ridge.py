@@ -11,11 +11,11 @@ from come.calibration.goals import Goals
 from come.models.adapter import LayerState, ModelAdapter, Unit
 from come.models.halves import attention_half, ffn_half
 from come.refit.base import REFITS, Refit
-from come.refit.normal import Map, NormalEquations, best_lambda
+from come.refit.normal import Map, NormalEquations, best_lambda, check_lambda
 
 PARTS = ("attention", "ffn")
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # with lambda "auto" every fifth batch is held out
+HELD_OUT = 5  # with lambda "auto" every fifth window is held out
 
 
 @REFITS.register
@@ -34,7 +34,7 @@ class Ridge(Refit):
 
     Args:
         refit_lambda: relative to the mean diagonal, or "auto": the one of 0.01 ... 3 with the
-            least error on every fifth batch, solved on the others; then all are solved on.
+            least error on every fifth window, solved on the others; then all are solved on.
         refit_parts: which maps, of "attention" and "ffn".
     """
 
@@ -43,17 +43,12 @@ class Ridge(Refit):
     source = "ridge regression to the group's output"
 
     def __init__(self, refit_lambda: Any = 0.1, refit_parts: Sequence[str] = PARTS) -> None:
-        automatic = refit_lambda == "auto"
-        if not automatic and not (isinstance(refit_lambda, int | float) and refit_lambda > 0):
-            raise ValueError(
-                f"merge.refit_lambda={refit_lambda}: must be a number above 0, or auto"
-            )
         if not refit_parts or not set(refit_parts) <= set(PARTS):
             raise ValueError(
                 f"merge.refit_parts={list(refit_parts)}: allowed are [attention], [ffn] and "
                 "[attention,ffn]"
             )
-        self.ratio = refit_lambda
+        self.ratio = check_lambda("merge.refit_lambda", refit_lambda)
         self.parts = refit_parts
 
     def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
@@ -67,15 +62,20 @@ class Ridge(Refit):
                 continue
             prior = output_map(adapter, layer, unit)
             fit, held_out = equations(prior, adapter), equations(prior, adapter)
-            for number, goal in enumerate(goals):
+            for goal in goals:
                 keywords = goals.stream.keywords(len(goal.states), index)
                 features, middle = attention_half(adapter, layer, goal.states, keywords)
                 wanted = goal.middle - goal.states
                 if unit == "channel":
                     features, _ = ffn_half(adapter, layer, middle, keywords)
                     wanted = goal.output - middle
-                chosen = held_out if number % HELD_OUT == HELD_OUT - 1 else fit
-                chosen.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
+                apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.ratio == "auto")
+                for sums, chosen in ((fit, ~apart), (held_out, apart)):
+                    sums.add(
+                        features[chosen].flatten(0, 1),
+                        wanted[chosen].flatten(0, 1),
+                        goal.weights.view(wanted.shape[:2])[chosen].flatten(),
+                    )
             solved = self._solve(fit, held_out, prior)
             tensors = as_tensors(adapter, unit, solved, state)
             layer.load_state_dict({**layer.state_dict(), **tensors})

@@ -8,9 +8,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from come.evaluation.continuations import PROMPTS
 from come.files import write_text
-from come.merging.plan import Plan
+from come.merging.plan import Plan, tensors_path
 from come.merging.saving import PLAN
 from come.operators.base import OPERATORS
+from come.refit.base import REFITS
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
 from come.result import DepthResult, Result
@@ -92,6 +93,7 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
             f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are gone and "
             "stay in the file as blocks that add nothing, so that any loader takes it"
         )
+    healing, files = _healing(plan)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -101,7 +103,7 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
 {result["model"]}, a model of {plan.base.num_layers} layers, compressed by
 {depth["sparsity"]:.1%} of its parameters by {deed}: method
 `{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
-`{plan.norms}`. No training. It is an ordinary checkpoint of the same architecture and loads with
+`{plan.norms}`. {healing} It is an ordinary checkpoint of the same architecture and loads with
 `AutoModelForCausalLM.from_pretrained`.
 
 {quality}
@@ -110,7 +112,19 @@ Calibration: {origin}.
 
 Merge history (original layers behind every layer): `{plan.history}`
 
-Plan `{plan.hash}`, in `plan.json`: with the base model it rebuilds these weights bit for bit.
+Plan `{plan.hash}`, in {files}: with the base model it rebuilds these weights bit for bit.
 The licence is that of the base model.
 """
     return ModelCard(text)
+
+
+def _healing(plan: Plan) -> tuple[str, str]:
+    """How the merged layers were repaired, and the files that hold the plan."""
+    name = plan.provenance.get("recipe", {}).get("refit", "none")
+    solved = bool(plan.finish.hashes) or any(step.solved.hashes for step in plan.steps)
+    files = f"`{PLAN}`" + (f" and `{tensors_path(Path(PLAN))}`" if solved else "")
+    if name not in REFITS.names() or not REFITS.get(name).active:
+        return "No training.", files
+    refit = REFITS.get(name)
+    trained = "Gradient steps were taken" if refit.batchwise else "No training"
+    return f"Refit `{name}`: {refit.source}. {trained}.", files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from come.calibration.group import Group, Split
 from come.models.adapter import UNITS, Unit
-from come.models.halves import attention_half, ffn_half
 from come.refit.normal import Map, NormalEquations
-from come.refit.ridge import equations, output_map
+from come.refit.wide import Chosen, by_layer, unit_columns, wide_equations, wide_map
 from come.retention.base import RETENTION, RetentionRule
 
 
@@ -63,61 +61,22 @@ class Adaptive(RetentionRule):
     def split(self, group: Group) -> Split:
         """The units that are left."""
         assert group.goals is not None
-        adapter = group.stream.adapter
-        layers = list(range(group.first, group.last + 1))
+        goals, adapter = group.goals(), group.stream.adapter
         kept: dict[Unit, list[list[int]]] = {}
-        attention: tuple[Map, Tensor] | None = None
+        attention: Chosen | None = None
         for unit in UNITS:
-            maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
-            biases = [part.bias for part in maps if part.bias is not None]
-            prior = Map(
-                torch.cat([part.weight for part in maps], dim=1),
-                torch.stack(biases).sum(dim=0) if biases else None,
-            )
-            sums = self._equations(group, unit, prior, attention)
+            prior = wide_map(goals, unit)
+            sums = wide_equations(goals, unit, prior, attention)
             count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
             penalty = self.ratio * sums.mean_square()
             best = eliminate(sums, prior, penalty, count, size, self.rate if size == 1 else 0.0)
-            kept[unit] = [
-                [i - count * layer for i in best if i // count == layer]
-                for layer in range(group.size)
-            ]
+            kept[unit] = by_layer(best, count, group.size)
             if unit == "kv_group":
                 columns = unit_columns(best, size).to(sums.gram.device)
                 chosen = Map(prior.weight[:, columns], prior.bias)
                 attention = sums.columns(columns).solve(chosen, penalty), columns
         total = adapter.unit_counts["channel"]
         return Split([len(layer) / total for layer in kept["channel"]], kept)
-
-    def _equations(
-        self, group: Group, unit: Unit, prior: Map, attention: tuple[Map, Tensor] | None
-    ) -> NormalEquations:
-        """Normal equations of all units of one kind of the group."""
-        assert group.goals is not None
-        stream, adapter = group.stream, group.stream.adapter
-        sums = equations(prior, adapter)
-        for goal in group.goals():
-            ways = [
-                (adapter.layers[i], stream.keywords(len(goal.states), i))
-                for i in range(group.first, group.last + 1)
-            ]
-            features = torch.cat(
-                [attention_half(adapter, layer, goal.states, way)[0] for layer, way in ways], dim=-1
-            )
-            wanted = goal.middle - goal.states
-            if unit == "channel":
-                assert attention is not None
-                solved, columns = attention
-                added = features[..., columns] @ solved.weight.to(features).T
-                if solved.bias is not None:
-                    added = added + solved.bias.to(features)
-                middle = goal.states + added
-                features = torch.cat(
-                    [ffn_half(adapter, layer, middle, way)[0] for layer, way in ways], dim=-1
-                )
-                wanted = goal.output - middle
-            sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
-        return sums
 
 
 def eliminate(
@@ -159,10 +118,4 @@ def _growth(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     rows = weight.view(count, size, -1)
     spans = [slice(i * size, (i + 1) * size) for i in range(count)]
     blocks = torch.stack([inverse[span, span] for span in spans])
-    return (rows * torch.linalg.solve(blocks, rows)).sum(dim=(1, 2))
-
-
-def unit_columns(units: Sequence[int], size: int) -> Tensor:
-    """The columns of units of `size` adjacent ones, int64."""
-    first = torch.as_tensor(units, dtype=torch.long) * size
-    return (first[:, None] + torch.arange(size)).flatten()
+    return (rows * torch.cholesky_solve(rows, torch.linalg.cholesky(blocks))).sum(dim=(1, 2))

@@ -95,6 +95,7 @@ class Schedule(ABC):
         trials: whether it runs trial merges.
         nested: whether a deeper result goes on from a shallower one, so that one run passes
             through all depths; if not, every depth is found from the dense model.
+        ranks: whether the spans' scores decide; if not, a shortlist of them has no meaning.
         whole: whether one group takes all layers that have to go, whatever `merge.m` is.
     """
 
@@ -105,6 +106,7 @@ class Schedule(ABC):
     restarts: ClassVar[bool] = False
     trials: ClassVar[bool] = False
     nested: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
     whole: ClassVar[bool] = False
 
     @abstractmethod

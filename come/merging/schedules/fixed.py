@@ -21,6 +21,7 @@ class Fixed(Schedule):
     name = "fixed"
     paper = ""
     source = "given by hand"
+    ranks = False
 
     def __init__(self, groups: Sequence[Sequence[int]] = ()) -> None:
         self.groups = groups

@@ -35,6 +35,7 @@ class LaCo(Schedule):
     restarts = True
     trials = True
     nested = False
+    ranks = False
 
     def __init__(
         self,

@@ -1,0 +1,80 @@
+"""All units of a group as the inputs of one wide output map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from come.calibration.goals import Goals
+from come.models.adapter import Unit
+from come.models.halves import attention_half, ffn_half
+from come.refit.normal import Map, NormalEquations
+from come.refit.ridge import equations, output_map
+
+Chosen = tuple[Map, Tensor]
+"""An attention map, and the columns of the wide one that it reads."""
+
+
+def wide_map(goals: Goals, unit: Unit) -> Map:
+    """The output maps of the group's layers side by side, W = [W_1 ... W_m]; biases are added."""
+    adapter = goals.stream.adapter
+    layers = range(goals.first, goals.last + 1)
+    maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
+    biases = [part.bias for part in maps if part.bias is not None]
+    return Map(
+        torch.cat([part.weight for part in maps], dim=1),
+        torch.stack(biases).sum(dim=0) if biases else None,
+    )
+
+
+@torch.no_grad()
+def wide_equations(
+    goals: Goals, unit: Unit, prior: Map, attention: Chosen | None = None
+) -> NormalEquations:
+    """Normal equations of all units of one kind of the group, on the input of the group.
+
+    Args:
+        goals: of the group.
+        unit: the kind of unit.
+        prior: `wide_map` of these units.
+        attention: for FFN channels, the attention in front of them.
+
+    Returns:
+        Attention: head outputs to what the group's attention adds. FFN: activations on the residual
+        stream behind `attention` to what is then missing from the group's output.
+    """
+    stream, adapter = goals.stream, goals.stream.adapter
+    sums = equations(prior, adapter)
+    for goal in goals:
+        ways = [
+            (adapter.layers[i], stream.keywords(len(goal.states), i))
+            for i in range(goals.first, goals.last + 1)
+        ]
+        features = torch.cat(
+            [attention_half(adapter, layer, goal.states, way)[0] for layer, way in ways], dim=-1
+        )
+        wanted = goal.middle - goal.states
+        if unit == "channel":
+            assert attention is not None
+            found, columns = attention
+            added = features[..., columns] @ found.weight.to(features).T
+            if found.bias is not None:
+                added = added + found.bias.to(features)
+            middle = goal.states + added
+            features = torch.cat(
+                [ffn_half(adapter, layer, middle, way)[0] for layer, way in ways], dim=-1
+            )
+            wanted = goal.output - middle
+        sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
+    return sums
+
+
+def unit_columns(units: list[int], size: int) -> Tensor:
+    """The columns of units of `size` adjacent ones, int64."""
+    first = torch.as_tensor(units, dtype=torch.long) * size
+    return (first[:, None] + torch.arange(size)).flatten()
+
+
+def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
+    """Units of the wide map as ascending lists of each layer's own, `count` a layer."""
+    return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]

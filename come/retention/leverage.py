@@ -1,0 +1,74 @@
+"""FlattenGPT's choice of units: ridge leverage scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from come.calibration.group import Group, Split
+from come.models.adapter import UNITS, Unit
+from come.refit.normal import Map, NormalEquations
+from come.refit.wide import Chosen, by_layer, unit_columns, wide_equations, wide_map
+from come.retention.base import RETENTION, RetentionRule
+from come.retention.units import top_units
+
+
+@RETENTION.register
+class Leverage(RetentionRule):
+    """Keeps the units of the group whose activations the others replace least.
+
+        l_u = sum_{j in u} [ G (G + mu I)^-1 ]_jj,    G = sum_t w_t f_t f_t^T
+
+    f: the activations of all layers' units side by side, on the group's input; behind the attention
+    that is kept where they are FFN channels. In one ranking over all layers the K highest are kept
+    (of equal scores the shallower layer, then the lower index). What the units drive plays no part.
+
+    Source: arXiv 2602.08858 (FlattenGPT), for the FFN. Differs in that KV groups are ranked by the
+    same score, and in the weights of tokens (`merge.refit_weights`).
+
+    Args:
+        refit_lambda: mu over the mean diagonal of G; "auto" means 0.1 here.
+    """
+
+    name = "leverage"
+    paper = "2602.08858"
+    source = "FlattenGPT, ridge leverage scores"
+    needs_units = True
+    uses_goals = True
+
+    def __init__(self, refit_lambda: Any = 0.1) -> None:
+        self.ratio = 0.1 if isinstance(refit_lambda, str) else refit_lambda
+
+    def shares(self, group: Group) -> list[float]:
+        """Share of the kept FFN channels of every layer."""
+        return self.split(group).shares
+
+    @torch.no_grad()
+    def split(self, group: Group) -> Split:
+        """The units with the highest leverage."""
+        assert group.goals is not None
+        goals, adapter = group.goals(), group.stream.adapter
+        kept: dict[Unit, list[list[int]]] = {}
+        attention: Chosen | None = None
+        for unit in UNITS:
+            prior = wide_map(goals, unit)
+            sums = wide_equations(goals, unit, prior, attention)
+            count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
+            scores = leverage(sums, self.ratio * sums.mean_square())
+            best = top_units(scores.view(-1, size).sum(dim=1), count)
+            kept[unit] = by_layer(best, count, group.size)
+            if unit == "kv_group":
+                columns = unit_columns(best, size).to(sums.gram.device)
+                attention = Map(prior.weight[:, columns], prior.bias), columns
+        total = adapter.unit_counts["channel"]
+        return Split([len(layer) / total for layer in kept["channel"]], kept)
+
+
+def leverage(sums: NormalEquations, penalty: float) -> Tensor:
+    """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; a constant input is left out."""
+    gram = sums.gram[: sums.width, : sums.width]
+    ridge = penalty * torch.eye(sums.width).to(gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))
+    return 1 - penalty * inverse.diagonal()

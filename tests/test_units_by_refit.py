@@ -1,0 +1,170 @@
+"""Units chosen on the refit's Gram matrix, and what is refitted behind: against plain float64."""
+
+import pytest
+import torch
+
+from come.calibration.goals import Goals
+from come.calibration.stream import LayerStream
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from come.refit.wide import unit_columns, wide_equations, wide_map
+from come.retention.leverage import leverage
+from tests.conftest import LAYERS, pico
+from tests.methods import decoder_layers, without
+from tests.reference import Reference
+from tests.test_refit import activations, plain_ridge
+
+FAMILIES = ["llama_gqa", "llama_bias", "opt"]
+
+
+@pytest.fixture
+def streamed(windows):
+    """Gives the stream of a pico model behind its first pass."""
+    opened = []
+
+    def make(family, batch_size=2):
+        stream = LayerStream(
+            ModelAdapter(pico(family)), windows, batch_size=batch_size, progress=False
+        )
+        opened.append(stream)
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        stream.remember()
+        return stream
+
+    yield make
+    for stream in opened:
+        stream.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
+    """Layers 2 and 3 both read h_2: their moments from models in which each stands there."""
+    goals = Goals(streamed(family), 2, 3, original=3)
+    dense = Reference(pico(family), windows)
+    alone = Reference(without(pico(family), {2}), windows)  # layer 3 reads h_2
+    weights = 1 / dense.h[4].flatten(0, 1).square().mean(dim=1)
+
+    def added(index):
+        return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
+
+    heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
+    prior = wide_map(goals, "kv_group")
+    sums = wide_equations(goals, "kv_group", prior)
+    width = heads.shape[1]
+    expected = (heads * weights[:, None]).T @ heads
+    torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
+    expected = (heads * weights[:, None]).T @ (added(2) + added(3))
+    torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
+
+    columns = unit_columns([0], goals.stream.adapter.columns_per_unit("kv_group"))
+    chosen = type(prior)(prior.weight[:, columns], prior.bias)
+    middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.T
+    middle = middle if chosen.bias is None else middle + chosen.bias
+    channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
+    prior = wide_map(goals, "channel")
+    sums = wide_equations(goals, "channel", prior, (chosen, columns))
+    width = channels.shape[1]
+    expected = (channels * weights[:, None]).T @ channels
+    torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
+    expected = (channels * weights[:, None]).T @ (dense.h[4].flatten(0, 1) - middle)
+    torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
+    """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
+    goals = Goals(streamed(family), 1, 3, original=3)
+    sums = wide_equations(goals, "kv_group", wide_map(goals, "kv_group"))
+    gram = sums.gram[: sums.width, : sums.width]
+    penalty = 0.1 * sums.mean_square()
+    vectors = torch.linalg.eigh(gram)
+    shrunk = vectors.eigenvalues / (vectors.eigenvalues + penalty)
+    expected = (vectors.eigenvectors.square() * shrunk).sum(dim=1)
+    found = leverage(sums, penalty)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert ((found >= 0) & (found < 1)).all()
+    # the sum over units is the effective number of dimensions
+    assert float(found.sum()) == pytest.approx(float(shrunk.sum()))
+
+
+@pytest.mark.parametrize("retention", ["adaptive", "leverage"])
+def test_a_layers_worth_of_units_is_kept(family, retention, windows):
+    method = Recipe(retention=retention, norms="fold", m=3)
+    plan = compress(pico(family), windows, method, target_layers=4, progress=False)
+    counts = ModelAdapter(pico(family)).unit_counts
+    for unit, layers in plan.steps[0].kept.items():
+        assert sum(map(len, layers)) == counts[unit]
+        assert all(layer == sorted(set(layer)) for layer in layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_drop_at_the_front_refits_the_layer_behind(family, windows):
+    model, dense = pico(family), Reference(pico(family), windows)
+    alone = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
+    method = Recipe(
+        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_parts=["attention"]
+    )
+    plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
+    assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].keeper) == (0, 1, 1)
+
+    heads = alone.inputs[0, "kv_group"]
+    wanted = sum(dense.output(i, "kv_group")(dense.inputs[i, "kv_group"]) for i in (0, 1))
+    weights = 1 / dense.h[2].flatten(0, 1).square().mean(dim=1)
+    old = dense.output(1, "kv_group")
+    penalty = 0.1 * (weights[:, None] * heads.square()).sum(dim=0).mean()
+    weight, _ = plain_ridge(heads, wanted, weights, old.weight, old.bias, float(penalty))
+    layer = decoder_layers(model)[0].self_attn
+    found = layer.out_proj if dense.is_opt else layer.o_proj
+    torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_last_refit_is_a_regression_to_the_dense_states(family, windows):
+    """Layers 3 and 4, behind a merge of 2 and 3: each on what the layers before it now give."""
+    merged, finished = pico(family), pico(family)
+    groups = ((2, 3),)
+    compress(merged, windows, Recipe(groups=groups), target_layers=5, progress=False)
+    plan = compress(
+        finished, windows, Recipe(groups=groups, finish_lambda=0.5), target_layers=5, progress=False
+    )
+    assert {key.split("/")[0] for key in plan.finish.hashes} == {"3", "4"}
+    dense = Reference(pico(family), windows)
+    layers = decoder_layers(merged)
+    for index in (3, 4):
+        now = Reference(merged, windows)
+        channels, states = now.inputs[index, "channel"], dense.h[index + 2].flatten(0, 1)
+        old = now.output(index, "channel")
+        middle = now.h[index + 1].flatten(0, 1) - old(channels)
+        weights = 1 / states.square().mean(dim=1)
+        penalty = 0.5 * (weights[:, None] * channels.square()).sum(dim=0).mean()
+        weight, _ = plain_ridge(
+            channels, states - middle, weights, old.weight, old.bias, float(penalty)
+        )
+        layer = decoder_layers(finished)[index]
+        found = layer.fc2 if dense.is_opt else layer.mlp.down_proj
+        torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
+        layers[index].load_state_dict(layer.state_dict())
+
+
+def test_the_lambda_found_does_not_depend_on_the_batches(windows):
+    found = []
+    for batch_size in (1, 2, 5):
+        model = pico("llama_bias")
+        method = Recipe(groups=((2, 3),), refit="ridge", refit_lambda="auto")
+        compress(model, windows, method, target_layers=5, batch_size=batch_size, progress=False)
+        found.append(decoder_layers(model)[2].mlp.down_proj.weight)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"groups": ((2, 3),)}, {"schedule": "laco", "m": 2, "operator": "laco"}]
+)
+def test_a_shortlist_without_a_choice_is_refused(choice):
+    with pytest.raises(ValueError, match="selection=refit_error merges a shortlist on trial, and"):
+        Recipe(selection="refit_error", **choice)
