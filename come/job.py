@@ -13,9 +13,10 @@ from typing import Any
 import come
 from come.files import RESULT, file_hash, write_text
 from come.merging.plan import Plan
+from come.merging.saving import PLAN
 from come.models.checkpoint import fingerprint
 from come.refit.base import REFITS
-from come.settings import EvalSettings, ModelSettings, Settings, TextSettings
+from come.settings import ModelSettings, Settings, TextSettings
 
 PARTIAL_PLAN = "plan.partial.json"
 
@@ -23,6 +24,7 @@ PARTIAL_PLAN = "plan.partial.json"
 _MODEL_KNOBS = ("name", "path", "device")
 _TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)
 _CALIBRATION_KNOBS = (*_TEXT_KNOBS, "batch_size", "store")
+_DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
 _EVAL_KNOBS = (*_TEXT_KNOBS, "name", "batch_tokens")
 
 
@@ -54,13 +56,21 @@ def job_hash(settings: Settings) -> str:
         "model": _without(asdict(settings.model), _MODEL_KNOBS),
         "model_identity": model_identity(settings.model),
         "merge": merge,
-        "distill": asdict(settings.distill),
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
-    if settings.merge.plan is not None:
+    if settings.distill.active:
+        own = _without(asdict(settings.distill), _DISTILL_KNOBS)
+        sampled = settings.training_text is None
+        chosen = (
+            settings.calibration if settings.distill.source == "calibration" else settings.distill
+        )
+        parts["distill"] = own | {"text": "self_generated" if sampled else _text_identity(chosen)}
+    if settings.from_run is not None:
+        parts["merge"] = [fingerprint(find_run(settings.from_run)), settings.merge.keep]
+    elif settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:
         self_generated = settings.calibration.self_generated
@@ -72,6 +82,22 @@ def job_hash(settings: Settings) -> str:
         parts |= {"calibration": calibration, "calibration_text": text, "sources": sources}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
+
+
+def find_run(path: str) -> Path:
+    """The model folder of a finished run, or of a path that is one itself.
+
+    Raises:
+        ValueError: there is no model with a plan.
+    """
+    folder = Path(path).expanduser()
+    for model in (folder / "model", folder):
+        if (model / PLAN).is_file() and any(model.glob("*.safetensors")):
+            return model
+    raise ValueError(
+        f"from_run={path}: no merged model with its {PLAN} there; give the folder of a finished "
+        "run that keeps its weights, or one of its model folders"
+    )
 
 
 def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
@@ -134,7 +160,7 @@ def check_folder(folder: Path, needed: int) -> None:
         )
 
 
-def _text_identity(text: TextSettings | EvalSettings) -> str:
+def _text_identity(text: TextSettings) -> str:
     try:
         return text.text_source().identity
     except (ValueError, OSError):

@@ -42,6 +42,7 @@ class DepthResult(TypedDict):
     layers, parameters: its size, tied parameters once; of a job with merge.parts, how many layers
         still have that part, and the parameters without those of silent blocks.
     sparsity: share of the dense model's parameters that is gone.
+    stage: dense, merged or distilled.
     folder: where it is saved, relative to the run's folder; "" for the dense model.
     perplexity, speed: None where they were not measured.
     continuations: greedy continuations of the report's prompts.
@@ -50,6 +51,7 @@ class DepthResult(TypedDict):
     layers: int
     parameters: int
     sparsity: float
+    stage: str
     folder: str
     perplexity: PerplexityResult | None
     speed: SpeedResult | None
@@ -86,6 +88,40 @@ class CalibrationResult(TypedDict):
     hash: str
 
 
+class DistillationResult(TypedDict):
+    """What the training after the merge did.
+
+    method, source: registry name, and what the training text is.
+    tokens: tokens trained on, repeated ones counted again; distinct_tokens: without those.
+    validation_tokens: held out of the training text.
+    steps, best_step: optimiser steps, and the one whose weights were kept, by validation.
+    trained_parameters: how many parameters trained; apart, of one layer.
+    weight_bytes, gradient_bytes, optimizer_bytes: held while training, besides activations; apart,
+        of one layer's job.
+    seconds, tokens_per_second: of the training steps, validations not counted; apart, of all layers
+        one after another.
+    curve: [tokens, loss] of every step.
+    validation: of every validation its tokens, "loss", parts of it, and "nll", the student's
+        cross-entropy, where the whole model runs.
+    """
+
+    method: str
+    source: str
+    tokens: int
+    distinct_tokens: int
+    validation_tokens: int
+    steps: int
+    best_step: int
+    trained_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    seconds: float
+    tokens_per_second: float
+    curve: list[list[float]]
+    validation: list[dict[str, float]]
+
+
 class Result(TypedDict):
     """Everything that a job found.
 
@@ -93,7 +129,8 @@ class Result(TypedDict):
     model, method: labels.
     merge_history: original layers behind every layer of the last model.
     depths: the dense model and every merged one, deepest first.
-    calibration: None where a plan was applied.
+    calibration: the merge's, of a given plan what it was made with; None if that is not known.
+    distillation: None without.
     eval_source: what the held-out text is.
     settings: the resolved settings.
     versions: of Python and the packages that matter.
@@ -107,6 +144,7 @@ class Result(TypedDict):
     depths: list[DepthResult]
     compression: CompressionResult
     calibration: CalibrationResult | None
+    distillation: DistillationResult | None
     eval_source: str
     settings: dict[str, Any]
     versions: dict[str, str]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from come.distill.base import DISTILL
 from come.merging.schedules.base import SCHEDULES
 from come.operators.base import OPERATORS
 from come.refit.base import REFITS
@@ -55,7 +56,7 @@ def test_commands_compose(overrides):
 
 
 def test_every_registered_part_is_in_the_table():
-    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, REFITS):
+    for registry in (OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, REFITS, DISTILL):
         for name in registry.names():
             assert f"`{name}`" in README, name
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -54,6 +55,21 @@ class MemoryStore(BoundaryStore):
         return torch.empty(self.shape, dtype=self.dtype)
 
 
+@dataclass(frozen=True)
+class MappedStates:
+    """Hidden states in a memory-mapped file, [windows, seq, hidden]."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def open(self) -> Float[Tensor, "windows seq hidden"]:
+        """The states; what is written into them is in the file."""
+        size = torch.Size(self.shape).numel()
+        flat = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
+        return flat.view(self.shape)
+
+
 class DiskStore(BoundaryStore):
     """Boundaries in memory-mapped files, removed at `close`.
 
@@ -85,11 +101,14 @@ class DiskStore(BoundaryStore):
 
     def _allocate(self, index: int) -> Tensor:
         size = torch.Size(self.shape).numel()
-        path = self._folder / f"{index}.bin"
-        with open(path, "wb") as file:
+        mapped = self.mapped(index)
+        with open(mapped.path, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=self.dtype)
-        return flat.view(self.shape)
+        return mapped.open()
+
+    def mapped(self, index: int) -> MappedStates:
+        """Where slot `index` lies, for another process to open."""
+        return MappedStates(self._folder / f"{index}.bin", self.shape, self.dtype)
 
     def close(self) -> None:
         """Frees all slots and removes their files."""

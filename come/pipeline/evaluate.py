@@ -23,9 +23,14 @@ def evaluate_depths(
     """Measures the dense model and every saved depth; the dense one comes first."""
     settings = job.settings.eval
     batch_tokens, new_tokens = settings.batch_tokens, settings.continuation_tokens
-    saved = {job.target: "model"} | {
-        depth: f"model-{depth}" for depth in job.settings.merge.save_at if depth != job.target
-    }
+    saved = [
+        (depth, "merged", f"model-{depth}")
+        for depth in sorted(job.settings.merge.save_at, reverse=True)
+        if depth != job.target
+    ]
+    saved.append((job.target, "merged", job.merged))
+    if job.settings.distill.active:
+        saved.append((job.target, "distilled", "model"))
     dense_model: list[PreTrainedModel] = []
 
     def load_dense() -> PreTrainedModel:
@@ -54,11 +59,10 @@ def evaluate_depths(
         )
     dense_model.clear()
     measures = job.held_out is not None or new_tokens > 0
-    results = [_depth(job, job.shape.num_layers, "", dense, dense, speeds)]
-    for depth in sorted(saved, reverse=True):
-        name = saved[depth]
+    results = [_depth(job, job.shape.num_layers, ("dense", ""), dense, dense, speeds)]
+    for depth, stage, name in saved:
         at_depth = model
-        if depth != job.target and measures:
+        if name != "model" and measures:
             at_depth = load_weights(
                 job.folder / name, dtype=job.settings.model.dtype, device=str(model.device)
             )
@@ -69,7 +73,7 @@ def evaluate_depths(
             batch_tokens=batch_tokens,
             new_tokens=new_tokens,
         )
-        results.append(_depth(job, depth, name, found, dense, speeds))
+        results.append(_depth(job, depth, (stage, name), found, dense, speeds))
     for result in results:
         _log_depth(trackers, result)
     columns = ["layers", "parameters", "sparsity", "perplexity", "ratio"]
@@ -90,17 +94,19 @@ def evaluate_depths(
 def _depth(
     job: Job,
     layers: int,
-    folder: str,
+    place: tuple[str, str],
     found: Evaluation,
     dense: Evaluation,
     speeds: dict[str, Speed],
 ) -> DepthResult:
     block = job.plan.block if job.plan else job.settings.merge.recipe().block
+    stage, folder = place
     removed = (job.shape.num_layers - layers) * job.shape.block_parameters[block]
     result: DepthResult = {
         "layers": layers,
         "parameters": job.shape.parameters - removed,
         "sparsity": removed / job.shape.parameters,
+        "stage": stage,
         "folder": folder,
         "perplexity": None,
         "speed": None,
@@ -135,6 +141,7 @@ def _depth(
 def _log_depth(trackers: Trackers, result: DepthResult) -> None:
     metrics: dict[str, Any] = {
         "eval/layers": result["layers"],
+        "eval/stage": result["stage"],
         "eval/parameters": result["parameters"],
         "eval/sparsity": result["sparsity"],
     }

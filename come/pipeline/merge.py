@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import time
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 import come
 from come.cost import compression_cost
+from come.files import write_text
 from come.job import PARTIAL_PLAN, partial_plan
 from come.memory import PeakMemory
 from come.merging.apply import apply
@@ -23,7 +25,7 @@ from come.merging.saving import PLAN, check_cache, save_model
 from come.merging.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
-from come.models.loading import choose_device
+from come.models.loading import choose_device, load_weights
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
 from come.text.generated import self_generated_windows
@@ -31,11 +33,20 @@ from come.tracking.base import Trackers
 
 log = logging.getLogger(__name__)
 
+COST = "compression.json"  # what the merge cost, for a session that distils later
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
-    """Loads the dense model, merges it in place and saves it at every depth asked for."""
+    """Loads the dense model, merges it in place and saves it at every depth asked for.
+
+    A merged model that is there already is loaded: that of `from_run`, or, where a distillation
+    follows, the one that an earlier session of the job has finished.
+    """
+    merged = job.folder / job.merged
+    if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
+        return _load_merged(job, job.start or merged)
     settings, method = job.settings, job.settings.merge
     seq_len, num_samples = settings.calibration.seq_len, settings.calibration.num_samples
     cost = compression_cost(
@@ -109,7 +120,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         elapsed = seconds()
     _check_cache(model)
     plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
-    save_model(model, job.tokenizer, job.folder / "model", plan)
+    save_model(model, job.tokenizer, merged, plan)
     plan.save(job.folder / "plan.json")
     compression: CompressionResult = {
         "seconds": elapsed,
@@ -120,6 +131,30 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         "resumed_at": len(earlier.steps) if earlier else 0,
     }
     trackers.log({f"compression/{key}": value for key, value in compression.items()})
+    if settings.distill.active:
+        write_text(job.folder / COST, json.dumps(compression))
+    return model, plan, job, compression
+
+
+def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """A model that was merged before, with its plan, and what merging it cost if this job did."""
+    model = load_weights(folder, dtype=job.settings.model.dtype, device=job.settings.model.device)
+    plan, cost = Plan.load(folder / PLAN), job.folder / COST
+    log.info("merged before, %d layers: %s", plan.num_layers, folder)
+    compression: CompressionResult = {
+        "seconds": 0.0,
+        "peak_bytes": 0,
+        "weight_bytes": job.shape.weight_bytes,
+        "boundary_bytes": 0,
+        "layer_passes": 0.0,
+        "resumed_at": len(plan.steps),
+    }
+    if job.start is None and cost.is_file():
+        compression = json.loads(cost.read_text())
+    if job.start is not None:
+        plan = replace(plan, provenance={**plan.provenance, "job": job.hash})
+        save_model(model, job.tokenizer, job.folder / job.merged, plan)
+        plan.save(job.folder / "plan.json")
     return model, plan, job, compression
 
 
@@ -158,6 +193,7 @@ def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
     assert job.calibration is not None
     provenance = {
         "job": job.hash,
+        "method": merge.name,
         "recipe": asdict(merge.recipe()),
         "dtype": str(job.shape.dtype).removeprefix("torch."),
         "calibration": calibration_result(job),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.cost import compression_cost
 from come.files import check_replaceable
-from come.job import check_folder
+from come.job import check_folder, find_run
 from come.merging.plan import Plan
 from come.merging.reach import check_target, layers_for_sparsity
 from come.merging.recipe import groups_target
@@ -18,6 +18,7 @@ from come.merging.saving import PLAN
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
+from come.text.base import TextSource
 from come.text.windows import TokenWindows, calibration_windows, evaluation_windows
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,14 @@ class Job:
     plan: Plan | None
     calibration: TokenWindows | None
     held_out: TokenWindows | None
+    training: TokenWindows | None = None
+    start: Path | None = None
+    """A merged model to start from, with its plan beside it."""
+
+    @property
+    def merged(self) -> str:
+        """The folder of the merged model, inside the job's."""
+        return "model-merged" if self.settings.distill.active else "model"
 
     @property
     def label(self) -> str:
@@ -69,9 +78,11 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
     )
     merge = settings.merge
-    plan = Plan.load(Path(merge.plan)) if merge.plan is not None else None
+    start = find_run(settings.from_run) if settings.from_run is not None else None
+    given = str(start / PLAN) if start else merge.plan
+    plan = Plan.load(Path(given)) if given is not None else None
     if plan is not None:
-        _check_plan(plan, settings, shape, checkpoint)
+        _check_plan(plan, str(given), shape, checkpoint)
         plan = plan.truncated(merge.target_layers) if merge.target_layers else plan
         target = plan.num_layers
         for depth in merge.save_at:
@@ -79,7 +90,8 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     else:
         target = _target_layers(settings, shape)
         _check_reachable(settings, shape, target)
-    needed = shape.weight_bytes * (1 + len(set(merge.save_at) - {target}))
+    copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
+    needed = shape.weight_bytes * copies
     calibrating = settings.calibration
     if plan is None:
         _check_length("calibration.seq_len", calibrating.seq_len, shape)
@@ -92,11 +104,13 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 recipe=merge.recipe(),
                 store=calibrating.store,
             ).boundary_bytes
+    if settings.distill.active:
+        _check_length("distill.seq_len", settings.distill.seq_len, shape)
     if settings.eval.speed:
         _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
     check_folder(folder, needed)
-    for output in ("model", *(f"model-{depth}" for depth in merge.save_at)):
+    for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
             raise ValueError(
                 f"model.path={source.path} is where the result would be written; "
@@ -137,8 +151,52 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             else "",
         )
     return Job(
-        settings, folder, name, checkpoint, shape, target, tokenizer, plan, calibration, held_out
+        settings,
+        folder,
+        name,
+        checkpoint,
+        shape,
+        target,
+        tokenizer,
+        plan,
+        calibration,
+        held_out,
+        _training(settings, tokenizer, held_out_text),
+        start,
     )
+
+
+def _training(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, held_out: TextSource | None
+) -> TokenWindows | None:
+    """Training windows, disjoint from the held-out text; None without, or where they are sampled.
+
+    Raises:
+        ValueError: too little text for a step beside the validation windows.
+    """
+    distill, text = settings.distill, settings.training_text
+    if not distill.active or text is None:
+        return None
+    course = distill.course("cpu")
+    wanted = course.steps * course.batch_size + distill.validation_samples
+    found = calibration_windows(
+        tokenizer,
+        text,
+        num_samples=wanted,
+        seq_len=distill.seq_len,
+        seed=distill.seed,
+        held_out=held_out,
+        at_most=True,
+    )
+    left = len(found.windows) - distill.validation_samples
+    if left < distill.batch_size:
+        raise ValueError(
+            f"training text too short: {text.name} has {len(found.windows)} windows of "
+            f"{distill.seq_len} tokens, of which distill.validation_samples="
+            f"{distill.validation_samples} are held out; give more text, or lower that or "
+            f"distill.batch_size={distill.batch_size}"
+        )
+    return found
 
 
 def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
@@ -184,12 +242,12 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
     return target
 
 
-def _check_plan(plan: Plan, settings: Settings, shape: ModelShape, checkpoint: Path) -> None:
+def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
     """Holds a plan against the model it is to be applied to."""
     base = plan.base
     if (base.model_type, base.num_layers) != (shape.config.model_type, shape.num_layers):
         raise ValueError(
-            f"merge.plan={settings.merge.plan} is for {base.name}, {base.num_layers} layers of "
+            f"the plan {given} is for {base.name}, {base.num_layers} layers of "
             f"{base.model_type}; the model has {shape.num_layers} of {shape.config.model_type}"
         )
     if base.fingerprint not in ("", fingerprint(checkpoint)):

@@ -1,4 +1,4 @@
-"""One job from settings to `result.json`: prepare, merge, evaluate, report."""
+"""One job from settings to `result.json`: prepare, merge, distil, evaluate, report."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from accelerate import Accelerator
 
 from come.files import write_text
 from come.job import PARTIAL_PLAN, finished_result, job_hash, write_result
 from come.merging.plan import Plan, tensors_path
+from come.merging.saving import PLAN
+from come.models.loading import load_weights
+from come.pipeline.distill import clean, distill, processes
 from come.pipeline.evaluate import evaluate_depths
 from come.pipeline.merge import calibration_result, merge, versions
 from come.pipeline.prepare import Job, prepare
 from come.report.console import show
 from come.report.write import write_report
-from come.result import CompressionResult, DepthResult, Result
+from come.result import CompressionResult, DepthResult, DistillationResult, Result
 from come.settings import Settings
 from come.tracking.base import JSONL, Trackers
 
@@ -44,22 +48,37 @@ def run(settings: Settings, folder: Path) -> Result:
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
+    crew = processes(settings)
+    if not crew.is_main_process:
+        return _follow(job, crew)
     write_text(folder / "resolved.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
     with _trackers(job) as trackers:
         model, plan, job, compression = merge(job, trackers)
+        crew.wait_for_everyone()
+        model, plan, distillation = distill(job, model, plan, trackers, crew)
         depths = evaluate_depths(job, model, plan, trackers)
-        result = _result(job, plan, compression, depths)
+        result = _result(job, plan, compression, distillation, depths)
         for title, path in write_report(folder, result, plan).items():
             trackers.figure(title, path)
     for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN)):
         leftover.unlink(missing_ok=True)
     write_result(folder, cast(dict[str, Any], result))
+    clean(job)
     if not settings.merge.keep:
         for depth in depths[1:]:
             for weights in (folder / depth["folder"]).glob("model*.safetensors"):
                 weights.unlink()
     show(result, folder)
     return result
+
+
+def _follow(job: Job, crew: Accelerator) -> Result:
+    """The part of a process that helps to distil: waits for the merge, and trains along."""
+    crew.wait_for_everyone()
+    merged = job.folder / job.merged
+    model = load_weights(merged, dtype=job.settings.model.dtype, device=str(crew.device))
+    distill(job, model, Plan.load(merged / PLAN), Trackers(), crew)
+    return cast(Result, {})
 
 
 def _trackers(job: Job) -> Trackers:
@@ -85,17 +104,22 @@ def _trackers(job: Job) -> Trackers:
 
 
 def _result(
-    job: Job, plan: Plan, compression: CompressionResult, depths: list[DepthResult]
+    job: Job,
+    plan: Plan,
+    compression: CompressionResult,
+    distillation: DistillationResult | None,
+    depths: list[DepthResult],
 ) -> Result:
     return {
         "job": job.hash,
         "model": job.label,
-        "method": job.settings.merge.name,
+        "method": plan.provenance.get("method", job.settings.merge.name),
         "plan": plan.hash,
         "merge_history": plan.history,
         "depths": depths,
         "compression": compression,
-        "calibration": calibration_result(job),
+        "calibration": calibration_result(job) or plan.provenance.get("calibration"),
+        "distillation": distillation,
         "eval_source": job.held_out.source if job.held_out else "",
         "settings": asdict(job.settings),
         "versions": versions(),

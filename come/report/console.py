@@ -25,6 +25,9 @@ COLUMNS = (
 def table_rows(result: Result) -> list[tuple[str, ...]]:
     """One row a model, as text, under `COLUMNS`."""
     rows = [[*_row(depth), "-"] for depth in result["depths"]]
+    if result["distillation"]:
+        for row, depth in zip(rows[1:], result["depths"][1:], strict=True):
+            row[0] += f" {depth['stage']}"
     cost = result["compression"]
     rows[-1][-1] = f"{duration(cost['seconds'])}, {megabytes(cost['peak_bytes'])}"
     return [tuple(row) for row in rows]
@@ -44,6 +47,17 @@ def summary_lines(result: Result) -> list[str]:
         lines.append(
             f"calibration: {calibration['tokens']} tokens in {calibration['windows']} windows of "
             f"{calibration['source']} ({calibration['corpus_tokens']} in hand)"
+        )
+    if training := result["distillation"]:
+        lines.append(
+            f"distillation: {training['method']}, {training['tokens']} tokens "
+            f"({training['distinct_tokens']} different ones) of {training['source']}, "
+            f"{training['trained_parameters'] / 1e6:.1f} M parameters trained, best at step "
+            f"{training['best_step']} of {training['steps']}, {duration(training['seconds'])}, "
+            f"{training['tokens_per_second']:.0f} tokens/s; weights "
+            f"{megabytes(training['weight_bytes'])}, gradients "
+            f"{megabytes(training['gradient_bytes'])}, optimiser "
+            f"{megabytes(training['optimizer_bytes'])}"
         )
     if any(depth["speed"] for depth in result["depths"]):
         lines.append("speed: median, dense and merged model in turn, in this run")

@@ -24,7 +24,7 @@ _CUT = 15  # ratios above it leave the figure, so that the others can be told ap
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (what its command line set, key to value), and of
-its result `depths` (dense first), `compression` and `merge_history`."""
+its result `depths` (dense first), `compression`, `merge_history` and, if any, `distillation`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     """What the table and figure rest on, without the settings and every window."""
     depths = [
-        {key: depth[key] for key in ("layers", "parameters", "sparsity")}
+        {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage")}
         | {"perplexity": {k: v for k, v in (depth["perplexity"] or {}).items() if k != "nll"}}
         for depth in result["depths"]
     ]
@@ -139,7 +139,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
             k: result["compression"][k] for k in ("seconds", "layer_passes", "peak_bytes")
         },
         "merge_history": result["merge_history"],
-    }
+    } | ({"distillation": result["distillation"]} if result["distillation"] else {})
 
 
 def _varying(jobs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -160,10 +160,11 @@ def _label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
 def _points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     """One point for every compressed model of a job that has a perplexity."""
     dense = row["depths"][0]["perplexity"]
+    distilled = "distillation" in row
     line = _label(row["overrides"], [k for k in varying if k != x and not k.endswith("seed")])
     return [
         Point(
-            line=line,
+            line=line + (", merged" if distilled and depth["stage"] == "merged" else ""),
             x=str(depth["parameters"]) if x == PARAMETERS else _place(row["overrides"].get(x, "")),
             layers=depth["layers"],
             ratio=depth["perplexity"]["ratio"],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from come.distill.base import DISTILL
 from come.evaluation.continuations import PROMPTS
 from come.files import write_text
 from come.merging.plan import Plan, tensors_path
@@ -94,6 +95,8 @@ def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
             "stay in the file as blocks that add nothing, so that any loader takes it"
         )
     healing, files = _healing(plan)
+    rebuilt = "the merged" if "distillation" in plan.provenance else "these"
+    rebuilt += " weights"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -112,7 +115,7 @@ Calibration: {origin}.
 
 Merge history (original layers behind every layer): `{plan.history}`
 
-Plan `{plan.hash}`, in {files}: with the base model it rebuilds these weights bit for bit.
+Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} bit for bit.
 The licence is that of the base model.
 """
     return ModelCard(text)
@@ -120,6 +123,13 @@ The licence is that of the base model.
 
 def _healing(plan: Plan) -> tuple[str, str]:
     """How the merged layers were repaired, and the files that hold the plan."""
+    if trained := plan.provenance.get("distillation"):
+        method = DISTILL.get(trained["method"])
+        return (
+            f"Then trained: `{method.name}` ({method.source}) on {trained['tokens']} tokens of "
+            f"{trained['source']}, {trained['trained_parameters']} parameters.",
+            f"`{PLAN}`",
+        )
     name = plan.provenance.get("recipe", {}).get("refit", "none")
     solved = bool(plan.finish.hashes) or any(step.solved.hashes for step in plan.steps)
     files = f"`{PLAN}`" + (f" and `{tensors_path(Path(PLAN))}`" if solved else "")

@@ -98,6 +98,7 @@ def calibration_windows(
     seq_len: int,
     seed: int = 0,
     held_out: TextSource | None = None,
+    at_most: bool = False,
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
@@ -114,6 +115,7 @@ def calibration_windows(
         seq_len: tokens of a window.
         seed: seeds the draw.
         held_out: the evaluation text's corpus, if there is one.
+        at_most: whether fewer windows will do, all that there are.
 
     Raises:
         ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
@@ -127,7 +129,7 @@ def calibration_windows(
         text, removed = without_lines_of(text, _evaluation_text(held_out, source))
     tokens = tokenize(tokenizer, text, special=False)
     available = len(tokens) // seq_len
-    if available < num_samples:
+    if available < (1 if at_most else num_samples):
         raise ValueError(
             f"calibration text too short: {source.name} ({source.identity}) has {len(tokens)} "
             f"tokens for calibration, {available} windows of {seq_len}; "

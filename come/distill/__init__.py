@@ -1,0 +1,1 @@
+"""Healing after the merge: training against the dense model, and baselines of it."""

@@ -1,0 +1,88 @@
+"""CoMe-mp: every merged layer by itself, between the teacher's states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from come.distill.base import DISTILL, Distillation, Objective, Pair
+from come.distill.losses import Loss, hidden_loss
+from come.distill.trained import check_train, choose_in_layer
+from come.models.adapter import ModelAdapter
+
+
+class OneLayer(Objective):
+    """The loss of one layer between the teacher's states in front of its span and behind it.
+
+    Args:
+        pair: student and teacher; neither is changed or kept.
+        index: the merged layer.
+        loss: of hidden states.
+        train: which of its weights train.
+    """
+
+    def __init__(self, pair: Pair, index: int, loss: Loss, train: str) -> None:
+        super().__init__()
+        adapter = pair.student
+        self.layer = copy.deepcopy(adapter.layers[index])
+        choose_in_layer(adapter, self.layer, train)
+        self.index = index
+        self._loss = loss
+        self._keywords: dict[int, dict[str, Any]] = {}
+
+    def expect(self, student: ModelAdapter, ids: Tensor) -> None:
+        """Asks the model for the layer's mask and positions, for batches of this shape."""
+        self._keywords[len(ids)] = student.layer_inputs(ids)[1][self.index]
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Of states in front of and behind the span, [batch, seq, hidden] each: "loss"."""
+        before, after = batch
+        return {"loss": self._loss(self.layer(before, **self._keywords[len(before)]), after)}
+
+
+@DISTILL.register
+class ComeMP(Distillation):
+    """Each merged layer alone: from the teacher's h_{a-1}, towards its h_b.
+
+        L_k = loss( layer_k(h_{a-1} of the teacher), h_b of the teacher )
+
+    The jobs are independent: one after another in the memory of one layer, or side by side.
+
+    Source: arXiv 2510.15304, CoMe-mp. The optimiser, schedule and text are our choice.
+
+    Args:
+        loss: kl (the paper), mse, cosine or mix.
+        loss_weights: of the parts of "mix".
+        temperature: T of the KL.
+        train: what of the merged layer trains: layers, norms, outputs.
+    """
+
+    name = "come_mp"
+    paper = "2510.15304"
+    source = "CoMe, multi-process distillation"
+    apart = True
+
+    def __init__(
+        self,
+        loss: str = "kl",
+        loss_weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        train: str = "layers",
+    ) -> None:
+        self.loss = hidden_loss(loss, loss_weights or {}, temperature)
+        self.train = check_train(train)
+        if train == "lora":
+            raise ValueError("distill.train=lora: distill=come_mp trains layers, norms or outputs")
+
+    def objective(self, pair: Pair, layer: int | None = None) -> Objective:
+        """The loss of one merged layer."""
+        assert layer is not None
+        return OneLayer(pair, layer, self.loss, self.train)
+
+    def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+        """Writes the trained layer into the student."""
+        assert isinstance(objective, OneLayer)
+        pair.student.write(objective.index, objective.layer.state_dict())

@@ -1,0 +1,148 @@
+"""CoMe-sp: all merged layers of the student together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from come.distill.base import DISTILL, Distillation, Objective, Pair
+from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
+from come.distill.passes import passed
+from come.distill.trained import check_train, choose_parameters, settle_lora
+
+
+class MatchedStates(Objective):
+    """Sum over the merged layers k of the loss between the student's h_k and the teacher's h_b.
+
+    One forward pass of each: the layers in front of the first merged one are the teacher's own and
+    run once; behind the last merged one nothing runs, unless logits are asked for.
+
+    Args:
+        pair: student and teacher.
+        loss: of hidden states; None for none.
+        logit_weight: of the KL between logits; 0 for none.
+        temperature: of that KL.
+        recompute: whether the student's layers run again for the gradient, to save memory.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        loss: Loss | None,
+        logit_weight: float = 0.0,
+        temperature: float = 1.0,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = pair.student.model
+        self._pair = pair
+        self._loss, self._logit_weight, self._temperature = loss, logit_weight, temperature
+        self._recompute = recompute
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Of windows [batch, seq]: "loss", "layer_K" of every merged layer K, "logits"."""
+        (ids,) = batch
+        return self._losses(ids, whole=self._logit_weight > 0)[0]
+
+    def validate(self, *batch: Tensor) -> dict[str, Tensor]:
+        """The same, and "nll": the student's cross-entropy, nats a token."""
+        (ids,) = batch
+        losses, states = self._losses(ids, whole=True)
+        student = self._pair.student
+        losses["nll"] = task_loss(student.head, student.final_norm(states), ids)
+        return losses
+
+    def _losses(self, ids: Tensor, whole: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses, and the student's state behind the last layer that ran."""
+        pair, history = self._pair, self._pair.history
+        student, teacher, merged = pair.student, pair.teacher, pair.merged
+        depth = len(history) if whole else merged[-1] + 1
+        logits = whole and self._logit_weight > 0
+        ends = {history[k][-1] for k in merged} if self._loss else set()
+        front = history[merged[0]][0]
+        last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
+        with torch.no_grad():
+            wanted = passed(teacher, ids, last, {*ends, front - 1, last})
+        found = passed(
+            student,
+            ids,
+            depth - 1,
+            {*merged, depth - 1},
+            first=merged[0],
+            states=wanted[front - 1],
+            recompute=self._recompute,
+        )
+        states = found[depth - 1]
+        losses: dict[str, Tensor] = {}
+        if self._loss is not None:
+            for k in merged:
+                losses[f"layer_{k}"] = self._loss(found[k], wanted[history[k][-1]])
+        total = torch.stack(list(losses.values())).sum() if losses else states.new_zeros(())
+        if logits:
+            losses["logits"] = logit_kl(
+                student.head,
+                student.final_norm(states),
+                teacher.head,
+                teacher.final_norm(wanted[last]),
+                self._temperature,
+            )
+            total = total + self._logit_weight * losses["logits"]
+        return {"loss": total, **losses}, states
+
+
+@DISTILL.register
+class ComeSP(Distillation):
+    """One student forward pass, all merged layers optimised together, all else frozen.
+
+        L = sum_k L_k( h_k of the student, h_b of the teacher )  [+ logit_weight * KL of the logits]
+
+    for every merged layer k that stands for the teacher's layers a..b.
+
+    Source: arXiv 2510.15304, CoMe-sp. The optimiser, schedule and text are our choice.
+
+    Args:
+        loss: kl (the paper), mse, cosine or mix.
+        loss_weights: of the parts of "mix".
+        temperature: T of the KLs.
+        logit_weight: of the KL between logits.
+        train: what of the merged layers trains: layers, norms, outputs, lora.
+        lora_rank: of adapters; "auto" for as many parameters as the layers have.
+        gradient_checkpointing: whether layers run again for the gradient.
+    """
+
+    name = "come_sp"
+    paper = "2510.15304"
+    source = "CoMe, single-process distillation"
+
+    def __init__(
+        self,
+        loss: str = "kl",
+        loss_weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        logit_weight: float = 0.0,
+        train: str = "layers",
+        lora_rank: Any = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if logit_weight < 0:
+            raise ValueError(f"distill.logit_weight={logit_weight}: must be at least 0")
+        self.loss: Loss | None = hidden_loss(loss, loss_weights or {}, temperature)
+        self.temperature = check_temperature(temperature)
+        self.logit_weight, self.train, self.rank = logit_weight, check_train(train), lora_rank
+        self.recompute = gradient_checkpointing
+
+    def objective(self, pair: Pair, layer: int | None = None) -> Objective:
+        """The sum over all merged layers."""
+        choose_parameters(pair.student, self.layers(pair), self.train, self.rank)
+        return MatchedStates(pair, self.loss, self.logit_weight, self.temperature, self.recompute)
+
+    def layers(self, pair: Pair) -> Sequence[int]:
+        """The layers that train."""
+        return pair.merged
+
+    def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+        """Adapters become weights."""
+        settle_lora(pair.student)

@@ -1,0 +1,68 @@
+"""LoRA on the task loss, a baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from come.distill.base import DISTILL, Distillation, Objective, Pair
+from come.distill.losses import task_loss
+from come.distill.passes import passed
+from come.distill.trained import add_lora, equal_rank, settle_lora
+
+
+class TaskLoss(Objective):
+    """The student's own cross-entropy; the teacher has no part in it.
+
+    Args:
+        pair: the student.
+        recompute: whether layers run again for the gradient, to save memory.
+    """
+
+    def __init__(self, pair: Pair, recompute: bool) -> None:
+        super().__init__()
+        self.student = pair.student.model
+        self._adapter = pair.student
+        self._recompute = recompute
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Of windows [batch, seq]: "loss" and "nll", the same number, nats a predicted token."""
+        (ids,) = batch
+        adapter, last = self._adapter, self._adapter.num_layers - 1
+        states = passed(adapter, ids, last, {last}, recompute=self._recompute)[last]
+        loss = task_loss(adapter.head, adapter.final_norm(states), ids)
+        return {"loss": loss, "nll": loss.detach()}
+
+
+@DISTILL.register
+class Lora(Distillation):
+    """Low-rank adapters on every linear map of every layer, trained on the task loss.
+
+    Source: arXiv 2106.09685, the usual recovery of pruned models. Afterwards the adapters are added
+    to the weights, so the result is an ordinary checkpoint.
+
+    Args:
+        lora_rank: of the adapters; "auto" for as many parameters as the merged layers have.
+        gradient_checkpointing: whether layers run again for the gradient.
+    """
+
+    name = "lora"
+    paper = "2106.09685"
+    source = "LoRA, task loss on all layers"
+
+    def __init__(self, lora_rank: Any = "auto", gradient_checkpointing: bool = False) -> None:
+        self.rank = lora_rank
+        self.recompute = gradient_checkpointing
+
+    def objective(self, pair: Pair, layer: int | None = None) -> Objective:
+        """The task loss, with adapters in the student."""
+        layers = range(pair.student.num_layers)
+        rank = equal_rank(pair.student, layers, len(pair.merged), self.rank)
+        pair.student.model.requires_grad_(False)
+        add_lora(pair.student, layers, rank)
+        return TaskLoss(pair, self.recompute)
+
+    def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+        """Adapters become weights."""
+        settle_lora(pair.student)

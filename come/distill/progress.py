@@ -1,0 +1,102 @@
+"""What a training has reached, on disk: atomically, without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from come.files import write_bytes, write_text
+
+STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """How far a training is, and what it has seen.
+
+    Attributes:
+        step: steps that are done.
+        curve: of every step its losses by name.
+        validation: of every validation its step and losses by name.
+        best_step: step with the lowest validation loss.
+        best_loss: that loss.
+        seconds: of training, over all sessions.
+        done: whether it has ended.
+    """
+
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    best_loss: float = float("inf")
+    seconds: float = 0.0
+    done: bool = False
+
+
+def save_progress(
+    folder: Path,
+    job: str,
+    progress: Progress,
+    trained: Mapping[str, nn.Parameter],
+    best: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Writes weights, best weights and optimiser state, then the file that names them.
+
+    A kill at any moment leaves the old state or the new one.
+    """
+    tensors = {f"weight/{name}": p.detach().cpu() for name, p in trained.items()}
+    tensors |= {f"best/{name}": tensor.cpu() for name, tensor in best.items()}
+    if optimizer is not None:
+        for name, parameter in trained.items():
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = f"step-{progress.step:07d}{'-end' if progress.done else ''}.safetensors"
+    write_bytes(folder / file, save({k: v.contiguous() for k, v in tensors.items()}))
+    state = {"job": job, "tensors": file, "progress": asdict(progress)}
+    write_text(folder / STATE, json.dumps(state))
+    for old in folder.glob("step-*.safetensors"):
+        if old.name != file:
+            old.unlink()
+
+
+def load_progress(
+    folder: Path,
+    job: str,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[Progress, dict[str, Tensor]] | None:
+    """Restores what `save_progress` wrote for this job; None if there is nothing.
+
+    Returns:
+        How far the training is, and the best weights.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    state = json.loads(path.read_text())
+    if state["job"] != job:
+        return None
+    tensors = load_file(folder / state["tensors"])
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[f"weight/{name}"])
+            if optimizer is not None:
+                own = f"optimizer/{name}/"
+                optimizer.state[parameter] = {
+                    key.removeprefix(own): value.to(
+                        parameter.device if key != f"{own}step" else "cpu"
+                    )
+                    for key, value in tensors.items()
+                    if key.startswith(own)
+                }
+    best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+    return Progress(**state["progress"]), best

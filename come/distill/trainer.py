@@ -1,0 +1,167 @@
+"""The training loop: accumulates, clips, validates, keeps the best, and goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from come.distill.base import Objective
+from come.distill.course import Course
+from come.distill.progress import Progress, load_progress, save_progress
+
+Batch = tuple[Tensor, ...]
+Windows = Callable[[Tensor], Batch]
+"""Gives the tensors of some windows, by their numbers."""
+
+
+def train(
+    objective: Objective,
+    windows: Windows,
+    count: int,
+    held_out: Windows,
+    held_out_count: int,
+    course: Course,
+    *,
+    accelerator: Accelerator,
+    folder: Path,
+    job: str,
+    log: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+    progress_bar: bool = True,
+    name: str = "distill",
+) -> Progress:
+    """Minimises an objective with AdamW; the parameters end at their best by validation.
+
+    The rate rises and falls by `Course.rate`. The first validation comes before the first step, so
+    the result is never worse on held-out windows than the start. Every process takes an equal part
+    of each step's windows, so the gradient is that of one process.
+
+    Args:
+        objective: what is minimised; its parameters are changed.
+        windows: the training windows.
+        count: how many there are.
+        held_out: the validation windows.
+        held_out_count: how many there are.
+        course: steps, rates and sizes.
+        accelerator: device, processes and precision.
+        folder: where the state is kept; a state of the same job in it is gone on from.
+        job: names the job.
+        log: called with the losses of every step and validation.
+        progress_bar: whether to show one.
+        name: of the bar.
+
+    Returns:
+        The curves, and the best step.
+    """
+    share = course.batch_size // accelerator.num_processes
+    assert share * accelerator.num_processes == course.batch_size
+    trained = objective.trained
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=course.learning_rate, weight_decay=course.weight_decay
+    )
+    restored = load_progress(folder, job, trained, optimizer)
+    progress, best = restored or (Progress(), {})
+    if progress.done:
+        _restore(trained, best)
+        return progress
+    objective.eval()  # no dropout: the teacher has none either
+    model = accelerator.prepare_model(objective)
+    bar = tqdm(
+        total=course.steps, initial=progress.step, desc=name, unit="step", leave=False,
+        disable=None if progress_bar and accelerator.is_main_process else True,
+    )  # fmt: skip
+
+    def validate() -> bool:
+        """Validates; whether training goes on."""
+        found = _validation(objective, held_out, held_out_count, course, accelerator)
+        progress.validation.append({"step": progress.step, **found})
+        if found["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = found["loss"], progress.step
+            best.update({key: p.detach().cpu().clone() for key, p in trained.items()})
+        log({"step": progress.step, **{f"validation_{k}": v for k, v in found.items()}})
+        since = [v for v in progress.validation if v["step"] > progress.best_step]
+        return not course.patience or len(since) < course.patience
+
+    with bar:
+        goes_on = True
+        if not progress.validation:
+            goes_on = validate()
+        while goes_on and progress.step < course.steps:
+            began = time.perf_counter()
+            rows = course.rows(progress.step, count)
+            own = rows[accelerator.process_index * share :][:share]
+            losses = _step(model, optimizer, windows, own, course, progress.step, accelerator)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - began
+            progress.curve.append({"step": progress.step, **losses})
+            log(progress.curve[-1])
+            bar.update()
+            bar.set_postfix(loss=f"{losses['loss']:.4g}")
+            if progress.step % course.validate_every == 0 or progress.step == course.steps:
+                goes_on = validate()
+            if progress.step % course.checkpoint_every == 0 and accelerator.is_main_process:
+                save_progress(folder, job, progress, trained, best, optimizer)
+    progress.done = True
+    _restore(trained, best)
+    if accelerator.is_main_process:
+        save_progress(folder, job, progress, trained, best, None)
+    return progress
+
+
+def _step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: Windows,
+    rows: Tensor,
+    course: Course,
+    step: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """One optimiser step on the windows `rows` of this process; the losses over all processes."""
+    for group in optimizer.param_groups:
+        group["lr"] = course.rate(step)
+    parts = rows.split(course.micro_batch)
+    total: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        batch = tuple(tensor.to(accelerator.device) for tensor in windows(part))
+        with nullcontext() if last else accelerator.no_sync(model):
+            losses = model(*batch)
+            weight = len(part) / len(rows)
+            accelerator.backward(losses["loss"] * weight)
+        for key, value in losses.items():
+            total[key] = total.get(key, 0) + value.detach().float() * weight
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = accelerator.clip_grad_norm_(parameters, course.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    means = {key: accelerator.reduce(value, "mean") for key, value in total.items()}
+    found = {key: float(value) for key, value in means.items()}
+    return {**found, "gradient_norm": float(norm), "learning_rate": course.rate(step)}
+
+
+@torch.no_grad()
+def _validation(
+    objective: Objective, windows: Windows, count: int, course: Course, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean losses over all held-out windows."""
+    total: dict[str, float] = {}
+    for part in torch.arange(count).split(course.micro_batch):
+        batch = tuple(tensor.to(accelerator.device) for tensor in windows(part))
+        with accelerator.autocast():
+            losses = objective.validate(*batch)
+        for key, value in losses.items():
+            total[key] = total.get(key, 0.0) + float(value) * len(part) / count
+    return total
+
+
+@torch.no_grad()
+def _restore(trained: Mapping[str, torch.nn.Parameter], best: Mapping[str, Tensor]) -> None:
+    for name, tensor in best.items():
+        trained[name].copy_(tensor)

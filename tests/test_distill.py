@@ -1,0 +1,347 @@
+"""Distillation: losses and gradients against plain float64, what trains, and what is left."""
+
+import copy
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from come.calibration.boundaries import make_store
+from come.distill.apart import teacher_boundaries, train_apart
+from come.distill.base import DISTILL, Pair
+from come.distill.course import Course
+from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
+from come.distill.memory import training_memory
+from come.distill.passes import passed
+from come.distill.trainer import train
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from tests.conftest import LAYERS, pico
+from tests.methods import SOME, decoder_layers, loss, same
+from tests.reference import Reference
+
+WHOLE = ["come_sp", "logits", "lora"]
+GROUPS = ((1, 2), (3, 4))  # the merged layers are 1 and 2 of four
+
+
+def pair(family="llama_gqa", groups=GROUPS):
+    student, teacher = pico(family), pico(family)
+    windows = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(1))
+    method = Recipe(groups=groups)
+    plan = compress(student, windows, method, target_layers=LAYERS - len(groups), progress=False)
+    return Pair(ModelAdapter(student), ModelAdapter(teacher.requires_grad_(False)), plan.history)
+
+
+def run(objective, windows, held_out, folder, job="job", **course):
+    settings = {"steps": 6, "batch_size": 2, "micro_batch": 1, "validate_every": 3} | course
+    return train(
+        objective,
+        lambda rows: (windows[rows],),
+        len(windows),
+        lambda rows: (held_out[rows],),
+        len(held_out),
+        Course(**settings),
+        accelerator=Accelerator(cpu=True),
+        folder=folder,
+        job=job,
+        progress_bar=False,
+    )
+
+
+def plain_kl(teacher, student, temperature):
+    p, q = ((x.double() / temperature).exp() for x in (teacher, student))
+    p, q = p / p.sum(dim=-1, keepdim=True), q / q.sum(dim=-1, keepdim=True)
+    return float((p * (p / q).log()).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_losses_are_their_formulas(temperature):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, 8, generator=generator)
+    assert float(kl(student, teacher, temperature)) == pytest.approx(
+        plain_kl(teacher, student, temperature), rel=1e-5
+    )
+    gaps = [
+        float((s - t).square().sum() / t.square().sum())
+        for s, t in zip(student.reshape(-1, 8), teacher.reshape(-1, 8))
+    ]
+    assert float(mse(student, teacher)) == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
+    angles = [
+        1 - float(s @ t / s.norm() / t.norm())
+        for s, t in zip(student.reshape(-1, 8), teacher.reshape(-1, 8))
+    ]
+    weights = {"kl": 0.5, "mse": 2.0, "cosine": 1.0}
+    mixed = hidden_loss("mix", weights, temperature)(student, teacher)
+    expected = 0.5 * plain_kl(teacher, student, temperature) + 2 * sum(gaps) / len(gaps)
+    assert float(mixed) == pytest.approx(expected + sum(angles) / len(angles), rel=1e-5)
+
+
+def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
+    student, teacher = pico("llama_gqa"), pico("llama_gqa")
+    decoder_layers(student)[2].mlp.down_proj.weight.data.mul_(2)
+    own, other = ModelAdapter(student), ModelAdapter(teacher)
+    ends = [
+        a.final_norm(passed(a, windows, LAYERS - 1, {LAYERS - 1})[LAYERS - 1]) for a in (own, other)
+    ]
+    logits = [m.double()(windows, use_cache=False).logits for m in (student, teacher)]
+    student.float(), teacher.float()
+    found = logit_kl(own.head, ends[0], other.head, ends[1], 2.0)
+    assert float(found) == pytest.approx(plain_kl(logits[1], logits[0], 2.0), rel=1e-3)
+    expected = float(loss(copy.deepcopy(student).double(), windows))
+    assert float(task_loss(own.head, ends[0], windows)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", SOME)
+def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, windows):
+    """Against float64 autograd over whole models."""
+    given = pair(family)
+    method = DISTILL.create("come_sp", {"temperature": 2.0, "gradient_checkpointing": recompute})
+    objective = method.objective(given)
+    found = objective(windows)
+    found["loss"].backward()
+
+    student = copy.deepcopy(given.student.model).double().requires_grad_(True)
+    student.zero_grad()
+    kept = {}
+    for index, layer in enumerate(decoder_layers(student)):
+        layer.register_forward_hook(lambda m, a, out, i=index: kept.__setitem__(i, out))
+    student(windows, use_cache=False)
+    teacher = Reference(pico(family), windows)
+    total = sum(
+        kl(kept[k].double(), teacher.h[given.history[k][-1] + 1], 2.0) for k in given.merged
+    )
+    total.backward()
+    assert float(found["loss"]) == pytest.approx(float(total), rel=1e-3)
+    assert {k for k in found if k.startswith("layer")} == {"layer_1", "layer_2"}
+    for k in given.merged:
+        ours, plain = (
+            dict(decoder_layers(m)[k].named_parameters()) for m in (given.student.model, student)
+        )
+        for name, parameter in ours.items():
+            wanted = plain[name].grad.float()
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(parameter.grad, wanted, rtol=2e-2, atol=1e-3 * scale + 1e-9)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_mp_sees_the_teachers_boundaries(store, windows, tmp_path):
+    given = pair()
+    shape = (*windows.shape, 32)
+    keep = make_store(store, shape, torch.float32, tmp_path)
+    slots = teacher_boundaries(given, windows, keep, batch=2)
+    reference = Reference(pico("llama_gqa"), windows)
+    assert sorted(slots) == [1, 3, 5]
+    for boundary, number in slots.items():
+        torch.testing.assert_close(
+            keep[number].double(), reference.h[boundary], rtol=1e-4, atol=1e-5
+        )
+    keep.close()
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("name", WHOLE)
+def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, windows, tmp_path):
+    given = pair(family)
+    before = copy.deepcopy(given.student.model)
+    method = DISTILL.create(name)
+    objective = method.objective(given)
+    same_text = windows[:4], windows[:4]  # of random tokens nothing is learnt for others
+    progress = run(objective, *same_text, tmp_path, steps=8, learning_rate=3e-3)
+    first, last = progress.validation[0], progress.validation[-1]
+    assert progress.best_loss < first["loss"]
+    assert progress.curve[-1]["loss"] < progress.curve[0]["loss"]
+    assert math.isfinite(last["nll"])
+    trained = objective(windows)
+    method.settle(objective, given)
+    model = given.student.model
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert not same(model, before)
+    assert float(objective(windows)["loss"]) == pytest.approx(float(trained["loss"]), rel=1e-4)
+    if name != "lora":  # all but the merged layers is as it was
+        for i in set(range(len(given.history))) - set(given.merged):
+            assert same(decoder_layers(model)[i], decoder_layers(before)[i])
+    model.save_pretrained(tmp_path / "model")
+    type(model).from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_mp_trains_each_layer_alone(workers, windows, tmp_path):
+    given = pair()
+    before = copy.deepcopy(given.student.model)
+    method = DISTILL.create("come_mp", {"loss": "mse"})
+    told = []
+    found, memory = train_apart(
+        method,
+        given,
+        windows[:4],
+        windows[:4],
+        Course(steps=5, batch_size=2, micro_batch=2, learning_rate=3e-3),
+        accelerator=Accelerator(cpu=True),
+        folder=tmp_path,
+        job="job",
+        store="memory",
+        workers=workers,
+        log=lambda layer, losses: told.append(layer),
+    )
+    assert sorted(found) == given.merged == sorted(set(told))
+    model = given.student.model
+    for index, layer in enumerate(decoder_layers(model)):
+        assert same(layer, decoder_layers(before)[index]) == (index not in given.merged)
+    for progress in found.values():
+        assert progress.validation[-1]["loss"] < progress.validation[0]["loss"]
+    a_layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    assert memory.parameters == a_layer
+    assert memory.optimizer == 2 * 4 * a_layer
+
+
+def test_one_after_another_is_side_by_side(windows, tmp_path):
+    models = []
+    for workers in (1, 2):
+        given = pair()
+        train_apart(
+            DISTILL.create("come_mp"),
+            given,
+            windows[:4],
+            windows[4:],
+            Course(steps=3, batch_size=2, micro_batch=2, learning_rate=1e-3),
+            accelerator=Accelerator(cpu=True),
+            folder=tmp_path / str(workers),
+            job="job",
+            store="disk",
+            workers=workers,
+            log=lambda layer, losses: None,
+        )
+        models.append(given.student.model)
+    assert same(*models)
+
+
+@pytest.mark.parametrize("train_what", ["layers", "norms", "outputs", "lora"])
+def test_only_what_was_asked_for_trains(train_what, windows, tmp_path):
+    given = pair()
+    before = copy.deepcopy(given.student.model)
+    method = DISTILL.create("come_sp", {"train": train_what})
+    objective = method.objective(given)
+    run(objective, windows[:4], windows[:4], tmp_path, steps=2, learning_rate=1e-3)
+    method.settle(objective, given)
+    changed = {
+        name.split(".", 3)[-1]
+        for (name, new), old in zip(
+            given.student.model.named_parameters(), before.parameters(), strict=True
+        )
+        if not torch.equal(new, old)
+    }
+    every = dict(decoder_layers(before)[0].named_parameters())
+    expected = {
+        "layers": set(every),
+        "norms": {name for name in every if "layernorm" in name},
+        "outputs": {"self_attn.o_proj.weight", "mlp.down_proj.weight"},
+        "lora": {name for name in every if "proj" in name},
+    }
+    assert changed == expected[train_what]
+
+
+def test_adapters_have_as_many_parameters_as_the_merged_layers():
+    sizes = {}
+    for name in ("come_sp", "lora"):
+        sizes[name] = training_memory(DISTILL.create(name).objective(pair())).parameters
+    assert 0.6 < sizes["lora"] / sizes["come_sp"] < 1.7  # ranks are whole numbers
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
+    whole = DISTILL.create("come_sp").objective(pair())
+    expected = run(whole, windows[:4], windows[4:], tmp_path / "whole", checkpoint_every=2)
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(rows, seen=[]):  # noqa: B006
+        seen.append(rows)
+        if len(seen) == 10:  # in the fifth step of two micro-batches each
+            raise EnoughError
+        return (windows[:4][rows],)
+
+    course = Course(steps=6, batch_size=2, micro_batch=1, validate_every=3, checkpoint_every=2)
+    arguments = (4, lambda rows: (windows[4:][rows],), 1, course)
+    shared = {
+        "accelerator": Accelerator(cpu=True),
+        "folder": tmp_path / "cut",
+        "job": "job",
+        "progress_bar": False,
+    }
+    with pytest.raises(EnoughError):
+        train(DISTILL.create("come_sp").objective(pair()), stop, *arguments, **shared)
+    resumed = DISTILL.create("come_sp").objective(pair())
+    found = train(resumed, lambda rows: (windows[:4][rows],), *arguments, **shared)
+    assert found.curve == expected.curve
+    assert found.validation == expected.validation
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_another_jobs_state_is_not_gone_on_from(windows, tmp_path):
+    run(DISTILL.create("come_sp").objective(pair()), windows[:4], windows[4:], tmp_path, "one")
+    other = run(
+        DISTILL.create("come_sp").objective(pair()), windows[:4], windows[4:], tmp_path, "two"
+    )
+    assert len(other.curve) == 6
+
+
+def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
+    """A rate far too high: nothing is better than the start."""
+    given = pair()
+    before = copy.deepcopy(given.student.model)
+    objective = DISTILL.create("come_sp").objective(given)
+    course = {"steps": 40, "learning_rate": 50.0, "validate_every": 2, "patience": 3}
+    progress = run(objective, windows[:4], windows[4:], tmp_path, **course)
+    assert progress.best_step == 0
+    assert progress.step == 6
+    assert same(given.student.model, before)
+
+
+def test_micro_batches_add_up(windows, tmp_path):
+    curves = []
+    for size in (1, 2, 4):
+        objective = DISTILL.create("come_sp").objective(pair())
+        progress = run(
+            objective, windows[:4], windows[4:], tmp_path / str(size), batch_size=4,
+            micro_batch=size,
+        )  # fmt: skip
+        curves.append([row["loss"] for row in progress.curve])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_every_window_comes_once_an_epoch():
+    course = Course(steps=10, batch_size=3, seed=5)
+    rows = torch.cat([course.rows(step, 6) for step in range(10)]).tolist()
+    for epoch in range(5):
+        assert sorted(rows[6 * epoch : 6 * epoch + 6]) == list(range(6))
+    assert rows[:6] != rows[6:12]
+
+
+def test_the_rate_rises_and_falls():
+    course = Course(steps=100, learning_rate=2.0, warmup=0.1)
+    rates = [course.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0, abs=0.02)
+    assert rates[99] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("come_sp", {"loss": "kul"}, "distill.loss='kul': allowed are kl, mse, cosine, mix"),
+        ("come_sp", {"loss": "mix"}, r"distill.loss_weights=\{\}: weights >= 0"),
+        ("come_sp", {"temperature": 0.0}, "distill.temperature=0.0: must be above 0"),
+        ("come_sp", {"logit_weight": -1.0}, "distill.logit_weight=-1.0: must be at least 0"),
+        ("come_sp", {"train": "bias"}, "distill.train='bias': allowed are layers, norms, outputs"),
+        ("come_mp", {"train": "lora"}, "distill=come_mp trains layers, norms or outputs"),
+        ("come_ps", {}, "unknown distillation; did you mean 'come_sp'"),
+    ],
+)
+def test_settings_that_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DISTILL.create(name, settings)

@@ -1,0 +1,145 @@
+"""Distillation as a user runs it: real processes on a pico model, killed and launched."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.commands import ROOT, SMALL, equal, finish
+
+TRAIN = [
+    "distill.tokens=2560",
+    "distill.seq_len=32",
+    "distill.batch_size=4",
+    "distill.micro_batch=2",
+    "distill.validation_samples=4",
+    "distill.validate_every=5",
+    "distill.checkpoint_every=3",
+    "merge.target_layers=21",
+]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_distilled_run_and_one_from_it(command, tmp_path):
+    folder, again = tmp_path / "out", tmp_path / "again"
+    code, output, errors = finish(
+        command("distill=come_sp", *TRAIN, "tracking=wandb", f"hydra.run.dir={folder}")
+    )
+    assert code == 0, errors
+    found = result(folder)
+    assert [(d["layers"], d["stage"]) for d in found["depths"]] == [
+        (24, "dense"),
+        (21, "merged"),
+        (21, "distilled"),
+    ]
+    training = found["distillation"]
+    assert (training["method"], training["steps"], training["tokens"]) == ("come_sp", 20, 2560)
+    assert len(training["curve"]) == 20
+    assert training["validation"][-1]["loss"] < training["validation"][0]["loss"]
+    assert training["optimizer_bytes"] == 8 * training["trained_parameters"]
+    assert "21 distilled" in output
+    assert not (folder / "distill").exists()
+    card = " ".join((folder / "model" / "README.md").read_text().split())
+    assert "Then trained: `come_sp`" in card
+    assert "rebuilds the merged weights" in card
+    assert "No training." in " ".join((folder / "model-merged" / "README.md").read_text().split())
+    plan = json.loads((folder / "model" / "plan.json").read_text())
+    assert plan["provenance"]["distillation"]["steps"] == 20
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert len(model.model.layers) == 21
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines if '"distill/loss"' in line]
+    assert len(losses) == 20
+
+    # another distillation of the same merged model, without merging again
+    code, output, errors = finish(
+        command(
+            "distill=logits",
+            *TRAIN[:-1],
+            f"from_run={folder / 'model-merged'}",
+            f"hydra.run.dir={again}",
+        )
+    )
+    assert code == 0, errors
+    assert "merged before, 21 layers" in output
+    assert result(again)["merge_history"] == found["merge_history"]
+    assert equal(again / "model-merged", folder / "model-merged")
+    assert not equal(again / "model", folder / "model")
+    assert result(again)["depths"][1]["perplexity"] == found["depths"][1]["perplexity"]
+
+    # only evaluated
+    code, _, errors = finish(
+        command("eval.max_tokens=256", f"from_run={folder}", f"hydra.run.dir={tmp_path / 'eval'}")
+    )
+    assert code == 0, errors
+    assert equal(tmp_path / "eval" / "model", folder / "model")
+
+
+@pytest.mark.parametrize("method", ["come_sp", "come_mp"])
+def test_a_killed_distillation_goes_on(method, command, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = [f"distill={method}", *TRAIN, "eval=none"]
+    code, _, errors = finish(command(*settings, f"hydra.run.dir={whole}"))
+    assert code == 0, errors
+    process = command(*settings, f"hydra.run.dir={cut}")
+    deadline = time.monotonic() + 120
+    while not list(cut.glob("distill/**/state.json")):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "result.json").exists()
+    code, output, errors = finish(command(*settings, f"hydra.run.dir={cut}"))
+    assert code == 0, errors
+    assert "merged before" in output
+    assert result(cut)["distillation"]["curve"] == result(whole)["distillation"]["curve"]
+    assert equal(cut / "model", whole / "model")
+
+
+def test_two_processes_have_the_gradient_of_one(command, pico_folder, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    settings = ["distill=come_sp", *TRAIN, "eval=none"]
+    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    assert code == 0, errors
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    words = [f"model.path={pico_folder}", "model=local", *SMALL, *settings]
+    process = subprocess.Popen(
+        [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
+        cwd=tmp_path,
+        env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    code, _, errors = finish(process)
+    assert code == 0, errors
+    one, two = (
+        [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (alone, both)
+    )
+    assert two == pytest.approx(one, rel=1e-3)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill=come_sp", "distill.validation_samples=100000"], "training text too short"),
+        (["from_run=/no/run"], "from_run=/no/run: no merged model with its plan.json there"),
+    ],
+)
+def test_bad_settings_cost_one_line(overrides, message, command, tmp_path):
+    code, _, errors = finish(command(*overrides, f"hydra.run.dir={tmp_path / 'out'}"))
+    assert code == 1
+    assert message in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "out" / "result.json").exists()
