@@ -7,7 +7,7 @@ import torch
 
 from come.models.loading import load_model, load_tokenizer
 from come.text.base import TEXT
-from come.text.generated import self_generated_windows
+from come.text.generated import Sampling, cached, continued_windows, self_generated_windows
 from come.text.hub import Hub
 from come.text.mmlu import MMLU
 from come.text.pydocs import PyDocs
@@ -189,8 +189,61 @@ def test_self_generated_text_is_the_models_own(pico_folder):
 def test_low_temperature_follows_the_argmax(pico_folder):
     model, _ = load_model(pico_folder)
     ids = self_generated_windows(
-        model, num_samples=3, seq_len=10, temperature=1e-4, progress=False
+        model, num_samples=3, seq_len=10, sampling=Sampling(1e-4), progress=False
     ).windows
     logits = model(ids).logits[:, 1:-1]
     logits[..., :3] = -torch.inf
     assert torch.equal(logits.argmax(-1), ids[:, 2:])
+
+
+def test_top_p_draws_from_the_nucleus_alone():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Sampling(1.0, 0.75).draw(logits, generator)[:, 0]
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    drawn = Sampling(0.5, 1.0).draw(logits, generator)[:, 0]
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert shares.tolist() == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
+
+
+def test_the_likeliest_windows_are_kept(pico_folder):
+    model, _ = load_model(pico_folder)
+    options = {"seq_len": 12, "progress": False}
+    every = self_generated_windows(model, num_samples=8, **options)
+    kept = self_generated_windows(model, num_samples=4, keep=0.5, **options)
+    losses = [
+        float(model(ids[None], labels=ids[None], use_cache=False).loss) for ids in every.windows
+    ]
+    best = sorted(sorted(range(8), key=lambda i: losses[i])[:4])
+    assert torch.equal(kept.windows, every.windows[best])
+
+
+def test_continued_windows_begin_with_real_text(pico_folder):
+    model, tokenizer = load_model(pico_folder)
+    given = calibration_windows(tokenizer, PyDocs(), num_samples=3, seq_len=16)
+    found = continued_windows(model, given, count=5, begin=4, progress=False)
+    assert torch.equal(found.windows[:3], given.windows)
+    assert torch.equal(found.windows[3:6, :4], given.windows[:, :4])
+    assert torch.equal(found.windows[6:, :4], given.windows[:2, 6:10])
+    assert found.windows.shape == (8, 16)
+    assert not torch.equal(found.windows[3:6, 4:], given.windows[:, 4:])
+    assert "5 windows continued from 4 tokens each" in found.source
+
+
+def test_text_is_sampled_once(pico_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_CACHE", str(tmp_path))
+    model, _ = load_model(pico_folder)
+
+    def make():
+        made.append(1)
+        return self_generated_windows(model, num_samples=2, seq_len=8, progress=False)
+
+    made = []
+    first, second = cached(["a", 1], make), cached(["a", 1], make)
+    assert first.source == second.source
+    assert torch.equal(first.windows, second.windows)
+    assert len(made) == 1
+    cached(["b", 1], make)
+    assert len(made) == 2

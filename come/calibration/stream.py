@@ -266,6 +266,15 @@ class LayerStream:
             yield second
         self._passed += second._passed
 
+    @contextmanager
+    def spare(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
+        """Room for one more boundary, of the stream's kind of store, freed at the end."""
+        store = make_store(self.store, self._store.shape, self._store.dtype, self._folder, name)
+        try:
+            yield store[0]
+        finally:
+            store.close()
+
     def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
         """The model's own layers first..last, to be passed by `through`; may be empty."""
         return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]

@@ -146,7 +146,7 @@ def _sampled(job: Job, teacher: PreTrainedModel, course: Course) -> TokenWindows
         num_samples=course.steps * course.batch_size + settings.validation_samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
-        temperature=job.settings.calibration.temperature,
+        sampling=job.settings.calibration.sampling,
     )
 
 

@@ -28,7 +28,8 @@ from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device, load_weights
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
-from come.text.generated import self_generated_windows
+from come.text.generated import cached, continued_windows, self_generated_windows
+from come.text.windows import TokenWindows
 from come.tracking.base import Trackers
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
         return _load_merged(job, job.start or merged)
     settings, method = job.settings, job.settings.merge
-    seq_len, num_samples = settings.calibration.seq_len, settings.calibration.num_samples
+    seq_len, num_samples = settings.calibration.seq_len, settings.calibration.windows
     cost = compression_cost(
         job.shape,
         num_samples=num_samples,
@@ -66,17 +67,8 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
 
     with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load()
-        if job.plan is None and job.calibration is None:
-            job = replace(
-                job,
-                calibration=self_generated_windows(
-                    model,
-                    num_samples=num_samples,
-                    seq_len=seq_len,
-                    seed=settings.calibration.seed,
-                    temperature=settings.calibration.temperature,
-                ),
-            )
+        if job.plan is None:
+            job = replace(job, calibration=_with_samples(job, model))
         began = time.perf_counter()
         spent = 0.0 if earlier is None else float(earlier.provenance.get("seconds", 0.0))
 
@@ -134,6 +126,43 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if settings.distill.active:
         write_text(job.folder / COST, json.dumps(compression))
     return model, plan, job, compression
+
+
+def _with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
+    """The calibration windows, with those that are sampled from the model; each sampled once."""
+    given, settings = job.calibration, job.settings.calibration
+    if given is not None and not settings.continued:
+        return given
+    key = [
+        fingerprint(job.checkpoint),
+        str(model.dtype),
+        model.device.type,
+        str(settings.sampling),
+        [settings.num_samples, settings.seq_len, settings.seed, settings.keep],
+        [given.hash if given else None, settings.continued, settings.begin],
+        [version(package) for package in ("torch", "transformers")],
+    ]
+
+    def make() -> TokenWindows:
+        if given is None:
+            return self_generated_windows(
+                model,
+                num_samples=settings.num_samples,
+                seq_len=settings.seq_len,
+                seed=settings.seed,
+                sampling=settings.sampling,
+                keep=settings.keep,
+            )
+        return continued_windows(
+            model,
+            given,
+            count=settings.continued,
+            begin=settings.begin,
+            seed=settings.seed,
+            sampling=settings.sampling,
+        )
+
+    return cached(key, make)
 
 
 def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:

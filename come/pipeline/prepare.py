@@ -98,7 +98,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         if calibrating.store == "disk":
             needed += compression_cost(
                 shape,
-                num_samples=calibrating.num_samples,
+                num_samples=calibrating.windows,
                 seq_len=calibrating.seq_len,
                 target=target,
                 recipe=merge.recipe(),

@@ -38,33 +38,44 @@ def finish(
     Returns:
         For every such layer its new tensors.
     """
-    adapter = stream.adapter
     start = min(index for index, span in enumerate(history) if len(span) > 1)
-    states: list[Tensor] = [
-        batch.cpu() for _, batch in stream.through(start, stream.route(start, start))
-    ]
     found: dict[int, LayerState] = {}
-    for index in range(start + 1, len(history)):
-        state = adapter.layer_state(index)
-        prior = output_map(adapter, adapter.layers[index], "channel")
-        sums = equations(prior, adapter)
-        for rows, before in zip(stream.batches, states, strict=True):
-            keywords = stream.keywords(len(before), index)
-            layer = adapter.layers[index]
-            _, middle = attention_half(adapter, layer, before.to(adapter.device), keywords)
-            features, _ = ffn_half(adapter, layer, middle, keywords)
-            output = stream.dense(history[index][-1] + 1, rows)
-            sums.add(
-                features.flatten(0, 1),
-                (output - middle).flatten(0, 1),
-                token_weights(output, weighting),
-            )
-        tensors = as_tensors(
-            adapter, "channel", sums.solve(prior, ratio * sums.mean_square()), state
-        )
-        layer = adapter.scratch_layer(index, {**state, **tensors})
-        for number, before in enumerate(states):
-            keywords = stream.keywords(len(before), index)
-            states[number] = layer(before.to(adapter.device), **keywords).cpu()
-        found[index] = tensors
+    with stream.spare("finish") as states:
+        for rows, batch in stream.through(start, stream.route(start, start)):
+            states[rows] = batch
+        for index in range(start + 1, len(history)):
+            found[index] = _refitted(stream, states, index, history[index][-1], ratio, weighting)
     return found
+
+
+def _refitted(
+    stream: LayerStream,
+    states: Tensor,
+    index: int,
+    original: int,
+    ratio: float,
+    weighting: Weighting,
+) -> LayerState:
+    """The new output map of layer `index`; `states` go from its input to its new output."""
+    adapter, layer = stream.adapter, stream.adapter.layers[index]
+    prior = output_map(adapter, layer, "channel")
+    sums = equations(prior, adapter)
+    for rows in stream.batches:
+        before = states[rows].to(adapter.device)
+        keywords = stream.keywords(len(before), index)
+        _, middle = attention_half(adapter, layer, before, keywords)
+        features, _ = ffn_half(adapter, layer, middle, keywords)
+        output = stream.dense(original + 1, rows)
+        sums.add(
+            features.flatten(0, 1),
+            (output - middle).flatten(0, 1),
+            token_weights(output, weighting),
+        )
+    state = adapter.layer_state(index)
+    solved = sums.solve(prior, ratio * sums.mean_square())
+    tensors = as_tensors(adapter, "channel", solved, state)
+    layer = adapter.scratch_layer(index, {**state, **tensors})
+    for rows in stream.batches:
+        before = states[rows].to(adapter.device)
+        states[rows] = layer(before, **stream.keywords(len(before), index))
+    return tensors

@@ -8,6 +8,7 @@ from typing import Optional
 from come.calibration.boundaries import check_store
 from come.text.base import TEXT, TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
+from come.text.generated import Sampling
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -58,7 +59,11 @@ class CalibrationSettings(TextSettings):
         num_samples: packed windows.
         seq_len: tokens of a window.
         seed: of the draw.
-        temperature: of `self_generated` text.
+        temperature: of text sampled from the model.
+        top_p: of text sampled from the model: the share of the probability to draw from.
+        keep: share of `self_generated` windows that is kept, the likeliest.
+        continued: windows more, that begin like the drawn ones and that the model goes on with.
+        begin: tokens of real text at the beginning of those.
         batch_size: windows in one batch of the layer stream.
         store: memory or disk, where the boundaries' hidden states are kept.
     """
@@ -67,6 +72,10 @@ class CalibrationSettings(TextSettings):
     seq_len: int = 256
     seed: int = 0
     temperature: float = 1.0
+    top_p: float = 1.0
+    keep: float = 1.0
+    continued: int = 0
+    begin: int = 64
     batch_size: int = 4
     store: str = "memory"
 
@@ -79,6 +88,21 @@ class CalibrationSettings(TextSettings):
             raise ValueError(f"calibration.seq_len={self.seq_len}: a window has 2 tokens or more")
         if not self.temperature > 0:
             raise ValueError(f"calibration.temperature={self.temperature}: must be above 0")
+        for key in ("top_p", "keep"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(
+                    f"calibration.{key}={getattr(self, key)}: must be above 0 and at most 1"
+                )
+        if self.continued < 0 or not 1 <= self.begin <= self.seq_len:
+            raise ValueError(
+                f"calibration.continued={self.continued} must be at least 0 and calibration.begin="
+                f"{self.begin} between 1 and calibration.seq_len={self.seq_len}"
+            )
+        if self.continued and self.self_generated:
+            raise ValueError(
+                f"calibration.continued={self.continued} goes on with real text; self_generated "
+                "text has none: raise calibration.num_samples"
+            )
         check_store(self.store)
         if self.path and self.source not in ("text_file", "pydocs"):
             raise ValueError(
@@ -87,6 +111,16 @@ class CalibrationSettings(TextSettings):
             )
         if not self.self_generated:
             self.text_source().check()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How text is sampled from the model."""
+        return Sampling(self.temperature, self.top_p)
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are in all."""
+        return self.num_samples + self.continued
 
     @property
     def self_generated(self) -> bool:

@@ -1,75 +1,230 @@
-"""Calibration text sampled from the model itself: no data needed."""
+"""Calibration text sampled from the model itself: no data needed, or a little carried further."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
 
 SOURCE = "self_generated"
+_NUCLEUS = 2048  # tokens that top-p looks at, at most
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits, > 0.
+        top_p: of the likeliest tokens only those that make up this share of the probability (and at
+            most 2048) are drawn from; 1 for the whole vocabulary.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature}, top-p {self.top_p}"
+
+    def draw(
+        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
+    ) -> Int[Tensor, "batch 1"]:
+        """One token for every row."""
+        logits = logits / self.temperature
+        if self.top_p >= 1:
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        best, tokens = logits.topk(min(_NUCLEUS, logits.shape[-1]))
+        shares = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        before = shares.cumsum(dim=-1) - shares
+        shares = shares.masked_fill(before >= self.top_p, 0.0)
+        return tokens.gather(1, torch.multinomial(shares, 1, generator=generator))
 
 
 @torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    starts: Int[Tensor, "windows begin"],
+    seq_len: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Int[Tensor, "windows seq"]:
+    """Windows that begin with `starts` and that the model goes on with, up to `seq_len` tokens.
+
+    Begin, end and padding tokens are never drawn, so that every window is full.
+
+    Args:
+        model: the model.
+        starts: first tokens of every window.
+        seq_len: tokens of a window.
+        sampling: how tokens are drawn.
+        generator: of the draws.
+        batch_size: windows sampled side by side.
+        progress: whether to show a progress bar.
+    """
+    banned, device = _special(model), model.get_input_embeddings().weight.device
+    batches = []
+    with tqdm(
+        total=starts.shape[0] * seq_len,
+        desc="sampling text",
+        unit="token",
+        leave=False,
+        delay=2,
+        disable=None if progress else True,
+    ) as bar:
+        for ids in starts.split(batch_size):
+            ids, cache = ids[:, :seq_len], None
+            bar.update(ids.numel())
+            while ids.shape[1] < seq_len:
+                step = ids if cache is None else ids[:, -1:]
+                output = model(
+                    input_ids=step.to(device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = output.past_key_values
+                logits = output.logits[:, -1].float().cpu()
+                logits[:, banned] = -torch.inf
+                ids = torch.cat([ids, sampling.draw(logits, generator)], dim=1)
+                bar.update(len(ids))
+            batches.append(ids)
+    return torch.cat(batches)
+
+
 def self_generated_windows(
     model: PreTrainedModel,
     *,
     num_samples: int,
     seq_len: int,
     seed: int = 0,
-    temperature: float = 1.0,
+    sampling: Sampling | None = None,
+    keep: float = 1.0,
     batch_size: int = 32,
     progress: bool = True,
 ) -> TokenWindows:
     """Samples windows from the model, each from the begin token and one random token.
-
-    Ancestral sampling with temperature over the whole vocabulary. The end token is never drawn,
-    so that every window is full without padding.
 
     Args:
         model: the dense model.
         num_samples: how many windows.
         seq_len: tokens of a window.
         seed: seeds all draws.
-        temperature: divides the logits, > 0.
+        sampling: how tokens are drawn; None for the plain distribution.
+        keep: share of the sampled windows that is kept, those that the model itself finds the
+            likeliest (mean log-likelihood of a token).
         batch_size: windows sampled side by side.
         progress: whether to show a progress bar.
     """
-    assert temperature > 0
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.ones(model.config.vocab_size)
+    allowed[_special(model)] = 0
+    count = round(num_samples / keep)
+    starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
+    if model.config.bos_token_id is not None:
+        starts = torch.cat([torch.full_like(starts, model.config.bos_token_id), starts], dim=1)
+    windows = sample(
+        model, starts, seq_len, sampling, generator, batch_size=batch_size, progress=progress
+    )
+    if count > num_samples:
+        likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
+        windows = windows[likely.sort().values]
+    kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
+    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({sampling}{kept})")
+
+
+def continued_windows(
+    model: PreTrainedModel,
+    given: TokenWindows,
+    *,
+    count: int,
+    begin: int,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    progress: bool = True,
+) -> TokenWindows:
+    """The given windows, and `count` more that begin like them and that the model goes on with.
+
+    The beginnings are cut from the given windows in turn: from their first token on, then from one
+    window's share of the rest further on, so that no two are alike.
+
+    Args:
+        model: the dense model.
+        given: windows of real text.
+        count: how many windows more.
+        begin: tokens of real text at the beginning of each.
+        seed: seeds the draws.
+        sampling: how tokens are drawn; None for the plain distribution.
+        progress: whether to show a progress bar.
+    """
+    sampling = sampling or Sampling()
+    number, seq_len = given.windows.shape
+    rounds = -(-count // number)
+    starts = []
+    for turn in range(rounds):
+        offset = (seq_len - begin) * turn // rounds
+        starts.append(given.windows[:, offset : offset + begin])
+    generator = torch.Generator().manual_seed(seed)
+    more = sample(model, torch.cat(starts)[:count], seq_len, sampling, generator, progress=progress)
+    return replace(
+        given,
+        windows=torch.cat([given.windows, more]),
+        source=f"{given.source} + {count} windows continued from {begin} tokens each ({sampling})",
+    )
+
+
+def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows:
+    """What `make` gives, from the cache where it has been made before for the same key.
+
+    Args:
+        key: plain values that determine the windows: model, dtype, settings, versions.
+        make: samples the windows.
+    """
+    name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
+    path = cache_folder() / "generated" / f"{name}.safetensors"
+    about = path.with_suffix(".json")
+    if about.is_file():
+        windows = load_file(path)["windows"]
+        return TokenWindows(windows, **json.loads(about.read_text()))
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save({"windows": made.windows.contiguous()}))
+    told = {"corpus_tokens": made.corpus_tokens, "source": made.source}
+    write_bytes(about, json.dumps(told | {"removed_lines": made.removed_lines}).encode())
+    return made
+
+
+def _special(model: PreTrainedModel) -> list[int]:
+    """Ids of the begin, end and padding tokens."""
     config = model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    banned = sorted({i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None})
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(seed)
-    allowed = torch.ones(config.vocab_size)
-    allowed[banned] = 0
+    return sorted({i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None})
 
-    batches = []
-    with tqdm(
-        total=num_samples * seq_len,
-        desc="sampling calibration text",
-        unit="token",
-        leave=False,
-        delay=2,
-        disable=None if progress else True,
-    ) as bar:
-        for start in range(0, num_samples, batch_size):
-            rows = min(batch_size, num_samples - start)
-            ids = torch.multinomial(allowed, rows, replacement=True, generator=generator)[:, None]
-            if config.bos_token_id is not None:
-                ids = torch.cat([torch.full_like(ids, config.bos_token_id), ids], dim=1)
-            ids, cache = ids[:, :seq_len], None
-            bar.update(ids.numel())
-            while ids.shape[1] < seq_len:
-                step = ids if cache is None else ids[:, -1:]
-                output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                logits = output.logits[:, -1].float().cpu() / temperature
-                logits[:, banned] = -torch.inf
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                ids = torch.cat([ids, drawn], dim=1)
-                bar.update(rows)
-            batches.append(ids)
-    windows = torch.cat(batches)
-    return TokenWindows(windows, windows.numel(), f"{SOURCE} (temperature {temperature})")
+
+@torch.no_grad()
+def _log_likelihood(
+    model: PreTrainedModel, windows: Int[Tensor, "windows seq"], batch_size: int
+) -> Float[Tensor, " windows"]:
+    """Mean log-likelihood of every token but the first, of every window."""
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for ids in windows.split(max(1, batch_size // 8)):
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+        chosen = logits.gather(-1, ids[:, 1:, None].to(device))[..., 0]
+        found.append((chosen - logits.logsumexp(dim=-1)).mean(dim=1).cpu())
+    return torch.cat(found)
