@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import come
+from come.evaluation.zero_shot import tasks_identity
 from come.files import RESULT, file_hash, write_text
 from come.merging.plan import Plan
 from come.merging.saving import PLAN
@@ -25,7 +26,7 @@ _MODEL_KNOBS = ("name", "path", "device")
 _TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)
 _CALIBRATION_KNOBS = (*_TEXT_KNOBS, "batch_size", "store")
 _DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
-_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "batch_tokens")
+_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "batch_tokens", "include_path")
 
 
 def model_identity(model: ModelSettings) -> str:
@@ -59,6 +60,9 @@ def job_hash(settings: Settings) -> str:
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
+    if settings.eval.tasks:
+        asked = settings.eval
+        parts["tasks"] = tasks_identity(asked.tasks, asked.include_path, asked.limit)
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:

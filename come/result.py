@@ -36,6 +36,42 @@ class SpeedResult(TypedDict):
     generation_ratio: float
 
 
+class TaskResult(TypedDict):
+    """One task: its metric with standard error, and the paired difference to the dense model.
+
+    documents: how many.
+    metric: the one that counts, acc where the task has it.
+    value, stderr: of that metric.
+    metrics: all metrics and standard errors of the task by name, such as acc_norm.
+    difference, difference_low, difference_high: value minus the dense model's on the same
+        documents, with its 95% interval (paired bootstrap).
+    mcnemar_p: exact test of that difference.
+    """
+
+    documents: int
+    metric: str
+    value: float
+    stderr: float
+    metrics: dict[str, float]
+    difference: float
+    difference_low: float
+    difference_high: float
+    mcnemar_p: float
+
+
+class ZeroShotResult(TypedDict):
+    """Zero-shot accuracy.
+
+    tasks: by name.
+    average: mean of the tasks' metrics.
+    retention: average over the dense model's.
+    """
+
+    tasks: dict[str, TaskResult]
+    average: float
+    retention: float
+
+
 class DepthResult(TypedDict):
     """One model of a run; the dense one comes first.
 
@@ -44,7 +80,7 @@ class DepthResult(TypedDict):
     sparsity: share of the dense model's parameters that is gone.
     stage: dense, merged or distilled.
     folder: where it is saved, relative to the run's folder; "" for the dense model.
-    perplexity, speed: None where they were not measured.
+    perplexity, speed, zero_shot: None where they were not measured.
     continuations: greedy continuations of the report's prompts.
     """
 
@@ -55,6 +91,7 @@ class DepthResult(TypedDict):
     folder: str
     perplexity: PerplexityResult | None
     speed: SpeedResult | None
+    zero_shot: ZeroShotResult | None
     continuations: list[str]
 
 

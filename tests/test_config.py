@@ -88,7 +88,10 @@ def test_typos_fail_at_composition(override, message):
         (["calibration.num_samples=0"], "calibration.num_samples=0: must be at least 1"),
         (["calibration.seq_len=1"], "a window has 2 tokens or more"),
         (["calibration.top_p=0"], "calibration.top_p=0.0: must be above 0 and at most 1"),
-        (["calibration.continued=3", "calibration.begin=0"], "calibration.begin=0 between 1 and"),
+        (
+            ["calibration.continued=3", "calibration.begin=0"],
+            "calibration.begin=0: must be at least",
+        ),
         (["calibration=self_generated", "calibration.continued=1"], "goes on with real text"),
         (["calibration.temperature=0"], "calibration.temperature=0.0"),
         (["calibration.store=tape"], "calibration.store='tape': allowed are memory, disk"),

@@ -8,12 +8,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from come.evaluation.dense import Evaluation, evaluate, evaluate_dense
+from come.evaluation.paired import paired_difference
 from come.evaluation.speed import Speed, compare_speed
+from come.evaluation.zero_shot import headline
 from come.merging.plan import Plan
 from come.models.checkpoint import fingerprint
 from come.models.loading import load_weights
 from come.pipeline.prepare import Job
-from come.result import DepthResult
+from come.result import DepthResult, TaskResult, ZeroShotResult
 from come.tracking.base import Trackers
 
 
@@ -42,6 +44,7 @@ def evaluate_depths(
         load_dense,
         job.tokenizer,
         job.held_out,
+        job.tasks,
         fingerprint=fingerprint(job.checkpoint),
         dtype=job.shape.dtype,
         device=model.device,
@@ -58,7 +61,7 @@ def evaluate_depths(
             repeats=settings.repeats,
         )
     dense_model.clear()
-    measures = job.held_out is not None or new_tokens > 0
+    measures = bool(job.held_out or job.tasks or new_tokens)
     results = [_depth(job, job.shape.num_layers, ("dense", ""), dense, dense, speeds)]
     for depth, stage, name in saved:
         at_depth = model
@@ -70,6 +73,7 @@ def evaluate_depths(
             at_depth,
             job.tokenizer,
             job.held_out,
+            job.tasks,
             batch_tokens=batch_tokens,
             new_tokens=new_tokens,
         )
@@ -110,6 +114,7 @@ def _depth(
         "folder": folder,
         "perplexity": None,
         "speed": None,
+        "zero_shot": _zero_shot(found, dense),
         "continuations": found.continuations,
     }
     if found.perplexity is not None and dense.perplexity is not None:
@@ -138,6 +143,32 @@ def _depth(
     return result
 
 
+def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
+    """The tasks' results, each against the dense model's on the same documents."""
+    own, reference = found.zero_shot, dense.zero_shot
+    if own is None or reference is None:
+        return None
+    tasks: dict[str, TaskResult] = {}
+    for name, metrics in own.metrics.items():
+        gap = paired_difference(own.scores[name], reference.scores[name])
+        tasks[name] = {
+            "documents": len(own.scores[name]),
+            "metric": headline(metrics),
+            "value": own.value(name),
+            "stderr": metrics.get(f"{headline(metrics)}_stderr", 0.0),
+            "metrics": metrics,
+            "difference": gap.value,
+            "difference_low": gap.low,
+            "difference_high": gap.high,
+            "mcnemar_p": gap.p,
+        }
+    return {
+        "tasks": tasks,
+        "average": own.average,
+        "retention": own.average / reference.average,
+    }
+
+
 def _log_depth(trackers: Trackers, result: DepthResult) -> None:
     metrics: dict[str, Any] = {
         "eval/layers": result["layers"],
@@ -151,4 +182,15 @@ def _log_depth(trackers: Trackers, result: DepthResult) -> None:
         }
     if result["speed"]:
         metrics |= {f"eval/speed_{k}": v for k, v in result["speed"].items() if "spread" not in k}
+    if result["zero_shot"]:
+        metrics |= {
+            "eval/average": result["zero_shot"]["average"],
+            "eval/retention": result["zero_shot"]["retention"],
+        }
+        metrics |= {
+            f"eval/{task}_{key}": value
+            for task, values in result["zero_shot"]["tasks"].items()
+            for key, value in values.items()
+            if isinstance(value, int | float)
+        }
     trackers.log(metrics)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.cost import compression_cost
+from come.evaluation.zero_shot import TaskSet, load_tasks
 from come.files import check_replaceable
 from come.job import check_folder, find_run
 from come.merging.plan import Plan
@@ -39,6 +40,7 @@ class Job:
     calibration: TokenWindows | None
     held_out: TokenWindows | None
     training: TokenWindows | None = None
+    tasks: TaskSet | None = None
     start: Path | None = None
     """A merged model to start from, with its plan beside it."""
 
@@ -162,7 +164,20 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         calibration,
         held_out,
         _training(settings, tokenizer, held_out_text),
+        _tasks(settings),
         start,
+    )
+
+
+def _tasks(settings: Settings) -> TaskSet | None:
+    chosen = settings.eval
+    if not chosen.tasks:
+        return None
+    return load_tasks(
+        chosen.tasks,
+        include_path=chosen.include_path,
+        limit=chosen.limit,
+        batch_size=chosen.task_batch,
     )
 
 

@@ -10,12 +10,13 @@ from rich.table import Table
 from come.cost import duration, megabytes
 from come.result import DepthResult, Result
 
-_WIDTH = 132  # of the table where the output is not a terminal
+_WIDTH = 150  # of the table where the output is not a terminal
 COLUMNS = (
     "layers",
     "parameters",
     "perplexity",
     "x dense",
+    "zero-shot",
     "prompt tok/s",
     "generate tok/s",
     "compression",
@@ -91,14 +92,18 @@ def _row(depth: DepthResult) -> tuple[str, ...]:
     parameters = f"{depth['parameters'] / 1e6:.1f} M"
     if depth["sparsity"]:
         parameters += f" (-{depth['sparsity']:.1%})"
-    quality, ratio, prompt, generation = "-", "-", "-", "-"
+    quality, ratio, tasks, prompt, generation = "-", "-", "-", "-", "-"
     if found := depth["perplexity"]:
         quality = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
         if depth["folder"]:
             ratio = f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}]"
+    if zero_shot := depth["zero_shot"]:
+        tasks = f"{zero_shot['average']:.1%}"
+        if depth["folder"]:
+            tasks += f" ({zero_shot['retention']:.1%})"
     if speed := depth["speed"]:
         prompt, generation = f"{speed['prompt']:.0f}", f"{speed['generation']:.1f}"
         if depth["folder"]:
             prompt += f" (x {speed['prompt_ratio']:.2f})"
             generation += f" (x {speed['generation_ratio']:.2f})"
-    return (str(depth["layers"]), parameters, quality, ratio, prompt, generation)
+    return (str(depth["layers"]), parameters, quality, ratio, tasks, prompt, generation)

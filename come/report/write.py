@@ -29,6 +29,7 @@ def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     figures = draw_all(folder, result, plan)
     lines = [f"# {result['model']}, {result['method']}", "", *_table(result), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
+    lines += _tasks(result["depths"])
     lines += ["", "Merge history (original layers behind every layer):", ""]
     lines += [f"`{result['merge_history']}`", ""]
     for name, path in figures.items():
@@ -48,6 +49,36 @@ def _table(result: Result) -> list[str]:
         f"|{'---:|' * len(COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in table_rows(result)),
     ]
+
+
+def _tasks(depths: list[DepthResult]) -> list[str]:
+    """The zero-shot tasks, each against the dense model on the same documents."""
+    dense = depths[0]["zero_shot"]
+    if dense is None:
+        return []
+    lines = [
+        "",
+        "## Zero-shot",
+        "",
+        "| layers | task | documents | value | standard error | minus dense [95%] | McNemar |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for depth in depths:
+        assert depth["zero_shot"] is not None
+        for name, task in depth["zero_shot"]["tasks"].items():
+            gap = f"{task['difference']:+.3f} [{task['difference_low']:+.3f}, "
+            gap += f"{task['difference_high']:+.3f}]"
+            real = task["difference_low"] > 0 or task["difference_high"] < 0
+            gap = f"**{gap}**" if real else gap
+            cells = [gap, f"{task['mcnemar_p']:.3f}"] if depth["folder"] else ["", ""]
+            lines.append(
+                f"| {depth['layers']} | {name}, {task['metric']} | {task['documents']} | "
+                f"{task['value']:.4f} | {task['stderr']:.4f} | {' | '.join(cells)} |"
+            )
+        lines.append(
+            f"| {depth['layers']} | average | | {depth['zero_shot']['average']:.4f} | | | |"
+        )
+    return [*lines, "", "Bold: the interval leaves out zero."]
 
 
 def _continuations(depths: list[DepthResult]) -> list[str]:

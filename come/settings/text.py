@@ -93,10 +93,12 @@ class CalibrationSettings(TextSettings):
                 raise ValueError(
                     f"calibration.{key}={getattr(self, key)}: must be above 0 and at most 1"
                 )
-        if self.continued < 0 or not 1 <= self.begin <= self.seq_len:
+        if self.continued < 0:
+            raise ValueError(f"calibration.continued={self.continued}: must be at least 0")
+        if self.continued and not 1 <= self.begin < self.seq_len:
             raise ValueError(
-                f"calibration.continued={self.continued} must be at least 0 and calibration.begin="
-                f"{self.begin} between 1 and calibration.seq_len={self.seq_len}"
+                f"calibration.begin={self.begin}: must be at least 1 and below "
+                f"calibration.seq_len={self.seq_len}"
             )
         if self.continued and self.self_generated:
             raise ValueError(

@@ -1,0 +1,184 @@
+"""Zero-shot accuracy through EleutherAI's harness, in memory; the only module that imports it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from come.files import file_hash
+
+# The harness takes seconds to import, so it is imported where it is used.
+
+_RESAMPLES = 1000  # of the standard errors that the harness has no formula for
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks with their documents, loaded once for all models of a run.
+
+    Attributes:
+        names: as they were asked for.
+        limit: only the first so many documents of each; None for all.
+        batch_size: sequences of one forward pass.
+        loaded: the harness's tasks and groups.
+        manager: the harness's index of them.
+        identity: hash of what determines the documents and prompts.
+    """
+
+    names: list[str]
+    limit: int | None
+    batch_size: int
+    loaded: list[Any]
+    manager: Any
+    identity: str
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """What one model does on the tasks.
+
+    Attributes:
+        metrics: of every task its metrics by name, and "METRIC_stderr" of each.
+        scores: of every task the metric that counts, a number for every document in their order.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    scores: dict[str, list[float]]
+
+    def value(self, task: str) -> float:
+        """The metric that counts."""
+        return self.metrics[task][headline(self.metrics[task])]
+
+    @property
+    def average(self) -> float:
+        """Mean of the metrics that count, each task counting the same."""
+        return sum(map(self.value, self.metrics)) / len(self.metrics)
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The metric of a task that counts: acc where there is one, else its first."""
+    return "acc" if "acc" in metrics else next(iter(metrics))
+
+
+def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | None) -> str:
+    """Hash of the tasks' names, of all local files that may define them, and of the harness."""
+    parts = [*names, str(limit), version("lm-eval")]
+    if include_path:
+        folder = Path(include_path).expanduser()
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            parts += [str(path.relative_to(folder)), file_hash(path)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def load_tasks(
+    names: Sequence[str], *, include_path: str | None, limit: int | None, batch_size: int
+) -> TaskSet:
+    """Finds tasks by name and loads their documents; before any model, so that errors come early.
+
+    Local tasks (YAML files below `include_path`) are found at once; the harness's own take 20
+    seconds more to be indexed, and their data come from the hub.
+
+    Raises:
+        ValueError: no such folder or task, or documents that cannot be read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path and not Path(include_path).expanduser().is_dir():
+        raise ValueError(f"eval.include_path={include_path}: no such folder")
+    own = str(Path(include_path).expanduser()) if include_path else None
+    with _quiet():
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=own)
+    loaded: list[Any] = []
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            where = f" in {include_path}" if include_path else ""
+            raise ValueError(f"eval.tasks has {name!r}: no such task{where}{hint}")
+        try:
+            with _quiet():
+                found = manager.load([name])
+        except Exception as error:  # datasets raises errors of many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ValueError(
+                f"eval.tasks has {name!r}: its documents cannot be read ({reason}); tasks of the "
+                "hub need network, local ones files that are there (eval.include_path=FOLDER)"
+            ) from error
+        loaded += list(found["groups"].values()) or list(found["tasks"].values())
+    return TaskSet(
+        list(names),
+        limit,
+        batch_size,
+        loaded,
+        manager,
+        tasks_identity(names, include_path, limit),
+    )
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet
+) -> ZeroShot:
+    """Runs the tasks on a model that is in memory; nothing is saved, no answer is cached.
+
+    Prompts, few-shot numbers and metrics are the tasks' own. The harness seeds all global
+    generators.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        tasks: from `load_tasks`.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size)
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=tasks.loaded,
+            task_manager=tasks.manager,
+            limit=tasks.limit,
+            batch_size=tasks.batch_size,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=True,
+        )
+    assert found is not None
+    metrics, scores = {}, {}
+    for name, samples in found["samples"].items():
+        metrics[name] = _plain(found["results"][name])
+        counts = headline(metrics[name])
+        ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+        scores[name] = [float(sample[counts]) for sample in ordered]
+    return ZeroShot(metrics, scores)
+
+
+def _plain(result: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by plain names: "acc,none" -> "acc", "acc_stderr,none" -> "acc_stderr"."""
+    return {
+        key.partition(",")[0]: float(value)
+        for key, value in result.items()
+        if "," in key and isinstance(value, int | float)
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the harness's log to warnings."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

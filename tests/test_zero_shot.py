@@ -1,0 +1,159 @@
+"""Zero-shot tasks through the harness, with local files; and which differences are real."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from come.evaluation.paired import paired_difference
+from come.evaluation.zero_shot import load_tasks, tasks_identity, zero_shot
+from come.models.loading import load_model
+from tests.commands import finish
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A folder with two local tasks of 24 questions each."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for number, name in enumerate(("layers", "models")):
+        data = folder / f"{name}.jsonl"
+        rows = [
+            {
+                "question": f"What is {i + number} of the {name}?",
+                "choices": [f"the {i}", f"a group of {i * 7}", "depth order"],
+                "answer": (i * i + number) % 3,
+            }
+            for i in range(24)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    return folder
+
+
+def load(tasks, names=("layers", "models"), limit=None):
+    return load_tasks(list(names), include_path=str(tasks), limit=limit, batch_size=4)
+
+
+def test_our_numbers_are_the_harnesss_own(tasks, pico_folder, tmp_path):
+    """The same saved folder and tasks through the harness's command line, to the last digit."""
+    model, tokenizer = load_model(pico_folder)
+    found = zero_shot(model, tokenizer, load(tasks))
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--batch_size", "4"]
+    words += ["--model_args", f"pretrained={pico_folder},dtype=float32", "--device", "cpu"]
+    words += ["--tasks", "layers,models", "--include_path", str(tasks), "--output_path", str(out)]
+    subprocess.run(words, check=True, capture_output=True)
+    (path,) = out.glob("**/results*.json")
+    theirs = json.loads(path.read_text())["results"]
+    for name, metrics in found.metrics.items():
+        for key, value in metrics.items():
+            assert value == theirs[name][f"{key},none"], (name, key)
+        assert len(found.scores[name]) == 24
+        assert sum(found.scores[name]) / 24 == pytest.approx(metrics["acc"])
+    assert found.average == pytest.approx(
+        (theirs["layers"]["acc,none"] + theirs["models"]["acc,none"]) / 2
+    )
+
+
+def test_a_limit_takes_the_first_documents(tasks, pico_folder):
+    model, tokenizer = load_model(pico_folder)
+    every = zero_shot(model, tokenizer, load(tasks, ["layers"]))
+    some = zero_shot(model, tokenizer, load(tasks, ["layers"], limit=7))
+    assert some.scores["layers"] == every.scores["layers"][:7]
+
+
+@pytest.mark.parametrize(
+    ("names", "break_it", "message"),
+    [
+        (["layer"], None, "eval.tasks has 'layer': no such task in .*; did you mean layers"),
+        (["layers"], "layers.jsonl", "eval.tasks has 'layers': its documents cannot be read"),
+        (["arc_easy"], None, "eval.tasks has 'arc_easy': its documents cannot be read.*network"),
+    ],
+)
+def test_tasks_that_cannot_run(names, break_it, message, tasks):
+    if break_it:
+        (tasks / break_it).unlink()
+    with pytest.raises(ValueError, match=message):
+        load(tasks, names)
+    with pytest.raises(ValueError, match="eval.include_path=/no/folder: no such folder"):
+        load_tasks(["layers"], include_path="/no/folder", limit=None, batch_size=4)
+
+
+def test_the_identity_is_the_tasks_content(tasks):
+    before = tasks_identity(["layers"], str(tasks), None)
+    assert before != tasks_identity(["layers"], str(tasks), 5)
+    (tasks / "layers.jsonl").write_text("{}")
+    assert before != tasks_identity(["layers"], str(tasks), None)
+
+
+def test_a_run_with_tasks(tasks, command, tmp_path):
+    folder = tmp_path / "out"
+    words = ["eval=zero_shot", f"eval.include_path={tasks}", "eval.tasks=[layers,models]"]
+    words += ["merge.target_layers=20", f"hydra.run.dir={folder}"]
+    code, output, errors = finish(command(*words))
+    assert code == 0, errors
+    result = json.loads((folder / "result.json").read_text())
+    dense, merged = (depth["zero_shot"] for depth in result["depths"])
+    assert dense["retention"] == 1
+    assert merged["retention"] == pytest.approx(merged["average"] / dense["average"])
+    for name, task in merged["tasks"].items():
+        assert task["documents"] == 24
+        assert task["metric"] == "acc"
+        assert task["difference"] == pytest.approx(task["value"] - dense["tasks"][name]["value"])
+        assert task["difference_low"] <= task["difference"] <= task["difference_high"]
+        assert {"acc", "acc_norm", "acc_norm_stderr"} <= set(task["metrics"])
+    assert f"{merged['average']:.1%}" in output
+    assert "| 20 | layers, acc | 24 |" in (folder / "report.md").read_text()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert any("eval/layers_value" in line for line in lines)
+
+
+def test_a_bad_task_name_costs_one_line(command, tasks, tmp_path):
+    words = ["eval=zero_shot", f"eval.include_path={tasks}", "eval.tasks=[modles]"]
+    code, _, errors = finish(command(*words, f"hydra.run.dir={tmp_path / 'out'}"))
+    assert code == 1
+    assert "error: eval.tasks has 'modles': no such task" in errors
+
+
+def test_a_paired_difference_is_that_of_the_documents():
+    generator = np.random.default_rng(1)
+    reference = (generator.random(400) < 0.6).astype(float)
+    scores = np.where(generator.random(400) < 0.15, 1 - reference, reference)
+    found = paired_difference(scores.tolist(), reference.tolist())
+    gaps = scores - reference
+    assert found.value == pytest.approx(gaps.mean())
+    half = 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
+    assert found.low == pytest.approx(found.value - half, abs=0.005)
+    assert found.high == pytest.approx(found.value + half, abs=0.005)
+    better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
+    tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
+    assert found.p == pytest.approx(min(1.0, 2 * tail / 2 ** (better + worse)), rel=1e-6)
+    assert found.real == (abs(found.value) > half)
+
+
+def test_equal_models_differ_by_nothing():
+    found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert (found.value, found.low, found.high, found.p, found.real) == (0, 0, 0, 1, False)
