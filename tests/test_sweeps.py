@@ -86,6 +86,12 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
     "skewness": ["merge.target_layers=20", "merge.save_at=[22]"],
     "metrics": ["merge.target_layers=20", "merge.save_at=[22]"],
     "beyond": ["calibration.num_samples=8", "merge.target_layers=20", "merge.save_at=[22]"],
+    "distill": [
+        "merge.target_layers=21",
+        "distill.tokens=512",
+        "distill.seq_len=32",
+        "distill.validation_samples=2",
+    ],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
 }
 
