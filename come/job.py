@@ -67,11 +67,7 @@ def job_hash(settings: Settings) -> str:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:
         own = _without(asdict(settings.distill), _DISTILL_KNOBS)
-        sampled = settings.training_text is None
-        chosen = (
-            settings.calibration if settings.distill.source == "calibration" else settings.distill
-        )
-        parts["distill"] = own | {"text": "self_generated" if sampled else _text_identity(chosen)}
+        parts["distill"] = own | {"text": _training_identity(settings)}
     if settings.from_run is not None:
         parts["merge"] = [fingerprint(find_run(settings.from_run)), settings.merge.keep]
     elif settings.merge.plan is not None:
@@ -162,6 +158,13 @@ def check_folder(folder: Path, needed: int) -> None:
             f"output folder {folder}: {free / 1e9:.2f} GB free, and the run writes about "
             f"{needed / 1e9:.2f} GB; choose another disk with hydra.run.dir=FOLDER"
         )
+
+
+def _training_identity(settings: Settings) -> Any:
+    if settings.training_text is None:
+        calibration = settings.calibration
+        return ["self_generated", str(calibration.sampling), calibration.keep]
+    return _text_identity(settings.training)
 
 
 def _text_identity(text: TextSettings) -> str:

@@ -62,12 +62,14 @@ class TaskResult(TypedDict):
 class ZeroShotResult(TypedDict):
     """Zero-shot accuracy.
 
-    tasks: by name.
-    average: mean of the tasks' metrics.
+    tasks: by name; of a group all of its tasks.
+    values: what was asked for: a task's metric, a group's aggregate.
+    average: mean of the values.
     retention: average over the dense model's.
     """
 
     tasks: dict[str, TaskResult]
+    values: dict[str, float]
     average: float
     retention: float
 
@@ -132,6 +134,7 @@ class DistillationResult(TypedDict):
     tokens: tokens trained on, repeated ones counted again; distinct_tokens: without those.
     validation_tokens: held out of the training text.
     steps, best_step: optimiser steps, and the one whose weights were kept, by validation.
+    processes: that trained side by side.
     trained_parameters: how many parameters trained; apart, of one layer.
     weight_bytes, gradient_bytes, optimizer_bytes: held while training, besides activations; apart,
         of one layer's job.
@@ -149,6 +152,7 @@ class DistillationResult(TypedDict):
     validation_tokens: int
     steps: int
     best_step: int
+    processes: int
     trained_parameters: int
     weight_bytes: int
     gradient_bytes: int

@@ -109,6 +109,9 @@ def test_typos_fail_at_composition(override, message):
         (["distill=lora", "distill.batch_size=0"], "distill.batch_size=0: must be at least 1"),
         (["distill=lora", "distill.path=/no/text.txt"], "/no/text.txt"),
         (["distill=come_sp", "merge.parts=[ffn]"], "distillation trains whole layers"),
+        (["from_run=x", "merge.target_layers=20"], "merge.target_layers=20 has no meaning with fr"),
+        (["from_run=x", "merge=sleb"], "merge.operator=drop has no meaning with from_run"),
+        (["merge=from_plan", "merge.plan=x", "merge.refit=ridge"], "merge.refit=ridge has no mean"),
         (["model.device=tpux"], "model.device=tpux"),
         (["model.dtype=float8"], "model.dtype='float8'"),
         (["eval.max_tokens=-5"], "eval.max_tokens=-5"),
@@ -149,6 +152,26 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     assert paths[0] == paths[1]
     copied.write_text(text_file.read_text() + "x")
     assert job_hash(settings(*local, f"eval.path={copied}")) != paths[0]
+
+
+def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text() + "x")
+    sampled = ["calibration=self_generated", "distill.source=calibration"]
+    jobs = [
+        [],
+        [f"distill.path={text_file}"],
+        [f"distill.path={other}"],
+        ["distill.learning_rate=1e-3"],
+        sampled,
+        [*sampled, "calibration.top_p=0.5"],
+    ]
+    local = ["model=local", f"model.path={pico_folder}", "distill=come_sp"]
+    hashes = [job_hash(settings(*local, *job)) for job in jobs]
+    assert len(set(hashes)) == len(jobs)
+    assert (
+        job_hash(settings(*local, "distill.workers=1", "distill.checkpoint_every=3")) == hashes[0]
+    )
 
 
 def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):

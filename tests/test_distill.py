@@ -281,11 +281,37 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
 
 
 def test_another_jobs_state_is_not_gone_on_from(windows, tmp_path):
-    run(DISTILL.create("come_sp").objective(pair()), windows[:4], windows[4:], tmp_path, "one")
-    other = run(
-        DISTILL.create("come_sp").objective(pair()), windows[:4], windows[4:], tmp_path, "two"
-    )
-    assert len(other.curve) == 6
+    curves = []
+    for job, rate in (("one", 1e-4), ("two", 1e-3), ("two", 1e-2)):
+        objective = DISTILL.create("come_sp").objective(pair())
+        progress = run(objective, windows[:4], windows[4:], tmp_path, job, learning_rate=rate)
+        curves.append(progress.curve)
+    assert curves[0] != curves[1]
+    assert curves[1] == curves[2]  # that one had finished
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(windows, tmp_path):
+    given = pair()
+    decoder_layers(given.student.model)[1].mlp.down_proj.weight.data.mul_(1e38)
+    objective = DISTILL.create("come_sp").objective(given)
+    with pytest.raises(ValueError, match="the loss is not finite at step 1; lower distill.learn"):
+        run(objective, windows[:4], windows[4:], tmp_path)
+
+
+def test_adapters_do_not_depend_on_what_was_drawn_before():
+    weights = []
+    for draws in (1, 7):
+        torch.rand(draws)
+        weights.append([p.clone() for p in DISTILL.create("lora").objective(pair()).parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_student_with_other_front_layers_runs_from_its_own_embeddings(windows):
+    given = pair()
+    decoder_layers(given.student.model)[0].mlp.down_proj.weight.data.mul_(1.5)
+    found = DISTILL.create("logits").objective(given).validate(windows)
+    expected = float(loss(given.student.model, windows))
+    assert float(found["nll"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
@@ -293,7 +319,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
     objective = DISTILL.create("come_sp").objective(given)
-    course = {"steps": 40, "learning_rate": 50.0, "validate_every": 2, "patience": 3}
+    course = {"steps": 40, "learning_rate": 1.0, "validate_every": 2, "patience": 3}
     progress = run(objective, windows[:4], windows[4:], tmp_path, **course)
     assert progress.best_step == 0
     assert progress.step == 6
@@ -339,6 +365,8 @@ def test_the_rate_rises_and_falls():
         ("come_sp", {"logit_weight": -1.0}, "distill.logit_weight=-1.0: must be at least 0"),
         ("come_sp", {"train": "bias"}, "distill.train='bias': allowed are layers, norms, outputs"),
         ("come_mp", {"train": "lora"}, "distill=come_mp trains layers, norms or outputs"),
+        ("lora", {"lora_rank": 0}, "distill.lora_rank=0: must be a whole number above 0, or auto"),
+        ("come_sp", {"lora_rank": "all"}, "distill.lora_rank=all: must be a whole number"),
         ("come_ps", {}, "unknown distillation; did you mean 'come_sp'"),
     ],
 )

@@ -110,8 +110,8 @@ def test_two_processes_have_the_gradient_of_one(command, pico_folder, tmp_path):
     settings = ["distill=come_sp", *TRAIN, "eval=none"]
     code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
     assert code == 0, errors
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch += ["--standalone"]
     words = [f"model.path={pico_folder}", "model=local", *SMALL, *settings]
     process = subprocess.Popen(
         [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
@@ -126,6 +126,7 @@ def test_two_processes_have_the_gradient_of_one(command, pico_folder, tmp_path):
     one, two = (
         [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (alone, both)
     )
+    assert [result(f)["distillation"]["processes"] for f in (alone, both)] == [1, 2]
     assert two == pytest.approx(one, rel=1e-3)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
 

@@ -50,7 +50,7 @@ def lines_of(tokenizer, windows):
 def test_calibration_and_held_out_text_are_disjoint(tokenizer, text_file, source):
     source = {"file": TextFile(str(text_file)), "pydocs": PyDocs(), "mmlu": MMLU()}[source]
     drawn = draw(tokenizer, source, num_samples=60, seq_len=512, held_out=source)
-    held_out = evaluation_windows(tokenizer, source, seq_len=128, calibration=source)
+    held_out = evaluation_windows(tokenizer, source, seq_len=128, others=[source])
     seen, unseen = lines_of(tokenizer, drawn), lines_of(tokenizer, held_out)
     assert len(seen) > 20
     assert len(unseen) > 20
@@ -67,9 +67,7 @@ def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_p
     )
     assert drawn.removed_lines == 500
     assert not lines_of(tokenizer, drawn) & set(lines[:500])
-    whole = evaluation_windows(
-        tokenizer, held_out, seq_len=64, calibration=TextFile(str(text_file))
-    )
+    whole = evaluation_windows(tokenizer, held_out, seq_len=64, others=[TextFile(str(text_file))])
     assert "Line 0 of" in tokenizer.decode(whole.windows[0])  # the user's own file is not cut
 
 
@@ -194,6 +192,14 @@ def test_low_temperature_follows_the_argmax(pico_folder):
     logits = model(ids).logits[:, 1:-1]
     logits[..., :3] = -torch.inf
     assert torch.equal(logits.argmax(-1), ids[:, 2:])
+
+
+def test_held_out_text_is_apart_from_what_is_trained_on(text_file, pico_folder):
+    _, tokenizer = load_model(pico_folder)
+    same, other = TextFile(str(text_file)), PyDocs()
+    whole = evaluation_windows(tokenizer, same, seq_len=16, others=[other])
+    part = evaluation_windows(tokenizer, same, seq_len=16, others=[other, same])
+    assert len(part.windows) < 0.25 * len(whole.windows)
 
 
 def test_top_p_draws_from_the_nucleus_alone():

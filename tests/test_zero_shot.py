@@ -85,6 +85,18 @@ def test_a_limit_takes_the_first_documents(tasks, pico_folder):
     assert some.scores["layers"] == every.scores["layers"][:7]
 
 
+def test_a_group_counts_as_one_task(tasks, pico_folder):
+    """A group with a group inside: each task runs once, and the average is over what was asked."""
+    (tasks / "inner.yaml").write_text("group: inner\ntask:\n  - layers\n")
+    (tasks / "outer.yaml").write_text("group: outer\ntask:\n  - inner\n")
+    model, tokenizer = load_model(pico_folder)
+    found = zero_shot(model, tokenizer, load(tasks, ["outer", "models"]))
+    assert set(found.metrics) == {"layers", "models"}
+    assert set(found.values) == {"outer", "models"}
+    assert found.values["outer"] == found.value("layers")
+    assert found.average == pytest.approx((found.value("layers") + found.value("models")) / 2)
+
+
 @pytest.mark.parametrize(
     ("names", "break_it", "message"),
     [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from come.distill.course import Course
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.passes import passed
 from come.distill.progress import Progress
-from come.distill.trainer import train
+from come.distill.trainer import make_accelerator, train
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -83,7 +84,7 @@ def train_apart(
     """
     count = len(training)
     shape = (count + len(validation), training.shape[1], pair.teacher.config.hidden_size)
-    dtype = pair.teacher.model.dtype
+    dtype, kind = pair.teacher.model.dtype, pair.teacher.device.type
     keep = make_store("disk" if workers > 1 else store, shape, dtype, folder, "teacher")
     try:
         slots = teacher_boundaries(
@@ -109,7 +110,7 @@ def train_apart(
         if workers > 1:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 waiting = [
-                    pool.submit(_in_process, task, number, workers)
+                    pool.submit(_in_process, task, number, workers, kind, course.precision)
                     for number, task in enumerate(jobs.values())
                 ]
                 for future in as_completed(waiting):
@@ -164,13 +165,22 @@ def _train_one(
     return progress, {name: t.detach().cpu() for name, t in layer.state_dict().items()}
 
 
-def _in_process(task: Callable, number: int, workers: int) -> None:
+def _in_process(task: Callable, number: int, workers: int, kind: str, precision: str) -> None:
     """Runs a job in a worker of its own, with its part of the cores or a device of its own.
 
     The result stays on disk: tensors of a process that ends cannot be handed over.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    if torch.cuda.is_available():
+    if kind == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(kind, precision)
     task(accelerator=accelerator, log=lambda losses: None, progress_bar=False)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone: a run started again must find no writer."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

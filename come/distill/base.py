@@ -59,6 +59,7 @@ class Distillation(ABC):
         paper: arXiv id of the source, or "".
         source: where the procedure stands, in words.
         active: whether it does anything.
+        uses_teacher: whether training runs the dense model.
         apart: whether every merged layer is trained by itself, from the teacher's boundaries.
     """
 
@@ -66,6 +67,7 @@ class Distillation(ABC):
     paper: ClassVar[str]
     source: ClassVar[str]
     active: ClassVar[bool] = True
+    uses_teacher: ClassVar[bool] = True
     apart: ClassVar[bool] = False
 
     @abstractmethod

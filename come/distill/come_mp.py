@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from come.distill.base import DISTILL, Distillation, Objective, Pair
@@ -40,7 +41,9 @@ class OneLayer(Objective):
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         """Of states in front of and behind the span, [batch, seq, hidden] each: "loss"."""
         before, after = batch
-        return {"loss": self._loss(self.layer(before, **self._keywords[len(before)]), after)}
+        parameter = next(self.layer.parameters())
+        keywords = send_to_device(self._keywords[len(before)], parameter.device)
+        return {"loss": self._loss(self.layer(before.to(parameter.dtype), **keywords), after)}
 
 
 @DISTILL.register

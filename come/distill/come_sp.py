@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
 from come.distill.passes import passed
-from come.distill.trained import check_train, choose_parameters, settle_lora
+from come.distill.trained import check_rank, check_train, choose_parameters, settle_lora
 
 
 class MatchedStates(Objective):
     """Sum over the merged layers k of the loss between the student's h_k and the teacher's h_b.
 
-    One forward pass of each: the layers in front of the first merged one are the teacher's own and
-    run once; behind the last merged one nothing runs, unless logits are asked for.
+    One forward pass of each: the layers in front of the first merged one run once for both, where
+    they are the teacher's own; behind the last merged one nothing runs, unless logits are asked
+    for.
 
     Args:
         pair: student and teacher.
@@ -41,6 +42,7 @@ class MatchedStates(Objective):
         self._pair = pair
         self._loss, self._logit_weight, self._temperature = loss, logit_weight, temperature
         self._recompute = recompute
+        self._first = pair.merged[0] if _same_front(pair) else 0
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         """Of windows [batch, seq]: "loss", "layer_K" of every merged layer K, "logits"."""
@@ -62,17 +64,18 @@ class MatchedStates(Objective):
         depth = len(history) if whole else merged[-1] + 1
         logits = whole and self._logit_weight > 0
         ends = {history[k][-1] for k in merged} if self._loss else set()
-        front = history[merged[0]][0]
+        front = history[self._first][0]  # where the student sets in
         last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
         with torch.no_grad():
             wanted = passed(teacher, ids, last, {*ends, front - 1, last})
+            start = wanted[front - 1].to(student.model.dtype) if self._first else None
         found = passed(
             student,
             ids,
             depth - 1,
             {*merged, depth - 1},
-            first=merged[0],
-            states=wanted[front - 1],
+            first=self._first,
+            states=start,
             recompute=self._recompute,
         )
         states = found[depth - 1]
@@ -93,6 +96,21 @@ class MatchedStates(Objective):
         return {"loss": total, **losses}, states
 
 
+def _same_front(pair: Pair) -> bool:
+    """Whether student and teacher are the same up to the first merged layer.
+
+    Compared in the teacher's dtype: a student of half precision trains in float32.
+    """
+    own, other = pair.student, pair.teacher
+    modules = [(own.model.get_input_embeddings(), other.model.get_input_embeddings())]
+    modules += [(own.layers[k], other.layers[k]) for k in range(pair.merged[0])]
+    return all(
+        torch.equal(a.to(b.dtype), b)
+        for one, two in modules
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
+
+
 @DISTILL.register
 class ComeSP(Distillation):
     """One student forward pass, all merged layers optimised together, all else frozen.
@@ -111,6 +129,7 @@ class ComeSP(Distillation):
         train: what of the merged layers trains: layers, norms, outputs, lora.
         lora_rank: of adapters; "auto" for as many parameters as the layers have.
         gradient_checkpointing: whether layers run again for the gradient.
+        seed: of adapters.
     """
 
     name = "come_sp"
@@ -126,22 +145,20 @@ class ComeSP(Distillation):
         train: str = "layers",
         lora_rank: Any = "auto",
         gradient_checkpointing: bool = False,
+        seed: int = 0,
     ) -> None:
         if logit_weight < 0:
             raise ValueError(f"distill.logit_weight={logit_weight}: must be at least 0")
         self.loss: Loss | None = hidden_loss(loss, loss_weights or {}, temperature)
         self.temperature = check_temperature(temperature)
-        self.logit_weight, self.train, self.rank = logit_weight, check_train(train), lora_rank
+        self.logit_weight, self.train = logit_weight, check_train(train)
+        self.rank, self.seed = check_rank(lora_rank), seed
         self.recompute = gradient_checkpointing
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
         """The sum over all merged layers."""
-        choose_parameters(pair.student, self.layers(pair), self.train, self.rank)
+        choose_parameters(pair.student, pair.merged, self.train, self.rank, self.seed)
         return MatchedStates(pair, self.loss, self.logit_weight, self.temperature, self.recompute)
-
-    def layers(self, pair: Pair) -> Sequence[int]:
-        """The layers that train."""
-        return pair.merged
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
         """Adapters become weights."""

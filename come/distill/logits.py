@@ -21,6 +21,7 @@ class Logits(ComeSP):
         train: what of the merged layers trains: layers, norms, outputs, lora.
         lora_rank: of adapters.
         gradient_checkpointing: whether layers run again for the gradient.
+        seed: of adapters.
     """
 
     name = "logits"
@@ -33,6 +34,7 @@ class Logits(ComeSP):
         train: str = "layers",
         lora_rank: Any = "auto",
         gradient_checkpointing: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -40,5 +42,6 @@ class Logits(ComeSP):
             train=train,
             lora_rank=lora_rank,
             gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
         )
         self.loss = None

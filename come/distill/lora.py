@@ -9,7 +9,7 @@ from torch import Tensor
 from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.losses import task_loss
 from come.distill.passes import passed
-from come.distill.trained import add_lora, equal_rank, settle_lora
+from come.distill.trained import add_lora, check_rank, equal_rank, settle_lora
 
 
 class TaskLoss(Objective):
@@ -45,22 +45,27 @@ class Lora(Distillation):
     Args:
         lora_rank: of the adapters; "auto" for as many parameters as the merged layers have.
         gradient_checkpointing: whether layers run again for the gradient.
+        seed: of the adapters.
     """
 
     name = "lora"
     paper = "2106.09685"
     source = "LoRA, task loss on all layers"
+    uses_teacher = False
 
-    def __init__(self, lora_rank: Any = "auto", gradient_checkpointing: bool = False) -> None:
-        self.rank = lora_rank
+    def __init__(
+        self, lora_rank: Any = "auto", gradient_checkpointing: bool = False, seed: int = 0
+    ) -> None:
+        self.rank = check_rank(lora_rank)
         self.recompute = gradient_checkpointing
+        self.seed = seed
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
         """The task loss, with adapters in the student."""
         layers = range(pair.student.num_layers)
         rank = equal_rank(pair.student, layers, len(pair.merged), self.rank)
         pair.student.model.requires_grad_(False)
-        add_lora(pair.student, layers, rank)
+        add_lora(pair.student, layers, rank, self.seed)
         return TaskLoss(pair, self.recompute)
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -75,12 +75,11 @@ def hidden_loss(name: str, weights: Mapping[str, float], temperature: float) -> 
             f"distill.loss_weights={dict(weights)}: weights >= 0, one at least above 0, of "
             f"{', '.join(parts)}"
         )
+    return partial(_mix, terms=[(weight, parts[key]) for key, weight in weights.items() if weight])
 
-    def mix(student: States, teacher: States) -> Tensor:
-        terms = [weight * parts[key](student, teacher) for key, weight in weights.items() if weight]
-        return torch.stack(terms).sum()
 
-    return mix
+def _mix(student: States, teacher: States, terms: Sequence[tuple[float, Loss]]) -> Tensor:
+    return torch.stack([weight * loss(student, teacher) for weight, loss in terms]).sum()
 
 
 def logit_kl(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,8 +23,21 @@ def check_train(train: str) -> str:
     return train
 
 
+def check_rank(rank: Any) -> int | Literal["auto"]:
+    """Raises ValueError unless a whole number above 0 or "auto"."""
+    if rank == "auto":
+        return "auto"
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"distill.lora_rank={rank}: must be a whole number above 0, or auto")
+    return rank
+
+
 def choose_parameters(
-    student: ModelAdapter, layers: Iterable[int], train: str, lora_rank: Any = "auto"
+    student: ModelAdapter,
+    layers: Iterable[int],
+    train: str,
+    lora_rank: int | Literal["auto"] = "auto",
+    seed: int = 0,
 ) -> None:
     """Freezes the student but for parts of some layers.
 
@@ -32,11 +46,12 @@ def choose_parameters(
         layers: which of its layers.
         train: "layers" for all of their weights, "norms", "outputs" for the output maps, "lora".
         lora_rank: rank of the adapters, or "auto" (see `equal_rank`).
+        seed: of the adapters' first weights.
     """
     layers = sorted(layers)
     student.model.requires_grad_(False)
     if train == "lora":
-        add_lora(student, layers, equal_rank(student, layers, len(layers), lora_rank))
+        add_lora(student, layers, equal_rank(student, layers, len(layers), lora_rank), seed)
         return
     for index in layers:
         choose_in_layer(student, student.layers[index], train)
@@ -54,18 +69,16 @@ def choose_in_layer(student: ModelAdapter, layer: nn.Module, train: str) -> None
 
 
 def equal_rank(
-    student: ModelAdapter, layers: Sequence[int], merged: int, rank: Any = "auto"
+    student: ModelAdapter,
+    layers: Sequence[int],
+    merged: int,
+    rank: int | Literal["auto"] = "auto",
 ) -> int:
     """`rank`, or for "auto" the one whose adapters have about as many parameters as whole layers.
 
-        sum over the linear maps of `layers` of r (d_in + d_out) = parameters of `merged` layers
-
-    Raises:
-        ValueError: neither a whole number above 0 nor "auto".
+    sum over the linear maps of `layers` of r (d_in + d_out) = parameters of `merged` layers
     """
     if rank != "auto":
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"distill.lora_rank={rank}: must be a whole number above 0, or auto")
         return rank
     wanted = merged * sum(p.numel() for p in student.layers[0].parameters())
     maps = [module for _, module in linear_maps(student, layers)]
@@ -82,11 +95,16 @@ def linear_maps(student: ModelAdapter, layers: Iterable[int]) -> list[tuple[str,
     ]
 
 
-def add_lora(student: ModelAdapter, layers: Iterable[int], rank: int) -> None:
-    """Puts adapters W + (alpha / r) B A beside the linear maps of some layers; alpha = 2 r."""
+def add_lora(student: ModelAdapter, layers: Iterable[int], rank: int, seed: int) -> None:
+    """Puts adapters W + (alpha / r) B A beside the linear maps of some layers; alpha = 2 r.
+
+    B begins at zero; A is drawn anew from `seed`, whatever was drawn before.
+    """
     names = "|".join(re.escape(name) for name, _ in linear_maps(student, layers))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({names})")
-    inject_adapter_in_model(config, student.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, student.model)
 
 
 def settle_lora(student: ModelAdapter) -> None:

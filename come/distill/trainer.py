@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +22,21 @@ from come.distill.progress import Progress, load_progress, save_progress
 Batch = tuple[Tensor, ...]
 Windows = Callable[[Tensor], Batch]
 """Gives the tensors of some windows, by their numbers."""
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """Device, processes and precision of this process: alone, or one of several launched together.
+
+    Args:
+        device: kind of device, "cpu" or "cuda".
+        precision: "float32", or "bfloat16" for mixed precision.
+    """
+    AcceleratorState._reset_state()  # an earlier job of this process may have had another precision
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
 
 
 def train(
@@ -58,6 +76,9 @@ def train(
 
     Returns:
         The curves, and the best step.
+
+    Raises:
+        ValueError: the loss is not finite.
     """
     share = course.batch_size // accelerator.num_processes
     assert share * accelerator.num_processes == course.batch_size
@@ -77,26 +98,34 @@ def train(
         disable=None if progress_bar and accelerator.is_main_process else True,
     )  # fmt: skip
 
-    def validate() -> bool:
-        """Validates; whether training goes on."""
+    def validate() -> None:
+        """Validates, and keeps the weights if they are the best so far."""
         found = _validation(objective, held_out, held_out_count, course, accelerator)
         progress.validation.append({"step": progress.step, **found})
         if found["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             best.update({key: p.detach().cpu().clone() for key, p in trained.items()})
         log({"step": progress.step, **{f"validation_{k}": v for k, v in found.items()}})
+
+    def goes_on() -> bool:
+        """Whether there is a step left, and patience."""
         since = [v for v in progress.validation if v["step"] > progress.best_step]
-        return not course.patience or len(since) < course.patience
+        patient = not course.patience or len(since) < course.patience
+        return patient and progress.step < course.steps
 
     with bar:
-        goes_on = True
         if not progress.validation:
-            goes_on = validate()
-        while goes_on and progress.step < course.steps:
+            validate()
+        while goes_on():
             began = time.perf_counter()
             rows = course.rows(progress.step, count)
             own = rows[accelerator.process_index * share :][:share]
             losses = _step(model, optimizer, windows, own, course, progress.step, accelerator)
+            if not math.isfinite(losses["loss"]):
+                raise ValueError(
+                    f"{name}: the loss is not finite at step {progress.step + 1}; lower "
+                    f"distill.learning_rate={course.learning_rate} or distill.clip={course.clip}"
+                )
             progress.step += 1
             progress.seconds += time.perf_counter() - began
             progress.curve.append({"step": progress.step, **losses})
@@ -104,7 +133,7 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{losses['loss']:.4g}")
             if progress.step % course.validate_every == 0 or progress.step == course.steps:
-                goes_on = validate()
+                validate()
             if progress.step % course.checkpoint_every == 0 and accelerator.is_main_process:
                 save_progress(folder, job, progress, trained, best, optimizer)
     progress.done = True

@@ -30,6 +30,7 @@ class TaskSet:
         limit: only the first so many documents of each; None for all.
         batch_size: sequences of one forward pass.
         loaded: the harness's tasks and groups.
+        members: the tasks behind each name.
         manager: the harness's index of them.
         identity: hash of what determines the documents and prompts.
     """
@@ -38,6 +39,7 @@ class TaskSet:
     limit: int | None
     batch_size: int
     loaded: list[Any]
+    members: dict[str, list[str]]
     manager: Any
     identity: str
 
@@ -49,19 +51,22 @@ class ZeroShot:
     Attributes:
         metrics: of every task its metrics by name, and "METRIC_stderr" of each.
         scores: of every task the metric that counts, a number for every document in their order.
+        values: of every task or group that was asked for the metric that counts; of a group the
+            harness's own aggregate, or the mean over its tasks.
     """
 
     metrics: dict[str, dict[str, float]]
     scores: dict[str, list[float]]
+    values: dict[str, float]
 
     def value(self, task: str) -> float:
-        """The metric that counts."""
+        """The metric of a task that counts."""
         return self.metrics[task][headline(self.metrics[task])]
 
     @property
     def average(self) -> float:
-        """Mean of the metrics that count, each task counting the same."""
-        return sum(map(self.value, self.metrics)) / len(self.metrics)
+        """Mean over what was asked for, a group counting as much as a task."""
+        return sum(self.values.values()) / len(self.values)
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -100,6 +105,7 @@ def load_tasks(
         if not set(names) <= set(manager.all_tasks):
             manager = TaskManager(include_path=own)
     loaded: list[Any] = []
+    members: dict[str, list[str]] = {}
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -115,12 +121,21 @@ def load_tasks(
                 f"eval.tasks has {name!r}: its documents cannot be read ({reason}); tasks of the "
                 "hub need network, local ones files that are there (eval.include_path=FOLDER)"
             ) from error
-        loaded += list(found["groups"].values()) or list(found["tasks"].values())
+        for task, built in found["tasks"].items():
+            if built.get_config("output_type") == "loglikelihood_rolling":
+                raise ValueError(
+                    f"eval.tasks has {name!r}: {task} measures a text as a whole and has no score "
+                    "for a document; eval.perplexity=true does that"
+                )
+        group = found["groups"].get(name)
+        loaded += [group] if group is not None else list(found["tasks"].values())
+        members[name] = list(found["tasks"])
     return TaskSet(
         list(names),
         limit,
         batch_size,
         loaded,
+        members,
         manager,
         tasks_identity(names, include_path, limit),
     )
@@ -158,18 +173,28 @@ def zero_shot(
     for name, samples in found["samples"].items():
         metrics[name] = _plain(found["results"][name])
         counts = headline(metrics[name])
-        ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+        only = samples[0].get("filter")  # of several filters the first counts
+        ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
         scores[name] = [float(sample[counts]) for sample in ordered]
-    return ZeroShot(metrics, scores)
+    values = {}
+    for name, members in tasks.members.items():
+        whole = _plain(found["results"].get(name, {}))
+        own = [metrics[task][headline(metrics[task])] for task in members]
+        values[name] = whole[headline(whole)] if whole else sum(own) / len(own)
+    return ZeroShot(metrics, scores, values)
+
+
+def _document(sample: Mapping[str, Any]) -> int:
+    return sample["doc_id"]
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by plain names: "acc,none" -> "acc", "acc_stderr,none" -> "acc_stderr"."""
-    return {
-        key.partition(",")[0]: float(value)
-        for key, value in result.items()
-        if "," in key and isinstance(value, int | float)
-    }
+    """Metrics by plain names, of several filters the first: "acc_stderr,none" -> "acc_stderr"."""
+    plain: dict[str, float] = {}
+    for key, value in result.items():
+        if "," in key and isinstance(value, int | float):
+            plain.setdefault(key.partition(",")[0], float(value))
+    return plain
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
+import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from come.distill.apart import train_apart
@@ -18,15 +17,16 @@ from come.distill.base import Pair
 from come.distill.course import Course
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.progress import Progress
-from come.distill.trainer import train
+from come.distill.trainer import make_accelerator, train
 from come.merging.plan import Plan
 from come.merging.saving import save_model
 from come.models.adapter import ModelAdapter
 from come.models.loading import choose_device
+from come.pipeline.merge import sampling_key
 from come.pipeline.prepare import Job
 from come.result import DistillationResult
 from come.settings import Settings
-from come.text.generated import self_generated_windows
+from come.text.generated import cached, self_generated_windows
 from come.text.windows import TokenWindows
 from come.tracking.base import Trackers
 
@@ -42,14 +42,10 @@ def processes(settings: Settings) -> Accelerator:
         ValueError: several processes, and a job that cannot be shared between them.
     """
     distill = settings.distill
-    device = choose_device(settings.model.device).type
-    course = distill.course(device)
-    AcceleratorState._reset_state()  # an earlier job of this process may have had another precision
-    crew = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if course.precision == "bfloat16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
+    device = choose_device(settings.model.device)
+    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
+        torch.cuda.set_device(device)
+    crew = make_accelerator(device.type, distill.course(device.type).precision)
     count = crew.num_processes
     if count > 1 and (not distill.active or distill.distillation().apart):
         raise ValueError(
@@ -70,15 +66,19 @@ def distill(
     settings = job.settings.distill
     if not settings.active:
         return model, plan, None
+    settings.warn_unread()
     method, course = settings.distillation(), settings.course(model.device.type)
-    teacher = job.load().requires_grad_(False)
+    dtype = model.dtype
+    model.float()  # AdamW on weights of half precision loses its small steps
+    teacher = job.load(str(crew.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
             f"distill={settings.method}: no layer of the model stands for several, so there is "
             "nothing to train"
         )
-    text = job.training or _sampled(job, teacher, course)
+    with crew.main_process_first():  # the others find sampled text in the cache
+        text = job.training or _sampled(job, teacher, course)
     validation, training = text.windows.split(
         [settings.validation_samples, len(text.windows) - settings.validation_samples]
     )
@@ -109,7 +109,7 @@ def distill(
         progress = _together(found)
     else:
         objective = method.objective(pair)
-        memory = training_memory(objective, [teacher])
+        memory = training_memory(objective, [teacher] if method.uses_teacher else [])
         progress = train(
             objective,
             lambda rows: (training[rows],),
@@ -123,8 +123,9 @@ def distill(
             log=lambda losses: record("", losses),
         )
         method.settle(objective, pair)
-    result = _result(job, text, course, progress, memory, len(training))
-    del teacher
+    result = _result(job, text, course, progress, memory, len(training), crew)
+    model.to(dtype)
+    crew.free_memory()
     if crew.is_main_process:
         told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
         plan = replace(plan, provenance={**plan.provenance, "distillation": told})
@@ -133,20 +134,21 @@ def distill(
     return model.eval(), plan, result
 
 
-def clean(job: Job) -> None:
-    """Removes the checkpoints of a finished distillation."""
-    shutil.rmtree(job.folder / STATES, ignore_errors=True)
-
-
 def _sampled(job: Job, teacher: PreTrainedModel, course: Course) -> TokenWindows:
-    """Training text sampled from the dense model."""
-    settings = job.settings.distill
-    return self_generated_windows(
-        teacher,
-        num_samples=course.steps * course.batch_size + settings.validation_samples,
-        seq_len=settings.seq_len,
-        seed=settings.seed,
-        sampling=job.settings.calibration.sampling,
+    """Training text sampled from the dense model, once."""
+    settings, how = job.settings.distill, job.settings.calibration
+    count = course.steps * course.batch_size + settings.validation_samples
+    sizes = [count, settings.seq_len, settings.seed, how.keep]
+    return cached(
+        sampling_key(job, teacher, sizes),
+        lambda: self_generated_windows(
+            teacher,
+            num_samples=count,
+            seq_len=settings.seq_len,
+            seed=settings.seed,
+            sampling=how.sampling,
+            keep=how.keep,
+        ),
     )
 
 
@@ -176,6 +178,7 @@ def _result(
     progress: Progress,
     memory: TrainingMemory,
     windows: int,
+    crew: Accelerator,
 ) -> DistillationResult:
     settings = job.settings.distill
     a_step = course.batch_size * settings.seq_len
@@ -188,6 +191,7 @@ def _result(
         "validation_tokens": settings.validation_samples * settings.seq_len,
         "steps": progress.step,
         "best_step": progress.best_step,
+        "processes": crew.num_processes,
         "trained_parameters": memory.parameters,
         "weight_bytes": memory.weights,
         "gradient_bytes": memory.gradients,

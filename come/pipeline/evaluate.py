@@ -164,6 +164,7 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
         }
     return {
         "tasks": tasks,
+        "values": own.values,
         "average": own.average,
         "retention": own.average / reference.average,
     }

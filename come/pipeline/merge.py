@@ -6,9 +6,11 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -128,20 +130,26 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     return model, plan, job, compression
 
 
+def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
+    """What determines text that is sampled from the dense model, for the cache."""
+    return [
+        fingerprint(job.checkpoint),
+        str(model.dtype),
+        model.device.type,
+        str(job.settings.calibration.sampling),
+        *settings,
+        *(version(package) for package in ("torch", "transformers")),
+    ]
+
+
 def _with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     """The calibration windows, with those that are sampled from the model; each sampled once."""
     given, settings = job.calibration, job.settings.calibration
     if given is not None and not settings.continued:
         return given
-    key = [
-        fingerprint(job.checkpoint),
-        str(model.dtype),
-        model.device.type,
-        str(settings.sampling),
-        [settings.num_samples, settings.seq_len, settings.seed, settings.keep],
-        [given.hash if given else None, settings.continued, settings.begin],
-        [version(package) for package in ("torch", "transformers")],
-    ]
+    sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep]
+    continued = [given.hash if given else None, settings.continued, settings.begin]
+    key = sampling_key(job, model, [*sizes, *continued])
 
     def make() -> TokenWindows:
         if given is None:

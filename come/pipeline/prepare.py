@@ -55,13 +55,13 @@ class Job:
         settings = self.settings.model
         return settings.name if settings.name != "local" else self.checkpoint.name
 
-    def load(self) -> PreTrainedModel:
-        """The dense model."""
+    def load(self, device: str | None = None) -> PreTrainedModel:
+        """The dense model, on its own device or another."""
         model = self.settings.model
         return load_weights(
             self.checkpoint,
             dtype=model.dtype,
-            device=model.device,
+            device=device or model.device,
             trust_remote_code=model.trust_remote_code,
         )
 
@@ -107,6 +107,11 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 store=calibrating.store,
             ).boundary_bytes
     if settings.distill.active:
+        if plan is not None and plan.block != "layer":
+            raise ValueError(
+                f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
+                "layers, and distillation trains whole layers; take distill=none"
+            )
         _check_length("distill.seq_len", settings.distill.seq_len, shape)
     if settings.eval.speed:
         _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
@@ -122,17 +127,18 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
     calibration, held_out = None, None
-    calibrates = plan is None and not settings.calibration.self_generated
-    text = settings.calibration.text_source() if calibrates else None
+    known = None if settings.calibration.self_generated else settings.calibration.text_source()
+    text = known if plan is None else None
     held_out_text = settings.eval.text_source() if settings.eval.perplexity else None
     if held_out_text is not None:
         longest = getattr(shape.config, "max_position_embeddings", settings.eval.seq_len)
+        trained = settings.training_text if settings.distill.active else None
         held_out = evaluation_windows(
             tokenizer,
             held_out_text,
             seq_len=min(settings.eval.seq_len, longest),
             max_tokens=settings.eval.max_tokens,
-            calibration=text,
+            others=[source for source in (known, trained) if source is not None],
         )
     if text is not None:
         calibration = calibration_windows(

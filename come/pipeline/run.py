@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,9 @@ from come.job import PARTIAL_PLAN, finished_result, job_hash, write_result
 from come.merging.plan import Plan, tensors_path
 from come.merging.saving import PLAN
 from come.models.loading import load_weights
-from come.pipeline.distill import clean, distill, processes
+from come.pipeline.distill import STATES, distill, processes
 from come.pipeline.evaluate import evaluate_depths
-from come.pipeline.merge import calibration_result, merge, versions
+from come.pipeline.merge import COST, calibration_result, merge, versions
 from come.pipeline.prepare import Job, prepare
 from come.report.console import show
 from come.report.write import write_report
@@ -44,6 +45,7 @@ def run(settings: Settings, folder: Path) -> Result:
     finished = finished_result(folder, name)
     if finished is not None:
         log.info("job %s has finished before; remove its folder to run it again", name)
+        _tidy(folder, cast(Result, finished))
         show(cast(Result, finished), folder)
         return cast(Result, finished)
 
@@ -60,16 +62,21 @@ def run(settings: Settings, folder: Path) -> Result:
         result = _result(job, plan, compression, distillation, depths)
         for title, path in write_report(folder, result, plan).items():
             trackers.figure(title, path)
-    for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN)):
-        leftover.unlink(missing_ok=True)
     write_result(folder, cast(dict[str, Any], result))
-    clean(job)
-    if not settings.merge.keep:
-        for depth in depths[1:]:
-            for weights in (folder / depth["folder"]).glob("model*.safetensors"):
-                weights.unlink()
+    _tidy(folder, result)
     show(result, folder)
     return result
+
+
+def _tidy(folder: Path, result: Result) -> None:
+    """Removes what a finished job has no use for: partial plans, checkpoints, unwanted weights."""
+    for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN), folder / COST):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+    if not result["settings"]["merge"]["keep"]:
+        for depth in result["depths"][1:]:
+            for weights in (folder / depth["folder"]).glob("model*.safetensors"):
+                weights.unlink()
 
 
 def _follow(job: Job, crew: Accelerator) -> Result:

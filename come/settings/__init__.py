@@ -98,9 +98,10 @@ class Settings:
             load_plugin(path)
         choose_device(self.model.device)
         check_dtype(self.model.dtype)
-        if self.merge.plan is None and self.from_run is None:
-            self.calibration.check()
+        self.calibration.check()
         self.merge.check()
+        if self.from_run is not None:
+            self.merge.check_unused("from_run")
         self.distill.check()
         if self.distill.active:
             self._check_distill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,6 +11,8 @@ from come.distill.course import Course
 from come.settings.text import TextSettings
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class DistillSettings(TextSettings):
         return Course(steps=steps, precision=precision, **own)
 
     def check(self) -> None:
-        """Raises ValueError for a value out of range or one without effect."""
+        """Raises ValueError for a value out of range."""
         if not self.active:
             return
         self.distillation()
@@ -116,3 +119,21 @@ class DistillSettings(TextSettings):
                 f"distill.workers={self.workers} is for distill=come_mp; several processes of "
                 f"distill={self.method} are started by accelerate launch"
             )
+
+    def warn_unread(self) -> None:
+        """Says which settings the method does not read."""
+        taken = DISTILL.options(self.method)
+        keys = ("loss", "loss_weights", "temperature", "logit_weight", "train", "lora_rank")
+        unread = {key for key in (*keys, "gradient_checkpointing") if key not in taken}
+        if self.loss != "mix":
+            unread.add("loss_weights")
+        if "train" in taken and self.train != "lora":
+            unread.add("lora_rank")
+        default = DistillSettings()
+        for key in sorted(unread):
+            if getattr(self, key) != getattr(default, key):
+                log.warning(
+                    "distill.%s=%s has no effect with distill=%s%s",
+                    key, getattr(self, key), self.method,
+                    f" distill.loss={self.loss}" if key == "loss_weights" else "",
+                )  # fmt: skip

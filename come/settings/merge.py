@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from come.merging.recipe import Recipe
@@ -86,15 +87,21 @@ class MergeSettings:
             )
         if self.target_layers is not None and self.target_layers < 1:
             raise ValueError(f"merge.target_layers={self.target_layers}: must be at least 1")
-        default = MergeSettings()
-        for key in Recipe.__dataclass_fields__:
-            if self.plan is not None and getattr(self, key) != getattr(default, key):
-                raise ValueError(
-                    f"merge.{key}={getattr(self, key)} has no meaning with merge.plan, which holds "
-                    "every decision; use merge=from_plan and leave it out"
-                )
+        if self.plan is not None:
+            self.check_unused("merge.plan", but=("plan", "target_layers", "save_at", "sparsity"))
         if self.plan is not None and self.sparsity is not None:
             raise ValueError(
                 "merge.sparsity has no meaning with merge.plan; "
                 "merge.target_layers stops a plan early"
             )
+
+    def check_unused(self, reason: str, but: Sequence[str] = ()) -> None:
+        """Raises ValueError for a setting that has no meaning because of `reason`."""
+        default = MergeSettings()
+        for entry in fields(self):
+            key, value = entry.name, getattr(self, entry.name)
+            if key not in ("name", "keep", *but) and value != getattr(default, key):
+                raise ValueError(
+                    f"merge.{key}={value} has no meaning with {reason}, which holds every "
+                    "decision; leave it out"
+                )

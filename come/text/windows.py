@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +149,7 @@ def evaluation_windows(
     *,
     seq_len: int,
     max_tokens: int | None = None,
-    calibration: TextSource | None = None,
+    others: Sequence[TextSource] = (),
 ) -> TokenWindows:
     """Cuts held-out text, tokenised once, into consecutive windows that do not overlap.
 
@@ -157,12 +158,12 @@ def evaluation_windows(
         source: the corpus.
         seq_len: tokens of a window.
         max_tokens: only the first so many tokens; None for all.
-        calibration: the corpus that calibration uses, if there is one.
+        others: the corpora that calibration and training use.
 
     Raises:
         ValueError: the corpus cannot be read, or does not fill two windows.
     """
-    tokens = tokenize(tokenizer, _evaluation_text(source, calibration), special=True)
+    tokens = tokenize(tokenizer, _evaluation_text(source, *others), special=True)
     used = tokens[:max_tokens] if max_tokens else tokens
     available = len(used) // seq_len
     if available < 2:
@@ -188,6 +189,7 @@ def _splits(source: TextSource, other: TextSource | None) -> bool:
     return source.always_split or same
 
 
-def _evaluation_text(source: TextSource, calibration: TextSource | None) -> str:
+def _evaluation_text(source: TextSource, *others: TextSource) -> str:
     text = corpus_text(source)
-    return text_part(text, EVALUATION_PART) if _splits(source, calibration) else text
+    splits = source.always_split or any(_splits(source, other) for other in others)
+    return text_part(text, EVALUATION_PART) if splits else text
