@@ -34,7 +34,9 @@ def run(settings: Settings, folder: Path) -> Result:
 
     Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
     depth of `merge.save_at`; without weights where `merge.keep` is false), report.md with its
-    figures, and result.json, written last. An interrupted job goes on at its last finished merge.
+    figures, and result.json, written last. With a distillation `model/` is the trained model and
+    model-merged/ the one before. An interrupted job goes on at its last finished merge, or at the
+    last checkpoint of its training.
 
     Raises:
         ValueError: settings that do not fit each other, the model or the texts; before any
