@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-all bench lint format clean
+.PHONY: help run test test-slow test-all report bench lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ test-slow: $(READY)  ## the tests on the real model
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-all: test test-slow  ## all tests
+
+report: $(READY) ## tables and figure of a grid from what has finished (GRID=runs/grid-NAME)
+	$(BIN)/python -m come.report $(GRID) $(ARGS)
 
 bench: $(READY) ## seconds of a compression over seconds of a forward pass, and its memory
 	$(BIN)/python experiments/bench.py $(ARGS)

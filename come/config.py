@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -24,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from come.files import AXES, LISTING, write_text
 from come.job import job_hash
 from come.settings import Settings
+
+log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 INVALID = "invalid"  # the folder name of settings that do not pass their checks
@@ -60,8 +64,9 @@ class GridReport(Callback):
         """Adds the job to the list and makes the table and the figure anew."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        from come.report.grid import read_grid, write_grid  # plotting is slow to import
-
+        error = job_return._return_value if job_return.status == JobStatus.FAILED else None
+        if isinstance(error, Exception) and not isinstance(error, JobFailedError):
+            log.error("the job failed", exc_info=error)  # into its own log; the others go on
         folder = self._folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         entry = {
@@ -71,23 +76,23 @@ class GridReport(Callback):
         with open(folder / LISTING, "a") as file:
             file.write(json.dumps(entry) + "\n")
         write_text(folder / AXES, json.dumps({"x": self.x, "title": self.title}))
-        write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
+        self._write(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the table."""
+        """Prints the table, made once more: jobs of a parallel launcher end side by side."""
         folder = self._folder(config)
-        if (folder / "table.md").is_file():
-            print(f"\n{(folder / 'table.md').read_text()}\ntable and figure: {folder}")
+        if (folder / LISTING).is_file():
+            print(f"\n{self._write(folder)}\ntable and figure: {folder}")
+
+    def _write(self, folder: Path) -> str:
+        from come.report.grid import read_grid, write_grid  # plotting is slow to import
+
+        with FileLock(folder / ".lock"):
+            return write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
 
     def _folder(self, config: DictConfig) -> Path:
         name = config.hydra.runtime.choices.get("experiment") or "sweep"
         return Path(config.hydra.sweep.dir).absolute() / f"grid-{name}"
-
-
-def register() -> None:
-    """Makes the schema and the resolver of the job's hash known to Hydra."""
-    ConfigStore.instance().store(name="schema", node=Settings)
-    OmegaConf.register_new_resolver("job_hash", _job_hash, replace=True)
 
 
 def to_settings(config: DictConfig) -> Settings:
@@ -108,13 +113,13 @@ def main(run: Callable[[Settings, Path], Any]) -> int:
         The exit code: 0, or 1 after an error. In a sweep the other jobs finish first.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function whole
-    register()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             settings = to_settings(config)
+            settings.tracking.group = settings.tracking.group or _experiment()
             settings.check()
             run(settings, folder)
         except USER_ERRORS as error:
@@ -163,6 +168,17 @@ def _job_hash(*, _root_: DictConfig) -> str:
         return INVALID
 
 
+def _experiment() -> str | None:
+    """The experiment's name; a grid's jobs are one group for the trackers."""
+    name = HydraConfig.get().runtime.choices.get("experiment")
+    return str(name) if name else None
+
+
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+# Known to Hydra as soon as this module is, in the processes of parallel launchers too.
+ConfigStore.instance().store(name="schema", node=Settings)
+OmegaConf.register_new_resolver("job_hash", _job_hash, replace=True)

@@ -52,6 +52,7 @@ def job_hash(settings: Settings) -> str:
     merge = _without(asdict(settings.merge), ("name", "plan"))
     calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
     evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
+    evaluation["also"] = {name: text.max_tokens for name, text in settings.eval.also.items()}
     parts: dict[str, Any] = {
         "come": come.__version__,
         "model": _without(asdict(settings.model), _MODEL_KNOBS),
@@ -59,6 +60,7 @@ def job_hash(settings: Settings) -> str:
         "merge": merge,
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
+        "eval_also": {name: _text_identity(text) for name, text in settings.eval.also.items()},
     }
     if settings.eval.tasks:
         asked = settings.eval
@@ -68,7 +70,9 @@ def job_hash(settings: Settings) -> str:
     if settings.distill.active:
         own = _without(asdict(settings.distill), _DISTILL_KNOBS)
         parts["distill"] = own | {"text": _training_identity(settings)}
-    if settings.from_run is not None:
+    if not settings.merge.active:
+        parts["merge"] = None
+    elif settings.from_run is not None:
         parts["merge"] = [fingerprint(find_run(settings.from_run)), settings.merge.keep]
     elif settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash

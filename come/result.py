@@ -26,14 +26,27 @@ class PerplexityResult(TypedDict):
 
 
 class SpeedResult(TypedDict):
-    """Speed of one model: tokens/s of the median repetition, [slowest, fastest], over dense."""
+    """Speed and memory of one model, the dense one and it in turn.
+
+    prompt, generation: tokens/s of the median repetition.
+    prompt_spread, generation_spread: [slowest, fastest], tokens/s.
+    prompt_ratio, generation_ratio: tokens/s over the dense model's.
+    prompt_realised, generation_realised: share of the time saved over the share of layers removed;
+        1 where time falls as depth does, 0 for the dense model.
+    peak_bytes: its weights, and the most memory above them while it worked.
+    cache_bytes: keys and values of the prompt.
+    """
 
     prompt: float
     prompt_spread: list[float]
     prompt_ratio: float
+    prompt_realised: float
     generation: float
     generation_spread: list[float]
     generation_ratio: float
+    generation_realised: float
+    peak_bytes: int
+    cache_bytes: int
 
 
 class TaskResult(TypedDict):
@@ -83,6 +96,7 @@ class DepthResult(TypedDict):
     stage: dense, merged or distilled.
     folder: where it is saved, relative to the run's folder; "" for the dense model.
     perplexity, speed, zero_shot: None where they were not measured.
+    also: perplexity on the further texts of eval.also, by their names.
     continuations: greedy continuations of the report's prompts.
     """
 
@@ -92,6 +106,7 @@ class DepthResult(TypedDict):
     stage: str
     folder: str
     perplexity: PerplexityResult | None
+    also: dict[str, PerplexityResult]
     speed: SpeedResult | None
     zero_shot: ZeroShotResult | None
     continuations: list[str]
@@ -172,7 +187,7 @@ class Result(TypedDict):
     depths: the dense model and every merged one, deepest first.
     calibration: the merge's, of a given plan what it was made with; None if that is not known.
     distillation: None without.
-    eval_source: what the held-out text is.
+    eval_source: what the held-out text is; eval_also: and the further ones, by name.
     settings: the resolved settings.
     versions: of Python and the packages that matter.
     """
@@ -187,5 +202,6 @@ class Result(TypedDict):
     calibration: CalibrationResult | None
     distillation: DistillationResult | None
     eval_source: str
+    eval_also: dict[str, str]
     settings: dict[str, Any]
     versions: dict[str, str]

@@ -152,9 +152,8 @@ def stream(family, windows):
 
 @pytest.fixture
 def command(pico_folder, tmp_path):
-    environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-
     def start(*overrides, model=pico_folder):
+        environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         words = [f"model.path={model}", "model=local"] if model else []
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],

@@ -92,6 +92,9 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
         "distill.seq_len=32",
         "distill.validation_samples=2",
     ],
+    "ablation_small": ["merge.target_layers=21"],
+    "main": ["eval=perplexity", "calibration=pydocs", "merge.sparsity=0.01"],
+    "retention": ["merge.target_layers=20", "merge.save_at=[22]"],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
 }
 

@@ -49,7 +49,7 @@ def lines_of(tokenizer, windows):
 @pytest.mark.parametrize("source", ["file", "pydocs", "mmlu"])
 def test_calibration_and_held_out_text_are_disjoint(tokenizer, text_file, source):
     source = {"file": TextFile(str(text_file)), "pydocs": PyDocs(), "mmlu": MMLU()}[source]
-    drawn = draw(tokenizer, source, num_samples=60, seq_len=512, held_out=source)
+    drawn = draw(tokenizer, source, num_samples=60, seq_len=512, held_out=[source])
     held_out = evaluation_windows(tokenizer, source, seq_len=128, others=[source])
     seen, unseen = lines_of(tokenizer, drawn), lines_of(tokenizer, held_out)
     assert len(seen) > 20
@@ -63,7 +63,7 @@ def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_p
     other.write_text("\n".join([*lines[:500], "something of its own " * 5]))
     held_out = TextFile(str(other))
     drawn = draw(
-        tokenizer, TextFile(str(text_file)), num_samples=50, seq_len=512, held_out=held_out
+        tokenizer, TextFile(str(text_file)), num_samples=50, seq_len=512, held_out=[held_out]
     )
     assert drawn.removed_lines == 500
     assert not lines_of(tokenizer, drawn) & set(lines[:500])

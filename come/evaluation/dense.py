@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 import transformers
@@ -23,28 +23,31 @@ class Evaluation:
     """What is measured of one model alone.
 
     Attributes:
-        perplexity: on the held-out windows; None where it was not asked for.
+        perplexity: on every held-out text, by name.
         continuations: of the report's prompts, in order.
         zero_shot: on the tasks; None where there are none.
     """
 
-    perplexity: Perplexity | None
-    continuations: list[str]
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    continuations: list[str] = field(default_factory=list)
     zero_shot: ZeroShot | None = None
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    windows: TokenWindows | None,
+    texts: Mapping[str, TokenWindows],
     tasks: TaskSet | None = None,
     *,
     batch_tokens: int,
     new_tokens: int,
 ) -> Evaluation:
-    """Perplexity on `windows` and the tasks, if any, and continuations of `new_tokens` tokens."""
+    """Perplexity on the texts, the tasks, if any, and continuations of `new_tokens` tokens."""
     return Evaluation(
-        perplexity(model, windows.windows, batch_tokens=batch_tokens) if windows else None,
+        {
+            name: perplexity(model, text.windows, batch_tokens=batch_tokens)
+            for name, text in texts.items()
+        },
         continuations(model, tokenizer, new_tokens=new_tokens) if new_tokens else [],
         zero_shot(model, tokenizer, tasks) if tasks else None,
     )
@@ -53,7 +56,7 @@ def evaluate(
 def evaluate_dense(
     load: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    windows: TokenWindows | None,
+    texts: Mapping[str, TokenWindows],
     tasks: TaskSet | None = None,
     *,
     fingerprint: str,
@@ -67,7 +70,7 @@ def evaluate_dense(
     Args:
         load: loads the dense model; called only if something must be measured.
         tokenizer: its tokenizer.
-        windows: held-out windows.
+        texts: held-out windows by name.
         tasks: zero-shot tasks.
         fingerprint: of the dense model's files.
         dtype: dtype that it runs in.
@@ -75,13 +78,13 @@ def evaluate_dense(
         batch_tokens: tokens of one forward pass.
         new_tokens: tokens of a continuation.
     """
-    if windows is None and not new_tokens and tasks is None:
-        return Evaluation(None, [])
+    if not (texts or new_tokens or tasks):
+        return Evaluation()
     key = json.dumps(
         [
             fingerprint,
             str(dtype),
-            windows.hash if windows else None,
+            {name: text.hash for name, text in texts.items()},
             [PROMPTS, new_tokens],
             device.type,
             [torch.__version__, transformers.__version__],
@@ -92,21 +95,15 @@ def evaluate_dense(
     path = cache_folder() / "evaluations" / f"{name}.json"
     if path.is_file():
         data = json.loads(path.read_text())
-        found = data["perplexity"]
-        if found:
-            found = Perplexity(tuple(found["nll"]), found["tokens"], found["predicted"])
+        found = {
+            name: Perplexity(tuple(text["nll"]), text["tokens"], text["predicted"])
+            for name, text in data["perplexity"].items()
+        }
         tasks_found = ZeroShot(**data["zero_shot"]) if data["zero_shot"] else None
         return Evaluation(found, data["continuations"], tasks_found)
     evaluation = evaluate(
-        load(), tokenizer, windows, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens
+        load(), tokenizer, texts, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = evaluation.perplexity
-    data = {
-        "perplexity": found
-        and {"nll": found.nll, "tokens": found.tokens, "predicted": found.predicted},
-        "continuations": evaluation.continuations,
-        "zero_shot": asdict(evaluation.zero_shot) if evaluation.zero_shot else None,
-    }
-    write_text(path, json.dumps(data))
+    write_text(path, json.dumps(asdict(evaluation)))
     return evaluation

@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from come.memory import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speed:
-    """Prompt processing and generation of one model."""
+    """Prompt processing and generation of one model.
+
+    Attributes:
+        prompt: processing of the prompt.
+        generation: greedy generation.
+        peak_bytes: the model's weights, and the most memory above them while it worked; on the CPU
+            of the resident set, without memory that earlier turns have left with the process.
+        cache_bytes: keys and values of the prompt.
+    """
 
     prompt: Timing
     generation: Timing
+    peak_bytes: int
+    cache_bytes: int
 
 
 @torch.inference_mode()
@@ -68,6 +81,8 @@ def compare_speed(
         progress: whether to show a progress bar.
     """
     found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}
+    caches: dict[str, int] = {}
+    peaks = dict.fromkeys(models, 0)
     with tqdm(
         total=(repeats + 1) * len(models),
         desc="speed",
@@ -78,23 +93,35 @@ def compare_speed(
     ) as bar:
         for repeat in range(repeats + 1):
             for label, model in models.items():
-                prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
-                generation = _seconds(model, partial(_generate, model, batch, new_tokens))
+                with PeakMemory(_device(model)) as memory:
+                    prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
+                    generation = _seconds(model, partial(_generate, model, batch, new_tokens))
+                peaks[label] = max(peaks[label], memory.peak)
                 if repeat:
                     found[label]["prompt"].append(prompt)
                     found[label]["generation"].append(generation)
+                else:
+                    caches[label] = _cache_bytes(model, prompt_tokens)
                 bar.update()
     return {
         label: Speed(
             Timing(prompt_tokens, tuple(times["prompt"])),
             Timing(new_tokens * batch, tuple(times["generation"])),
+            peaks[label] + models[label].get_memory_footprint(),
+            caches[label],
         )
         for label, times in found.items()
     }
 
 
-def _prompt(model: PreTrainedModel, tokens: int) -> None:
-    model(input_ids=_probe(model, 1, tokens), use_cache=True, logits_to_keep=1)
+def _prompt(model: PreTrainedModel, tokens: int) -> Any:
+    return model(input_ids=_probe(model, 1, tokens), use_cache=True, logits_to_keep=1)
+
+
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of keys and values behind a prompt."""
+    layers = _prompt(model, tokens).past_key_values.layers
+    return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
 def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
@@ -109,13 +136,17 @@ def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
 
 
 def _probe(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
     limit = min(10_000, model.config.vocab_size)
-    return (torch.arange(batch * length, device=device) * 37 % limit).view(batch, length)
+    ids = torch.arange(batch * length, device=_device(model)) * 37 % limit
+    return ids.view(batch, length)
 
 
-def _seconds(model: PreTrainedModel, work: Callable[[], None]) -> float:
-    cuda = model.get_input_embeddings().weight.is_cuda
+def _device(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _seconds(model: PreTrainedModel, work: Callable[[], object]) -> float:
+    cuda = _device(model).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()

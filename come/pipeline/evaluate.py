@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from come.evaluation.dense import Evaluation, evaluate, evaluate_dense
 from come.evaluation.paired import paired_difference
+from come.evaluation.perplexity import Perplexity
 from come.evaluation.speed import Speed, compare_speed
 from come.evaluation.zero_shot import headline
 from come.merging.plan import Plan
 from come.models.checkpoint import fingerprint
 from come.models.loading import load_weights
 from come.pipeline.prepare import Job
-from come.result import DepthResult, TaskResult, ZeroShotResult
+from come.result import DepthResult, PerplexityResult, SpeedResult, TaskResult, ZeroShotResult
 from come.tracking.base import Trackers
 
 
@@ -25,15 +25,8 @@ def evaluate_depths(
     """Measures the dense model and every saved depth; the dense one comes first."""
     settings = job.settings.eval
     batch_tokens, new_tokens = settings.batch_tokens, settings.continuation_tokens
-    saved = [
-        (depth, "merged", f"model-{depth}")
-        for depth in sorted(job.settings.merge.save_at, reverse=True)
-        if depth != job.target
-    ]
-    saved.append((job.target, "merged", job.merged))
-    if job.settings.distill.active:
-        saved.append((job.target, "distilled", "model"))
-    dense_model: list[PreTrainedModel] = []
+    saved = _saved(job)
+    dense_model: list[PreTrainedModel] = [] if saved else [model]
 
     def load_dense() -> PreTrainedModel:
         if not dense_model:
@@ -53,8 +46,9 @@ def evaluate_depths(
     )
     speeds: dict[str, Speed] = {}
     if settings.speed:
+        compared = {"dense": load_dense(), "model": model} if saved else {"dense": model}
         speeds = compare_speed(
-            {"dense": load_dense(), "model": model},
+            compared,
             prompt_tokens=settings.prompt_tokens,
             new_tokens=settings.new_tokens,
             batch=settings.speed_batch,
@@ -95,6 +89,21 @@ def evaluate_depths(
     return results
 
 
+def _saved(job: Job) -> list[tuple[int, str, str]]:
+    """Depth, stage and folder of every model that the job left."""
+    if not job.settings.merge.active:
+        return []
+    saved = [
+        (depth, "merged", f"model-{depth}")
+        for depth in sorted(job.settings.merge.save_at, reverse=True)
+        if depth != job.target
+    ]
+    saved.append((job.target, "merged", job.merged))
+    if job.settings.distill.active:
+        saved.append((job.target, "distilled", "model"))
+    return saved
+
+
 def _depth(
     job: Job,
     layers: int,
@@ -103,9 +112,11 @@ def _depth(
     dense: Evaluation,
     speeds: dict[str, Speed],
 ) -> DepthResult:
-    block = job.plan.block if job.plan else job.settings.merge.recipe().block
     stage, folder = place
-    removed = (job.shape.num_layers - layers) * job.shape.block_parameters[block]
+    gone, removed = job.shape.num_layers - layers, 0
+    if gone:
+        block = job.plan.block if job.plan else job.settings.merge.recipe().block
+        removed = gone * job.shape.block_parameters[block]
     result: DepthResult = {
         "layers": layers,
         "parameters": job.shape.parameters - removed,
@@ -113,34 +124,54 @@ def _depth(
         "stage": stage,
         "folder": folder,
         "perplexity": None,
+        "also": {},
         "speed": None,
         "zero_shot": _zero_shot(found, dense),
         "continuations": found.continuations,
     }
-    if found.perplexity is not None and dense.perplexity is not None:
-        assert job.held_out is not None
-        own, ratio = found.perplexity.interval, found.perplexity.ratio_to(dense.perplexity)
-        result["perplexity"] = {
-            **asdict(own),  # type: ignore[typeddict-item]
-            "ratio": ratio.value,
-            "ratio_low": ratio.low,
-            "ratio_high": ratio.high,
-            "tokens": found.perplexity.tokens,
-            "windows": len(found.perplexity.nll),
-            "nll": list(found.perplexity.nll),
-        }
+    for name, own in found.perplexity.items():
+        on_text = _perplexity(own, dense.perplexity[name])
+        if name:
+            result["also"][name] = on_text
+        else:
+            result["perplexity"] = on_text
     speed, reference = speeds.get(folder or "dense"), speeds.get("dense")
     if speed is not None and reference is not None:
-        result["speed"] = {
-            "prompt": speed.prompt.tokens_per_second,
-            "prompt_spread": list(speed.prompt.spread),
-            "prompt_ratio": speed.prompt.tokens_per_second / reference.prompt.tokens_per_second,
-            "generation": speed.generation.tokens_per_second,
-            "generation_spread": list(speed.generation.spread),
-            "generation_ratio": speed.generation.tokens_per_second
-            / reference.generation.tokens_per_second,
-        }
+        result["speed"] = _speed(speed, reference, gone / job.shape.num_layers)
     return result
+
+
+def _perplexity(own: Perplexity, dense: Perplexity) -> PerplexityResult:
+    interval, ratio = own.interval, own.ratio_to(dense)
+    return {
+        "value": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "ratio": ratio.value,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "tokens": own.tokens,
+        "windows": len(own.nll),
+        "nll": list(own.nll),
+    }
+
+
+def _speed(own: Speed, dense: Speed, gone: float) -> SpeedResult:
+    """The speeds against the dense model's; `gone` is the share of the layers removed."""
+    prompt = own.prompt.tokens_per_second / dense.prompt.tokens_per_second
+    generation = own.generation.tokens_per_second / dense.generation.tokens_per_second
+    return {
+        "prompt": own.prompt.tokens_per_second,
+        "prompt_spread": list(own.prompt.spread),
+        "prompt_ratio": prompt,
+        "prompt_realised": (1 - 1 / prompt) / gone if gone else 0.0,
+        "generation": own.generation.tokens_per_second,
+        "generation_spread": list(own.generation.spread),
+        "generation_ratio": generation,
+        "generation_realised": (1 - 1 / generation) / gone if gone else 0.0,
+        "peak_bytes": own.peak_bytes,
+        "cache_bytes": own.cache_bytes,
+    }
 
 
 def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
@@ -181,6 +212,8 @@ def _log_depth(trackers: Trackers, result: DepthResult) -> None:
         metrics |= {
             f"eval/perplexity_{k}": v for k, v in result["perplexity"].items() if k != "nll"
         }
+    for name, found in result["also"].items():
+        metrics |= {f"eval/{name}_perplexity_{k}": v for k, v in found.items() if k != "nll"}
     if result["speed"]:
         metrics |= {f"eval/speed_{k}": v for k, v in result["speed"].items() if "spread" not in k}
     if result["zero_shot"]:

@@ -45,9 +45,12 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     """Loads the dense model, merges it in place and saves it at every depth asked for.
 
     A merged model that is there already is loaded: that of `from_run`, or, where a distillation
-    follows, the one that an earlier session of the job has finished.
+    follows, the one that an earlier session of the job has finished. With `merge=none` the dense
+    model comes back as it is.
     """
     merged = job.folder / job.merged
+    if not job.settings.merge.active:
+        return _unmerged(job)
     if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
         return _load_merged(job, job.start or merged)
     settings, method = job.settings, job.settings.merge
@@ -173,19 +176,31 @@ def _with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     return cached(key, make)
 
 
-def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
-    """A model that was merged before, with its plan, and what merging it cost if this job did."""
-    model = load_weights(folder, dtype=job.settings.model.dtype, device=job.settings.model.device)
-    plan, cost = Plan.load(folder / PLAN), job.folder / COST
-    log.info("merged before, %d layers: %s", plan.num_layers, folder)
-    compression: CompressionResult = {
+def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """The dense model, and a plan that does nothing."""
+    model = job.load()
+    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    plan = Plan(base, "none", "none", provenance={"job": job.hash, "method": "none"})
+    return model, plan, job, _no_cost(job)
+
+
+def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
+    return {
         "seconds": 0.0,
         "peak_bytes": 0,
         "weight_bytes": job.shape.weight_bytes,
         "boundary_bytes": 0,
         "layer_passes": 0.0,
-        "resumed_at": len(plan.steps),
+        "resumed_at": merges,
     }
+
+
+def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """A model that was merged before, with its plan, and what merging it cost if this job did."""
+    model = load_weights(folder, dtype=job.settings.model.dtype, device=job.settings.model.device)
+    plan, cost = Plan.load(folder / PLAN), job.folder / COST
+    log.info("merged before, %d layers: %s", plan.num_layers, folder)
+    compression = _no_cost(job, len(plan.steps))
     if job.start is None and cost.is_file():
         compression = json.loads(cost.read_text())
     if job.start is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +39,8 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan | None
     calibration: TokenWindows | None
-    held_out: TokenWindows | None
+    held_out: dict[str, TokenWindows] = field(default_factory=dict)
+    """Texts that perplexity is measured on; the main one is named ""."""
     training: TokenWindows | None = None
     tasks: TaskSet | None = None
     start: Path | None = None
@@ -80,6 +82,22 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
     )
     merge = settings.merge
+    if not merge.active:
+        check_folder(folder, 0)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
+        return Job(
+            settings,
+            folder,
+            name,
+            checkpoint,
+            shape,
+            shape.num_layers,
+            tokenizer,
+            plan=None,
+            calibration=None,
+            held_out=_held_out(settings, shape, tokenizer, []),
+            tasks=_tasks(settings),
+        )
     start = find_run(settings.from_run) if settings.from_run is not None else None
     given = str(start / PLAN) if start else merge.plan
     plan = Plan.load(Path(given)) if given is not None else None
@@ -113,9 +131,6 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 "layers, and distillation trains whole layers; take distill=none"
             )
         _check_length("distill.seq_len", settings.distill.seq_len, shape)
-    if settings.eval.speed:
-        _check_length("eval.prompt_tokens", settings.eval.prompt_tokens, shape)
-        _check_length("eval.new_tokens + 16", settings.eval.new_tokens + 16, shape)
     check_folder(folder, needed)
     for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
@@ -126,20 +141,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         check_replaceable(folder / output, PLAN)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
-    calibration, held_out = None, None
+    calibration = None
     known = None if settings.calibration.self_generated else settings.calibration.text_source()
     text = known if plan is None else None
-    held_out_text = settings.eval.text_source() if settings.eval.perplexity else None
-    if held_out_text is not None:
-        longest = getattr(shape.config, "max_position_embeddings", settings.eval.seq_len)
-        trained = settings.training_text if settings.distill.active else None
-        held_out = evaluation_windows(
-            tokenizer,
-            held_out_text,
-            seq_len=min(settings.eval.seq_len, longest),
-            max_tokens=settings.eval.max_tokens,
-            others=[source for source in (known, trained) if source is not None],
-        )
+    trained = settings.training_text if settings.distill.active else None
+    others = [source for source in (known, trained) if source is not None]
+    held_out = _held_out(settings, shape, tokenizer, others)
     if text is not None:
         calibration = calibration_windows(
             tokenizer,
@@ -147,7 +154,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             num_samples=settings.calibration.num_samples,
             seq_len=settings.calibration.seq_len,
             seed=settings.calibration.seed,
-            held_out=held_out_text,
+            held_out=list(settings.eval.texts().values()),
         )
         log.info(
             "calibration: %s, %d tokens in hand, %d asked for%s",
@@ -169,7 +176,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         plan,
         calibration,
         held_out,
-        _training(settings, tokenizer, held_out_text),
+        _training(settings, tokenizer),
         _tasks(settings),
         start,
     )
@@ -187,9 +194,31 @@ def _tasks(settings: Settings) -> TaskSet | None:
     )
 
 
-def _training(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, held_out: TextSource | None
-) -> TokenWindows | None:
+def _held_out(
+    settings: Settings,
+    shape: ModelShape,
+    tokenizer: PreTrainedTokenizerBase,
+    others: Sequence[TextSource],
+) -> dict[str, TokenWindows]:
+    """The texts that perplexity is measured on, apart from the others; the main one is ""."""
+    chosen = settings.eval
+    if chosen.speed:
+        _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
+        _check_length("eval.new_tokens + 16", chosen.new_tokens + 16, shape)
+    longest = getattr(shape.config, "max_position_embeddings", chosen.seq_len)
+    return {
+        name: evaluation_windows(
+            tokenizer,
+            text,
+            seq_len=min(chosen.seq_len, longest),
+            max_tokens=chosen.also[name].max_tokens if name else chosen.max_tokens,
+            others=others,
+        )
+        for name, text in chosen.texts().items()
+    }
+
+
+def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWindows | None:
     """Training windows, disjoint from the held-out text; None without, or where they are sampled.
 
     Raises:
@@ -206,7 +235,7 @@ def _training(
         num_samples=wanted,
         seq_len=distill.seq_len,
         seed=distill.seed,
-        held_out=held_out,
+        held_out=list(settings.eval.texts().values()),
         at_most=True,
     )
     left = len(found.windows) - distill.validation_samples

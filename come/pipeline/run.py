@@ -92,23 +92,32 @@ def _follow(job: Job, crew: Accelerator) -> Result:
 
 def _trackers(job: Job) -> Trackers:
     trackers: list[Any] = [JSONL(job.folder / "metrics.jsonl")]
-    tracking = job.settings.tracking
+    tracking, merge, distill = job.settings.tracking, job.settings.merge, job.settings.distill
+    group = tracking.group or f"{job.label}-{merge.name}"
+    common: dict[str, Any] = {
+        "run_id": job.hash,
+        "project": tracking.project,
+        "config": asdict(job.settings),
+    }
     if tracking.backend == "wandb":
         from come.tracking.wandb import WandB
 
-        merge = job.settings.merge
+        tags = [job.label, merge.name, f"m={merge.m}", f"{job.target} layers"]
+        kind = "distill" if distill.active else "compress" if merge.active else "evaluate"
         trackers.append(
             WandB(
                 job.folder,
-                run_id=job.hash,
-                project=tracking.project,
-                group=tracking.group or f"{job.label}-{merge.name}",
-                job_type="compress",
+                group=group,
+                job_type=kind,
                 mode=tracking.mode,
-                tags=[job.label, merge.name, f"m={merge.m}", f"{job.target} layers"],
-                config=asdict(job.settings),
+                tags=[*tags, distill.method] if distill.active else tags,
+                **common,
             )
         )
+    elif tracking.backend == "trackio":
+        from come.tracking.trackio import Trackio
+
+        trackers.append(Trackio(group=group, **common))
     return Trackers(*trackers)
 
 
@@ -129,7 +138,8 @@ def _result(
         "compression": compression,
         "calibration": calibration_result(job) or plan.provenance.get("calibration"),
         "distillation": distillation,
-        "eval_source": job.held_out.source if job.held_out else "",
+        "eval_source": job.held_out[""].source if job.held_out else "",
+        "eval_also": {name: text.source for name, text in job.held_out.items() if name},
         "settings": asdict(job.settings),
         "versions": versions(),
     }

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from come.files import AXES, LISTING
-from come.report.grid import PARAMETERS, read_grid, write_grid
+from come.report.grid import read_grid, write_grid
+from come.report.points import PARAMETERS
 
 
 def main() -> int:

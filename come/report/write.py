@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from come.cost import megabytes
 from come.distill.base import DISTILL
 from come.evaluation.continuations import PROMPTS
 from come.files import write_text
@@ -17,6 +18,14 @@ from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
 from come.result import DepthResult, Result
 
+_SPEED_COLUMNS = (
+    "prompt, tokens/s",
+    "x dense (of the ideal)",
+    "generation, tokens/s",
+    "x dense (of the ideal)",
+    "peak memory",
+    "keys and values",
+)
 CAPTIONS = {
     "puzzle": "Which original layers, and how many units of each, make up every new layer.",
     "influence": "Score of every eligible group and block influence of every layer, step by step.",
@@ -29,7 +38,7 @@ def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     figures = draw_all(folder, result, plan)
     lines = [f"# {result['model']}, {result['method']}", "", *_table(result), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
-    lines += _tasks(result["depths"])
+    lines += [*_further_texts(result), *_speed(result["depths"]), *_tasks(result["depths"])]
     lines += ["", "Merge history (original layers behind every layer):", ""]
     lines += [f"`{result['merge_history']}`", ""]
     for name, path in figures.items():
@@ -49,6 +58,77 @@ def _table(result: Result) -> list[str]:
         f"|{'---:|' * len(COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in table_rows(result)),
     ]
+
+
+def _further_texts(result: Result) -> list[str]:
+    """Perplexity on the texts of eval.also."""
+    if not result["eval_also"]:
+        return []
+    lines = ["", "## Further texts", ""]
+    lines += ["| layers | text | perplexity [95%] | x dense [95%] |", "|---:|---|---:|---:|"]
+    for depth in result["depths"]:
+        for name, found in depth["also"].items():
+            value = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            ratio = f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}]"
+            shown = ratio if depth["folder"] else ""
+            lines.append(f"| {_place(depth)} | {name} | {value} | {shown} |")
+    sources = [
+        f"- {name}: {found['tokens']} tokens in {found['windows']} windows of "
+        f"{result['eval_also'][name]}"
+        for name, found in result["depths"][0]["also"].items()
+    ]
+    return [*lines, "", *sources]
+
+
+def _speed(depths: list[DepthResult]) -> list[str]:
+    """Speed and memory of the models that were timed."""
+    if depths[0]["speed"] is None:
+        return []
+    lines = [
+        "",
+        "## Speed and memory",
+        "",
+        f"| layers | {' | '.join(_SPEED_COLUMNS)} |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for depth in depths:
+        if (found := depth["speed"]) is None:
+            continue
+        cells = [_place(depth)]
+        for value, spread, ratio, realised in (
+            (
+                found["prompt"],
+                found["prompt_spread"],
+                found["prompt_ratio"],
+                found["prompt_realised"],
+            ),
+            (
+                found["generation"],
+                found["generation_spread"],
+                found["generation_ratio"],
+                found["generation_realised"],
+            ),
+        ):
+            cells.append(f"{value:.1f} [{spread[0]:.1f}, {spread[1]:.1f}]")
+            cells.append(f"{ratio:.2f} ({realised:.0%})" if depth["folder"] else "")
+        cells += [megabytes(found["peak_bytes"]), f"{found['cache_bytes'] / 2**20:.1f} MiB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Medians [slowest, fastest], dense and compressed in turn. Of the ideal: share of the time "
+        "saved over share of the layers removed. Memory: weights, and the most above them while "
+        "working.",
+    ]
+
+
+def _place(depth: DepthResult) -> str:
+    """Layers, and the stage where two models of a depth stand side by side."""
+    return (
+        f"{depth['layers']} {depth['stage']}"
+        if depth["stage"] == "distilled"
+        else str(depth["layers"])
+    )
 
 
 def _tasks(depths: list[DepthResult]) -> list[str]:

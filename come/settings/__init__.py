@@ -19,6 +19,7 @@ from come.text.generated import SOURCE as SELF_GENERATED
 # ruff: noqa: UP045
 
 DEFAULT_SPARSITY = 0.10
+BACKENDS = ("none", "wandb", "trackio")
 
 
 @dataclass
@@ -47,8 +48,8 @@ class TrackingSettings:
     """`tracking`: what is written besides metrics.jsonl.
 
     Attributes:
-        backend: none or wandb.
-        mode: online or offline.
+        backend: none, wandb, or trackio (local, no account).
+        mode: online or offline; of wandb.
         project: project name.
         group: name of the grid; null for "model-merge".
     """
@@ -60,12 +61,17 @@ class TrackingSettings:
 
     def check(self) -> None:
         """Raises ValueError for an unknown backend or mode, or a missing package."""
-        if self.backend not in ("none", "wandb"):
-            raise ValueError(f"tracking.backend={self.backend!r}: allowed are none, wandb")
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"tracking.backend={self.backend!r}: allowed are {', '.join(BACKENDS)}"
+            )
         if self.mode not in ("online", "offline"):
             raise ValueError(f"tracking.mode={self.mode!r}: allowed are online, offline")
-        if self.backend == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise ValueError("tracking=wandb needs the package wandb: pip install wandb")
+        if self.backend != "none" and importlib.util.find_spec(self.backend) is None:
+            raise ValueError(
+                f"tracking={self.backend} needs the package {self.backend}: "
+                f"pip install {self.backend}"
+            )
 
 
 @dataclass
@@ -102,6 +108,11 @@ class Settings:
         self.merge.check()
         if self.from_run is not None:
             self.merge.check_unused("from_run")
+        if self.distill.active and not self.merge.active:
+            raise ValueError(
+                f"distill={self.distill.method} trains merged layers, and merge=none makes none; "
+                "choose a merge, or start from a finished run with from_run=FOLDER"
+            )
         self.distill.check()
         if self.distill.active:
             self._check_distill()

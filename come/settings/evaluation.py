@@ -6,17 +6,32 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from come.settings.text import TextSettings
+from come.text.base import TextSource
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
 
 
 @dataclass
+class FurtherText(TextSettings):
+    """A text of `eval.also`.
+
+    Attributes:
+        max_tokens: only the first so many tokens; null for all.
+    """
+
+    max_tokens: Optional[int] = None
+
+
+@dataclass
 class EvalSettings(TextSettings):
     """`eval`: what is measured of the dense and the merged model.
 
+    The text of its own is what tables quote; `also` names others.
+
     Attributes:
         name: label.
+        also: further texts by name, for perplexity too.
         perplexity: whether to measure perplexity.
         seq_len: tokens of a window; cut to the model's maximum.
         max_tokens: only the first so many tokens of the text; null for all.
@@ -34,6 +49,7 @@ class EvalSettings(TextSettings):
     """
 
     name: str = "perplexity"
+    also: dict[str, FurtherText] = field(default_factory=dict)
     perplexity: bool = True
     seq_len: int = 2048
     max_tokens: Optional[int] = None
@@ -61,8 +77,11 @@ class EvalSettings(TextSettings):
         ):
             if getattr(self, key) < 1:
                 raise ValueError(f"eval.{key}={getattr(self, key)}: must be at least 1")
-        if self.max_tokens is not None and self.max_tokens < 4:
-            raise ValueError(f"eval.max_tokens={self.max_tokens}: two windows of 2 tokens at least")
+        limits = {"eval.max_tokens": self.max_tokens}
+        limits |= {f"eval.also.{name}.max_tokens": t.max_tokens for name, t in self.also.items()}
+        for key, limit in limits.items():
+            if limit is not None and limit < 4:
+                raise ValueError(f"{key}={limit}: two windows of 2 tokens at least")
         if self.repeats < 1 or self.continuation_tokens < 0 or self.seq_len < 2:
             raise ValueError(
                 f"eval.repeats={self.repeats} and eval.seq_len={self.seq_len} must be at least 1 "
@@ -72,5 +91,20 @@ class EvalSettings(TextSettings):
             raise ValueError(f"eval.limit={self.limit}: must be at least 1, or null for all")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"eval.tasks={list(self.tasks)}: a task stands there twice")
-        if self.perplexity:
-            self.text_source().check()
+        if self.also and not self.perplexity:
+            raise ValueError(
+                f"eval.also has {', '.join(self.also)}, and eval.perplexity=false measures none"
+            )
+        for text in self.texts().values():
+            text.check()
+
+    def texts(self) -> dict[str, TextSource]:
+        """The texts that perplexity is measured on, not read yet; the one of its own is "".
+
+        Raises:
+            ValueError: an unknown source, or a setting that the source needs is missing.
+        """
+        if not self.perplexity:
+            return {}
+        own = {"": self.text_source()}
+        return own | {name: text.text_source() for name, text in self.also.items()}

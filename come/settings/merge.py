@@ -55,6 +55,11 @@ class MergeSettings:
     plan: Optional[str] = None
     keep: bool = True
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is merged; `merge=none` measures a model as it is."""
+        return self.operator != "none"
+
     def recipe(self) -> Recipe:
         """The method.
 
@@ -66,6 +71,9 @@ class MergeSettings:
 
     def check(self) -> None:
         """Raises ValueError for rules that need no model."""
+        if not self.active:
+            self.check_unused("merge=none", but=("operator",))
+            return
         self.recipe()
         if self.name == "from_plan" and self.plan is None:
             raise ValueError("merge=from_plan needs the plan to apply: merge.plan=FILE")
@@ -102,6 +110,6 @@ class MergeSettings:
             key, value = entry.name, getattr(self, entry.name)
             if key not in ("name", "keep", *but) and value != getattr(default, key):
                 raise ValueError(
-                    f"merge.{key}={value} has no meaning with {reason}, which holds every "
-                    "decision; leave it out"
+                    f"merge.{key}={value} has no meaning with {reason}, where no merge is left to "
+                    "decide; leave it out"
                 )

@@ -16,7 +16,8 @@ from come.text.base import TextSource
 CALIBRATION_PART = (0.0, 0.6)
 EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
 _POOL_CHARS = 2_000_000
-_POOL_CHARS_PER_TOKEN = 16
+_CHARS_PER_TOKEN = 16  # more than any tokenizer's
+_EVALUATION_CHARS = 20_000_000
 _DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
 
 
@@ -98,15 +99,15 @@ def calibration_windows(
     num_samples: int,
     seq_len: int,
     seed: int = 0,
-    held_out: TextSource | None = None,
+    held_out: Sequence[TextSource] = (),
     at_most: bool = False,
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
     The corpus is tokenised as one stream without special tokens and cut into windows that do not
-    overlap, of which `num_samples` are drawn without replacement. Where both texts come from the
-    same corpus, calibration takes its first 60% and the held-out text its last 20%; lines that
-    still stand in both are left out of the calibration text.
+    overlap, of which `num_samples` are drawn without replacement. Where a held-out text comes
+    from the same corpus, calibration takes its first 60% and the held-out text its last 20%; lines
+    that still stand in both are left out of the calibration text.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -115,19 +116,20 @@ def calibration_windows(
         num_samples: how many windows.
         seq_len: tokens of a window.
         seed: seeds the draw.
-        held_out: the evaluation text's corpus, if there is one.
+        held_out: the corpora of the evaluation texts.
         at_most: whether fewer windows will do, all that there are.
 
     Raises:
         ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
     """
     asked = num_samples * seq_len
-    text = corpus_text(source, max(_POOL_CHARS, _POOL_CHARS_PER_TOKEN * asked))
-    if _splits(source, held_out):
+    text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked))
+    if source.always_split or any(_same(source, other) for other in held_out):
         text = text_part(text, CALIBRATION_PART)
     removed = 0
-    if held_out is not None:
-        text, removed = without_lines_of(text, _evaluation_text(held_out, source))
+    for other in held_out:
+        text, lines = without_lines_of(text, _evaluation_text(other, source))
+        removed += lines
     tokens = tokenize(tokenizer, text, special=False)
     available = len(tokens) // seq_len
     if available < (1 if at_most else num_samples):
@@ -155,7 +157,7 @@ def evaluation_windows(
 
     Args:
         tokenizer: the model's tokenizer.
-        source: the corpus.
+        source: the corpus; of a very large one the first 20 million characters.
         seq_len: tokens of a window.
         max_tokens: only the first so many tokens; None for all.
         others: the corpora that calibration and training use.
@@ -163,7 +165,10 @@ def evaluation_windows(
     Raises:
         ValueError: the corpus cannot be read, or does not fill two windows.
     """
-    tokens = tokenize(tokenizer, _evaluation_text(source, *others), special=True)
+    text = _evaluation_text(source, *others)
+    if max_tokens:
+        text = text[: _CHARS_PER_TOKEN * max_tokens]
+    tokens = tokenize(tokenizer, text, special=True)
     used = tokens[:max_tokens] if max_tokens else tokens
     available = len(used) // seq_len
     if available < 2:
@@ -184,12 +189,11 @@ def tokenize(
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _splits(source: TextSource, other: TextSource | None) -> bool:
-    same = other is not None and other.identity == source.identity
-    return source.always_split or same
+def _same(source: TextSource, other: TextSource) -> bool:
+    return other.identity == source.identity
 
 
 def _evaluation_text(source: TextSource, *others: TextSource) -> str:
-    text = corpus_text(source)
-    splits = source.always_split or any(_splits(source, other) for other in others)
+    text = corpus_text(source, _EVALUATION_CHARS)
+    splits = source.always_split or any(_same(source, other) for other in others)
     return text_part(text, EVALUATION_PART) if splits else text

@@ -69,7 +69,7 @@ def main() -> None:
 def draw_scores(adapter, tokenizer, text, size, seq_len, seed):
     """CoMe's sensitivities of every layer on one draw, by kind of unit."""
     windows = calibration_windows(
-        tokenizer, text, num_samples=size, seq_len=seq_len, seed=seed, held_out=text
+        tokenizer, text, num_samples=size, seq_len=seq_len, seed=seed, held_out=[text]
     ).windows
     collector = StatisticsCollector(adapter, Come.moments)
     with LayerStream(adapter, windows, store="disk") as stream:

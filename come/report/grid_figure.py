@@ -1,0 +1,81 @@
+"""The figure of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from come.report.points import PARAMETERS, Point
+
+_DPI = 110
+_CUT = 15  # ratios above it leave the figure, so that the others can be told apart
+
+
+def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
+    """Perplexity over the horizontal axis, a line for each label (and depth, where x is a key).
+
+    Jobs that were evaluated on different texts are drawn relative to their dense models.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    several = x != PARAMETERS and len({point.layers for point in points}) > 1
+    lines: dict[str, dict[str, list[float]]] = {}
+    texts = {point.dense for point in points}
+    ratios = []
+    for point in points:
+        if point.perplexity is None:
+            continue
+        value = point.perplexity.value if len(texts) == 1 else point.perplexity.against
+        ratios.append(point.perplexity.against)
+        name = f"{point.line}, {point.layers} layers" if several else point.line
+        lines.setdefault(name, {}).setdefault(point.x, []).append(value)
+    numeric = all(_is_number(place) for places in lines.values() for place in places)
+    colours = plt.get_cmap("tab20")
+    for number, (name, places) in enumerate(lines.items()):
+        order = sorted(places, key=float) if numeric else list(places)
+        across: list[Any] = [float(place) for place in order] if numeric else order
+        if x == PARAMETERS:
+            across = [value / 1e6 for value in across]
+        mean = [sum(places[p]) / len(places[p]) for p in order]
+        low = [m - min(places[p]) for m, p in zip(mean, order, strict=True)]
+        high = [max(places[p]) - m for m, p in zip(mean, order, strict=True)]
+        spread = [low, high] if any(low) or any(high) else None
+        style = ["o-", "s--", "^:", "D-."][number // 20 % 4]
+        axis.errorbar(
+            across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
+            color=colours(number % 20), label=name,
+        )  # fmt: skip
+    level = points[0].dense[0] if len(texts) == 1 else 1.0
+    axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set_ylabel("perplexity" if len(texts) == 1 else "perplexity, x dense")
+    if max(ratios) > _CUT:
+        axis.set_ylim(level * 0.9, level * _CUT)
+        axis.set_ylabel(f"{axis.get_ylabel()} (cut at {_CUT} x)")
+    axis.set_xlabel("parameters, millions" if x == PARAMETERS else x)
+    if x == PARAMETERS:
+        axis.invert_xaxis()
+    elif numeric:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""Grids that are killed, fail in part, or run side by side; models measured without a merge."""
+
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.commands import finish
+
+SMALL_GRID = [
+    "experiment=ablation_small",
+    "calibration.seq_len=32",
+    "merge.target_layers=21",
+    "eval.seq_len=64",
+    "eval.max_tokens=256",
+]
+TWO_JOBS = ["merge.m=2,3", "merge.target_layers=20", "eval.speed=false"]
+
+
+def results(folder):
+    """What the jobs found, by job; times, and how often a job was resumed, left out."""
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        assert result["job"] == path.parent.name
+        del result["compression"]
+        found[result["job"]] = result
+    return found
+
+
+def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={whole}", "-m"))
+    assert code == 0, errors
+    expected = results(whole)
+    assert len(expected) == 24
+
+    for least in (5, 14):  # finished jobs at the two kills
+        process = command(*SMALL_GRID, f"hydra.sweep.dir={killed}", "-m")
+        while len(list(killed.glob("*/result.json"))) < least:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
+    assert 14 <= len(before) < 24
+
+    code, output, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={killed}", "-m"))
+    assert code == 0, errors
+    assert output.count("has finished before") == len(before)
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    assert results(killed) == expected
+    tables = [folder / "grid-ablation_small" / "table.md" for folder in (whole, killed)]
+    assert tables[0].read_text() == tables[1].read_text()
+
+
+@pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
+def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher):
+    pytest.importorskip({"processes": "joblib", "submitit_local": "submitit"}[launcher])
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    code, _, errors = finish(command(*TWO_JOBS, f"hydra.sweep.dir={alone}", "-m"))
+    assert code == 0, errors
+    code, output, errors = finish(
+        command(*TWO_JOBS, f"hydra.sweep.dir={together}", f"hydra/launcher={launcher}", "-m")
+    )
+    assert code == 0, errors
+    assert len(results(alone)) == 2
+    assert results(together) == results(alone)
+    table = (together / "grid-sweep" / "table.md").read_text()
+    assert sorted(table.splitlines()) == sorted(
+        (alone / "grid-sweep" / "table.md").read_text().splitlines()
+    )
+    assert table in output
+
+
+def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text("""from come.selection.base import SELECTION, GroupScore
+
+
+@SELECTION.register
+class Broken(GroupScore):
+    \"\"\"Raises what nobody expects.\"\"\"
+
+    name = "broken"
+    paper = ""
+    source = "a test"
+
+    def __init__(self, tokens="last"):
+        pass
+
+    def score(self, stream, first, last):
+        raise KeyError("not an error of the user's")
+""")
+    grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=22"]
+    code, _, _ = finish(command("merge=come", *grid, "eval=none", "-m"))
+    assert code == 1
+    (done,) = (tmp_path / "runs").glob("*/result.json")
+    logs = [p.read_text() for p in (tmp_path / "runs").glob("*/run.log")]
+    broken = [text for text in logs if "Traceback" in text]
+    assert len(broken) == 1
+    assert "not an error of the user's" in broken[0]
+    assert "broken" not in (done.parent / "run.log").read_text()
+
+
+def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
+    further = f"+eval.also={{other:{{path:{text_file},max_tokens:256}}}}"
+    folder = tmp_path / "out"
+    code, _, errors = finish(command("merge=none", further, f"hydra.run.dir={folder}"))
+    assert code == 0, errors
+    result = json.loads((folder / "result.json").read_text())
+    (depth,) = result["depths"]
+    assert (depth["stage"], depth["sparsity"], depth["folder"]) == ("dense", 0, "")
+    assert depth["perplexity"]["ratio"] == depth["also"]["other"]["ratio"] == 1
+    assert depth["also"]["other"]["tokens"] == 256
+    assert depth["also"]["other"]["value"] != depth["perplexity"]["value"]
+    assert set(result["eval_also"]) == {"other"}
+    assert depth["speed"]["peak_bytes"] > 0
+    layers, heads, width = 24, 2, 8  # keys and values of 16 tokens, float32
+    assert depth["speed"]["cache_bytes"] == 2 * layers * heads * width * 16 * 4
+    assert not list(folder.glob("model*"))
+    assert "other" in (folder / "report.md").read_text()
+
+
+def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
+    grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval.speed=false"]
+    further = f"+eval.also={{other:{{path:{text_file},max_tokens:256}}}}"
+    code, _, errors = finish(command(*grid, further, "-m"))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "grid-sweep"
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | text | 22 layers | 21 layers |"
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| come", "-"],
+        ["| come", "other"],
+        ["| shortgpt", "-"],
+        ["| shortgpt", "other"],
+    ]
+    assert "\\toprule" in (folder / "table.tex").read_text()
+    with open(folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        (job,) = [
+            r
+            for p in (tmp_path / "runs").glob("*/result.json")
+            if (r := json.loads(p.read_text()))["method"] == row["line"]
+        ]
+        (depth,) = [d for d in job["depths"][1:] if d["layers"] == int(row["layers"])]
+        found = depth["also"]["other"] if "other" in row["measure"] else depth["perplexity"]
+        assert float(row["value"]) == found["value"]
+        assert float(row["low"]) == found["ratio_low"]
+
+
+def test_trackio_keeps_a_run_on_this_machine(command, tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    monkeypatch.setitem(os.environ, "TRACKIO_DIR", str(tmp_path / "trackio"))
+    code, _, errors = finish(command("merge.target_layers=22", "tracking=trackio", "eval=none"))
+    assert code == 0, errors
+    assert list((tmp_path / "trackio").glob("come*.db"))
