@@ -1,5 +1,6 @@
 """Every YAML composes into typed settings that pass their checks; job hashes mean something."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from come.config import CONF, to_settings
 from come.job import check_folder, finished_result, job_hash, write_result
+from come.merging.recipe import Recipe
 from come.operators.base import OPERATORS
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
@@ -55,9 +57,13 @@ def test_the_default_is_the_main_job():
     default = settings()
     assert default.model.name == "smollm2_135m"
     assert (default.merge.name, default.merge.target_layers, default.merge.sparsity) == (
-        "come",
+        "come_plus",
         None,
         None,
+    )
+    own = Recipe.come_plus()
+    assert default.merge.recipe() == replace(
+        own, parts=list(own.parts), refit_parts=list(own.refit_parts), groups=[]
     )
 
 
@@ -107,9 +113,17 @@ def test_typos_fail_at_composition(override, message):
         (["distill=lora", "merge.save_at=[22,21]"], "one depth is distilled at a time"),
         (["distill=lora", "distill.batch_size=0"], "distill.batch_size=0: must be at least 1"),
         (["distill=lora", "distill.path=/no/text.txt"], "/no/text.txt"),
-        (["distill=come_sp", "merge.parts=[ffn]"], "distillation trains whole layers"),
+        (
+            ["distill=come_sp", "merge=come", "merge.parts=[ffn]"],
+            "distillation trains whole layers",
+        ),
         (["from_run=x", "merge.target_layers=20"], "merge.target_layers=20 has no meaning with fr"),
         (["from_run=x", "merge=sleb"], "merge.operator=drop has no meaning with from_run"),
+        (["from_run=x", "merge.m=3"], "merge.m=3 has no meaning with from_run"),
+        (["merge=none", "merge.m=3"], "merge.m=3 has no meaning with merge=none"),
+        (["merge=none", "distill=come_sp"], "distill=come_sp trains merged layers"),
+        (["eval=none", "+eval.also={a:{}}"], "eval.also has a, and eval.perplexity=false"),
+        (["+eval.also={a:{max_tokens:3}}"], "eval.also.a.max_tokens=3: two windows"),
         (["merge=from_plan", "merge.plan=x", "merge.refit=ridge"], "merge.refit=ridge has no mean"),
         (["model.device=tpux"], "model.device=tpux"),
         (["model.dtype=float8"], "model.dtype='float8'"),
@@ -135,7 +149,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     for other in (
         "merge.m=3",
         "merge.p=2",
-        "merge.norms=fold",
+        "merge.norms=mean",
         "calibration.seed=1",
         "calibration.num_samples=8",
         "eval.seq_len=64",

@@ -30,4 +30,9 @@ def test_notebook_runs(path, pico_folder, monkeypatch, tmp_path, capsys):
     assert RESULTS[path.stem] in capsys.readouterr().out
 
 
-RESULTS = {"quickstart": "x dense:", "add_a_metric": "of the channels that CoMe keeps"}
+RESULTS = {
+    "quickstart": "x dense:",
+    "add_a_metric": "of the channels that CoMe keeps",
+    "puzzle": "layers made of several: [[",
+    "read_a_grid": "21 layers: ",
+}

@@ -23,9 +23,23 @@ from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
 
+COME_PLUS: dict[str, Any] = {
+    "operator": "concat",
+    "selection": "angular",
+    "retention": "adaptive",
+    "tokens": "all",
+    "norms": "fold",
+    "refit": "ridge",
+    "refit_lambda": 0.1,
+    "target": "dense",
+    "finish_lambda": 1.0,
+}
+"""What `merge=come_plus` sets, the default of `run.py`."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A merging method: five registry names and their settings. The default is CoMe's.
+    """A merging method: five registry names and their settings. The default is the paper's CoMe.
 
     Attributes:
         operator: how a group becomes one layer.
@@ -79,6 +93,11 @@ class Recipe:
     finish_lambda: float | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def come_plus(cls, **changes: Any) -> Recipe:
+        """The project's own method, `merge=come_plus`; `changes` are settings of a recipe."""
+        return cls(**COME_PLUS | changes)
 
     def __post_init__(self) -> None:
         if self.m < 2:

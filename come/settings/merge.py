@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Optional
 
-from come.merging.recipe import Recipe
+from come.merging.recipe import COME_PLUS, Recipe
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -104,11 +104,17 @@ class MergeSettings:
             )
 
     def check_unused(self, reason: str, but: Sequence[str] = ()) -> None:
-        """Raises ValueError for a setting that has no meaning because of `reason`."""
-        default = MergeSettings()
+        """Raises ValueError for a setting that has no meaning because of `reason`.
+
+        What stands there unasked, the default recipe, may.
+        """
+        default = asdict(MergeSettings())
         for entry in fields(self):
             key, value = entry.name, getattr(self, entry.name)
-            if key not in ("name", "keep", *but) and value != getattr(default, key):
+            unasked = [default[key]]
+            if self.name == "come_plus" and key in COME_PLUS:
+                unasked.append(COME_PLUS[key])
+            if key not in ("name", "keep", *but) and value not in unasked:
                 raise ValueError(
                     f"merge.{key}={value} has no meaning with {reason}, where no merge is left to "
                     "decide; leave it out"

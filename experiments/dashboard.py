@@ -1,0 +1,94 @@
+"""The Weights & Biases workspace and report of a grid, as code.
+
+    pip install -e .[dashboard]
+    python experiments/dashboard.py PROJECT [--entity NAME] [--group GRID]          # prints, no network
+    python experiments/dashboard.py PROJECT --entity NAME [--group GRID] --save     # makes both, prints their links
+
+Keys are those of metrics.jsonl. Offline runs of a whole grid go up first: wandb sync runs/*/wandb/offline-run-*
+"""
+
+import argparse
+import json
+from dataclasses import asdict, is_dataclass
+
+import wandb_workspaces.reports.v2 as reports
+import wandb_workspaces.workspaces as workspaces
+
+
+def sections() -> dict[str, list]:
+    """Panels by section, made anew at every call."""
+    line, scatter, bar = reports.LinePlot, reports.ScatterPlot, reports.BarPlot
+    size = "eval/parameters"
+    return {
+        "Quality": [
+            scatter(title="perplexity against size", x=size, y="eval/perplexity_ratio", log_y=True),
+            bar(title="perplexity, x dense", metrics=["eval/perplexity_ratio"]),
+            scatter(title="accuracy kept against size", x=size, y="eval/retention"),
+            bar(title="prompt speed, x dense", metrics=["eval/speed_prompt_ratio"]),
+        ],
+        "Merge, step by step": [
+            line(title="score of the group", x="merge/step", y=["merge/score"]),
+            line(title="layers", x="merge/step", y=["merge/layers"]),
+            line(title="share of the first layer", x="merge/step", y=["merge/share_first"]),
+            line(title="block influence", x="layer_idx", y=["layer/bi"]),
+        ],
+        "Distillation": [
+            line(title="training loss", x="distill/step", y=["distill/loss"], log_y=True),
+            line(title="validation", x="distill/step", y=["distill/validation_loss"], log_y=True),
+        ],
+        "Pictures": [reports.MediaBrowser(title="puzzle", media_keys=["figures/puzzle"])],
+    }
+
+
+def workspace(entity: str, project: str, group: str | None) -> workspaces.Workspace:
+    runs = workspaces.RunsetSettings(query=group or "")
+    parts = [workspaces.Section(name=n, panels=p, is_open=True) for n, p in sections().items()]
+    return workspaces.Workspace(
+        entity=entity, project=project, name=group or "all runs", sections=parts, runset_settings=runs
+    )
+
+
+def report(entity: str, project: str, group: str | None) -> reports.Report:
+    blocks: list = [reports.TableOfContents()]
+    for name, panels in sections().items():
+        runs = reports.Runset(entity=entity, project=project, query=group or "")
+        blocks += [reports.H2(name), reports.PanelGrid(runsets=[runs], panels=panels)]
+    return reports.Report(
+        project=project,
+        entity=entity,
+        title=f"Layer merging: {group or project}",
+        description="Perplexity and accuracy against size, step by step, with the puzzles.",
+        blocks=blocks,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("project")
+    parser.add_argument("--entity", default="")
+    parser.add_argument("--group", help="a grid: only runs with its name")
+    parser.add_argument("--save", action="store_true", help="make them, over the network")
+    arguments = parser.parse_args()
+    place = (arguments.entity, arguments.project, arguments.group)
+    for made in (workspace(*place), report(*place)):
+        if arguments.save:
+            made.save()
+            print(made.url)
+        else:
+            print(json.dumps(_plain(made), indent=1))
+
+
+def _plain(value: object) -> object:
+    """Dataclasses as dictionaries without what is empty."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {"": type(value).__name__} | asdict(value)
+    if isinstance(value, dict):
+        kept = {str(k): _plain(v) for k, v in value.items()}
+        return {k: v for k, v in kept.items() if v not in (None, "", [], {})}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, bool | int | float | None) else str(value)
+
+
+if __name__ == "__main__":
+    main()
