@@ -120,6 +120,9 @@ def test_typos_fail_at_composition(override, message):
         (["from_run=x", "merge.target_layers=20"], "merge.target_layers=20 has no meaning with fr"),
         (["from_run=x", "merge=sleb"], "merge.operator=drop has no meaning with from_run"),
         (["from_run=x", "merge.m=3"], "merge.m=3 has no meaning with from_run"),
+        (["merge.sensitivity=wanda"], "retention=adaptive asks no sensitivity. merge=come does"),
+        (["merge.p=2"], "merge.p=2.0 would have no effect: merge.retention=adaptive"),
+        (["merge=shortgpt", "merge.sensitivity=taylor"], "have no effect: drop asks no"),
         (["merge=none", "merge.m=3"], "merge.m=3 has no meaning with merge=none"),
         (["merge=none", "distill=come_sp"], "distill=come_sp trains merged layers"),
         (["eval=none", "+eval.also={a:{}}"], "eval.also has a, and eval.perplexity=false"),
@@ -136,7 +139,7 @@ def test_rules_between_settings(overrides, message):
 
 
 def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path):
-    local = ["model=local", f"model.path={pico_folder}"]
+    local = ["model=local", f"model.path={pico_folder}", "merge=come"]
     base = job_hash(settings(*local))
     for same in (
         "calibration.store=disk",
@@ -149,7 +152,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     for other in (
         "merge.m=3",
         "merge.p=2",
-        "merge.norms=mean",
+        "merge.norms=fold",
         "calibration.seed=1",
         "calibration.num_samples=8",
         "eval.seq_len=64",

@@ -139,6 +139,7 @@ class Recipe:
                 f"merge.retention={self.retention} ranks units, and merge.operator="
                 f"{self.operator} does not use them; choose merge.operator=concat"
             )
+        self._check_effect(operator)
         if operator.needs_layer_before and not self.groups and self.protect_first < 1:
             raise ValueError(
                 f"merge.operator={self.operator} needs a layer in front of what it drops: "
@@ -153,6 +154,22 @@ class Recipe:
             )
         self._check_refit(operator)
         self.make()
+
+    def _check_effect(self, operator: type[MergeOperator]) -> None:
+        """Refuses a metric or an exponent that nothing would ask."""
+        rule = RETENTION.get(self.retention)
+        asked = operator.uses_units and rule.uses_scores
+        if self.sensitivity != "come" and not asked:
+            silent = f"merge.retention={self.retention}" if operator.uses_units else operator.name
+            raise ValueError(
+                f"merge.sensitivity={self.sensitivity} would have no effect: {silent} asks no "
+                "sensitivity. merge=come does, or merge.retention=bi_power merge.operator=concat"
+            )
+        if self.p != 1 and "p" not in RETENTION.options(self.retention):
+            raise ValueError(
+                f"merge.p={self.p} would have no effect: merge.retention={self.retention} has no "
+                "exponent; merge.retention=bi_power has"
+            )
 
     def _check_refit(self, operator: type[MergeOperator]) -> None:
         """What a repair cannot be combined with."""

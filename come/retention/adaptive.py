@@ -45,6 +45,7 @@ class Adaptive(RetentionRule):
     paper = ""
     source = "backward elimination on the refit's Gram matrix"
     needs_units = True
+    uses_scores = False
     uses_goals = True
 
     def __init__(self, refit_lambda: Any = 0.1, rate: float = 0.3) -> None:

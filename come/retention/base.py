@@ -22,6 +22,7 @@ class RetentionRule(ABC):
         needs_units: whether it has no meaning for operators without units.
         trials: whether it runs trial merges.
         uses_goals: whether it reads what the merged layer has to reproduce.
+        uses_scores: whether it asks the sensitivity metric.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,7 @@ class RetentionRule(ABC):
     needs_units: ClassVar[bool] = False
     trials: ClassVar[bool] = False
     uses_goals: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = True
 
     @abstractmethod
     def shares(self, group: Group) -> list[float]:

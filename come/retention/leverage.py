@@ -36,6 +36,7 @@ class Leverage(RetentionRule):
     paper = "2602.08858"
     source = "FlattenGPT, ridge leverage scores"
     needs_units = True
+    uses_scores = False
     uses_goals = True
 
     def __init__(self, refit_lambda: Any = 0.1) -> None:
