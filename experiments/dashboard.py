@@ -1,10 +1,11 @@
 """The Weights & Biases workspace and report of a grid, as code.
 
     pip install -e .[dashboard]
-    python experiments/dashboard.py PROJECT [--entity NAME] [--group GRID]          # prints, no network
-    python experiments/dashboard.py PROJECT --entity NAME [--group GRID] --save     # makes both, prints their links
+    python experiments/dashboard.py PROJECT [--entity NAME] [--group GRID]         # prints them
+    python experiments/dashboard.py PROJECT --entity NAME [--group GRID] --save    # makes them
 
-Keys are those of metrics.jsonl. Offline runs of a whole grid go up first: wandb sync runs/*/wandb/offline-run-*
+Only --save uses the network; it prints two links. Keys are those of metrics.jsonl. Offline runs of
+a whole grid go up first: wandb sync runs/*/wandb/offline-run-*
 """
 
 import argparse
@@ -44,7 +45,11 @@ def workspace(entity: str, project: str, group: str | None) -> workspaces.Worksp
     runs = workspaces.RunsetSettings(query=group or "")
     parts = [workspaces.Section(name=n, panels=p, is_open=True) for n, p in sections().items()]
     return workspaces.Workspace(
-        entity=entity, project=project, name=group or "all runs", sections=parts, runset_settings=runs
+        entity=entity,
+        project=project,
+        name=group or "all runs",
+        sections=parts,
+        runset_settings=runs,
     )
 
 

@@ -48,6 +48,9 @@ def test_speed_counts_every_turn():
         assert len(speed.prompt.seconds) == len(speed.generation.seconds) == 3
         assert speed.prompt.tokens == 32
         assert speed.generation.tokens == 4
+        assert speed.peak_bytes > 0
+    # keys and values of 32 tokens, 2 heads of 8, float32, a layer
+    assert [speed.cache_bytes for speed in speeds.values()] == [6 * 4096, 3 * 4096]
     timing = Timing(10, (1.0, 4.0, 2.0))
     assert timing.tokens_per_second == 5
     assert timing.spread == (2.5, 10)

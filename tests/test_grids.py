@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.commands import finish
+from tests.commands import ROOT, finish
 
 SMALL_GRID = [
     "experiment=ablation_small",
@@ -161,3 +163,20 @@ def test_trackio_keeps_a_run_on_this_machine(command, tmp_path, monkeypatch):
     code, _, errors = finish(command("merge.target_layers=22", "tracking=trackio", "eval=none"))
     assert code == 0, errors
     assert list((tmp_path / "trackio").glob("come*.db"))
+
+
+def test_the_dashboard_is_printed_without_network():
+    pytest.importorskip("wandb_workspaces")
+    words = [
+        sys.executable,
+        str(ROOT / "experiments" / "dashboard.py"),
+        "come",
+        "--group",
+        "beyond",
+    ]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    workspace, report = printed.split("}\n{")
+    assert '"name": "beyond"' in workspace
+    for part in (workspace, report):
+        assert '"eval/perplexity_ratio"' in part
+        assert '"figures/puzzle"' in part
