@@ -22,7 +22,6 @@ from come.retention.base import RETENTION, RetentionRule
 from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
-
 COME_PLUS: dict[str, Any] = {
     "operator": "concat",
     "selection": "angular",
