@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
+import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
-from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from come.files import AXES, LISTING, write_text
 from come.job import job_hash
+from come.report.listing import list_job, make_report
+from come.report.points import PARAMETERS
 from come.settings import Settings
-
-log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 INVALID = "invalid"  # the folder name of settings that do not pass their checks
@@ -36,11 +36,11 @@ USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
 
 class JobFailedError(Exception):
-    """A job of a sweep ended with an error that has been said."""
+    """A job of a sweep ended with an error of the user's, whose line this is."""
 
 
 class GridReport(Callback):
-    """Hydra callback: lists the jobs of a sweep, and keeps its table and figure up to date.
+    """Hydra callback: lists the jobs of a sweep, and keeps its tables and figure up to date.
 
     They stand in `runs/grid-NAME/`, NAME being the experiment's, whose sweeps share a table, or
     "sweep"; `python -m come.report runs/grid-NAME` makes them again.
@@ -50,45 +50,31 @@ class GridReport(Callback):
         title: of the figure.
     """
 
-    def __init__(self, x: str = "parameters", title: str = "") -> None:
-        self.x = x
-        self.title = title
+    running: ClassVar[Path | None] = None
+    """The folder of the sweep that this process runs."""
+
+    def __init__(self, x: str = PARAMETERS, title: str = "") -> None:
+        self.axes = {"x": x, "title": title}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep that is no experiment begins a list of its own."""
-        folder = self._folder(config)
+        folder = GridReport.running = self._folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "grid-sweep":
             (folder / LISTING).unlink(missing_ok=True)
+        write_text(folder / AXES, json.dumps(self.axes))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Adds the job to the list and makes the table and the figure anew."""
+        """Adds the job to the list and makes the tables and the figure anew."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        error = job_return._return_value if job_return.status == JobStatus.FAILED else None
-        if isinstance(error, Exception) and not isinstance(error, JobFailedError):
-            log.error("the job failed", exc_info=error)  # into its own log; the others go on
         folder = self._folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
         entry = {
             "folder": str(config.hydra.runtime.output_dir),
             "overrides": list(config.hydra.overrides.task),
         }
-        with open(folder / LISTING, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        write_text(folder / AXES, json.dumps({"x": self.x, "title": self.title}))
-        self._write(folder)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the table, made once more: jobs of a parallel launcher end side by side."""
-        folder = self._folder(config)
-        if (folder / LISTING).is_file():
-            print(f"\n{self._write(folder)}\ntable and figure: {folder}")
-
-    def _write(self, folder: Path) -> str:
-        from come.report.grid import read_grid, write_grid  # plotting is slow to import
-
-        with FileLock(folder / ".lock"):
-            return write_grid(folder, *read_grid(folder), x=self.x, title=self.title)
+        list_job(folder, entry)
+        make_report(folder)
 
     def _folder(self, config: DictConfig) -> Path:
         name = config.hydra.runtime.choices.get("experiment") or "sweep"
@@ -122,21 +108,38 @@ def main(run: Callable[[Settings, Path], Any]) -> int:
             settings.tracking.group = settings.tracking.group or _experiment()
             settings.check()
             run(settings, folder)
-        except USER_ERRORS as error:
+        except Exception as error:
+            hydra_config = HydraConfig.get()
+            if hydra_config.mode == RunMode.MULTIRUN:
+                _keep_traceback(folder / f"{hydra_config.job.name}.log")
+                if isinstance(error, USER_ERRORS):
+                    line = _say(f"job {hydra_config.job.num}: {_line(error)}")
+                    raise JobFailedError(line) from error
+                raise
+            if not isinstance(error, USER_ERRORS):
+                raise
             if folder.name == INVALID:
                 _remove_if_empty(folder)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _say(f"job {HydraConfig.get().job.num}: {error}")
-                raise JobFailedError from error
-            _say(error)
+            _say(_line(error))
             raise SystemExit(1) from None
 
     try:
+        return _guarded(job)
+    finally:
+        if GridReport.running is not None:  # also behind a job that failed
+            _finish_sweep(GridReport.running)
+            GridReport.running = None
+
+
+def _guarded(job: Callable[[], Any]) -> int:
+    """Runs the sweep or job; an error of the user's is one line."""
+    try:
         job()
-    except JobFailedError:
-        return 1  # said when it failed
+    except JobFailedError as error:
+        _say(str(error))  # once, if it was said here when the job failed
+        return 1
     except USER_ERRORS as error:
-        _say(error)
+        _say(_line(error))
         return 1
     except OSError as error:
         if error.filename is None:
@@ -152,11 +155,36 @@ def main(run: Callable[[Settings, Path], Any]) -> int:
     return 0
 
 
-def _say(error: object) -> None:
-    """One line on stderr."""
+def _line(error: Exception) -> str:
+    """An error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     keys = [line for line in lines[1:] if line.startswith("full_key:")]
-    print(f"error: {' '.join([*lines[:1], *keys])}", file=sys.stderr)
+    return " ".join([*lines[:1], *keys])
+
+
+_said: set[str] = set()
+
+
+def _say(line: str) -> str:
+    """One line on stderr, once."""
+    if line not in _said:
+        print(f"error: {line}", file=sys.stderr)
+    _said.add(line)
+    return line
+
+
+def _keep_traceback(path: Path) -> None:
+    """Writes the traceback of the error at hand into a failed job's own log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        traceback.print_exc(file=file)
+
+
+def _finish_sweep(folder: Path) -> None:
+    """Makes the tables once more, from all jobs of a parallel launcher, and prints them."""
+    shutil.rmtree(folder.parent / INVALID, ignore_errors=True)  # what invalid jobs left of a log
+    if (folder / LISTING).is_file():
+        print(f"\n{make_report(folder)}\ntables and figure: {folder}")
 
 
 def _job_hash(*, _root_: DictConfig) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 import come
 from come.evaluation.zero_shot import tasks_identity
@@ -18,6 +23,8 @@ from come.merging.saving import PLAN
 from come.models.checkpoint import fingerprint
 from come.refit.base import REFITS
 from come.settings import ModelSettings, Settings, TextSettings
+
+log = logging.getLogger(__name__)
 
 PARTIAL_PLAN = "plan.partial.json"
 
@@ -52,7 +59,7 @@ def job_hash(settings: Settings) -> str:
     merge = _without(asdict(settings.merge), ("name", "plan"))
     calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
     evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
-    evaluation["also"] = {name: text.max_tokens for name, text in settings.eval.also.items()}
+    del evaluation["also"]
     parts: dict[str, Any] = {
         "come": come.__version__,
         "model": _without(asdict(settings.model), _MODEL_KNOBS),
@@ -60,8 +67,12 @@ def job_hash(settings: Settings) -> str:
         "merge": merge,
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
-        "eval_also": {name: _text_identity(text) for name, text in settings.eval.also.items()},
     }
+    if settings.eval.also:
+        parts["eval_also"] = {
+            name: [_text_identity(text), text.max_tokens]
+            for name, text in settings.eval.also.items()
+        }
     if settings.eval.tasks:
         asked = settings.eval
         parts["tasks"] = tasks_identity(asked.tasks, asked.include_path, asked.limit)
@@ -102,6 +113,26 @@ def find_run(path: str) -> Path:
         f"from_run={path}: no merged model with its {PLAN} there; give the folder of a finished "
         "run that keeps its weights, or one of its model folders"
     )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a job's folder, so that no second process works in it; waits for one that does.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    check_folder(folder, 0)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process runs this job; waiting for it: %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def finished_result(folder: Path, job: str) -> dict[str, Any] | None:

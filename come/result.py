@@ -72,18 +72,30 @@ class TaskResult(TypedDict):
     mcnemar_p: float
 
 
+class Difference(TypedDict):
+    """A value minus the dense model's, and its 95% interval (paired bootstrap over documents)."""
+
+    value: float
+    low: float
+    high: float
+
+
 class ZeroShotResult(TypedDict):
     """Zero-shot accuracy.
 
     tasks: by name; of a group all of its tasks.
     values: what was asked for: a task's metric, a group's aggregate.
+    differences: of each value; in the interval of a group all its documents count the same.
     average: mean of the values.
-    retention: average over the dense model's.
+    average_difference: of the average.
+    retention: average over the dense model's; 0 where that is 0.
     """
 
     tasks: dict[str, TaskResult]
     values: dict[str, float]
+    differences: dict[str, Difference]
     average: float
+    average_difference: Difference
     retention: float
 
 

@@ -56,6 +56,16 @@ def test_speed_counts_every_turn():
     assert timing.spread == (2.5, 10)
 
 
+def test_equal_models_have_equal_peaks():
+    """Whichever of them runs first."""
+    models = {"one": pico("llama_gqa"), "two": pico("llama_gqa")}
+    speeds = compare_speed(models, prompt_tokens=64, new_tokens=4, repeats=1, progress=False)
+    one, two = (speed.peak_bytes for speed in speeds.values())
+    weights = sum(p.numel() * 4 for p in models["one"].parameters())
+    assert one == two
+    assert one > weights + 2 * 64 * 32 * 4  # at least two states of the prompt
+
+
 def test_peak_memory_sees_what_is_gone_again():
     with PeakMemory() as memory:
         block = torch.ones(64, 2**20)

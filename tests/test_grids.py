@@ -8,8 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from come.evaluation.paired import mean_difference
+from come.report.points import PARAMETERS, points
+from come.report.tables import zero_shot_table
 from tests.commands import ROOT, finish
 
 SMALL_GRID = [
@@ -72,15 +76,18 @@ def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher
     assert len(results(alone)) == 2
     assert results(together) == results(alone)
     table = (together / "grid-sweep" / "table.md").read_text()
+    assert table.count("|") > 8
     assert sorted(table.splitlines()) == sorted(
         (alone / "grid-sweep" / "table.md").read_text().splitlines()
     )
     assert table in output
 
 
-def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path):
+@pytest.mark.parametrize("error", ["KeyError", "ValueError"])
+def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
     plugin = tmp_path / "broken.py"
-    plugin.write_text("""from come.selection.base import SELECTION, GroupScore
+    plugin.write_text(
+        """from come.selection.base import SELECTION, GroupScore
 
 
 @SELECTION.register
@@ -95,17 +102,45 @@ class Broken(GroupScore):
         pass
 
     def score(self, stream, first, last):
-        raise KeyError("not an error of the user's")
-""")
+        raise ERROR("nobody expected this")
+""".replace("ERROR", error)
+    )
     grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=22"]
-    code, _, _ = finish(command("merge=come", *grid, "eval=none", "-m"))
+    code, output, errors = finish(command("merge=come", *grid, "eval=none", "-m"))
     assert code == 1
+    assert "nobody expected this" in errors
+    assert "Not finished: selection=broken." in output
     (done,) = (tmp_path / "runs").glob("*/result.json")
     logs = [p.read_text() for p in (tmp_path / "runs").glob("*/run.log")]
     broken = [text for text in logs if "Traceback" in text]
     assert len(broken) == 1
-    assert "not an error of the user's" in broken[0]
+    assert "nobody expected this" in broken[0]
     assert "broken" not in (done.parent / "run.log").read_text()
+
+
+def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
+    pytest.importorskip("submitit")
+    grid = ["merge.m=1,3", "merge.target_layers=20", "eval=none", "hydra/launcher=submitit_local"]
+    code, _, errors = finish(command(*grid, "-m"))
+    assert code == 1
+    assert errors.count("error: job 0: merge.m=1: a group has at least 2 layers") == 1
+    assert "Traceback" not in errors
+    assert len(results(tmp_path / "runs")) == 1
+    assert not (tmp_path / "runs" / "invalid").exists()
+
+
+def test_one_job_twice_at_once_runs_once(command, tmp_path):
+    """Batch sizes do not count, so both commands name the same job."""
+    job = [
+        "merge.target_layers=14",
+        "calibration.num_samples=32",
+        f"hydra.run.dir={tmp_path / 'j'}",
+    ]
+    both = [command(*job, f"calibration.batch_size={size}", "eval=none") for size in (2, 4)]
+    outputs = [finish(process) for process in both]
+    assert [code for code, _, _ in outputs] == [0, 0], outputs
+    assert sum("has finished before" in output for _, output, _ in outputs) == 1
+    assert sum("going on at" in output for _, output, _ in outputs) == 0
 
 
 def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
@@ -180,3 +215,37 @@ def test_the_dashboard_is_printed_without_network():
     for part in (workspace, report):
         assert '"eval/perplexity_ratio"' in part
         assert '"figures/puzzle"' in part
+
+
+def test_differences_and_their_stars():
+    """A group's star comes from its own interval, as the average's does."""
+    gap = {"value": -0.1, "low": -0.2, "high": 0.01}
+    real = {"value": -0.1, "low": -0.15, "high": -0.05}
+    tasks = {
+        "values": {"mmlu": 0.4, "piqa": 0.6},
+        "differences": {"mmlu": gap, "piqa": real},
+        "average": 0.5,
+        "average_difference": real,
+        "retention": 0.83,
+    }
+    depth = {"layers": 3, "parameters": 10, "stage": "merged", "perplexity": {}, "zero_shot": tasks}
+    row = {"overrides": {}, "depths": [depth | {"zero_shot": None}, depth]}
+    table = zero_shot_table(points(row, [], PARAMETERS), PARAMETERS)
+    assert table.rows == [
+        ["all", "3", "0.400 (-0.100)", "0.600 (-0.100*)", "0.500 (-0.100*)", "83.0%"]
+    ]
+
+
+def test_the_interval_of_an_average_weighs_tasks_alike():
+    generator = np.random.default_rng(3)
+    large, small = generator.integers(0, 2, 900), generator.integers(0, 2, 60)
+    zeros = [np.zeros(900), np.zeros(60)]
+    low, high = mean_difference([[(large, zeros[0])], [(small, zeros[1])]])
+    variance = (large.var() / 900 + small.var() / 60) / 4
+    middle = (large.mean() + small.mean()) / 2
+    assert (low + high) / 2 == pytest.approx(middle, abs=0.004)
+    assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.05)
+    low, high = mean_difference([[(large, zeros[0]), (small, zeros[1])]])  # one group
+    pooled = np.concatenate([large, small])
+    assert (low + high) / 2 == pytest.approx(pooled.mean(), abs=0.004)
+    assert (high - low) / 2 == pytest.approx(1.96 * (pooled.var() / 960) ** 0.5, rel=0.05)

@@ -53,7 +53,7 @@ def commands():
 def test_commands_compose(overrides):
     """The first job of a sweep stands for all."""
     overrides = [o for o in overrides if o != "hydra/launcher=ray_local"]  # not installed here
-    settings(*(o if "[" in o or "{" in o else o.split(",")[0] for o in overrides))
+    settings(*(o if "[" in o or "{" in o else o.split(",")[0] for o in overrides)).merge.check()
 
 
 def test_every_registered_part_is_in_the_table():

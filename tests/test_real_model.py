@@ -60,6 +60,7 @@ def killed_run(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("run") / "job"
     overrides = [
         *texts[0],
+        "merge=come",
         "merge.target_layers=27",
         "merge.save_at=[28]",
         "eval.seq_len=256",
@@ -89,6 +90,26 @@ def test_quality(killed_run, texts):
     assert dense["ratio"] == 1
     assert 1 < shallow["ratio"] < deepest["ratio"] <= texts[1]
     assert deepest["ratio_low"] < deepest["ratio"] < deepest["ratio_high"]
+
+
+def test_the_default_method_is_better(killed_run, texts, tmp_path):
+    _, paper = killed_run
+    process = run(
+        *texts[0],
+        "merge.target_layers=27",
+        "merge.keep=false",
+        "eval.seq_len=256",
+        "eval.max_tokens=6144",
+        "eval.speed=false",
+        f"hydra.run.dir={tmp_path / 'job'}",
+    )
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    result = json.loads((tmp_path / "job" / "result.json").read_text())
+    assert result["method"] == "come_plus"
+    ratio = result["depths"][-1]["perplexity"]["ratio"]
+    assert 1 < ratio <= (1.25 if texts[1] == BOUND["wikitext"] else 1.6)
+    assert ratio < paper["depths"][-1]["perplexity"]["ratio"]
 
 
 def test_memory(killed_run):

@@ -169,3 +169,19 @@ def test_a_paired_difference_is_that_of_the_documents():
 def test_equal_models_differ_by_nothing():
     found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (found.value, found.low, found.high, found.p, found.real) == (0, 0, 0, 1, False)
+
+
+def test_the_data_of_a_local_task_count_wherever_they_are(tasks, tmp_path):
+    def identity():
+        return tasks_identity(["layers"], str(tasks), None)
+
+    data, elsewhere = tasks / "layers.jsonl", tmp_path / "elsewhere.jsonl"
+    data.rename(elsewhere)
+    task = tasks / "layers.yaml"
+    task.write_text(task.read_text().replace(str(data), str(elsewhere)))
+    before = identity()
+    moved = elsewhere.rename(tmp_path / "moved.jsonl")
+    task.write_text(task.read_text().replace(str(elsewhere), str(moved)))
+    assert identity() == before
+    moved.write_text(moved.read_text().replace("depth order", "other order"))
+    assert identity() != before

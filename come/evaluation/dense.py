@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.evaluation.continuations import PROMPTS, continuations
@@ -93,17 +95,21 @@ def evaluate_dense(
     )
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_folder() / "evaluations" / f"{name}.json"
-    if path.is_file():
-        data = json.loads(path.read_text())
-        found = {
-            name: Perplexity(tuple(text["nll"]), text["tokens"], text["predicted"])
-            for name, text in data["perplexity"].items()
-        }
-        tasks_found = ZeroShot(**data["zero_shot"]) if data["zero_shot"] else None
-        return Evaluation(found, data["continuations"], tasks_found)
-    evaluation = evaluate(
-        load(), tokenizer, texts, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(evaluation)))
-    return evaluation
+    with FileLock(path.with_suffix(".lock")):  # jobs side by side wait for the first
+        if not path.is_file():
+            measured = evaluate(
+                load(), tokenizer, texts, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens
+            )
+            write_text(path, json.dumps(asdict(measured)))
+    return _read(path)
+
+
+def _read(path: Path) -> Evaluation:
+    data = json.loads(path.read_text())
+    found = {
+        name: Perplexity(tuple(text["nll"]), text["tokens"], text["predicted"])
+        for name, text in data["perplexity"].items()
+    }
+    tasks = ZeroShot(**data["zero_shot"]) if data["zero_shot"] else None
+    return Evaluation(found, data["continuations"], tasks)

@@ -10,6 +10,7 @@ from scipy import stats
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 9999
+_BLOCK = 500  # resamples drawn at a time
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,32 @@ class Difference:
     def real(self) -> bool:
         """Whether the interval leaves out zero."""
         return not self.low <= 0 <= self.high
+
+
+def mean_difference(
+    groups: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]],
+) -> tuple[float, float]:
+    """95% interval of the mean, over what was asked for, of the difference of two models.
+
+    What was asked for is a task, or a group whose documents all count the same. Documents are drawn
+    again within their task.
+
+    Args:
+        groups: of each the scores of its tasks, the model's and those it is compared with.
+    """
+    generator = np.random.default_rng(0)
+    means = np.zeros(_RESAMPLES)
+    for tasks in groups:
+        gaps = [np.subtract(own, other, dtype=float) for own, other in tasks]
+        total = sum(len(gap) for gap in gaps)
+        for gap in gaps:
+            for first in range(0, _RESAMPLES, _BLOCK):
+                count = min(_BLOCK, _RESAMPLES - first)
+                drawn = gap[generator.integers(len(gap), size=(count, len(gap)))]
+                means[first : first + count] += drawn.sum(axis=1) / total / len(groups)
+    tail = 50 * (1 - _CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Difference:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -46,8 +47,7 @@ class Speed:
     Attributes:
         prompt: processing of the prompt.
         generation: greedy generation.
-        peak_bytes: the model's weights, and the most memory above them while it worked; on the CPU
-            of the resident set, without memory that earlier turns have left with the process.
+        peak_bytes: the model's weights, and the most that tensors took above them while it worked.
         cache_bytes: keys and values of the prompt.
     """
 
@@ -70,7 +70,7 @@ def compare_speed(
     """Times the models in turn, A B A B ..., after one warm-up of each.
 
     Turns share whatever the machine does meanwhile, so ratios of medians hold where absolute
-    times drift.
+    times drift. Memory is measured beside the warm-up, not in the timed turns.
 
     Args:
         models: models by label.
@@ -82,7 +82,7 @@ def compare_speed(
     """
     found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}
     caches: dict[str, int] = {}
-    peaks = dict.fromkeys(models, 0)
+    peaks: dict[str, int] = {}
     with tqdm(
         total=(repeats + 1) * len(models),
         desc="speed",
@@ -93,15 +93,18 @@ def compare_speed(
     ) as bar:
         for repeat in range(repeats + 1):
             for label, model in models.items():
-                with PeakMemory(_device(model)) as memory:
-                    prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
-                    generation = _seconds(model, partial(_generate, model, batch, new_tokens))
-                peaks[label] = max(peaks[label], memory.peak)
+                prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
+                generation = _seconds(model, partial(_generate, model, batch, new_tokens))
                 if repeat:
                     found[label]["prompt"].append(prompt)
                     found[label]["generation"].append(generation)
                 else:
                     caches[label] = _cache_bytes(model, prompt_tokens)
+                    works = (
+                        partial(_prompt, model, prompt_tokens),
+                        partial(_generate, model, batch, new_tokens),
+                    )
+                    peaks[label] = max(_peak_bytes(model, work) for work in works)
                 bar.update()
     return {
         label: Speed(
@@ -122,6 +125,27 @@ def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of keys and values behind a prompt."""
     layers = _prompt(model, tokens).past_key_values.layers
     return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+
+
+def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
+    """The most bytes that tensors take above what there was before, whichever model runs first."""
+    device = _device(model)
+    if device.type == "cuda":
+        with PeakMemory(device) as memory:
+            work()
+        return memory.peak
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        work()
+    result = profiler.profiler
+    assert result is not None
+    level, peak = 0, 0
+    for event in result.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
 
 
 def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:

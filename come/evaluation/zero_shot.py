@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from come.files import file_hash
 
 # The harness takes seconds to import, so it is imported where it is used.
 
+_FILE = re.compile(r"[^\s\"'\[\],]+")  # what may be a file's name in a YAML
 _RESAMPLES = 1000  # of the standard errors that the harness has no formula for
 
 
@@ -53,11 +55,13 @@ class ZeroShot:
         scores: of every task the metric that counts, a number for every document in their order.
         values: of every task or group that was asked for the metric that counts; of a group the
             harness's own aggregate, or the mean over its tasks.
+        members: the tasks behind each of those.
     """
 
     metrics: dict[str, dict[str, float]]
     scores: dict[str, list[float]]
     values: dict[str, float]
+    members: dict[str, list[str]]
 
     def value(self, task: str) -> float:
         """The metric of a task that counts."""
@@ -75,12 +79,18 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 
 def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | None) -> str:
-    """Hash of the tasks' names, of all local files that may define them, and of the harness."""
+    """Hash of the tasks' names, of all local files that may define them, and of the harness.
+
+    Files that a YAML names count by their content, wherever they are.
+    """
     parts = [*names, str(limit), version("lm-eval")]
     if include_path:
         folder = Path(include_path).expanduser()
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            parts += [str(path.relative_to(folder)), file_hash(path)]
+            content = file_hash(path)
+            if path.suffix in (".yaml", ".yml"):
+                content = _FILE.sub(_by_content, path.read_text())
+            parts += [str(path.relative_to(folder)), content]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -181,7 +191,12 @@ def zero_shot(
         whole = _plain(found["results"].get(name, {}))
         own = [metrics[task][headline(metrics[task])] for task in members]
         values[name] = whole[headline(whole)] if whole else sum(own) / len(own)
-    return ZeroShot(metrics, scores, values)
+    return ZeroShot(metrics, scores, values, tasks.members)
+
+
+def _by_content(name: re.Match[str]) -> str:
+    path = Path(name[0])
+    return file_hash(path) if path.is_absolute() and path.is_file() else name[0]
 
 
 def _document(sample: Mapping[str, Any]) -> int:

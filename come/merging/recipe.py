@@ -164,10 +164,13 @@ class Recipe:
                 f"merge.sensitivity={self.sensitivity} would have no effect: {silent} asks no "
                 "sensitivity. merge=come does, or merge.retention=bi_power merge.operator=concat"
             )
-        if self.p != 1 and "p" not in RETENTION.options(self.retention):
+        rules = RETENTION.options(self.retention)
+        if self.p != 1 and ("p" not in rules or operator.drops or operator.solves):
+            silent = f"merge.retention={self.retention} has no exponent"
+            silent = f"{operator.name} keeps no shares" if "p" in rules else silent
             raise ValueError(
-                f"merge.p={self.p} would have no effect: merge.retention={self.retention} has no "
-                "exponent; merge.retention=bi_power has"
+                f"merge.p={self.p} would have no effect: {silent}; merge.retention=bi_power "
+                "merge.operator=concat has"
             )
 
     def _check_refit(self, operator: type[MergeOperator]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from come.evaluation.dense import Evaluation, evaluate, evaluate_dense
-from come.evaluation.paired import paired_difference
+from come.evaluation.paired import mean_difference, paired_difference
 from come.evaluation.perplexity import Perplexity
 from come.evaluation.speed import Speed, compare_speed
 from come.evaluation.zero_shot import headline
@@ -15,7 +15,14 @@ from come.merging.plan import Plan
 from come.models.checkpoint import fingerprint
 from come.models.loading import load_weights
 from come.pipeline.prepare import Job
-from come.result import DepthResult, PerplexityResult, SpeedResult, TaskResult, ZeroShotResult
+from come.result import (
+    DepthResult,
+    Difference,
+    PerplexityResult,
+    SpeedResult,
+    TaskResult,
+    ZeroShotResult,
+)
 from come.tracking.base import Trackers
 
 
@@ -46,9 +53,8 @@ def evaluate_depths(
     )
     speeds: dict[str, Speed] = {}
     if settings.speed:
-        compared = {"dense": load_dense(), "model": model} if saved else {"dense": model}
         speeds = compare_speed(
-            compared,
+            {"dense": load_dense(), "model": model} if saved else {"dense": model},
             prompt_tokens=settings.prompt_tokens,
             new_tokens=settings.new_tokens,
             batch=settings.speed_batch,
@@ -137,7 +143,8 @@ def _depth(
             result["perplexity"] = on_text
     speed, reference = speeds.get(folder or "dense"), speeds.get("dense")
     if speed is not None and reference is not None:
-        result["speed"] = _speed(speed, reference, gone / job.shape.num_layers)
+        all_layers = job.shape.num_layers * job.shape.block_parameters["layer"]
+        result["speed"] = _speed(speed, reference, removed / all_layers)
     return result
 
 
@@ -157,7 +164,7 @@ def _perplexity(own: Perplexity, dense: Perplexity) -> PerplexityResult:
 
 
 def _speed(own: Speed, dense: Speed, gone: float) -> SpeedResult:
-    """The speeds against the dense model's; `gone` is the share of the layers removed."""
+    """The speeds against the dense model's; `gone` is the share of the layers' parameters."""
     prompt = own.prompt.tokens_per_second / dense.prompt.tokens_per_second
     generation = own.generation.tokens_per_second / dense.generation.tokens_per_second
     return {
@@ -193,12 +200,24 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
             "difference_high": gap.high,
             "mcnemar_p": gap.p,
         }
+    pairs = {
+        name: [(own.scores[task], reference.scores[task]) for task in members]
+        for name, members in own.members.items()
+    }
+    gaps = {name: own.values[name] - reference.values[name] for name in own.values}
     return {
         "tasks": tasks,
         "values": own.values,
+        "differences": {name: _difference(gaps[name], [pairs[name]]) for name in gaps},
         "average": own.average,
-        "retention": own.average / reference.average,
+        "average_difference": _difference(own.average - reference.average, list(pairs.values())),
+        "retention": own.average / reference.average if reference.average else 0.0,
     }
+
+
+def _difference(value: float, groups: list[list[tuple[list[float], list[float]]]]) -> Difference:
+    low, high = mean_difference(groups)
+    return {"value": value, "low": low, "high": high}
 
 
 def _log_depth(trackers: Trackers, result: DepthResult) -> None:
@@ -221,6 +240,7 @@ def _log_depth(trackers: Trackers, result: DepthResult) -> None:
             "eval/average": result["zero_shot"]["average"],
             "eval/retention": result["zero_shot"]["retention"],
         }
+        metrics |= {f"eval/{name}": value for name, value in result["zero_shot"]["values"].items()}
         metrics |= {
             f"eval/{task}_{key}": value
             for task, values in result["zero_shot"]["tasks"].items()

@@ -95,8 +95,8 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             tokenizer,
             plan=None,
             calibration=None,
-            held_out=_held_out(settings, shape, tokenizer, []),
             tasks=_tasks(settings),
+            held_out=_held_out(settings, shape, tokenizer, []),
         )
     start = find_run(settings.from_run) if settings.from_run is not None else None
     given = str(start / PLAN) if start else merge.plan
@@ -140,6 +140,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             )
         check_replaceable(folder / output, PLAN)
 
+    tasks = _tasks(settings)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
     calibration = None
     known = None if settings.calibration.self_generated else settings.calibration.text_source()
@@ -177,7 +178,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         calibration,
         held_out,
         _training(settings, tokenizer),
-        _tasks(settings),
+        tasks,
         start,
     )
 
@@ -213,6 +214,7 @@ def _held_out(
             seq_len=min(chosen.seq_len, longest),
             max_tokens=chosen.also[name].max_tokens if name else chosen.max_tokens,
             others=others,
+            key=f"eval.also.{name}" if name else "eval",
         )
         for name, text in chosen.texts().items()
     }

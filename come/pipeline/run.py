@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 
 from come.files import write_text
-from come.job import PARTIAL_PLAN, finished_result, job_hash, write_result
+from come.job import PARTIAL_PLAN, alone, finished_result, job_hash, write_result
 from come.merging.plan import Plan, tensors_path
 from come.merging.saving import PLAN
 from come.models.loading import load_weights
@@ -44,6 +45,13 @@ def run(settings: Settings, folder: Path) -> Result:
     """
     settings.check()
     name = job_hash(settings)
+    if int(os.environ.get("RANK", 0)) > 0:  # helps another process of the same launch
+        return _run(settings, folder, name)
+    with alone(folder):
+        return _run(settings, folder, name)
+
+
+def _run(settings: Settings, folder: Path, name: str) -> Result:
     finished = finished_result(folder, name)
     if finished is not None:
         log.info("job %s has finished before; remove its folder to run it again", name)
@@ -93,7 +101,8 @@ def _follow(job: Job, crew: Accelerator) -> Result:
 def _trackers(job: Job) -> Trackers:
     trackers: list[Any] = [JSONL(job.folder / "metrics.jsonl")]
     tracking, merge, distill = job.settings.tracking, job.settings.merge, job.settings.distill
-    group = tracking.group or f"{job.label}-{merge.name}"
+    method = job.plan.provenance.get("method", merge.name) if job.plan else merge.name
+    group = tracking.group or f"{job.label}-{method}"
     common: dict[str, Any] = {
         "run_id": job.hash,
         "project": tracking.project,
@@ -102,8 +111,10 @@ def _trackers(job: Job) -> Trackers:
     if tracking.backend == "wandb":
         from come.tracking.wandb import WandB
 
-        tags = [job.label, merge.name, f"m={merge.m}", f"{job.target} layers"]
-        kind = "distill" if distill.active else "compress" if merge.active else "evaluate"
+        tags = [job.label, method, f"{job.target} layers"]
+        tags += [] if job.plan else [f"m={merge.m}"]
+        merges = merge.active and job.start is None
+        kind = "distill" if distill.active else "compress" if merges else "evaluate"
         trackers.append(
             WandB(
                 job.folder,

@@ -61,7 +61,8 @@ def summary_lines(result: Result) -> list[str]:
             f"{megabytes(training['optimizer_bytes'])}"
         )
     if any(depth["speed"] for depth in result["depths"]):
-        lines.append("speed: median, dense and merged model in turn, in this run")
+        turns = ", dense and merged model in turn" if len(result["depths"]) > 1 else ""
+        lines.append(f"speed: median{turns}, in this run")
     resumed = compression["resumed_at"]
     lines.append(
         "compression: seconds, and peak memory above the level before loading "

@@ -10,7 +10,7 @@ from typing import Any
 from come.files import LISTING, RESULT, write_text
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, Row, label, points, varying_keys
-from come.report.tables import long_table, perplexity_table, zero_shot_table
+from come.report.tables import long_table, perplexity_table, speed_table, zero_shot_table
 
 
 def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[dict[str, str]]]:
@@ -28,7 +28,10 @@ def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[
     listing = folder / LISTING
     jobs: dict[str, tuple[dict[str, str], Path]] = {}
     for line in listing.read_text().splitlines() if listing.is_file() else []:
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # torn when its job was killed; it is listed again when it runs again
         overrides = {}
         for item in entry["overrides"]:
             key, _, value = item.lstrip("+").partition("=")
@@ -85,6 +88,9 @@ def write_grid(
     if any(point.average is not None for point in found):
         tables.append(zero_shot_table(found, x))
         notes.append(_ACCURACY)
+    if any(point.speed is not None for point in found):
+        tables.append(speed_table(found, x))
+        notes.append(_SPEED)
     if missing:
         notes.append(f"Not finished: {'; '.join(label(job, varying) for job in missing)}.\n")
     text = "\n".join([*(table.markdown() for table in tables), *notes])
@@ -96,6 +102,11 @@ def write_grid(
 
 _ACCURACY = """Accuracy, and behind it minus the dense model's on the same documents, with a star
 where the 95% interval (paired bootstrap) leaves out zero.
+"""
+
+
+_SPEED = """Speed: tokens/s of the median, x dense in the same run, and in brackets how much of
+the ideal: share of the time saved over share of the layers removed.
 """
 
 
@@ -127,7 +138,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"perplexity": _without_windows(depth["perplexity"] or {})}
         | {"also": {name: _without_windows(p) for name, p in depth.get("also", {}).items()}}
-        | {"zero_shot": depth.get("zero_shot")}
+        | {"zero_shot": depth.get("zero_shot"), "speed": depth.get("speed")}
         for depth in result["depths"]
     ]
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PARAMETERS = "parameters"
+_SIZES = ("merge.sparsity", "merge.target_layers")  # seen on the axis already
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (what its command line set, key to value), and of
@@ -18,9 +19,9 @@ class Measured:
     """A value of a model, and the dense model's on the same work.
 
     Attributes:
-        value: perplexity, or the accuracy of a task.
-        against: perplexity over the dense model's, or accuracy minus the dense model's.
-        low: of the 95% interval of `against`.
+        value: perplexity, an accuracy, or a speed in tokens/s.
+        against: perplexity or speed over the dense model's, or accuracy minus the dense model's.
+        low: of the 95% interval of `against`; equal to it where there is none.
         high: of the 95% interval of `against`.
     """
 
@@ -44,7 +45,9 @@ class Point:
         dense: perplexity of the dense model, tokens and windows of that text.
         also: perplexity on further texts, by name.
         tasks: accuracy, by what was asked for: a task or a group.
-        average: mean accuracy, and retention in place of a difference; None without tasks.
+        average: mean accuracy; None without tasks.
+        retention: that average over the dense model's.
+        speed: SpeedResult; None where it was not timed.
     """
 
     line: str
@@ -57,6 +60,8 @@ class Point:
     also: dict[str, Measured] = field(default_factory=dict)
     tasks: dict[str, Measured] = field(default_factory=dict)
     average: Measured | None = None
+    retention: float = 0.0
+    speed: dict[str, Any] | None = None
 
 
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -85,12 +90,15 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     """
     overrides, (dense, *depths) = row["overrides"], row["depths"]
     distilled = "distillation" in row
-    line = label(overrides, [k for k in varying if k != x and not k.endswith("seed")])
+    depths = depths or [dense]  # merge=none
+    unseen = {x, *(_SIZES if x == PARAMETERS else ())}
+    line = label(overrides, [k for k in varying if k not in unseen and not k.endswith("seed")])
     text = dense["perplexity"]
     found = []
     for depth in depths:
         tasks = depth.get("zero_shot")
-        if not depth["perplexity"] and not tasks:
+        speed = depth.get("speed")
+        if not (depth["perplexity"] or tasks or speed):
             continue
         merged = distilled and depth["stage"] == "merged"
         found.append(
@@ -105,8 +113,10 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
                 if text
                 else (0.0, 0, 0),
                 also={name: _perplexity(p) for name, p in depth.get("also", {}).items()},
-                tasks=_tasks(tasks, dense["zero_shot"]) if tasks else {},
-                average=_average(tasks) if tasks else None,
+                tasks=_tasks(tasks) if tasks else {},
+                average=_accuracy(tasks["average"], tasks["average_difference"]) if tasks else None,
+                retention=tasks["retention"] if tasks else 0.0,
+                speed=speed,
             )
         )
     return found
@@ -116,20 +126,16 @@ def _perplexity(found: Mapping[str, Any]) -> Measured:
     return Measured(found["value"], found["ratio"], found["ratio_low"], found["ratio_high"])
 
 
-def _tasks(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Measured]:
-    """What was asked for; a group has no interval of its own."""
-    measured = {}
-    for name, value in found["values"].items():
-        gap = value - dense["values"][name]
-        task = found["tasks"].get(name, {"difference_low": gap, "difference_high": gap})
-        interval = (task["difference_low"], task["difference_high"])
-        measured[name] = Measured(value, gap, *interval)
-    return measured
+def _tasks(found: Mapping[str, Any]) -> dict[str, Measured]:
+    """What was asked for: tasks and groups."""
+    return {
+        name: _accuracy(value, found["differences"][name])
+        for name, value in found["values"].items()
+    }
 
 
-def _average(found: Mapping[str, Any]) -> Measured:
-    retention = found["retention"]
-    return Measured(found["average"], retention, retention, retention)
+def _accuracy(value: float, difference: Mapping[str, float]) -> Measured:
+    return Measured(value, difference["value"], difference["low"], difference["high"])
 
 
 def _place(value: str) -> str:

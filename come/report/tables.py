@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -76,28 +77,54 @@ def zero_shot_table(points: Sequence[Point], x: str) -> Table:
         cells = [line, *([place] if by_x else []), str(depth)]
         for name in names:
             cells.append(_accuracy_cell([p.tasks[name] for p in here if name in p.tasks]))
-        averages = [p.average for p in here if p.average is not None]
-        cells.append(f"{_mean([a.value for a in averages]):.3f}")
-        cells.append(f"{_mean([a.against for a in averages]):.1%}")
+        cells.append(_accuracy_cell([p.average for p in here if p.average is not None]))
+        cells.append(f"{_mean([p.retention for p in here]):.1%}")
         rows.append(cells)
     return Table(head, rows, 1 + by_x)
 
 
+def speed_table(points: Sequence[Point], x: str) -> Table:
+    """A row for each model: tokens/s and x dense (of the ideal), memory."""
+    by_x = x != PARAMETERS
+    head = ["", *([x] if by_x else []), "layers", "prompt, tokens/s", "generation, tokens/s"]
+    rows = []
+    for point in points:
+        if (found := point.speed) is None:
+            continue
+        cells = [point.line, *([point.x] if by_x else []), str(point.layers)]
+        for work in ("prompt", "generation"):
+            cells.append(
+                f"{found[work]:.1f}, {found[f'{work}_ratio']:.2f} ({found[f'{work}_realised']:.0%})"
+            )
+        cells += [f"{found['peak_bytes'] / 1e6:.0f}", f"{found['cache_bytes'] / 1e6:.1f}"]
+        rows.append(cells)
+    return Table([*head, "peak memory, MB", "keys and values, MB"], rows, 1 + by_x)
+
+
 def long_table(points: Sequence[Point], x: str) -> str:
-    """One line of CSV for every model and measured value, with its 95% interval."""
+    """One line of CSV for every model and measured value.
+
+    `ratio` is over the dense model's (perplexity, speed), `difference` from it (accuracy); `low`
+    and `high` their 95% interval where there is one.
+    """
     records = []
     for point in points:
-        place = {"line": point.line} | ({} if x == PARAMETERS else {x: point.x})
-        place |= {"seed": point.seed, "layers": point.layers, "parameters": point.parameters}  # type: ignore[dict-item]
-        measured = {"perplexity": point.perplexity, "average": point.average}
-        measured |= {f"perplexity {name}": value for name, value in point.also.items()}
-        measured |= point.tasks
-        for name, value in measured.items():
-            if value is not None:
-                numbers = {"value": value.value, "against_dense": value.against}
-                records.append(
-                    place | {"measure": name} | numbers | {"low": value.low, "high": value.high}
-                )
+        place: dict[str, Any] = {"line": point.line} | ({} if x == PARAMETERS else {x: point.x})
+        place |= {"seed": point.seed, "layers": point.layers, "parameters": point.parameters}
+        ratios = {f"perplexity {name}": value for name, value in point.also.items()}
+        if point.perplexity is not None:
+            ratios = {"perplexity": point.perplexity} | ratios
+        gaps = point.tasks | ({"average": point.average} if point.average is not None else {})
+        for kind, found in (("ratio", ratios), ("difference", gaps)):
+            for name, value in found.items():
+                numbers = {"value": value.value, kind: value.against}
+                interval = {"low": value.low, "high": value.high}
+                records.append(place | {"measure": name} | numbers | interval)
+        for work in ("prompt", "generation") if point.speed else ():
+            assert point.speed is not None
+            value, ratio = point.speed[work], point.speed[f"{work}_ratio"]
+            named: dict[str, Any] = {"measure": f"{work} tokens/s", "value": value, "ratio": ratio}
+            records.append(place | named)
     return pd.DataFrame(records).to_csv(index=False)
 
 

@@ -16,7 +16,7 @@ from come.operators.base import OPERATORS
 from come.refit.base import REFITS
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
-from come.result import DepthResult, Result
+from come.result import DepthResult, Difference, Result
 
 _SPEED_COLUMNS = (
     "prompt, tokens/s",
@@ -111,7 +111,7 @@ def _speed(depths: list[DepthResult]) -> list[str]:
         ):
             cells.append(f"{value:.1f} [{spread[0]:.1f}, {spread[1]:.1f}]")
             cells.append(f"{ratio:.2f} ({realised:.0%})" if depth["folder"] else "")
-        cells += [megabytes(found["peak_bytes"]), f"{found['cache_bytes'] / 2**20:.1f} MiB"]
+        cells += [megabytes(found["peak_bytes"]), f"{found['cache_bytes'] / 1e6:.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return [
         *lines,
@@ -146,19 +146,36 @@ def _tasks(depths: list[DepthResult]) -> list[str]:
     for depth in depths:
         assert depth["zero_shot"] is not None
         for name, task in depth["zero_shot"]["tasks"].items():
-            gap = f"{task['difference']:+.3f} [{task['difference_low']:+.3f}, "
-            gap += f"{task['difference_high']:+.3f}]"
-            real = task["difference_low"] > 0 or task["difference_high"] < 0
-            gap = f"**{gap}**" if real else gap
+            gap = _gap(
+                {
+                    "value": task["difference"],
+                    "low": task["difference_low"],
+                    "high": task["difference_high"],
+                }
+            )
             cells = [gap, f"{task['mcnemar_p']:.3f}"] if depth["folder"] else ["", ""]
             lines.append(
-                f"| {depth['layers']} | {name}, {task['metric']} | {task['documents']} | "
+                f"| {_place(depth)} | {name}, {task['metric']} | {task['documents']} | "
                 f"{task['value']:.4f} | {task['stderr']:.4f} | {' | '.join(cells)} |"
             )
-        lines.append(
-            f"| {depth['layers']} | average | | {depth['zero_shot']['average']:.4f} | | | |"
-        )
+        whole = depth["zero_shot"]
+        rows = {n: (v, whole["differences"][n]) for n, v in whole["values"].items()}
+        rows = {n: row for n, row in rows.items() if n not in whole["tasks"]}  # groups
+        for name, (value, difference) in (rows | {"average": _average(depth)}).items():
+            shown = _gap(difference) if depth["folder"] else ""
+            lines.append(f"| {_place(depth)} | {name} | | {value:.4f} | | {shown} | |")
     return [*lines, "", "Bold: the interval leaves out zero."]
+
+
+def _average(depth: DepthResult) -> tuple[float, Difference]:
+    assert depth["zero_shot"] is not None
+    return depth["zero_shot"]["average"], depth["zero_shot"]["average_difference"]
+
+
+def _gap(gap: Difference) -> str:
+    """A difference with its interval, bold where that leaves out zero."""
+    text = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+    return f"**{text}**" if gap["low"] > 0 or gap["high"] < 0 else text
 
 
 def _continuations(depths: list[DepthResult]) -> list[str]:

@@ -67,6 +67,10 @@ class TrackingSettings:
             )
         if self.mode not in ("online", "offline"):
             raise ValueError(f"tracking.mode={self.mode!r}: allowed are online, offline")
+        if self.backend != "wandb" and self.mode != "offline":
+            raise ValueError(
+                f"tracking.mode={self.mode} is for tracking=wandb, not {self.backend}; leave it out"
+            )
         if self.backend != "none" and importlib.util.find_spec(self.backend) is None:
             raise ValueError(
                 f"tracking={self.backend} needs the package {self.backend}: "

@@ -93,7 +93,8 @@ class EvalSettings(TextSettings):
             raise ValueError(f"eval.tasks={list(self.tasks)}: a task stands there twice")
         if self.also and not self.perplexity:
             raise ValueError(
-                f"eval.also has {', '.join(self.also)}, and eval.perplexity=false measures none"
+                f"eval.also has {', '.join(self.also)}, and eval.perplexity=false measures none; "
+                "leave the texts out with '~eval.also'"
             )
         for text in self.texts().values():
             text.check()
@@ -106,5 +107,14 @@ class EvalSettings(TextSettings):
         """
         if not self.perplexity:
             return {}
-        own = {"": self.text_source()}
-        return own | {name: text.text_source() for name, text in self.also.items()}
+        texts: dict[str, TextSettings] = {"": self, **self.also}
+        found = {}
+        for name, text in texts.items():
+            try:
+                found[name] = text.text_source()
+            except ValueError as error:
+                key = f"eval.also.{name}" if name else "eval"
+                raise ValueError(
+                    str(error).replace("calibration.source", f"{key}.source")
+                ) from None
+        return found

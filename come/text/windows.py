@@ -17,7 +17,6 @@ CALIBRATION_PART = (0.0, 0.6)
 EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
 _POOL_CHARS = 2_000_000
 _CHARS_PER_TOKEN = 16  # more than any tokenizer's
-_EVALUATION_CHARS = 20_000_000
 _DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
 
 
@@ -152,21 +151,23 @@ def evaluation_windows(
     seq_len: int,
     max_tokens: int | None = None,
     others: Sequence[TextSource] = (),
+    key: str = "eval",
 ) -> TokenWindows:
     """Cuts held-out text, tokenised once, into consecutive windows that do not overlap.
 
     Args:
         tokenizer: the model's tokenizer.
-        source: the corpus; of a very large one the first 20 million characters.
+        source: the corpus.
         seq_len: tokens of a window.
         max_tokens: only the first so many tokens; None for all.
         others: the corpora that calibration and training use.
+        key: where its settings are, for errors.
 
     Raises:
         ValueError: the corpus cannot be read, or does not fill two windows.
     """
     text = _evaluation_text(source, *others)
-    if max_tokens:
+    if max_tokens:  # a large corpus is not tokenised for its first tokens
         text = text[: _CHARS_PER_TOKEN * max_tokens]
     tokens = tokenize(tokenizer, text, special=True)
     used = tokens[:max_tokens] if max_tokens else tokens
@@ -175,7 +176,7 @@ def evaluation_windows(
         raise ValueError(
             f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
             f"tokens, and two windows of eval.seq_len={seq_len} are the least for an interval. "
-            "Lower eval.seq_len, raise eval.max_tokens, or give more text"
+            f"Lower eval.seq_len, raise {key}.max_tokens, or give more text"
         )
     windows = used[: available * seq_len].view(available, seq_len)
     return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")
@@ -194,6 +195,6 @@ def _same(source: TextSource, other: TextSource) -> bool:
 
 
 def _evaluation_text(source: TextSource, *others: TextSource) -> str:
-    text = corpus_text(source, _EVALUATION_CHARS)
+    text = corpus_text(source)
     splits = source.always_split or any(_same(source, other) for other in others)
     return text_part(text, EVALUATION_PART) if splits else text
