@@ -239,13 +239,13 @@ def test_differences_and_their_stars():
 def test_the_interval_of_an_average_weighs_tasks_alike():
     generator = np.random.default_rng(3)
     large, small = generator.integers(0, 2, 900), generator.integers(0, 2, 60)
-    zeros = [np.zeros(900), np.zeros(60)]
-    low, high = mean_difference([[(large, zeros[0])], [(small, zeros[1])]])
+    first, second = ((task.tolist(), [0] * len(task)) for task in (large, small))
+    low, high = mean_difference([[first], [second]])
     variance = (large.var() / 900 + small.var() / 60) / 4
     middle = (large.mean() + small.mean()) / 2
     assert (low + high) / 2 == pytest.approx(middle, abs=0.004)
     assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.05)
-    low, high = mean_difference([[(large, zeros[0]), (small, zeros[1])]])  # one group
+    low, high = mean_difference([[first, second]])  # one group
     pooled = np.concatenate([large, small])
     assert (low + high) / 2 == pytest.approx(pooled.mean(), abs=0.004)
     assert (high - low) / 2 == pytest.approx(1.96 * (pooled.var() / 960) ** 0.5, rel=0.05)
