@@ -239,7 +239,7 @@ def test_differences_and_their_stars():
 def test_the_interval_of_an_average_weighs_tasks_alike():
     generator = np.random.default_rng(3)
     large, small = generator.integers(0, 2, 900), generator.integers(0, 2, 60)
-    first, second = ((task.tolist(), [0] * len(task)) for task in (large, small))
+    first, second = ((task.astype(float).tolist(), [0.0] * len(task)) for task in (large, small))
     low, high = mean_difference([[first], [second]])
     variance = (large.var() / 900 + small.var() / 60) / 4
     middle = (large.mean() + small.mean()) / 2
