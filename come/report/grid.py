@@ -143,6 +143,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     ]
     return {
         "job": result["job"],
+        "method": result["method"],
         "overrides": overrides,
         "depths": depths,
         "compression": {

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PARAMETERS = "parameters"
-_SIZES = ("merge.sparsity", "merge.target_layers")  # seen on the axis already
+_SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # seen on the axis already
+_SILENT = ("merge.keep",)  # without effect on the result
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (what its command line set, key to value), and of
-its result `depths` (dense first), `compression`, `merge_history` and, if any, `distillation`."""
+its result `method`, `depths` (dense first), `compression`, `merge_history` and, if any,
+`distillation`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     overrides, (dense, *depths) = row["overrides"], row["depths"]
     distilled = "distillation" in row
     depths = depths or [dense]  # merge=none
-    unseen = {x, *(_SIZES if x == PARAMETERS else ())}
+    unseen = {x, *_SILENT, *(_SIZES if x == PARAMETERS else ())}
+    if "merge" in varying and "method" in row:
+        overrides = {"merge": row["method"]} | overrides
     line = label(overrides, [k for k in varying if k not in unseen and not k.endswith("seed")])
     text = dense["perplexity"]
     found = []
