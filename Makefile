@@ -22,7 +22,7 @@ run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." 
 test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the tests on the real model
+test-slow: $(READY)  ## the tests on the real model and on many processes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-all: test test-slow  ## all tests

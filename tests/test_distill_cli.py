@@ -105,9 +105,10 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
     assert equal(cut / "model", whole / "model")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(command, pico_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
-    settings = ["distill=come_sp", *TRAIN, "eval=none"]
+    settings = ["merge=come", "distill=come_sp", *TRAIN, "eval=none"]
     code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

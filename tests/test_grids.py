@@ -37,6 +37,7 @@ def results(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, _, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={whole}", "-m"))
@@ -63,6 +64,7 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
     assert tables[0].read_text() == tables[1].read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
 def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher):
     pytest.importorskip({"processes": "joblib", "submitit_local": "submitit"}[launcher])
@@ -118,6 +120,7 @@ class Broken(GroupScore):
     assert "broken" not in (done.parent / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
     pytest.importorskip("submitit")
     grid = ["merge.m=1,3", "merge.target_layers=20", "eval=none", "hydra/launcher=submitit_local"]

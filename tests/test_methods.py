@@ -20,7 +20,9 @@ from tests.conftest import LAYERS, pico
 from tests.methods import CONF, dropped, loss, read, recipe, same, without
 from tests.reference import Reference
 
-RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "from_plan")
+RECIPES = sorted(
+    path.stem for path in CONF.glob("*.yaml") if path.stem not in ("from_plan", "none")
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -93,7 +93,7 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
         "distill.validation_samples=2",
     ],
     "ablation_small": ["merge.target_layers=21"],
-    "main": ["eval=perplexity", "calibration=pydocs", "merge.sparsity=0.01"],
+    "main": ["eval=perplexity", "calibration=pydocs", "merge.sparsity=0.1"],
     "retention": ["merge.target_layers=20", "merge.save_at=[22]"],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
 }
