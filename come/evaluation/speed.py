@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,9 +136,8 @@ def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
         with PeakMemory(device) as memory:
             work()
         return memory.peak
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with _without_stderr(), watch as profiler:
         work()
     result = profiler.profiler
     assert result is not None
@@ -146,6 +147,19 @@ def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
             level += event.nbytes()
             peak = max(peak, level)
     return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing reaches stderr: the profiler's own library writes lines there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
