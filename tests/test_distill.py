@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
 from come.calibration.boundaries import make_store
 from come.distill.apart import teacher_boundaries, train_apart
@@ -18,6 +20,7 @@ from come.distill.trainer import train
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
+from tests.commands import ROOT
 from tests.conftest import LAYERS, pico
 from tests.methods import SOME, decoder_layers, loss, same
 from tests.reference import Reference
@@ -98,7 +101,9 @@ def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
 def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, windows):
     """Against float64 autograd over whole models."""
     given = pair(family)
-    method = DISTILL.create("come_sp", {"temperature": 2.0, "gradient_checkpointing": recompute})
+    method = DISTILL.create(
+        "come_sp", {"loss": "kl", "temperature": 2.0, "gradient_checkpointing": recompute}
+    )
     objective = method.objective(given)
     found = objective(windows)
     found["loss"].backward()
@@ -373,3 +378,9 @@ def test_the_rate_rises_and_falls():
 def test_settings_that_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         DISTILL.create(name, settings)
+
+
+def test_the_shipped_config_asks_for_shards():
+    config = load_config_from_file(str(ROOT / "experiments" / "distill" / "fsdp.yaml"))
+    assert config.distributed_type is DistributedType.FSDP
+    assert not config.use_cpu

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.commands import ROOT, SMALL, equal, finish
@@ -106,30 +109,53 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(command, pico_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("logits", True), ("lora", True)]
+)
+def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
-    settings = ["merge=come", "distill=come_sp", *TRAIN, "eval=none"]
+    settings = ["merge=come", f"distill={method}", *TRAIN, "distill.micro_batch=1", "eval=none"]
     code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--standalone"]
     words = [f"model.path={pico_folder}", "model=local", *SMALL, *settings]
-    process = subprocess.Popen(
-        [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
-        cwd=tmp_path,
-        env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    code, _, errors = finish(process)
+    own = {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    own |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
+            cwd=tmp_path,
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process = start()
+    if sharded:  # parts are written whole, so that a killed training goes on
+        deadline = time.monotonic() + 120
+        while not list(both.glob("distill/**/state.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+        process.wait()
+        process = start()
+    code, output, errors = finish(process)
     assert code == 0, errors
+    assert ("merged before" in output) == sharded
     one, two = (
         [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (alone, both)
     )
     assert [result(f)["distillation"]["processes"] for f in (alone, both)] == [1, 2]
     assert two == pytest.approx(one, rel=1e-3)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
+    states = [load_file(folder / "model" / "model.safetensors") for folder in (alone, both)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,11 @@ class ComeMP(Distillation):
 
     The jobs are independent: one after another in the memory of one layer, or side by side.
 
-    Source: arXiv 2510.15304, CoMe-mp. The optimiser, schedule and text are our choice.
+    Source: arXiv 2510.15304, CoMe-mp; differs from it in the default loss (see `come_sp`).
+    Optimiser, schedule and text are our choice.
 
     Args:
-        loss: kl (the paper), mse, cosine or mix.
+        loss: mse, kl (the paper's), cosine or mix.
         loss_weights: of the parts of "mix".
         temperature: T of the KL.
         train: what of the merged layer trains: layers, norms, outputs.
@@ -70,7 +71,7 @@ class ComeMP(Distillation):
 
     def __init__(
         self,
-        loss: str = "kl",
+        loss: str = "mse",
         loss_weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
         train: str = "layers",

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from come.distill.sharding import like, whole
 from come.files import write_bytes, write_text
 
 STATE = "state.json"
@@ -47,17 +48,22 @@ def save_progress(
     trained: Mapping[str, nn.Parameter],
     best: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
+    *,
+    write: bool = True,
 ) -> None:
     """Writes weights, best weights and optimiser state, then the file that names them.
 
-    A kill at any moment leaves the old state or the new one.
+    A kill at any moment leaves the old state or the new one. Where parameters are sharded, all
+    processes must call it, and one has `write`.
     """
-    tensors = {f"weight/{name}": p.detach().cpu() for name, p in trained.items()}
+    tensors = {f"weight/{name}": whole(p.detach()).cpu() for name, p in trained.items()}
     tensors |= {f"best/{name}": tensor.cpu() for name, tensor in best.items()}
     if optimizer is not None:
         for name, parameter in trained.items():
             for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu()
+                tensors[f"optimizer/{name}/{key}"] = whole(value.detach()).cpu()
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = f"step-{progress.step:07d}{'-end' if progress.done else ''}.safetensors"
     write_bytes(folder / file, save({k: v.contiguous() for k, v in tensors.items()}))
@@ -88,13 +94,11 @@ def load_progress(
     tensors = load_file(folder / state["tensors"])
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(tensors[f"weight/{name}"])
+            parameter.copy_(like(tensors[f"weight/{name}"], parameter))
             if optimizer is not None:
                 own = f"optimizer/{name}/"
                 optimizer.state[parameter] = {
-                    key.removeprefix(own): value.to(
-                        parameter.device if key != f"{own}step" else "cpu"
-                    )
+                    key.removeprefix(own): value if key == f"{own}step" else like(value, parameter)
                     for key, value in tensors.items()
                     if key.startswith(own)
                 }

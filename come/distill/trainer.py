@@ -18,6 +18,7 @@ from tqdm import tqdm
 from come.distill.base import Objective
 from come.distill.course import Course
 from come.distill.progress import Progress, load_progress, save_progress
+from come.distill.sharding import like, sharded_layers, whole
 
 Batch = tuple[Tensor, ...]
 Windows = Callable[[Tensor], Batch]
@@ -82,7 +83,7 @@ def train(
     """
     share = course.batch_size // accelerator.num_processes
     assert share * accelerator.num_processes == course.batch_size
-    trained = objective.trained
+    main, trained = accelerator.is_main_process, objective.trained
     optimizer = torch.optim.AdamW(
         trained.values(), lr=course.learning_rate, weight_decay=course.weight_decay
     )
@@ -92,7 +93,7 @@ def train(
         _restore(trained, best)
         return progress
     objective.eval()  # no dropout: the teacher has none either
-    model = accelerator.prepare_model(objective)
+    model = objective if sharded_layers(objective) else accelerator.prepare_model(objective)
     bar = tqdm(
         total=course.steps, initial=progress.step, desc=name, unit="step", leave=False,
         disable=None if progress_bar and accelerator.is_main_process else True,
@@ -104,7 +105,7 @@ def train(
         progress.validation.append({"step": progress.step, **found})
         if found["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["loss"], progress.step
-            best.update({key: p.detach().cpu().clone() for key, p in trained.items()})
+            best.update({key: whole(p.detach()).cpu().clone() for key, p in trained.items()})
         log({"step": progress.step, **{f"validation_{k}": v for k, v in found.items()}})
 
     def goes_on() -> bool:
@@ -134,12 +135,11 @@ def train(
             bar.set_postfix(loss=f"{losses['loss']:.4g}")
             if progress.step % course.validate_every == 0 or progress.step == course.steps:
                 validate()
-            if progress.step % course.checkpoint_every == 0 and accelerator.is_main_process:
-                save_progress(folder, job, progress, trained, best, optimizer)
+            if progress.step % course.checkpoint_every == 0:
+                save_progress(folder, job, progress, trained, best, optimizer, write=main)
     progress.done = True
     _restore(trained, best)
-    if accelerator.is_main_process:
-        save_progress(folder, job, progress, trained, best, None)
+    save_progress(folder, job, progress, trained, best, None, write=main)
     return progress
 
 
@@ -155,19 +155,22 @@ def _step(
     """One optimiser step on the windows `rows` of this process; the losses over all processes."""
     for group in optimizer.param_groups:
         group["lr"] = course.rate(step)
-    parts = rows.split(course.micro_batch)
+    parts, layers = rows.split(course.micro_batch), sharded_layers(model)
     total: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         batch = tuple(tensor.to(accelerator.device) for tensor in windows(part))
-        with nullcontext() if last else accelerator.no_sync(model):
-            losses = model(*batch)
+        for layer in layers:
+            layer.set_requires_gradient_sync(last)
+        with nullcontext() if last or layers else accelerator.no_sync(model):
+            with accelerator.autocast():
+                losses = model(*batch)
             weight = len(part) / len(rows)
             accelerator.backward(losses["loss"] * weight)
         for key, value in losses.items():
             total[key] = total.get(key, 0) + value.detach().float() * weight
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = accelerator.clip_grad_norm_(parameters, course.clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, course.clip))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {key: accelerator.reduce(value, "mean") for key, value in total.items()}
@@ -193,4 +196,4 @@ def _validation(
 @torch.no_grad()
 def _restore(trained: Mapping[str, torch.nn.Parameter], best: Mapping[str, Tensor]) -> None:
     for name, tensor in best.items():
-        trained[name].copy_(tensor)
+        trained[name].copy_(like(tensor, trained[name]))

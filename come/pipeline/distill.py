@@ -17,6 +17,7 @@ from come.distill.base import Pair
 from come.distill.course import Course
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.progress import Progress
+from come.distill.sharding import adopt, asked_to_shard, shard
 from come.distill.trainer import make_accelerator, train
 from come.merging.plan import Plan
 from come.merging.saving import save_model
@@ -70,7 +71,10 @@ def distill(
     method, course = settings.distillation(), settings.course(model.device.type)
     dtype = model.dtype
     model.float()  # AdamW on weights of half precision loses its small steps
-    teacher = job.load(str(crew.device)).requires_grad_(False)
+    parted = asked_to_shard(crew)
+    if parted:
+        model.cpu()  # no device needs to hold all of it
+    teacher = job.load("cpu" if parted else str(crew.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
@@ -110,8 +114,9 @@ def distill(
     else:
         objective = method.objective(pair)
         memory = training_memory(objective, [teacher] if method.uses_teacher else [])
+        working = shard(objective, pair, crew) if parted else objective
         progress = train(
-            objective,
+            working,
             lambda rows: (training[rows],),
             len(training),
             lambda rows: (validation[rows],),
@@ -122,7 +127,10 @@ def distill(
             job=job.hash,
             log=lambda losses: record("", losses),
         )
+        if parted:
+            adopt(objective, working)
         method.settle(objective, pair)
+        model.to(crew.device)
     result = _result(job, text, course, progress, memory, len(training), crew)
     model.to(dtype)
     crew.free_memory()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
 from come.job import PARTIAL_PLAN, alone, finished_result, job_hash, write_result
@@ -44,15 +44,16 @@ def run(settings: Settings, folder: Path) -> Result:
             weight is loaded.
     """
     settings.check()
-    name = job_hash(settings)
-    if int(os.environ.get("RANK", 0)) > 0:  # helps another process of the same launch
-        return _run(settings, folder, name)
+    name, crew = job_hash(settings), processes(settings)
+    if not crew.is_main_process:
+        return _follow(settings, folder, name, crew)
     with alone(folder):
-        return _run(settings, folder, name)
+        return _lead(settings, folder, name, crew)
 
 
-def _run(settings: Settings, folder: Path, name: str) -> Result:
+def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
     finished = finished_result(folder, name)
+    broadcast_object_list([finished is None])  # the others wait for this
     if finished is not None:
         log.info("job %s has finished before; remove its folder to run it again", name)
         _tidy(folder, cast(Result, finished))
@@ -60,9 +61,6 @@ def _run(settings: Settings, folder: Path, name: str) -> Result:
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
-    crew = processes(settings)
-    if not crew.is_main_process:
-        return _follow(job, crew)
     write_text(folder / "resolved.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
     with _trackers(job) as trackers:
         model, plan, job, compression = merge(job, trackers)
@@ -89,8 +87,12 @@ def _tidy(folder: Path, result: Result) -> None:
                 weights.unlink()
 
 
-def _follow(job: Job, crew: Accelerator) -> Result:
+def _follow(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
     """The part of a process that helps to distil: waits for the merge, and trains along."""
+    (goes_on,) = broadcast_object_list([None])
+    if not goes_on:
+        return cast(Result, {})
+    job = prepare(settings, folder, name)
     crew.wait_for_everyone()
     merged = job.folder / job.merged
     model = load_weights(merged, dtype=job.settings.model.dtype, device=str(crew.device))

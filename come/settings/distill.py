@@ -27,7 +27,7 @@ class DistillSettings(TextSettings):
         batch_size: windows of an optimiser step, over all processes.
         micro_batch: windows of one forward pass.
         validation_samples: windows held out of the training text; they choose the best weights.
-        loss: of hidden states: kl, mse, cosine, mix.
+        loss: of hidden states: mse, kl (the paper's), cosine, mix.
         loss_weights: of the parts of "mix".
         temperature: T of the KLs.
         logit_weight: of the KL between logits, beside the hidden states' (come_sp).
@@ -53,13 +53,13 @@ class DistillSettings(TextSettings):
     batch_size: int = 8
     micro_batch: int = 8
     validation_samples: int = 16
-    loss: str = "kl"
+    loss: str = "mse"
     loss_weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     logit_weight: float = 0.0
     train: str = "layers"
     lora_rank: Any = "auto"
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0

@@ -1,0 +1,72 @@
+"""Fully sharded training: every process holds a part of each layer (FSDP)."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from come.distill.base import Objective, Pair
+
+
+def asked_to_shard(accelerator: Accelerator) -> bool:
+    """Whether several processes were launched to hold the layers in parts.
+
+    An accelerate config with `distributed_type: FSDP` asks for it; it sets ACCELERATE_USE_FSDP.
+    """
+    return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objective:
+    """A copy of the objective whose layers, student's and teacher's, are spread over the processes.
+
+    A layer is gathered while it runs and let go behind it; gradients and optimiser state exist in
+    parts alone. Embeddings, final norm and head stay whole. The objective's own parameters are not
+    touched; the teacher's layers are, since nothing needs them whole any more.
+
+    Source: torch.distributed.fsdp.fully_shard; PyTorch FSDP, arXiv 2304.11277.
+    """
+    teacher = pair.teacher
+    kept = {id(module): module for module in teacher.model.modules()}
+    own = copy.deepcopy(objective, kept)
+    layers = list(teacher.layers)
+    path = pair.student.architecture.layers
+    layers += list(cast(nn.ModuleList, own.get_submodule(f"student.{path}")))
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    teacher.model.to(accelerator.device)
+    return own.to(accelerator.device)
+
+
+def sharded_layers(module: nn.Module) -> list[FSDPModule]:
+    """The layers of a module that are sharded."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@torch.no_grad()
+def adopt(objective: Objective, sharded: Objective) -> None:
+    """Brings the trained parameters of a sharded copy back. All processes must call it."""
+    found = sharded.trained
+    for name, parameter in objective.trained.items():
+        parameter.copy_(whole(found[name]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor in one piece; where it is sharded, all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, spread as `other` is."""
+    tensor = tensor.to(other.device)
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor, other.device_mesh, other.placements)
+    return tensor
