@@ -59,7 +59,7 @@ class DistillSettings(TextSettings):
     logit_weight: float = 0.0
     train: str = "layers"
     lora_rank: Any = "auto"
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
