@@ -181,7 +181,7 @@ def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path
         [],
         [f"distill.path={text_file}"],
         [f"distill.path={other}"],
-        ["distill.learning_rate=1e-3"],
+        ["distill.learning_rate=2e-3"],
         sampled,
         [*sampled, "calibration.top_p=0.5"],
     ]

@@ -86,6 +86,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert equal(tmp_path / "eval" / "model", folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["come_sp", "come_mp"])
 def test_a_killed_distillation_goes_on(method, command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -110,7 +111,7 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("logits", True), ("lora", True)]
+    ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("lora", True)]
 )
 def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
