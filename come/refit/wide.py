@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from come.calibration.goals import Goals
-from come.models.adapter import Unit
+from come.calibration.group import Group, Split
+from come.models.adapter import UNITS, Unit
 from come.models.halves import attention_half, ffn_half
 from come.refit.normal import Map, NormalEquations
 from come.refit.ridge import equations, output_map
 
 Chosen = tuple[Map, Tensor]
 """An attention map, and the columns of the wide one that it reads."""
+
+Choose = Callable[[NormalEquations, Map, int, int], list[int]]
+"""(equations, map of all units, how many to keep, columns of a unit) -> kept units, ascending."""
+
+Drive = Callable[[NormalEquations, Map, Tensor], Map]
+"""(equations, the kept units' map, their columns) -> the map through which they drive."""
+
+
+@torch.no_grad()
+def wide_split(group: Group, choose: Choose, drive: Drive) -> Split:
+    """The units of a group that `choose` keeps: KV groups, then FFN channels behind them.
+
+    Args:
+        group: with goals.
+        choose: which units of a kind stay.
+        drive: what the kept attention adds to the residual stream that FFN channels read.
+
+    Returns:
+        The kept units; shares are those of the kept FFN channels.
+    """
+    assert group.goals is not None
+    goals, adapter = group.goals(), group.stream.adapter
+    kept: dict[Unit, list[list[int]]] = {}
+    attention: Chosen | None = None
+    for unit in UNITS:
+        prior = wide_map(goals, unit)
+        sums = wide_equations(goals, unit, prior, attention)
+        count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
+        units = choose(sums, prior, count, size)
+        kept[unit] = by_layer(units, count, group.size)
+        if unit == "kv_group":
+            columns = unit_columns(units, size).to(sums.gram.device)
+            own = Map(prior.weight[:, columns], prior.bias)
+            attention = drive(sums, own, columns), columns
+    total = adapter.unit_counts["channel"]
+    return Split([len(layer) / total for layer in kept["channel"]], kept)
 
 
 def wide_map(goals: Goals, unit: Unit) -> Map:

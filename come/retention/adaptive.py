@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from come.calibration.group import Group, Split
-from come.models.adapter import UNITS, Unit
 from come.refit.normal import Map, NormalEquations
-from come.refit.wide import Chosen, by_layer, unit_columns, wide_equations, wide_map
+from come.refit.wide import unit_columns, wide_split
 from come.retention.base import RETENTION, RetentionRule
 
 
@@ -58,26 +57,17 @@ class Adaptive(RetentionRule):
         """Share of the kept FFN channels of every layer."""
         return self.split(group).shares
 
-    @torch.no_grad()
     def split(self, group: Group) -> Split:
         """The units that are left."""
-        assert group.goals is not None
-        goals, adapter = group.goals(), group.stream.adapter
-        kept: dict[Unit, list[list[int]]] = {}
-        attention: Chosen | None = None
-        for unit in UNITS:
-            prior = wide_map(goals, unit)
-            sums = wide_equations(goals, unit, prior, attention)
-            count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
-            penalty = self.ratio * sums.mean_square()
-            best = eliminate(sums, prior, penalty, count, size, self.rate if size == 1 else 0.0)
-            kept[unit] = by_layer(best, count, group.size)
-            if unit == "kv_group":
-                columns = unit_columns(best, size).to(sums.gram.device)
-                chosen = Map(prior.weight[:, columns], prior.bias)
-                attention = sums.columns(columns).solve(chosen, penalty), columns
-        total = adapter.unit_counts["channel"]
-        return Split([len(layer) / total for layer in kept["channel"]], kept)
+
+        def choose(sums: NormalEquations, prior: Map, count: int, size: int) -> list[int]:
+            rate = self.rate if size == 1 else 0.0
+            return eliminate(sums, prior, self.ratio * sums.mean_square(), count, size, rate)
+
+        def solve(sums: NormalEquations, own: Map, columns: Tensor) -> Map:
+            return sums.columns(columns).solve(own, self.ratio * sums.mean_square())
+
+        return wide_split(group, choose, solve)
 
 
 def eliminate(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from come.calibration.group import Group, Split
-from come.models.adapter import UNITS, Unit
 from come.refit.normal import Map, NormalEquations
-from come.refit.wide import Chosen, by_layer, unit_columns, wide_equations, wide_map
+from come.refit.wide import wide_split
 from come.retention.base import RETENTION, RetentionRule
 from come.retention.units import top_units
 
@@ -46,25 +45,14 @@ class Leverage(RetentionRule):
         """Share of the kept FFN channels of every layer."""
         return self.split(group).shares
 
-    @torch.no_grad()
     def split(self, group: Group) -> Split:
         """The units with the highest leverage."""
-        assert group.goals is not None
-        goals, adapter = group.goals(), group.stream.adapter
-        kept: dict[Unit, list[list[int]]] = {}
-        attention: Chosen | None = None
-        for unit in UNITS:
-            prior = wide_map(goals, unit)
-            sums = wide_equations(goals, unit, prior, attention)
-            count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
+
+        def choose(sums: NormalEquations, prior: Map, count: int, size: int) -> list[int]:
             scores = leverage(sums, self.ratio * sums.mean_square())
-            best = top_units(scores.view(-1, size).sum(dim=1), count)
-            kept[unit] = by_layer(best, count, group.size)
-            if unit == "kv_group":
-                columns = unit_columns(best, size).to(sums.gram.device)
-                attention = Map(prior.weight[:, columns], prior.bias), columns
-        total = adapter.unit_counts["channel"]
-        return Split([len(layer) / total for layer in kept["channel"]], kept)
+            return top_units(scores.view(-1, size).sum(dim=1), count)
+
+        return wide_split(group, choose, lambda sums, own, columns: own)
 
 
 def leverage(sums: NormalEquations, penalty: float) -> Tensor:
