@@ -6,9 +6,11 @@ import difflib
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,9 @@ def zero_shot(
 
     with _quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size)
+        if not sys.stderr.isatty():  # a line for every step of a bar fills a job's log
+            for kind in ("loglikelihood", "generate_until"):
+                setattr(wrapped, kind, partial(getattr(wrapped, kind), disable_tqdm=True))
         found = simple_evaluate(
             model=wrapped,
             tasks=tasks.loaded,
