@@ -1,0 +1,95 @@
+"""Recovery curves and the table of memory and speed, of finished distillations.
+
+    python experiments/distill/curves.py runs/JOB runs/JOB ... --out experiments/distill
+
+Curves: the student's perplexity on held-out windows of the training text against tokens, over the
+first one's; CoMe-mp never runs the whole student while it trains, so it has no curve. The table
+holds what the final evaluation says of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from come.files import write_text
+
+HEADER = (
+    "| method | loss | tokens | x dense, merged | x dense, distilled | trained parameters "
+    "| weights | gradients | optimiser state | tokens/s |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", type=Path, nargs="+", help="folders of finished jobs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for both files")
+    arguments = parser.parse_args()
+    files = [file for job in arguments.jobs if (file := job / "result.json").is_file()]
+    results = [json.loads(file.read_text()) for file in files]
+    results = [result for result in results if result["distillation"]]
+    write_text(arguments.out / "memory.md", HEADER + "".join(map(row, results)))
+    draw(results, arguments.out / "curves.png")
+
+
+def label(result: dict[str, Any]) -> tuple[str, str]:
+    """Method and loss; methods that have no choice of it leave the second empty."""
+    settings = result["settings"]["distill"]
+    method = settings["method"]
+    return method, settings["loss"] if method.startswith("come") else ""
+
+
+def row(result: dict[str, Any]) -> str:
+    """A job's line of the table."""
+    training = result["distillation"]
+    merged, healed = (
+        next(d for d in result["depths"] if d["stage"] == stage)["perplexity"]["ratio"]
+        for stage in ("merged", "distilled")
+    )
+    sizes = [training[f"{part}_bytes"] / 1e6 for part in ("weight", "gradient", "optimizer")]
+    cells = [
+        *label(result),
+        f"{training['tokens']:,}",
+        f"{merged:.2f}",
+        f"{healed:.2f}",
+        f"{training['trained_parameters'] / 1e6:.1f} M",
+        *(f"{size:,.0f} MB" for size in sizes),
+        f"{training['tokens_per_second']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """A line for every job that knows the student's cross-entropy."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for result in results:
+        points = [v for v in result["distillation"]["validation"] if "nll" in v]
+        if not points:
+            continue
+        start = points[0]["nll"]
+        axis.plot(
+            [point["tokens"] / 1000 for point in points],
+            [math.exp(point["nll"] - start) for point in points],
+            marker="o", ms=3, lw=1.3,
+            label=f"{result['method']}, {' '.join(filter(None, label(result)))}",
+        )  # fmt: skip
+    axis.set_xlabel("training tokens, thousands")
+    axis.set_ylabel("validation perplexity, over the merged model's")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
