@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 from come.files import write_text
 
 HEADER = (
-    "| method | loss | tokens | x dense, merged | x dense, distilled | trained parameters "
-    "| weights | gradients | optimiser state | tokens/s |\n"
-    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    "| merge | method | loss | text | tokens | x dense, merged | x dense, distilled "
+    "| trained parameters | weights | gradients | optimiser state | tokens/s |\n"
+    "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
 )
 
 
@@ -42,11 +42,12 @@ def main() -> None:
     draw(results, arguments.out / "curves.png")
 
 
-def label(result: dict[str, Any]) -> tuple[str, str]:
-    """Method and loss; methods that have no choice of it leave the second empty."""
+def label(result: dict[str, Any]) -> list[str]:
+    """Merge, method, loss where there is a choice of it, and text where it is not calibration's."""
     settings = result["settings"]["distill"]
-    method = settings["method"]
-    return method, settings["loss"] if method.startswith("come") else ""
+    method, source = settings["method"], settings["source"]
+    loss = settings["loss"] if method.startswith("come") else ""
+    return [result["method"], method, loss, "" if source == "calibration" else source]
 
 
 def row(result: dict[str, Any]) -> str:
@@ -81,7 +82,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             [point["tokens"] / 1000 for point in points],
             [math.exp(point["nll"] - start) for point in points],
             marker="o", ms=3, lw=1.3,
-            label=f"{result['method']}, {' '.join(filter(None, label(result)))}",
+            label=", ".join(filter(None, label(result))),
         )  # fmt: skip
     axis.set_xlabel("training tokens, thousands")
     axis.set_ylabel("validation perplexity, over the merged model's")
