@@ -223,6 +223,9 @@ def _held_out(
 def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWindows | None:
     """Training windows, disjoint from the held-out text; None without, or where they are sampled.
 
+    The first of them validate. Merging may have solved for the windows that it was calibrated on,
+    so these are the last that calibration would draw.
+
     Raises:
         ValueError: too little text for a step beside the validation windows.
     """
@@ -239,6 +242,7 @@ def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWi
         seed=distill.seed,
         held_out=list(settings.eval.texts().values()),
         at_most=True,
+        backwards=True,
     )
     left = len(found.windows) - distill.validation_samples
     if left < distill.batch_size:

@@ -100,6 +100,7 @@ def calibration_windows(
     seed: int = 0,
     held_out: Sequence[TextSource] = (),
     at_most: bool = False,
+    backwards: bool = False,
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
@@ -117,6 +118,8 @@ def calibration_windows(
         seed: seeds the draw.
         held_out: the corpora of the evaluation texts.
         at_most: whether fewer windows will do, all that there are.
+        backwards: whether the draw begins at the end of the seed's order, so that its first windows
+            are those that a draw of the same seed and length takes last.
 
     Raises:
         ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
@@ -139,7 +142,8 @@ def calibration_windows(
             "calibration.num_samples or calibration.seq_len, or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(available, generator=generator)[:num_samples]
+    order = torch.randperm(available, generator=generator)
+    drawn = (order.flip(0) if backwards else order)[:num_samples]
     windows = tokens[: available * seq_len].view(available, seq_len)[drawn]
     return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})", removed)
 
