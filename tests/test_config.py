@@ -12,6 +12,7 @@ from come.config import CONF, to_settings
 from come.job import check_folder, finished_result, job_hash, write_result
 from come.merging.recipe import Recipe
 from come.operators.base import OPERATORS
+from come.pipeline.prepare import prepare
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
 MODELS = (
@@ -191,6 +192,17 @@ def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path
     assert (
         job_hash(settings(*local, "distill.workers=1", "distill.checkpoint_every=3")) == hashes[0]
     )
+
+
+def test_no_window_validates_that_the_merge_was_calibrated_on(pico_folder, tmp_path):
+    local = ["model=local", f"model.path={pico_folder}", "distill=come_sp", "distill.tokens=8192"]
+    job = prepare(settings(*local, "merge.target_layers=22", "eval=none"), tmp_path, "job")
+    assert job.calibration is not None
+    assert job.training is not None
+    calibrated = job.calibration.windows.tolist()
+    held_out = job.training.windows[: job.settings.distill.validation_samples].tolist()
+    assert len(held_out) == 16
+    assert not [row for row in held_out if row in calibrated]
 
 
 def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):

@@ -31,6 +31,11 @@ def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objecti
     parts alone. Embeddings, final norm and head stay whole. The objective's own parameters are not
     touched; the teacher's layers are, since nothing needs them whole any more.
 
+    Args:
+        objective: on the CPU, with its trained parameters chosen.
+        pair: its student and teacher, the teacher on the CPU too.
+        accelerator: device and processes.
+
     Source: torch.distributed.fsdp.fully_shard; PyTorch FSDP, arXiv 2304.11277.
     """
     teacher = pair.teacher

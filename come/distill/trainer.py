@@ -83,7 +83,8 @@ def train(
     """
     share = course.batch_size // accelerator.num_processes
     assert share * accelerator.num_processes == course.batch_size
-    main, trained = accelerator.is_main_process, objective.trained
+    trained, parted = objective.trained, bool(sharded_layers(objective))
+    main = accelerator.is_main_process
     optimizer = torch.optim.AdamW(
         trained.values(), lr=course.learning_rate, weight_decay=course.weight_decay
     )
@@ -93,10 +94,10 @@ def train(
         _restore(trained, best)
         return progress
     objective.eval()  # no dropout: the teacher has none either
-    model = objective if sharded_layers(objective) else accelerator.prepare_model(objective)
+    model = objective if parted else accelerator.prepare_model(objective)
     bar = tqdm(
         total=course.steps, initial=progress.step, desc=name, unit="step", leave=False,
-        disable=None if progress_bar and accelerator.is_main_process else True,
+        disable=None if progress_bar and main else True,
     )  # fmt: skip
 
     def validate() -> None:
@@ -135,11 +136,12 @@ def train(
             bar.set_postfix(loss=f"{losses['loss']:.4g}")
             if progress.step % course.validate_every == 0 or progress.step == course.steps:
                 validate()
-            if progress.step % course.checkpoint_every == 0:
+            if progress.step % course.checkpoint_every == 0 and (main or parted):
                 save_progress(folder, job, progress, trained, best, optimizer, write=main)
     progress.done = True
     _restore(trained, best)
-    save_progress(folder, job, progress, trained, best, None, write=main)
+    if main or parted:
+        save_progress(folder, job, progress, trained, best, None, write=main)
     return progress
 
 

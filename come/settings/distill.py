@@ -43,8 +43,8 @@ class DistillSettings(TextSettings):
         checkpoint_every: steps between checkpoints.
         patience: validations without a better one behind which training stops; 0 for never.
         workers: processes in which merged layers train side by side (come_mp).
-        seed: of the draw and the order of windows; while it is calibration.seed, the windows that
-            validate are none of those that the merge was calibrated on.
+        seed: of the draw and the order of windows; where it and seq_len are calibration's, and the
+            text is long enough, no window validates that the merge was calibrated on.
     """
 
     method: str = "none"
