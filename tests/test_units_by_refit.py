@@ -52,7 +52,8 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
 
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
     prior = wide_map(goals, "kv_group")
-    sums = wide_equations(goals, "kv_group", prior)
+    layers = list(goals.stream.adapter.layers)[2:4]
+    sums = wide_equations(goals, "kv_group", prior, layers)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -65,7 +66,7 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     middle = middle if chosen.bias is None else middle + chosen.bias
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
     prior = wide_map(goals, "channel")
-    sums = wide_equations(goals, "channel", prior, (chosen, columns))
+    sums = wide_equations(goals, "channel", prior, layers, (chosen, columns))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -77,7 +78,8 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
 def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     goals = Goals(streamed(family), 1, 3, original=3)
-    sums = wide_equations(goals, "kv_group", wide_map(goals, "kv_group"))
+    layers = list(goals.stream.adapter.layers)[1:4]
+    sums = wide_equations(goals, "kv_group", wide_map(goals, "kv_group"), layers)
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_square()
     vectors = torch.linalg.eigh(gram)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.calibration.stream import LayerStream
+from come.models.adapter import Unit
 from come.models.halves import States, attention_half
 
 Target = Literal["dense", "current"]
@@ -27,6 +28,8 @@ class Goal:
         output: wanted behind the FFN.
         weights: of every token, [batch * seq].
         windows: the numbers of the windows, counted from 0 over all batches.
+        entering: the residual stream in front of the attention and of the FFN of every layer of the
+            group, where those stand in the model as it is.
     """
 
     states: States
@@ -34,6 +37,7 @@ class Goal:
     output: States
     weights: Float[Tensor, " tokens"]
     windows: Int[Tensor, " batch"]
+    entering: Mapping[Unit, Sequence[States]]
 
 
 class Goals:
@@ -77,12 +81,17 @@ class Goals:
         for rows in stream.batches:
             states, output, weights = self.ends(rows)
             middle = states.clone()
+            entering: dict[Unit, list[States]] = {"kv_group": [], "channel": []}
             for index in layers:
                 before = stream.boundary(index, rows)
                 keywords = stream.keywords(len(before), index)
                 layer = stream.adapter.layers[index]
-                middle += attention_half(stream.adapter, layer, before, keywords)[1] - before
-            yield Goal(states, middle, output, weights, torch.arange(rows.start, rows.stop))
+                between = attention_half(stream.adapter, layer, before, keywords)[1]
+                middle += between - before
+                entering["kv_group"].append(before)
+                entering["channel"].append(between)
+            windows = torch.arange(rows.start, rows.stop)
+            yield Goal(states, middle, output, weights, windows, entering)
 
     def ends(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
         """Of one batch the layer's input, the output that is wanted, and the tokens' weights."""

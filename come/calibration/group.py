@@ -27,6 +27,24 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """The layers of a group as the operator reads them, and how it makes one of them.
+
+    Attributes:
+        layers: all tensors of every layer, shallow first.
+        join: gives all tensors of the merged layer for such layers.
+    """
+
+    layers: Sequence[LayerState]
+    join: Callable[[Sequence[LayerState]], LayerState]
+
+    @property
+    def state(self) -> LayerState:
+        """All tensors of the merged layer."""
+        return self.join(self.layers)
+
+
+@dataclass(frozen=True)
 class Group:
     """Layers first..last of the current model, between boundaries first and last + 1.
 
@@ -36,7 +54,7 @@ class Group:
         last: last layer of the group, inclusive.
         spans: original layers behind every layer of the group.
         statistics: of every layer of the group.
-        merge: gives the tensors of the merged layer for a split.
+        pieces: gives what the operator reads, and how it merges by a split.
         trial: gives the layers that take the group's place for a split, to be passed in turn.
         scores: gives the sensitivity of every unit; None where the operator has no units.
         goals: gives what a layer in its place has to reproduce.
@@ -47,7 +65,7 @@ class Group:
     last: int
     spans: Sequence[Span]
     statistics: Sequence[LayerStatistics]
-    merge: Callable[[Split], LayerState]
+    pieces: Callable[[Split], Pieces]
     trial: Callable[[Split], Route]
     scores: Callable[[], UnitScores] | None = None
     goals: Callable[[], Goals] | None = None
@@ -61,6 +79,10 @@ class Group:
     def influences(self) -> list[float]:
         """Block influence of every layer."""
         return [layer.bi for layer in self.statistics]
+
+    def merge(self, split: Split) -> LayerState:
+        """The tensors of the merged layer."""
+        return self.pieces(split).state
 
     def loss(self, split: Split) -> float:
         """Calibration loss, nats a predicted token, if the group were merged by `split`.

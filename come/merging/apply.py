@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from come.calibration.group import Pieces
 from come.merging.norms import check_norms, fold_norms
 from come.merging.plan import MergeStep, Plan
 from come.models.adapter import Block, LayerState, ModelAdapter
@@ -24,10 +25,22 @@ def merged_state(
     kept: KeptUnits,
 ) -> LayerState:
     """The tensors of the layer that `layers` of the model become; the model is not changed."""
+    return merged_pieces(adapter, layers, operator, norms, shares, kept).state
+
+
+def merged_pieces(
+    adapter: ModelAdapter,
+    layers: Sequence[int],
+    operator: MergeOperator,
+    norms: str,
+    shares: Sequence[float],
+    kept: KeptUnits,
+) -> Pieces:
+    """What the operator reads of `layers`, and how it makes one layer of it."""
     states = [adapter.layer_state(index) for index in layers]
     if check_norms(norms) == "fold":
         states = [fold_norms(state, adapter.roles) for state in states]
-    return operator.merge(states, adapter.roles, shares, kept)
+    return Pieces(states, lambda layers: operator.merge(layers, adapter.roles, shares, kept))
 
 
 @torch.no_grad()

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from come.calibration.goals import Goals, check_refit_target, check_weighting
-from come.calibration.group import Group, Split
+from come.calibration.group import Group, Pieces, Split
 from come.calibration.influence import check_tokens
 from come.calibration.sensitivities import unit_scores
 from come.calibration.statistics import LayerStatistics, StatisticsCollector
 from come.calibration.stream import LayerStream, Route
-from come.merging.apply import apply, apply_step, block_states, merged_state, write_finish
+from come.merging.apply import apply, apply_step, block_states, merged_pieces, write_finish
 from come.merging.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merging.reach import check_target
 from come.merging.recipe import Recipe, groups_target
 from come.merging.schedules.base import SCHEDULES, Search
-from come.models.adapter import LayerState, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.models.surgery import Span
 from come.refit.finish import finish
 
@@ -228,16 +228,10 @@ class _Compression:
         if not self.refit.active:
             return step
         self.stream.advance(self.stream.valid, step.last)
-        state = merged_state(
-            self.stream.adapter,
-            range(step.first, step.last + 1),
-            self.operator,
-            self.recipe.norms,
-            step.shares,
-            step.kept,
-        )
+        places = range(step.first, step.last + 1)
+        pieces = self._pieces(places, Split(step.shares, step.kept))
         original = plan.history[step.last][-1]
-        solved = self.refit.solve(self._goals(step.first, step.last, original), state)
+        solved = self.refit.solve(self._goals(step.first, step.last, original), pieces)
         return replace(step, solved=SolvedTensors(solved))
 
     def finished(self, plan: Plan) -> Plan:
@@ -331,14 +325,14 @@ class _Compression:
             last=places[-1],
             spans=spans,
             statistics=statistics,
-            merge=partial(self._merged_state, places),
+            pieces=partial(self._pieces, places),
             trial=partial(self._trial, places),
             scores=scores,
             goals=partial(self._goals, places[0], places[-1], history[last][-1]),
         )
 
-    def _merged_state(self, places: Sequence[int], split: Split) -> LayerState:
-        return merged_state(
+    def _pieces(self, places: Sequence[int], split: Split) -> Pieces:
+        return merged_pieces(
             self.stream.adapter,
             places,
             self.operator,
@@ -350,7 +344,7 @@ class _Compression:
     def _trial(self, places: Sequence[int], split: Split) -> Route:
         """Layers beside the model that are what the group would become."""
         adapter, block = self.stream.adapter, self.stream.block
-        merged = self._merged_state(places, split)
+        merged = self._pieces(places, split).state
         if block == "layer":
             return [(places[0], adapter.scratch_layer(places[0], merged))]
         keeper = split.shares.index(1.0) if self.operator.drops else None

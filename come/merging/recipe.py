@@ -15,7 +15,7 @@ from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
-from come.refit import finish, normal
+from come.refit import align, finish, normal
 from come.refit.base import REFITS, Refit
 from come.refit.normal import check_lambda
 from come.retention.base import RETENTION, RetentionRule
@@ -30,6 +30,7 @@ COME_PLUS: dict[str, Any] = {
     "norms": "fold",
     "refit": "ridge",
     "refit_lambda": 0.1,
+    "align_lambda": 0.01,
     "target": "dense",
     "finish_lambda": 1.0,
 }
@@ -61,6 +62,8 @@ class Recipe:
             diagonal of the Gram matrix, or "auto".
         refit_parts: which output maps are refitted, attention and ffn.
         refit_weights: of tokens, "relative" to the size of their states, or "equal".
+        align_lambda: penalty of fitting input maps to what the merged layer reads, relative as
+            `refit_lambda`; None to leave them as they are.
         target: whose states are refitted to, of the "dense" or of the "current" model.
         finish_lambda: penalty of a last refit of all layers behind the first merge; None for none.
         seed: of random choices.
@@ -88,6 +91,7 @@ class Recipe:
     refit_lambda: Any = 0.1
     refit_parts: Sequence[str] = ("attention", "ffn")
     refit_weights: str = "relative"
+    align_lambda: float | None = None
     target: str = "dense"
     finish_lambda: float | None = None
     seed: int = 0
@@ -178,8 +182,12 @@ class Recipe:
         check_refit_target(self.target)
         check_weighting(self.refit_weights)
         check_lambda("merge.refit_lambda", self.refit_lambda)
-        if self.finish_lambda is not None and not self.finish_lambda > 0:
-            raise ValueError(f"merge.finish_lambda={self.finish_lambda}: must be above 0, or null")
+        for setting in ("finish_lambda", "align_lambda"):
+            value = getattr(self, setting)
+            if value is not None and not value > 0:
+                raise ValueError(f"merge.{setting}={value}: must be above 0, or null")
+        if self.align_lambda is not None:
+            self._check_align()
         if SELECTION.get(self.selection).uses_goals and not SCHEDULES.get(self.schedule_name).ranks:
             other = "merge.groups" if self.groups else f"merge.schedule={self.schedule}"
             raise ValueError(
@@ -200,6 +208,20 @@ class Recipe:
             raise ValueError(
                 f"{key} repairs whole layers; merge.parts={list(self.parts)} is not possible "
                 "with it"
+            )
+
+    def _check_align(self) -> None:
+        """What the alignment of input maps needs."""
+        key = f"merge.align_lambda={self.align_lambda}"
+        if not REFITS.get(self.refit).active:
+            raise ValueError(
+                f"{key} would have no effect: the refit aligns input maps, and merge.refit="
+                f"{self.refit}; choose merge.refit=ridge or merge.align_lambda=null"
+            )
+        if self.norms != "fold":
+            raise ValueError(
+                f"{key} fits rows that carry their own norm scale, and merge.norms={self.norms} "
+                "averages the scales; choose merge.norms=fold"
             )
 
     def _check_one_shot(self, operator: type[MergeOperator]) -> None:
@@ -273,7 +295,7 @@ class Recipe:
         """The files that define the chosen parts, and what they solve with."""
         parts: list[Any] = [type(part) for part in self.make()]
         if self._goal_users() or self.finish_lambda is not None:
-            parts += [normal, finish]
+            parts += [normal, align, finish]
         return [Path(inspect.getfile(part)) for part in parts]
 
     def make(
@@ -287,6 +309,7 @@ class Recipe:
             "groups": self.groups,
             "refit_lambda": self.refit_lambda,
             "refit_parts": self.refit_parts,
+            "align_lambda": self.align_lambda,
             **self.options,
         }
         return (

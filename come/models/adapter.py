@@ -143,6 +143,11 @@ class ModelAdapter:
         """The norm of layer `index` whose input is the state between attention and FFN."""
         return self.layers[index].get_submodule(self.architecture.ffn_norm)
 
+    def norm(self, unit: Unit) -> str:
+        """Name, inside a layer, of the norm that the units of a kind read."""
+        arch = self.architecture
+        return arch.attention_norm if unit == "kv_group" else arch.ffn_norm
+
     def silent(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index` with a block that adds nothing to the residual stream."""
         state = self.layer_state(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from come.calibration.goals import Goals
+from come.calibration.group import Pieces
 from come.models.adapter import LayerState
 from come.refit.base import REFITS, Refit
 from come.refit.ridge import PARTS, Ridge
@@ -31,6 +32,7 @@ class Adam(Refit):
     Args:
         refit_lambda: of the ridge regression.
         refit_parts: of the ridge regression.
+        align_lambda: of the ridge regression.
         steps: Adam steps.
         learning_rate: of the first step.
     """
@@ -44,6 +46,7 @@ class Adam(Refit):
         self,
         refit_lambda: Any = 0.1,
         refit_parts: Sequence[str] = PARTS,
+        align_lambda: float | None = None,
         steps: int = 300,
         learning_rate: float = 1e-4,
     ) -> None:
@@ -52,14 +55,14 @@ class Adam(Refit):
                 f"merge.options.steps={steps} must be at least 1 and "
                 f"learning_rate={learning_rate} above 0"
             )
-        self.ridge = Ridge(refit_lambda, refit_parts)
+        self.ridge = Ridge(refit_lambda, refit_parts, align_lambda)
         self.steps = steps
         self.learning_rate = learning_rate
 
-    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
         """All tensors of the layer, fitted."""
-        stream, index = goals.stream, goals.first
-        start = {**state, **self.ridge.solve(goals, state)}
+        stream, index, state = goals.stream, goals.first, pieces.state
+        start = {**state, **self.ridge.solve(goals, pieces)}
         layer = stream.adapter.scratch_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import Tensor
-
 from come.calibration.goals import Goals
+from come.calibration.group import Pieces
 from come.models.adapter import LayerState
 from come.registry import Registry
 
@@ -31,15 +29,15 @@ class Refit(ABC):
     batchwise: ClassVar[bool] = False
 
     @abstractmethod
-    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
         """The tensors that change.
 
         Args:
             goals: the layer's inputs and what is wanted behind its blocks.
-            state: all tensors of the layer as the operator made it.
+            pieces: what the operator made the layer of; `pieces.state` is all of its tensors.
 
         Returns:
-            Tensors that take the place of those in `state`, same shapes and dtypes.
+            Tensors that take the place of those in `pieces.state`, same shapes and dtypes.
         """
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from come.calibration.goals import Goals
+from come.calibration.group import Pieces
 from come.models.adapter import LayerState
 from come.refit.base import REFITS, Refit
 
@@ -20,6 +17,6 @@ class NoRefit(Refit):
     source = "no repair"
     active = False
 
-    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
+    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
         """Nothing."""
         return {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from come.calibration.goals import Goals
+from come.calibration.goals import Goal, Goals
+from come.calibration.group import Pieces
 from come.models.adapter import LayerState, ModelAdapter, Unit
-from come.models.halves import attention_half, ffn_half
+from come.models.halves import States, attention_half, ffn_half
+from come.refit.align import input_maps, input_tensors, read_through
 from come.refit.base import REFITS, Refit
 from come.refit.normal import Map, NormalEquations, best_lambda, check_lambda
 
@@ -27,7 +29,8 @@ class Ridge(Refit):
         mu  = lambda * mean diagonal of sum_t w_t a a^T   (f f^T)
 
     x: the layer's true input; a: its head outputs; h' = x + W_o a; f: its FFN activations on h'.
-    W_o0 and W_d0 are what the operator made. Output biases are solved for with their maps.
+    W_o0 and W_d0 are what the operator made. Output biases are solved for with their maps. With
+    `align_lambda` the input maps of each part are aligned first (see `come.refit.align`).
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the FFN's map alone.
@@ -36,13 +39,19 @@ class Ridge(Refit):
         refit_lambda: relative to the mean diagonal, or "auto": the one of 0.01 ... 3 with the
             least error on every fifth window, solved on the others; then all are solved on.
         refit_parts: which maps, of "attention" and "ffn".
+        align_lambda: penalty of the input maps' alignment; None for none.
     """
 
     name = "ridge"
     paper = ""
     source = "ridge regression to the group's output"
 
-    def __init__(self, refit_lambda: Any = 0.1, refit_parts: Sequence[str] = PARTS) -> None:
+    def __init__(
+        self,
+        refit_lambda: Any = 0.1,
+        refit_parts: Sequence[str] = PARTS,
+        align_lambda: float | None = None,
+    ) -> None:
         if not refit_parts or not set(refit_parts) <= set(PARTS):
             raise ValueError(
                 f"merge.refit_parts={list(refit_parts)}: allowed are [attention], [ffn] and "
@@ -50,16 +59,20 @@ class Ridge(Refit):
             )
         self.ratio = check_lambda("merge.refit_lambda", refit_lambda)
         self.parts = refit_parts
+        self.align = align_lambda
 
-    def solve(self, goals: Goals, state: Mapping[str, Tensor]) -> LayerState:
-        """The output maps' new tensors."""
-        adapter, index = goals.stream.adapter, goals.first
+    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+        """The output maps' new tensors, and those of the input maps where they are aligned."""
+        adapter, index, state = goals.stream.adapter, goals.first, pieces.state
         layer = adapter.scratch_layer(index, state)
         found: LayerState = {}
         units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
         for part, unit in units:
             if part not in self.parts:
                 continue
+            if self.align is not None:
+                found |= self._aligned(goals, pieces, layer, unit)
+                layer.load_state_dict({**state, **found})
             prior = output_map(adapter, layer, unit)
             fit, held_out = equations(prior, adapter), equations(prior, adapter)
             for goal in goals:
@@ -78,9 +91,27 @@ class Ridge(Refit):
                     )
             solved = self._solve(fit, held_out, prior)
             tensors = as_tensors(adapter, unit, solved, state)
-            layer.load_state_dict({**layer.state_dict(), **tensors})
             found |= tensors
+            layer.load_state_dict({**state, **found})
         return found
+
+    def _aligned(self, goals: Goals, pieces: Pieces, layer: nn.Module, unit: Unit) -> LayerState:
+        """The input maps of a kind of unit, each layer's rows reading through its own map."""
+        adapter, index = goals.stream.adapter, goals.first
+        assert self.align is not None
+
+        def reads(goal: Goal) -> States:
+            if unit == "kv_group":
+                return goal.states
+            keywords = goals.stream.keywords(len(goal.states), index)
+            return attention_half(adapter, layer, goal.states, keywords)[1]
+
+        sources = [adapter.scratch_layer(index, piece) for piece in pieces.layers]
+        maps = input_maps(goals, unit, layer, sources, reads, self.align)
+        joined = pieces.join(
+            [read_through(adapter, unit, s, m) for s, m in zip(pieces.layers, maps, strict=True)]
+        )
+        return {name: joined[name] for name in input_tensors(adapter, unit)}
 
     def _solve(self, fit: NormalEquations, held_out: NormalEquations, prior: Map) -> Map:
         both = fit + held_out
@@ -103,9 +134,7 @@ def equations(prior: Map, adapter: ModelAdapter) -> NormalEquations:
     return NormalEquations(width, out, bias=prior.bias is not None, device=adapter.device)
 
 
-def as_tensors(
-    adapter: ModelAdapter, unit: Unit, found: Map, state: Mapping[str, Tensor]
-) -> LayerState:
+def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:
     """A map as named tensors of a layer, in the dtypes of `state`."""
     values = [found.weight] if found.bias is None else [found.weight, found.bias]
     names = adapter.output_tensors(unit)

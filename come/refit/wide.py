@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from come.calibration.goals import Goals
+from come.calibration.goals import Goal, Goals
 from come.calibration.group import Group, Split
 from come.models.adapter import UNITS, Unit
-from come.models.halves import attention_half, ffn_half
+from come.models.halves import States, attention_half, ffn_half
+from come.refit.align import input_maps, read_through
 from come.refit.normal import Map, NormalEquations
 from come.refit.ridge import equations, output_map
 
@@ -25,24 +27,33 @@ Drive = Callable[[NormalEquations, Map, Tensor], Map]
 
 
 @torch.no_grad()
-def wide_split(group: Group, choose: Choose, drive: Drive) -> Split:
+def wide_split(group: Group, choose: Choose, drive: Drive, align: float | None = None) -> Split:
     """The units of a group that `choose` keeps: KV groups, then FFN channels behind them.
 
     Args:
         group: with goals.
         choose: which units of a kind stay.
         drive: what the kept attention adds to the residual stream that FFN channels read.
+        align: penalty of the alignment of input maps that the refit will do; None for none.
 
     Returns:
         The kept units; shares are those of the kept FFN channels.
     """
     assert group.goals is not None
     goals, adapter = group.goals(), group.stream.adapter
+    states = list(group.pieces(Split([1.0] + [0.0] * (group.size - 1))).layers)
+    layers = [adapter.scratch_layer(group.first, state) for state in states]
     kept: dict[Unit, list[list[int]]] = {}
     attention: Chosen | None = None
     for unit in UNITS:
         prior = wide_map(goals, unit)
-        sums = wide_equations(goals, unit, prior, attention)
+        if align is not None:
+            reads = partial(_read, goals, layers, attention)
+            maps = input_maps(goals, unit, layers[0], layers, reads, align)
+            for i, change in enumerate(maps):
+                states[i] = read_through(adapter, unit, states[i], change)
+                layers[i].load_state_dict(states[i])
+        sums = wide_equations(goals, unit, prior, layers, attention)
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         units = choose(sums, prior, count, size)
         kept[unit] = by_layer(units, count, group.size)
@@ -68,7 +79,11 @@ def wide_map(goals: Goals, unit: Unit) -> Map:
 
 @torch.no_grad()
 def wide_equations(
-    goals: Goals, unit: Unit, prior: Map, attention: Chosen | None = None
+    goals: Goals,
+    unit: Unit,
+    prior: Map,
+    layers: Sequence[nn.Module],
+    attention: Chosen | None = None,
 ) -> NormalEquations:
     """Normal equations of all units of one kind of the group, on the input of the group.
 
@@ -76,6 +91,7 @@ def wide_equations(
         goals: of the group.
         unit: the kind of unit.
         prior: `wide_map` of these units.
+        layers: of the group, as the operator reads them.
         attention: for FFN channels, the attention in front of them.
 
     Returns:
@@ -85,27 +101,38 @@ def wide_equations(
     stream, adapter = goals.stream, goals.stream.adapter
     sums = equations(prior, adapter)
     for goal in goals:
-        ways = [
-            (adapter.layers[i], stream.keywords(len(goal.states), i))
-            for i in range(goals.first, goals.last + 1)
-        ]
-        features = torch.cat(
-            [attention_half(adapter, layer, goal.states, way)[0] for layer, way in ways], dim=-1
-        )
-        wanted = goal.middle - goal.states
-        if unit == "channel":
-            assert attention is not None
-            found, columns = attention
-            added = features[..., columns] @ found.weight.to(features).T
-            if found.bias is not None:
-                added = added + found.bias.to(features)
-            middle = goal.states + added
+        if unit == "kv_group":
+            features, wanted = _heads(goals, layers, goal), goal.middle - goal.states
+        else:
+            middle = _read(goals, layers, attention, goal)
+            keywords = stream.keywords(len(middle), goals.first)
             features = torch.cat(
-                [ffn_half(adapter, layer, middle, way)[0] for layer, way in ways], dim=-1
+                [ffn_half(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
             )
             wanted = goal.output - middle
         sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
     return sums
+
+
+def _heads(goals: Goals, layers: Sequence[nn.Module], goal: Goal) -> Tensor:
+    """Head outputs of all layers side by side, on the group's input."""
+    adapter = goals.stream.adapter
+    keywords = goals.stream.keywords(len(goal.states), goals.first)
+    return torch.cat(
+        [attention_half(adapter, layer, goal.states, keywords)[0] for layer in layers], dim=-1
+    )
+
+
+def _read(
+    goals: Goals, layers: Sequence[nn.Module], attention: Chosen | None, goal: Goal
+) -> States:
+    """The residual stream in front of the block: the group's input, and what `attention` adds."""
+    if attention is None:
+        return goal.states
+    found, columns = attention
+    features = _heads(goals, layers, goal)[..., columns]
+    added = features @ found.weight.to(features).T
+    return goal.states + (added if found.bias is None else added + found.bias.to(features))
 
 
 def unit_columns(units: list[int], size: int) -> Tensor:

@@ -33,11 +33,13 @@ class Adaptive(RetentionRule):
 
     Source: this project; the growth is that of optimal brain surgery, for groups of columns as in
     arXiv 2302.04089 (ZipLM). The merge reads one norm where units were asked with their own:
-    exact with `merge.norms=fold` but for per-head norms.
+    exact with `merge.norms=fold` but for per-head norms. With `align_lambda` units are asked with
+    their input maps aligned, as the refit will leave them.
 
     Args:
         refit_lambda: mu over the mean diagonal of G; "auto" means 0.1 here.
         rate: share of the surplus channels that leave in one round, in (0, 1].
+        align_lambda: penalty of the input maps' alignment; None for none.
     """
 
     name = "adaptive"
@@ -47,11 +49,14 @@ class Adaptive(RetentionRule):
     uses_scores = False
     uses_goals = True
 
-    def __init__(self, refit_lambda: Any = 0.1, rate: float = 0.3) -> None:
+    def __init__(
+        self, refit_lambda: Any = 0.1, rate: float = 0.3, align_lambda: float | None = None
+    ) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"merge.options.rate={rate}: must be above 0 and at most 1")
         self.ratio = 0.1 if isinstance(refit_lambda, str) else refit_lambda
         self.rate = rate
+        self.align = align_lambda
 
     def shares(self, group: Group) -> list[float]:
         """Share of the kept FFN channels of every layer."""
@@ -67,7 +72,7 @@ class Adaptive(RetentionRule):
         def solve(sums: NormalEquations, own: Map, columns: Tensor) -> Map:
             return sums.columns(columns).solve(own, self.ratio * sums.mean_square())
 
-        return wide_split(group, choose, solve)
+        return wide_split(group, choose, solve, self.align)
 
 
 def eliminate(

@@ -55,8 +55,9 @@ class RefitError(GroupScore):
         """The relative error, >= 0."""
         assert group.goals is not None
         goals, adapter = group.goals(), group.stream.adapter
-        state = group.merge(split)
-        layer = adapter.scratch_layer(group.first, state | refit.solve(goals, state))
+        pieces = group.pieces(split)
+        fitted = pieces.state | refit.solve(goals, pieces)
+        layer = adapter.scratch_layer(group.first, fitted)
         missed, total = 0.0, 0.0
         for goal in goals:
             output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))

@@ -45,6 +45,7 @@ class MergeSettings:
     refit_lambda: Any = 0.1
     refit_parts: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     refit_weights: str = "relative"
+    align_lambda: Optional[float] = None
     target: str = "dense"
     finish_lambda: Optional[float] = None
     seed: int = 0

@@ -1,0 +1,124 @@
+"""Input maps of merged units, aligned with what the merged layer reads: against plain float64."""
+
+import pytest
+import torch
+
+from come.calibration.goals import Goals
+from come.calibration.stream import LayerStream
+from come.merging.apply import apply, merged_pieces
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.adapter import ModelAdapter
+from come.operators.base import OPERATORS
+from come.refit.align import input_maps, read_through
+from come.refit.ridge import Ridge
+from tests.conftest import LAYERS, pico
+from tests.reference import Reference
+
+FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
+
+
+@pytest.fixture
+def goals(windows):
+    """Gives goals of layers 2 and 3 of a pico model, and those layers as the operator reads them."""
+    opened = []
+
+    def make(family):
+        adapter = ModelAdapter(pico(family))
+        stream = LayerStream(adapter, windows, batch_size=2, progress=False)
+        opened.append(stream)
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        stream.remember()
+        counts = adapter.unit_counts
+        kept = {unit: [[*range(n // 2)], [*range(n // 2, n)]] for unit, n in counts.items()}
+        pieces = merged_pieces(
+            adapter, [2, 3], OPERATORS.create("concat"), "fold", [0.5, 0.5], kept
+        )
+        return Goals(stream, 2, 3, original=3), pieces
+
+    yield make
+    for stream in opened:
+        stream.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [1e-3, 1.0])
+@torch.no_grad()
+def test_input_maps_are_the_ridge_solution(family, ratio, goals, windows):
+    """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64."""
+    goals, pieces = goals(family)
+    adapter = goals.stream.adapter
+    layers = [adapter.scratch_layer(2, state) for state in pieces.layers]
+    maps = input_maps(goals, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
+
+    dense = Reference(pico(family), windows)
+    name = adapter.architecture.attention_norm
+
+    def normed(layer, states):
+        return layer.get_submodule(name).double()(states.flatten(0, 1).double())
+
+    x, y = normed(layers[0], dense.h[2]), normed(layers[1], dense.h[3])
+    penalty = (ratio * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1]).double()
+    eye = torch.eye(x.shape[1], dtype=torch.float64)
+    rows = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ eye])).solution.T
+    torch.testing.assert_close(maps[0], eye, rtol=0, atol=1e-5)  # the first layer stays
+    torch.testing.assert_close(maps[1], rows, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_only_rows_behind_the_norm_read_through(goals):
+    goals, pieces = goals("llama_bias")
+    adapter, state = goals.stream.adapter, pieces.layers[1]
+    change = torch.randn(32, 32, dtype=torch.float64)
+    found = read_through(adapter, "channel", state, change)
+    touched = {name for name in state if not torch.equal(state[name], found[name])}
+    assert touched == {f"mlp.{kind}_proj.weight" for kind in ("gate", "up")}
+    states = torch.randn(5, 32)
+    expected = state["mlp.up_proj.weight"] @ (change.float() @ states.T)
+    torch.testing.assert_close(found["mlp.up_proj.weight"] @ states.T, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_penalty_leads_back_to_the_rows_as_they_are(family, goals):
+    goals, pieces = goals(family)
+    plain = Ridge(0.1).solve(goals, pieces)
+    held = Ridge(0.1, align_lambda=1e9).solve(goals, pieces)
+    assert set(held) > set(plain)
+    for name, tensor in held.items():
+        torch.testing.assert_close(
+            tensor, plain.get(name, pieces.state[name]), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("operator", ["concat", "drop", "average", "laco"])
+def test_an_aligned_model_comes_back_from_its_plan(family, operator, windows, tmp_path):
+    retention = "adaptive" if operator == "concat" else "bi_power"
+    method = Recipe(
+        operator=operator, retention=retention, norms="fold", refit="ridge", align_lambda=0.01
+    )
+    model = pico(family)
+    plan = compress(model, windows, method, target_layers=4, progress=False)
+    inputs = ModelAdapter(pico(family)).architecture.queries + ".weight"
+    assert all(inputs in step.solved.tensors for step in plan.steps)
+    again = apply(plan, pico(family))
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("retention", ["adaptive", "bi_power"])
+def test_alignment_lowers_the_error_of_the_group(retention, windows):
+    """Of three layers in one, on the text that was solved on; two models that differ in it alone."""
+    errors = []
+    for ratio in (None, 1e-3):
+        method = Recipe(
+            retention=retention, norms="fold", refit="ridge", refit_lambda=1e-3, m=3,
+            align_lambda=ratio, groups=[[2, 3, 4]],
+        )  # fmt: skip
+        model = pico("llama_gqa")
+        compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+        wanted = Reference(pico("llama_gqa"), windows).h[5]
+        errors.append(float((Reference(model, windows).h[3] - wanted).square().mean()))
+    assert errors[1] < errors[0]
