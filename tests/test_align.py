@@ -20,7 +20,7 @@ FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
 
 @pytest.fixture
 def goals(windows):
-    """Gives goals of layers 2 and 3 of a pico model, and those layers as the operator reads them."""
+    """Gives goals of layers 2 and 3 of a pico model, and those layers' pieces."""
     opened = []
 
     def make(family):
@@ -110,7 +110,7 @@ def test_an_aligned_model_comes_back_from_its_plan(family, operator, windows, tm
 
 @pytest.mark.parametrize("retention", ["adaptive", "bi_power"])
 def test_alignment_lowers_the_error_of_the_group(retention, windows):
-    """Of three layers in one, on the text that was solved on; two models that differ in it alone."""
+    """Three layers in one, on the text that was solved on."""
     errors = []
     for ratio in (None, 1e-3):
         method = Recipe(

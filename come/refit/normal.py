@@ -99,7 +99,7 @@ class NormalEquations:
             penalty: absolute, > 0.
         """
         ridge = self.ridge(penalty)
-        start = _stacked(prior).to(self.gram)
+        start = stacked(prior).to(self.gram)
         factor = torch.linalg.cholesky(self.gram + ridge.diag())
         solved = torch.cholesky_solve(self.moment + ridge[:, None] * start, factor).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
@@ -112,8 +112,8 @@ class NormalEquations:
 
     def error(self, found: Map) -> float:
         """sum_t w_t |y_t - W f_t - b|^2."""
-        stacked = _stacked(found).to(self.gram)
-        fit = (stacked * (self.gram @ stacked)).sum() - 2 * (stacked * self.moment).sum()
+        rows = stacked(found).to(self.gram)
+        fit = (rows * (self.gram @ rows)).sum() - 2 * (rows * self.moment).sum()
         return self.energy + fit.item()
 
 
@@ -134,7 +134,7 @@ def best_lambda(
     return min(grid, key=lambda ratio: held_out.error(fit.solve(prior, ratio * scale)))
 
 
-def _stacked(found: Map) -> Float[Tensor, "in out"]:
+def stacked(found: Map) -> Float[Tensor, "in out"]:
     """The map's weight, transposed, and its bias as the last row."""
     weight = found.weight.double().T
     return weight if found.bias is None else torch.cat([weight, found.bias.double()[None]])

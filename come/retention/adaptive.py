@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from come.calibration.group import Group, Split
-from come.refit.normal import Map, NormalEquations
+from come.refit.normal import Map, NormalEquations, stacked
 from come.refit.wide import unit_columns, wide_split
 from come.retention.base import RETENTION, RetentionRule
 
@@ -92,18 +92,33 @@ def eliminate(
         Kept units, ascending.
     """
     alive = list(range(sums.width // size))
+    ridge = sums.ridge(penalty)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sums.gram + ridge.diag()))
+    weight = inverse @ (sums.moment + ridge[:, None] * stacked(prior).to(sums.moment))
     while len(alive) > keep:
-        columns = unit_columns(alive, size).to(sums.gram.device)
-        part = sums.columns(columns)
-        weight = part.solve(Map(prior.weight[:, columns], prior.bias), penalty).weight.T
-        ridge = part.ridge(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(part.gram + ridge.diag()))
-        growth = _growth(weight, inverse, size)
-        surplus = len(alive) - keep
-        leaving = max(1, int(surplus * rate))
-        order = torch.sort(growth, descending=True, stable=True).indices
-        alive = [alive[i] for i in sorted(order[: len(alive) - leaving].tolist())]
+        growth = _growth(weight[: len(alive) * size], inverse, size)
+        leaving = max(1, int((len(alive) - keep) * rate))
+        order = torch.sort(growth, descending=True, stable=True).indices.tolist()
+        stay = sorted(order[: len(alive) - leaving])
+        columns = unit_columns(stay, size).to(inverse.device)
+        constant = torch.arange(len(alive) * size, len(inverse), device=inverse.device)
+        gone = unit_columns(sorted(order[len(alive) - leaving :]), size).to(inverse.device)
+        inverse, weight = _without(inverse, weight, torch.cat([columns, constant]), gone)
+        alive = [alive[i] for i in stay]
     return alive
+
+
+def _without(inverse: Tensor, weight: Tensor, stay: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and solution of the equations of the columns that stay, by a Schur complement.
+
+    (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = X_s - B_sg B_gg^-1 X_g, B = A^-1 and X being
+    those of all columns: a round costs n^2 g instead of n^3.
+    """
+    cross = inverse[stay][:, gone]
+    factor = torch.linalg.cholesky(inverse[gone][:, gone])
+    rows = torch.cholesky_solve(torch.cat([cross.T, weight[gone]], dim=1), factor)
+    smaller = inverse[stay][:, stay] - cross @ rows[:, : len(stay)]
+    return smaller, weight[stay] - cross @ rows[:, len(stay) :]
 
 
 def _growth(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
