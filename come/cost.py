@@ -59,13 +59,14 @@ def compression_cost(
     shape: ModelShape, *, num_samples: int, seq_len: int, target: int, recipe: Recipe, store: str
 ) -> Cost:
     """The cost of merging a model of `shape` down to `target` layers."""
-    layers = shape.num_layers
+    layers, rules = shape.num_layers, recipe.rules(shape.num_layers, target)
     _, metric, selection, retention, schedule, refit = recipe.make()
-    passed = [target]
+    fewest = most = [target]
     if recipe.groups:
-        passed = passed * len(recipe.groups)
+        fewest = most = [target] * len(recipe.groups)
     elif schedule.remeasures:
-        passed = depths(layers, target, recipe.rules(layers, target).m)
+        fewest = depths(layers, target, rules.m)
+        most = depths(layers, target, 2) if rules.mixes else fewest
     extra = {
         f"merge.selection={recipe.selection}": not selection.local or selection.shortlist > 0,
         f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),
@@ -82,8 +83,8 @@ def compression_cost(
     return Cost(
         tokens=tokens,
         num_layers=layers,
-        least=layers + len(passed) - 1,
-        most=layers + sum(passed[:-1]),
+        least=layers + len(fewest) - 1,
+        most=layers + sum(most[:-1]),
         weight_bytes=shape.weight_bytes,
         boundary_bytes=state * slots,
         store=store,

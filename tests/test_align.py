@@ -122,3 +122,18 @@ def test_alignment_lowers_the_error_of_the_group(retention, windows):
         wanted = Reference(pico("llama_gqa"), windows).h[5]
         errors.append(float((Reference(model, windows).h[3] - wanted).square().mean()))
     assert errors[1] < errors[0]
+
+
+def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
+    """The lowest angle for each layer saved, of 2 to 4 layers, and no depth is jumped over."""
+    seen = []
+    method = Recipe.come_plus()
+    plan = compress(
+        pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
+        on_step=lambda plan: seen.append(plan.num_layers),
+    )  # fmt: skip
+    assert 4 in seen
+    assert seen[-1] == 2
+    step = plan.steps[0]
+    assert len({c.last - c.first for c in step.candidates}) == 2  # 2 or 3 layers: 6 to 4 at most
+    assert step.score == min(c.score for c in step.candidates)

@@ -135,3 +135,39 @@ def test_cost_in_words():
     ]
     assert cost.estimate(1.0).endswith("so 32 s to 1 min 27 s in all")
     assert duration(125.0) == "2 min 05 s"
+
+
+def completes(layers, target, m):
+    """Whether groups of 2 to m adjacent fresh layers, tried in every way, can reach a depth."""
+    if len(layers) == target:
+        return True
+    spans = [(i, i + n) for n in range(2, m + 1) for i in range(len(layers) - n + 1)]
+    return any(
+        completes([*layers[:i], False, *layers[j:]], target, m)
+        for i, j in spans
+        if all(layers[i:j]) and len(layers) - (j - i) + 1 >= target
+    )
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("merged", [(), (2,), (0, 4)])
+def test_mixed_groups_are_those_from_which_the_target_can_be_reached(m, merged):
+    history = [[i, 9] if i in merged else [i] for i in range(7)]
+    layers, rules = [i not in merged for i in range(7)], GroupRules(m, mixes=True)
+    for target in range(2, 7):
+        for stop in range(target, 7):
+            expected = [
+                (i, i + n - 1)
+                for n in range(2, min(m, 7 - stop + 1) + 1)
+                for i in range(7 - n + 1)
+                if all(layers[i : i + n])
+                and completes([*layers[:i], False, *layers[i + n :]], target, m)
+            ]
+            assert rules.spans(history, target, stop) == expected
+
+
+def test_a_target_of_mixed_groups_needs_no_full_groups():
+    rules = GroupRules(4, mixes=True)
+    check_target(30, 21, rules, [27, 26, 23])
+    with pytest.raises(ValueError, match="smallest depth that can is 8"):
+        check_target(30, 7, rules)

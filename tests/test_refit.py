@@ -268,9 +268,7 @@ def test_a_passed_depth_has_its_own_finish_and_leaves_no_trace(windows):
         seen[plan.num_layers] = plan, [p.clone() for p in model.parameters()]
 
     model = pico("llama_gqa")
-    compress(
-        model, windows, method, target_layers=3, finish_at=[4], on_step=on_step, progress=False
-    )
+    compress(model, windows, method, target_layers=3, stops=[4], on_step=on_step, progress=False)
     alone = pico("llama_gqa")
     plan = compress(alone, windows, method, target_layers=4, progress=False)
     assert seen[4][0].hash == plan.hash

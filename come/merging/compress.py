@@ -46,7 +46,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     target_layers: int,
-    finish_at: Collection[int] = (),
+    stops: Collection[int] = (),
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
     on_first_layer: Callable[[float], None] | None = None,
@@ -66,7 +66,8 @@ def compress(
         windows: calibration windows, packed, without padding, int64.
         recipe: the method; None for CoMe's.
         target_layers: depth to reach.
-        finish_at: depths on the way that get their last refit too, for `on_step` alone.
+        stops: depths on the way that groups of mixed sizes do not jump over, and that get their
+            last refit too, for `on_step` alone.
         plan: an empty plan that describes the base model, or one of an interrupted call: its
             steps are applied first.
         on_step: called with the plan after every merge, while the model is at that depth.
@@ -121,7 +122,7 @@ def compress(
             stream.advance(0, adapter.num_layers - 1)
             stream.remember()
         apply(plan, model)
-        search = _Compression(stream, recipe, target_layers, on_first_layer)
+        search = _Compression(stream, recipe, [*stops, target_layers], on_first_layer)
         steps: list[MergeStep] = []
         merged = plan
         while merged.num_layers > target_layers:
@@ -136,7 +137,7 @@ def compress(
                 passes = spent + round(stream.layer_passes, 1)
                 plan = plan.with_step(repaired, layer_passes=passes)
                 search.merged(plan)
-                wanted = plan.num_layers == target_layers or plan.num_layers in finish_at
+                wanted = plan.num_layers == target_layers or plan.num_layers in stops
                 finished = search.finished(plan) if wanted else plan
                 before = write_finish(adapter, finished)
                 if on_step:
@@ -157,7 +158,7 @@ class _Compression:
         self,
         stream: LayerStream,
         recipe: Recipe,
-        target: int,
+        stops: Sequence[int],
         on_first_layer: Callable[[float], None] | None,
     ) -> None:
         (
@@ -170,8 +171,8 @@ class _Compression:
         ) = recipe.make()
         self.stream = stream
         self.recipe = recipe
-        self.target = target
-        self.rules = recipe.rules(stream.num_layers, target)
+        self.target, self.stops = stops[-1], stops
+        self.rules = recipe.rules(stream.num_layers, self.target)
         self.statistics: list[LayerStatistics] = []
         self.scores: dict[tuple[int, int], float] = {}
         self.origins: list[int] = []
@@ -192,6 +193,7 @@ class _Compression:
             history=history,
             origins=self.origins,
             target=self.target,
+            stop=max(depth for depth in self.stops if depth < plan.num_layers),
             rules=self.rules,
             score=self._score,
             group=partial(self._group, history=history),

@@ -34,6 +34,7 @@ class GroupRules:
 
     Attributes:
         m: the size of a group; a drop leaves m - 1 layers out.
+        mixes: whether a group may be smaller.
         remerges: whether a merged layer may be merged again.
         drops: whether the spans that are scored are dropped, not merged.
         protect_first: layers at the front that stay as they are.
@@ -45,6 +46,7 @@ class GroupRules:
     drops: bool = False
     protect_first: int = 0
     protect_last: int = 0
+    mixes: bool = False
 
     @property
     def protected(self) -> int:
@@ -56,20 +58,24 @@ class GroupRules:
         least = smallest_depth(num_layers, self.m, self.remerges, self.protected)
         return max(1, self.protected) if self.drops else least
 
-    def spans(self, history: Sequence[Span], target: int) -> list[tuple[int, int]]:
+    def spans(
+        self, history: Sequence[Span], target: int, stop: int | None = None
+    ) -> list[tuple[int, int]]:
         """Spans (first, last) that may be merged, or dropped, so that `target` stays reachable.
 
         Args:
             history: original layers behind every layer of the current model.
             target: the depth to reach, below the current one.
+            stop: where sizes mix, a depth on the way that must not be jumped over.
         """
         depth = len(history)
-        size = group_size(depth, target, self.m)
+        size = group_size(depth, target if stop is None else stop, self.m)
         assert size >= 2
+        sizes = range(2, size + 1) if self.mixes else [size]
         begin, end = self.protect_first, depth - self.protect_last
         if self.drops:
             return [(first, first + size - 2) for first in range(begin, end - size + 2)]
-        spans = [(first, first + size - 1) for first in range(begin, end - size + 1)]
+        spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
         if self.remerges:
             return spans
         closed = [len(h) > 1 or not begin <= i < end for i, h in enumerate(history)]
@@ -78,7 +84,12 @@ class GroupRules:
             if any(closed[first : last + 1]):
                 continue
             after = [*closed[:first], True, *closed[last + 1 :]]
-            if _reachable(_runs(after), depth - size + 1 - target, self.m):
+            runs, excess = _runs(after), depth - (last - first) - target
+            if self.mixes:
+                reachable = sum(run - -(-run // self.m) for run in runs) >= excess
+            else:
+                reachable = _reachable(runs, excess, self.m)
+            if reachable:
                 eligible.append((first, last))
         return eligible
 
@@ -179,7 +190,7 @@ def check_target(
         raise ValueError(message)
     passed = depths(num_layers, target, rules.m)
     for depth in save_at:
-        if nested and depth not in passed:
+        if nested and not rules.mixes and depth not in passed:
             raise ValueError(
                 f"merge.save_at has {depth}, which is not a depth on the way to {target} layers "
                 f"with merge.m={rules.m}: {', '.join(map(str, passed))}"

@@ -24,6 +24,8 @@ from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
 COME_PLUS: dict[str, Any] = {
     "operator": "concat",
+    "schedule": "mixed",
+    "m": 4,
     "selection": "angular",
     "retention": "adaptive",
     "tokens": "all",
@@ -47,7 +49,8 @@ class Recipe:
         selection: how spans of layers are scored.
         retention: how much each layer keeps.
         schedule: in which order groups are chosen.
-        m: layers of a group; a drop leaves m - 1 layers out at a time.
+        m: layers of a group, or the most where the schedule mixes sizes; a drop leaves m - 1
+            layers out at a time.
         p: skewness exponent of the retention shares.
         tokens: which tokens count for BI, SBI and cosines, "all" or "last" of each window.
         norms: "mean", or "fold" to keep every row's own norm scale.
@@ -129,7 +132,7 @@ class Recipe:
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
         for key in ("schedule", "protect_first", "protect_last"):
-            if self.groups and getattr(self, key) not in (0, "progressive", "fixed"):
+            if self.groups and getattr(self, key) not in (0, "progressive", "mixed", "fixed"):
                 raise ValueError(
                     f"merge.groups are merged as they are given; merge.{key}={getattr(self, key)} "
                     "has no meaning with them"
@@ -147,6 +150,11 @@ class Recipe:
             raise ValueError(
                 f"merge.operator={self.operator} needs a layer in front of what it drops: "
                 "set merge.protect_first=1 or more"
+            )
+        if SCHEDULES.get(self.schedule_name).mixes and operator.drops:
+            raise ValueError(
+                f"merge.schedule={self.schedule} weighs sizes of merged groups, and "
+                f"merge.operator={self.operator} drops layers; choose merge.schedule=progressive"
             )
         if not SCHEDULES.get(self.schedule_name).remeasures:
             self._check_one_shot(operator)
@@ -275,6 +283,7 @@ class Recipe:
             drops=OPERATORS.get(self.operator).drops,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
+            mixes=SCHEDULES.get(self.schedule_name).mixes,
         )
 
     @property

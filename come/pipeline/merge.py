@@ -104,7 +104,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 job.calibration.windows,
                 method.recipe(),
                 target_layers=job.target,
-                finish_at=method.save_at,
+                stops=method.save_at,
                 plan=earlier or _empty_plan(job, model),
                 on_step=on_step,
                 on_first_layer=lambda s: log.info(cost.estimate(s)),

@@ -44,6 +44,7 @@ class Search:
         history: original layers behind every layer of the current model.
         origins: position in the stream's model of every layer of the current one.
         target: the depth to reach.
+        stop: the next depth that must not be jumped over, the target or one on the way.
         rules: which groups are allowed.
         score: score of a span of the stream's model; one that cannot have changed is not computed
             again.
@@ -57,6 +58,7 @@ class Search:
     history: Sequence[Span]
     origins: Sequence[int]
     target: int
+    stop: int
     rules: GroupRules
     score: Callable[[int, int], float]
     group: Callable[[int, int], Group]
@@ -97,6 +99,7 @@ class Schedule(ABC):
             through all depths; if not, every depth is found from the dense model.
         ranks: whether the spans' scores decide; if not, a shortlist of them has no meaning.
         whole: whether one group takes all layers that have to go, whatever `merge.m` is.
+        mixes: whether groups may be smaller than `merge.m`.
     """
 
     name: ClassVar[str]
@@ -108,6 +111,7 @@ class Schedule(ABC):
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
     whole: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:

@@ -1,0 +1,33 @@
+"""Groups of several sizes, the cheapest layer first."""
+
+from __future__ import annotations
+
+from come.merging.plan import GroupCandidate
+from come.merging.schedules.base import SCHEDULES, Choice, Schedule, Search
+
+
+@SCHEDULES.register
+class Mixed(Schedule):
+    """The group of 2 to `merge.m` layers whose score is the lowest for each layer that it saves.
+
+        argmin_{a, b}  score(a, b) / (b - a),    b - a + 1 in 2 .. m
+
+    of the model as it now is, one after the other. A group is no larger than the next depth of
+    `merge.save_at`, or the target, allows, so every such depth is met.
+
+    Source: this project.
+    """
+
+    name = "mixed"
+    paper = ""
+    source = "score for each layer saved"
+    mixes = True
+    ranks = False
+
+    def choose(self, search: Search) -> Choice:
+        """The eligible span with the lowest score for each layer that it saves."""
+        spans = search.rules.spans(search.history, search.target, search.stop)
+        own = search.origins
+        return search.choose(
+            [GroupCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
+        )
