@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "calibration=pydocs",
     "calibration.num_samples=8",
     "calibration.seq_len=32",
     "eval.seq_len=64",

@@ -12,6 +12,8 @@ from come.config import CONF, to_settings
 from come.job import check_folder, finished_result, job_hash, write_result
 from come.merging.recipe import Recipe
 from come.operators.base import OPERATORS
+from come.pipeline.distill import sampled
+from come.pipeline.merge import with_samples
 from come.pipeline.prepare import prepare
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
@@ -40,6 +42,7 @@ def test_every_yaml_composes(group, name, text_file):
         ("calibration", "text_file"): [f"calibration.path={text_file}"],
         ("merge", "from_plan"): ["merge.plan=plan.json"],
         ("experiment", "choices"): [f"calibration.path={text_file}"],
+        ("ablation", "continued"): ["calibration=pydocs"],
     }
     composed = settings(f"{group}={name}", *needs.get((group, name), []))
     composed.check()
@@ -163,7 +166,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
         "model.dtype=bfloat16",
         "merge.save_at=[20]",
         f"eval.path={text_file}",
-        "calibration=self_generated",
+        "calibration=pydocs",
     ):
         assert job_hash(settings(*local, other)) != base, other
     copied = tmp_path / "elsewhere.txt"
@@ -177,14 +180,13 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
 def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text() + "x")
-    sampled = ["calibration=self_generated", "distill.source=calibration"]
     jobs = [
-        [],
+        [],  # sampled, as calibration
         [f"distill.path={text_file}"],
         [f"distill.path={other}"],
         ["distill.learning_rate=2e-3"],
-        sampled,
-        [*sampled, "calibration.top_p=0.5"],
+        ["calibration.top_p=0.5"],
+        ["calibration=pydocs"],
     ]
     local = ["model=local", f"model.path={pico_folder}", "distill=come_sp"]
     hashes = [job_hash(settings(*local, *job)) for job in jobs]
@@ -196,13 +198,26 @@ def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path
 
 def test_no_window_validates_that_the_merge_was_calibrated_on(pico_folder, tmp_path):
     local = ["model=local", f"model.path={pico_folder}", "distill=come_sp", "distill.tokens=8192"]
-    job = prepare(settings(*local, "merge.target_layers=22", "eval=none"), tmp_path, "job")
+    words = ["merge.target_layers=22", "eval=none", "calibration=pydocs"]
+    job = prepare(settings(*local, *words), tmp_path, "job")
     assert job.calibration is not None
     assert job.training is not None
     calibrated = job.calibration.windows.tolist()
     held_out = job.training.windows[: job.settings.distill.validation_samples].tolist()
     assert len(held_out) == 16
     assert not [row for row in held_out if row in calibrated]
+
+
+def test_sampled_text_that_trains_is_not_what_the_merge_was_solved_on(pico_folder, tmp_path):
+    words = ["distill.tokens=64", "distill.seq_len=16", "distill.batch_size=2", "eval=none"]
+    sizes = ["calibration.num_samples=4", "calibration.seq_len=16", "merge.target_layers=22"]
+    local = ["model=local", f"model.path={pico_folder}", "distill=come_sp"]
+    job = prepare(settings(*local, *words, *sizes), tmp_path, "job")
+    model = job.load()
+    calibrated = with_samples(job, model).windows.tolist()
+    trained = sampled(job, model, 4).windows.tolist()
+    assert len(trained) == 4 + job.settings.distill.validation_samples
+    assert not [row for row in trained if row in calibrated]
 
 
 def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):

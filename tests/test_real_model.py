@@ -42,7 +42,7 @@ def run(*overrides):
 def texts(tmp_path_factory):
     """Overrides that choose the texts, and the bound that belongs to them."""
     if not WIKITEXT.is_file():
-        return [], BOUND["pydocs"]
+        return ["calibration=pydocs"], BOUND["pydocs"]
     folder = tmp_path_factory.mktemp("texts")
     text = WIKITEXT.read_text()
     for name, part in (("calibrate", CALIBRATION_PART), ("report", EVALUATION_PART)):

@@ -34,6 +34,7 @@ from come.tracking.base import Trackers
 log = logging.getLogger(__name__)
 
 STATES = "distill"  # the folder of checkpoints
+APART = 1_000_003  # added to the seed of sampled text, or it would be calibration's
 
 
 def processes(settings: Settings) -> Accelerator:
@@ -82,7 +83,7 @@ def distill(
             "nothing to train"
         )
     with crew.main_process_first():  # the others find sampled text in the cache
-        text = job.training or _sampled(job, teacher, course)
+        text = job.training or sampled(job, teacher, course.steps * course.batch_size)
     validation, training = text.windows.split(
         [settings.validation_samples, len(text.windows) - settings.validation_samples]
     )
@@ -142,18 +143,19 @@ def distill(
     return model.eval(), plan, result
 
 
-def _sampled(job: Job, teacher: PreTrainedModel, course: Course) -> TokenWindows:
-    """Training text sampled from the dense model, once."""
+def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
+    """Training text sampled from the dense model, once, and not what the merge was solved on."""
     settings, how = job.settings.distill, job.settings.calibration
-    count = course.steps * course.batch_size + settings.validation_samples
-    sizes = [count, settings.seq_len, settings.seed, how.keep]
+    seed = settings.seed + APART
+    count = windows + settings.validation_samples
+    sizes = [count, settings.seq_len, seed, how.keep]
     return cached(
         sampling_key(job, teacher, sizes),
         lambda: self_generated_windows(
             teacher,
             num_samples=count,
             seq_len=settings.seq_len,
-            seed=settings.seed,
+            seed=seed,
             sampling=how.sampling,
             keep=how.keep,
         ),

@@ -73,7 +73,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load()
         if job.plan is None:
-            job = replace(job, calibration=_with_samples(job, model))
+            job = replace(job, calibration=with_samples(job, model))
         began = time.perf_counter()
         spent = 0.0 if earlier is None else float(earlier.provenance.get("seconds", 0.0))
 
@@ -145,7 +145,7 @@ def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> l
     ]
 
 
-def _with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
+def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     """The calibration windows, with those that are sampled from the model; each sampled once."""
     given, settings = job.calibration, job.settings.calibration
     if given is not None and not settings.continued:

@@ -106,7 +106,7 @@ class CalibrationSettings(TextSettings):
                 "text has none: raise calibration.num_samples"
             )
         check_store(self.store)
-        if self.path and self.source not in ("text_file", "pydocs"):
+        if self.path and self.source not in ("text_file", "pydocs", SELF_GENERATED):
             raise ValueError(
                 f"calibration.path={self.path} is for calibration=text_file, not "
                 f"{self.source}; leave one of them out"

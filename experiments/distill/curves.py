@@ -3,8 +3,9 @@
     python experiments/distill/curves.py runs/JOB runs/JOB ... --out experiments/distill
 
 Curves: the student's perplexity on held-out windows of the training text against tokens, over the
-first one's; CoMe-mp never runs the whole student while it trains, so it has no curve. The table
-holds what the final evaluation says of all of them.
+first one's. CoMe-mp never runs the whole student while it trains: its dashed line goes through the
+ends of jobs of several lengths, each measured on the evaluation text. The table holds what the
+final evaluation says of all of them.
 """
 
 from __future__ import annotations
@@ -47,16 +48,19 @@ def label(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]["distill"]
     method, source = settings["method"], settings["source"]
     loss = settings["loss"] if method.startswith("come") else ""
+    loss += " + logits" if loss and settings["logit_weight"] else ""
     return [result["method"], method, loss, "" if source == "calibration" else source]
+
+
+def ratio(result: dict[str, Any], stage: str) -> float:
+    """Perplexity over the dense model's, by the final evaluation."""
+    return next(d for d in result["depths"] if d["stage"] == stage)["perplexity"]["ratio"]
 
 
 def row(result: dict[str, Any]) -> str:
     """A job's line of the table."""
     training = result["distillation"]
-    merged, healed = (
-        next(d for d in result["depths"] if d["stage"] == stage)["perplexity"]["ratio"]
-        for stage in ("merged", "distilled")
-    )
+    merged, healed = ratio(result, "merged"), ratio(result, "distilled")
     sizes = [training[f"{part}_bytes"] / 1e6 for part in ("weight", "gradient", "optimizer")]
     cells = [
         *label(result),
@@ -71,11 +75,15 @@ def row(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A line for every job that knows the student's cross-entropy."""
+    """A line for every job that knows the student's cross-entropy, one for all that do not."""
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    ends: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         points = [v for v in result["distillation"]["validation"] if "nll" in v]
         if not points:
+            healed = ratio(result, "distilled") / ratio(result, "merged")
+            line = ends.setdefault(", ".join(filter(None, label(result))), [(0, 1)])
+            line.append((result["distillation"]["tokens"] / 1000, healed))
             continue
         start = points[0]["nll"]
         axis.plot(
@@ -84,6 +92,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             marker="o", ms=3, lw=1.3,
             label=", ".join(filter(None, label(result))),
         )  # fmt: skip
+    for name, line in ends.items():
+        tokens, values = zip(*sorted(line), strict=True)
+        axis.plot(tokens, values, "--x", label=f"{name} (evaluation text)", lw=1.3, color="black")
     axis.set_xlabel("training tokens, thousands")
     axis.set_ylabel("validation perplexity, over the merged model's")
     axis.grid(alpha=0.3)
