@@ -210,13 +210,13 @@ def test_no_window_validates_that_the_merge_was_calibrated_on(pico_folder, tmp_p
 
 def test_sampled_text_that_trains_is_not_what_the_merge_was_solved_on(pico_folder, tmp_path):
     words = ["distill.tokens=64", "distill.seq_len=16", "distill.batch_size=2", "eval=none"]
-    sizes = ["calibration.num_samples=4", "calibration.seq_len=16", "merge.target_layers=22"]
+    sizes = ["calibration.num_samples=32", "calibration.seq_len=16", "merge.target_layers=22"]
     local = ["model=local", f"model.path={pico_folder}", "distill=come_sp"]
     job = prepare(settings(*local, *words, *sizes), tmp_path, "job")
     model = job.load()
     calibrated = with_samples(job, model).windows.tolist()
-    trained = sampled(job, model, 4).windows.tolist()
-    assert len(trained) == 4 + job.settings.distill.validation_samples
+    trained = sampled(job, model, 16).windows.tolist()
+    assert len(trained) == 16 + job.settings.distill.validation_samples
     assert not [row for row in trained if row in calibrated]
 
 
