@@ -137,3 +137,17 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
     step = plan.steps[0]
     assert len({c.last - c.first for c in step.candidates}) == 2  # 2 or 3 layers: 6 to 4 at most
     assert step.score == min(c.score for c in step.candidates)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"align_lambda": 0.0}, "merge.align_lambda=0.0: must be above 0, or null"),
+        ({"align_lambda": 0.01, "norms": "fold"}, "no effect: .*merge.refit=none; choose"),
+        ({"align_lambda": 0.01, "refit": "ridge"}, "merge.norms=mean.*choose merge.norms=fold"),
+        ({"schedule": "mixed", "operator": "drop"}, "choose merge.schedule=progressive"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)
