@@ -41,7 +41,8 @@ def wide_split(group: Group, choose: Choose, drive: Drive, align: float | None =
     """
     assert group.goals is not None
     goals, adapter = group.goals(), group.stream.adapter
-    states = list(group.pieces(Split([1.0] + [0.0] * (group.size - 1))).layers)
+    undecided = Split([1 / group.size] * group.size)  # what the operator reads hangs on no split
+    states = list(group.pieces(undecided).layers)
     layers = [adapter.scratch_layer(group.first, state) for state in states]
     kept: dict[Unit, list[list[int]]] = {}
     attention: Chosen | None = None
