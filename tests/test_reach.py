@@ -171,3 +171,11 @@ def test_a_target_of_mixed_groups_needs_no_full_groups():
     check_target(30, 21, rules, [27, 26, 23])
     with pytest.raises(ValueError, match="smallest depth that can is 8"):
         check_target(30, 7, rules)
+
+
+def test_depths_on_the_way_that_leave_too_few_layers():
+    rules = GroupRules(4, mixes=True)
+    check_target(30, 8, rules, [29])
+    check_target(30, 8, rules, [27])
+    with pytest.raises(ValueError, match=r"merge.save_at=\[29, 28\] asks for more groups"):
+        check_target(30, 8, rules, [29, 28])

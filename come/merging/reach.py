@@ -188,6 +188,16 @@ def check_target(
                 f"that can is {least}"
             )
         raise ValueError(message)
+    stops = sorted({target, *(depth for depth in save_at if depth > target)}, reverse=True)
+    if (
+        rules.mixes
+        and not rules.remerges
+        and _layers_used(num_layers, stops, rules.m) > (num_layers - rules.protected)
+    ):
+        raise ValueError(
+            f"merge.save_at={list(save_at)} asks for more groups on the way to {target} layers "
+            f"than {num_layers - rules.protected} layers can make; leave depths out"
+        )
     passed = depths(num_layers, target, rules.m)
     for depth in save_at:
         if nested and not rules.mixes and depth not in passed:
@@ -200,6 +210,15 @@ def check_target(
                 f"merge.save_at has {depth}, which does not lie between the target {target} and "
                 f"the model's {num_layers} layers"
             )
+
+
+def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
+    """Layers that stand in the fewest groups of at most `m` that meet all depths, in order."""
+    groups, depth = 0, num_layers
+    for stop in stops:
+        groups += -(-(depth - stop) // (m - 1))
+        depth = stop
+    return num_layers - stops[-1] + groups
 
 
 def layers_for_sparsity(

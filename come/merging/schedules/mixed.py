@@ -16,6 +16,9 @@ class Mixed(Schedule):
     `merge.save_at`, or the target, allows, so every such depth is met.
 
     Source: this project.
+
+    Raises:
+        ValueError: the depths of `merge.save_at` leave no group.
     """
 
     name = "mixed"
@@ -27,6 +30,11 @@ class Mixed(Schedule):
     def choose(self, search: Search) -> Choice:
         """The eligible span with the lowest score for each layer that it saves."""
         spans = search.rules.spans(search.history, search.target, search.stop)
+        if not spans:
+            raise ValueError(
+                f"no group of layers is left that leads to {search.stop} and then {search.target} "
+                "layers; leave depths of merge.save_at out, or set merge.allow_remerge=true"
+            )
         own = search.origins
         return search.choose(
             [GroupCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
