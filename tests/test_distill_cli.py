@@ -31,6 +31,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_distilled_run_and_one_from_it(command, tmp_path):
     folder, again = tmp_path / "out", tmp_path / "again"
     code, output, errors = finish(

@@ -19,6 +19,7 @@ def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
     assert [path.parent.name for path in results] == [r["job"] for r in found]
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
     grid = (
         "merge=come,shortgpt",
@@ -99,7 +100,16 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
 }
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml")))
+QUICK = {"smoke", "main", "beyond", "distill"}  # the others run with the slow tests
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml"))
+    ],
+)
 def test_every_experiment_runs(command, text_file, tmp_path, name):
     paths = [f"calibration.path={text_file}"] if name == "choices" else []
     folder = tmp_path / "out"

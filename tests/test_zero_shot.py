@@ -57,6 +57,7 @@ def load(tasks, names=("layers", "models"), limit=None):
     return load_tasks(list(names), include_path=str(tasks), limit=limit, batch_size=4)
 
 
+@pytest.mark.slow
 def test_our_numbers_are_the_harnesss_own(tasks, pico_folder, tmp_path):
     """The same saved folder and tasks through the harness's command line, to the last digit."""
     model, tokenizer = load_model(pico_folder)
