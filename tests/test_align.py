@@ -1,5 +1,7 @@
 """Input maps of merged units, aligned with what the merged layer reads: against plain float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -137,6 +139,11 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
     step = plan.steps[0]
     assert len({c.last - c.first for c in step.candidates}) == 2  # 2 or 3 layers: 6 to 4 at most
     assert step.score == min(c.score for c in step.candidates)
+    states = Reference(pico("llama_gqa"), windows).h
+    for c in step.candidates:
+        cosine = torch.cosine_similarity(states[c.first], states[c.last + 1], dim=-1)
+        angle = float(torch.arccos(cosine).mean()) / math.pi
+        assert c.score == pytest.approx(angle / (c.last - c.first), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,6 @@ from come.operators.base import OPERATORS, KeptUnits, MergeOperator
 
 
 @torch.no_grad()
-def merged_state(
-    adapter: ModelAdapter,
-    layers: Sequence[int],
-    operator: MergeOperator,
-    norms: str,
-    shares: Sequence[float],
-    kept: KeptUnits,
-) -> LayerState:
-    """The tensors of the layer that `layers` of the model become; the model is not changed."""
-    return merged_pieces(adapter, layers, operator, norms, shares, kept).state
-
-
 def merged_pieces(
     adapter: ModelAdapter,
     layers: Sequence[int],
@@ -36,7 +24,10 @@ def merged_pieces(
     shares: Sequence[float],
     kept: KeptUnits,
 ) -> Pieces:
-    """What the operator reads of `layers`, and how it makes one layer of it."""
+    """What the operator reads of `layers` of the model, and how it makes one layer of it.
+
+    The model is not changed.
+    """
     states = [adapter.layer_state(index) for index in layers]
     if check_norms(norms) == "fold":
         states = [fold_norms(state, adapter.roles) for state in states]
@@ -48,8 +39,8 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     """Merges one group of the model in place, as `step` says, the next one of `plan`."""
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
-    merged = merged_state(adapter, layers, operator, plan.norms, step.shares, step.kept)
-    merged |= step.solved.tensors
+    pieces = merged_pieces(adapter, layers, operator, plan.norms, step.shares, step.kept)
+    merged = pieces.state | step.solved.tensors
     if block == "layer":
         adapter.replace(step.first, step.last, merged)
     else:

@@ -62,13 +62,11 @@ def read_through(
     adapter: ModelAdapter, unit: Unit, state: LayerState, change: Float[Tensor, "hidden hidden"]
 ) -> LayerState:
     """A layer whose rows behind a norm read it through `change`: W P in place of W."""
-    norm = adapter.norm(unit)
-    rows = {
+    rows = {name: state[name] for name in input_tensors(adapter, unit)}
+    return state | {
         name: (tensor.double() @ change.to(tensor.device)).to(tensor.dtype)
-        for name, tensor in state.items()
-        if adapter.roles[name].norm == norm and tensor.dim() == 2
+        for name, tensor in rows.items()
     }
-    return state | rows
 
 
 def input_tensors(adapter: ModelAdapter, unit: Unit) -> list[str]:
