@@ -128,6 +128,7 @@ def read_wandb(folder, run_id):
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path):
     job = ["merge.target_layers=12", "calibration.num_samples=64", "eval=none"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

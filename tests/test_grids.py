@@ -132,6 +132,7 @@ def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
     assert not (tmp_path / "runs" / "invalid").exists()
 
 
+@pytest.mark.slow
 def test_one_job_twice_at_once_runs_once(command, tmp_path):
     """Batch sizes do not count, so both commands name the same job."""
     job = [
@@ -165,6 +166,7 @@ def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file)
     assert "other" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
     grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval.speed=false"]
     further = f"+eval.also={{other:{{path:{text_file},max_tokens:256}}}}"
