@@ -57,6 +57,19 @@ def test_calibration_and_held_out_text_are_disjoint(tokenizer, text_file, source
     assert not seen & unseen
 
 
+def test_the_part_of_a_text_that_evaluates(tokenizer, text_file):
+    source, same = TextFile(str(text_file)), TextFile(str(text_file))
+    text = text_file.read_text()
+    source.part = (0.6, 0.8)
+    for others in ([], [same]):
+        found = evaluation_windows(tokenizer, source, seq_len=16, others=others)
+        assert found.corpus_tokens == len(tokenizer(text_part(text, source.part))["input_ids"])
+    source.part = (0.5, 0.8)
+    evaluation_windows(tokenizer, source, seq_len=16)
+    with pytest.raises(ValueError, match=r"eval.part=\[0.5, 0.8\]: calibration or training draws"):
+        evaluation_windows(tokenizer, source, seq_len=16, others=[same])
+
+
 def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_path):
     lines = text_file.read_text().splitlines()
     other = tmp_path / "other.txt"

@@ -13,18 +13,45 @@ from come.text.base import TextSource
 
 
 @dataclass
-class FurtherText(TextSettings):
-    """A text of `eval.also`.
+class EvaluationText(TextSettings):
+    """A text that perplexity is measured on: that of `eval`, or one of `eval.also`.
 
     Attributes:
         max_tokens: only the first so many tokens; null for all.
+        part: only what lies between two shares of it, as [0.8, 1]; null for all of it, or for its
+            last fifth where calibration or training reads the same text.
     """
 
     max_tokens: Optional[int] = None
+    part: Optional[list[float]] = None
+
+    def evaluated(self, key: str) -> TextSource:
+        """The text source with its part, not read yet.
+
+        Args:
+            key: where these settings are, for errors.
+
+        Raises:
+            ValueError: an unknown source, a missing setting, or no such part.
+        """
+        limit, part = self.max_tokens, self.part
+        if limit is not None and limit < 4:
+            raise ValueError(f"{key}.max_tokens={limit}: two windows of 2 tokens at least")
+        if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
+            raise ValueError(
+                f"{key}.part={list(part)}: two shares of the text, the first below the second, "
+                "as [0.8,1]; null for all of it"
+            )
+        try:
+            source = self.text_source()
+        except ValueError as error:
+            raise ValueError(str(error).replace("calibration.source", f"{key}.source")) from None
+        source.part = (part[0], part[1]) if part else None
+        return source
 
 
 @dataclass
-class EvalSettings(TextSettings):
+class EvalSettings(EvaluationText):
     """`eval`: what is measured of the dense and the merged model.
 
     The text of its own is what tables quote; `also` names others.
@@ -34,7 +61,6 @@ class EvalSettings(TextSettings):
         also: further texts by name, for perplexity too.
         perplexity: whether to measure perplexity.
         seq_len: tokens of a window; cut to the model's maximum.
-        max_tokens: only the first so many tokens of the text; null for all.
         batch_tokens: tokens of one forward pass.
         tasks: zero-shot tasks of the harness (lm-eval), or of `include_path`.
         include_path: folder of local tasks, YAML files of the harness's form.
@@ -49,10 +75,9 @@ class EvalSettings(TextSettings):
     """
 
     name: str = "perplexity"
-    also: dict[str, FurtherText] = field(default_factory=dict)
+    also: dict[str, EvaluationText] = field(default_factory=dict)
     perplexity: bool = True
     seq_len: int = 2048
-    max_tokens: Optional[int] = None
     batch_tokens: int = 2048
     tasks: list[str] = field(default_factory=list)
     include_path: Optional[str] = None
@@ -77,11 +102,6 @@ class EvalSettings(TextSettings):
         ):
             if getattr(self, key) < 1:
                 raise ValueError(f"eval.{key}={getattr(self, key)}: must be at least 1")
-        limits = {"eval.max_tokens": self.max_tokens}
-        limits |= {f"eval.also.{name}.max_tokens": t.max_tokens for name, t in self.also.items()}
-        for key, limit in limits.items():
-            if limit is not None and limit < 4:
-                raise ValueError(f"{key}={limit}: two windows of 2 tokens at least")
         if self.repeats < 1 or self.continuation_tokens < 0 or self.seq_len < 2:
             raise ValueError(
                 f"eval.repeats={self.repeats} and eval.seq_len={self.seq_len} must be at least 1 "
@@ -107,14 +127,5 @@ class EvalSettings(TextSettings):
         """
         if not self.perplexity:
             return {}
-        texts: dict[str, TextSettings] = {"": self, **self.also}
-        found = {}
-        for name, text in texts.items():
-            try:
-                found[name] = text.text_source()
-            except ValueError as error:
-                key = f"eval.also.{name}" if name else "eval"
-                raise ValueError(
-                    str(error).replace("calibration.source", f"{key}.source")
-                ) from None
-        return found
+        further = {n: text.evaluated(f"eval.also.{n}") for n, text in self.also.items()}
+        return {"": self.evaluated("eval"), **further}

@@ -24,6 +24,7 @@ class TextSource(ABC):
     paper: ClassVar[str]
     source: ClassVar[str]
     always_split: ClassVar[bool] = False
+    part: tuple[float, float] | None = None  # the share of it that evaluates, where it is given
 
     @property
     @abstractmethod

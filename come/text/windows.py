@@ -168,8 +168,14 @@ def evaluation_windows(
         key: where its settings are, for errors.
 
     Raises:
-        ValueError: the corpus cannot be read, or does not fill two windows.
+        ValueError: the corpus cannot be read, or does not fill two windows, or its `part` is one
+            that calibration draws from.
     """
+    if source.part and source.part[0] < CALIBRATION_PART[1] and _shared(source, *others):
+        raise ValueError(
+            f"{key}.part={list(source.part)}: calibration or training draws from the first "
+            f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
+        )
     text = _evaluation_text(source, *others)
     if max_tokens:  # a large corpus is not tokenised for its first tokens
         text = text[: _CHARS_PER_TOKEN * max_tokens]
@@ -200,5 +206,9 @@ def _same(source: TextSource, other: TextSource) -> bool:
 
 def _evaluation_text(source: TextSource, *others: TextSource) -> str:
     text = corpus_text(source)
-    splits = source.always_split or any(_same(source, other) for other in others)
-    return text_part(text, EVALUATION_PART) if splits else text
+    part = source.part or (EVALUATION_PART if _shared(source, *others) else None)
+    return text_part(text, part) if part else text
+
+
+def _shared(source: TextSource, *others: TextSource) -> bool:
+    return source.always_split or any(_same(source, other) for other in others)
