@@ -98,10 +98,7 @@ class NormalEquations:
             prior: W0 and its bias.
             penalty: absolute, > 0.
         """
-        ridge = self.ridge(penalty)
-        start = stacked(prior).to(self.gram)
-        factor = torch.linalg.cholesky(self.gram + ridge.diag())
-        solved = torch.cholesky_solve(self.moment + ridge[:, None] * start, factor).T
+        solved = torch.cholesky_solve(self.pull(prior, penalty), self.factor(penalty)).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
@@ -109,6 +106,16 @@ class NormalEquations:
         ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
         ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
         return ridge
+
+    def factor(self, penalty: float) -> Float[Tensor, "columns columns"]:
+        """Cholesky factor of G + ridge; of a wide map one matrix takes hundreds of MB."""
+        damped = self.gram.clone()
+        damped.diagonal().add_(self.ridge(penalty))
+        return torch.linalg.cholesky(damped, out=damped)
+
+    def pull(self, prior: Map, penalty: float) -> Float[Tensor, "columns out"]:
+        """The right-hand side: C + ridge W0^T."""
+        return self.moment + self.ridge(penalty)[:, None] * stacked(prior).to(self.moment)
 
     def error(self, found: Map) -> float:
         """sum_t w_t |y_t - W f_t - b|^2."""

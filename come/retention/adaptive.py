@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from come.calibration.group import Group, Split
-from come.refit.normal import Map, NormalEquations, stacked
+from come.refit.normal import Map, NormalEquations
 from come.refit.wide import unit_columns, wide_split
 from come.retention.base import RETENTION, RetentionRule
 
@@ -92,9 +92,9 @@ def eliminate(
         Kept units, ascending.
     """
     alive = list(range(sums.width // size))
-    ridge = sums.ridge(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sums.gram + ridge.diag()))
-    weight = inverse @ (sums.moment + ridge[:, None] * stacked(prior).to(sums.moment))
+    factor = sums.factor(penalty)
+    inverse = torch.cholesky_inverse(factor, out=factor)
+    weight = inverse @ sums.pull(prior, penalty)
     while len(alive) > keep:
         growth = _growth(weight[: len(alive) * size], inverse, size)
         leaving = max(1, int((len(alive) - keep) * rate))
@@ -114,10 +114,10 @@ def _without(inverse: Tensor, weight: Tensor, stay: Tensor, gone: Tensor) -> tup
     (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = X_s - B_sg B_gg^-1 X_g, B = A^-1 and X being
     those of all columns: a round costs n^2 g instead of n^3.
     """
-    cross = inverse[stay][:, gone]
-    factor = torch.linalg.cholesky(inverse[gone][:, gone])
+    cross = inverse[stay[:, None], gone]
+    factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
     rows = torch.cholesky_solve(torch.cat([cross.T, weight[gone]], dim=1), factor)
-    smaller = inverse[stay][:, stay] - cross @ rows[:, : len(stay)]
+    smaller = inverse[stay[:, None], stay].addmm_(cross, rows[:, : len(stay)], alpha=-1)
     return smaller, weight[stay] - cross @ rows[:, len(stay) :]
 
 

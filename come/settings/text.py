@@ -71,8 +71,8 @@ class CalibrationSettings(TextSettings):
     num_samples: int = 32
     seq_len: int = 256
     seed: int = 0
-    temperature: float = 0.8
-    top_p: float = 0.9
+    temperature: float = 1.0
+    top_p: float = 1.0
     keep: float = 1.0
     continued: int = 0
     begin: int = 64
