@@ -27,9 +27,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from come.calibration.goals import Goals
 from come.calibration.statistics import StatisticsCollector
 from come.calibration.stream import LayerStream
+from come.merging.apply import merged_pieces
 from come.models.adapter import ModelAdapter
+from come.operators.base import OPERATORS
 from tests.commands import ROOT, SMALL
 
 torch.set_num_threads(1)
@@ -167,3 +170,27 @@ def command(pico_folder, tmp_path):
         )
 
     return start
+
+
+@pytest.fixture
+def goals(windows):
+    """Gives goals of layers 2 and 3 of a pico model, and those layers' pieces."""
+    opened = []
+
+    def make(family):
+        adapter = ModelAdapter(pico(family))
+        stream = LayerStream(adapter, windows, batch_size=2, progress=False)
+        opened.append(stream)
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        stream.remember()
+        counts = adapter.unit_counts
+        kept = {unit: [[*range(n // 2)], [*range(n // 2, n)]] for unit, n in counts.items()}
+        pieces = merged_pieces(
+            adapter, [2, 3], OPERATORS.create("concat"), "fold", [0.5, 0.5], kept
+        )
+        return Goals(stream, 2, 3, original=3), pieces
+
+    yield make
+    for stream in opened:
+        stream.__exit__(None, None, None)

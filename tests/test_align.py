@@ -5,43 +5,16 @@ import math
 import pytest
 import torch
 
-from come.calibration.goals import Goals
-from come.calibration.stream import LayerStream
-from come.merging.apply import apply, merged_pieces
+from come.merging.apply import apply
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
-from come.operators.base import OPERATORS
 from come.refit.align import input_maps, read_through
 from come.refit.ridge import Ridge
 from tests.conftest import LAYERS, pico
 from tests.reference import Reference
 
 FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
-
-
-@pytest.fixture
-def goals(windows):
-    """Gives goals of layers 2 and 3 of a pico model, and those layers' pieces."""
-    opened = []
-
-    def make(family):
-        adapter = ModelAdapter(pico(family))
-        stream = LayerStream(adapter, windows, batch_size=2, progress=False)
-        opened.append(stream)
-        stream.embed()
-        stream.advance(0, LAYERS - 1)
-        stream.remember()
-        counts = adapter.unit_counts
-        kept = {unit: [[*range(n // 2)], [*range(n // 2, n)]] for unit, n in counts.items()}
-        pieces = merged_pieces(
-            adapter, [2, 3], OPERATORS.create("concat"), "fold", [0.5, 0.5], kept
-        )
-        return Goals(stream, 2, 3, original=3), pieces
-
-    yield make
-    for stream in opened:
-        stream.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

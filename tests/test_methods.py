@@ -96,6 +96,7 @@ def test_recipes_name_what_the_registries_hold():
         {"parts": ("ffn",), "allow_remerge": True},
         {"parts": ("attention",), "operator": "drop", "selection": "skip_loss"},
         {"refit": "ridge", "finish_lambda": 0.5, "allow_remerge": True, "protect_last": 1},
+        {"refit": "gauss_newton", "finish_lambda": 0.5},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
         {"refit": "ridge", "target": "current", "refit_lambda": "auto", "allow_remerge": True},
     ],

@@ -232,7 +232,7 @@ def test_adam_goes_beyond_the_closed_form(windows):
 
 
 def test_the_disk_store_finds_the_same(windows, tmp_path):
-    method = Recipe(refit="ridge", retention="adaptive", finish_lambda=0.3)
+    method = Recipe(refit="gauss_newton", retention="adaptive", finish_lambda=0.3)
     plans = [
         compress(
             pico("llama_gqa"),

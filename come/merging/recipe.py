@@ -15,7 +15,7 @@ from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
-from come.refit import align, finish, normal
+from come.refit import align, finish, input_map, normal, ridge
 from come.refit.base import REFITS, Refit
 from come.refit.normal import check_lambda
 from come.retention.base import RETENTION, RetentionRule
@@ -30,7 +30,7 @@ COME_PLUS: dict[str, Any] = {
     "retention": "adaptive",
     "tokens": "all",
     "norms": "fold",
-    "refit": "ridge",
+    "refit": "gauss_newton",
     "refit_lambda": 0.1,
     "align_lambda": 0.01,
     "target": "dense",
@@ -304,7 +304,7 @@ class Recipe:
         """The files that define the chosen parts, and what they solve with."""
         parts: list[Any] = [type(part) for part in self.make()]
         if self._goal_users() or self.finish_lambda is not None:
-            parts += [normal, align, finish]
+            parts += [normal, ridge, align, input_map, finish]
         return [Path(inspect.getfile(part)) for part in parts]
 
     def make(

@@ -34,6 +34,11 @@ class Architecture:
         """The module that embeds tokens and loops over the layers."""
         return self.layers.rpartition(".")[0]
 
+    @property
+    def attention(self) -> str:
+        """The module of a layer's attention: states in, what it adds and its weights out."""
+        return self.queries.rpartition(".")[0]
+
     def check(self, config: PretrainedConfig) -> None:
         """Refuses variants of the family whose layers are not plain pre-norm blocks.
 

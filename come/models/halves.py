@@ -58,7 +58,7 @@ def attention_half(
 def ffn_half(
     adapter: ModelAdapter, layer: nn.Module, middle: States, keywords: Mapping[str, Any]
 ) -> tuple[Features, States]:
-    """Runs a layer's FFN on a residual stream, its attention silenced.
+    """Runs a layer's FFN on a residual stream, its attention left out.
 
     Args:
         adapter: the model.
@@ -70,15 +70,79 @@ def ffn_half(
         What its FFN's output map reads, [batch, seq, channels], and the layer's output.
     """
     seen: list[Tensor] = []
-    silent = layer.get_submodule(adapter.architecture.attention_output)
-    handle = silent.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out))
+    output = layer.get_submodule(adapter.architecture.ffn_output)
+    with (
+        _without_attention(adapter, layer),
+        _before(output, lambda module, inputs: seen.append(inputs[0])),
+    ):
+        after = layer(middle, **keywords)
+    return seen[0].view(*middle.shape[:2], -1), after
+
+
+def ffn_slopes(
+    adapter: ModelAdapter,
+    layer: nn.Module,
+    middle: States,
+    keywords: Mapping[str, Any],
+    name: str,
+) -> tuple[States, Features]:
+    """How the FFN's features move with what one of its input maps gives.
+
+    Feature j of a token hangs on row j of each input map alone, so that its slope is one number:
+
+        D_tj = d f_tj / d (W n_t)_j
+
+    Args:
+        adapter: the model.
+        layer: a layer of the model, or one beside it.
+        middle: the residual stream in front of the FFN.
+        keywords: the layer's keyword arguments for a batch of this size.
+        name: the input map W, one of the family's `ffn_inputs`.
+
+    Returns:
+        n, what W reads, [batch, seq, hidden], and D, [batch, seq, channels].
+    """
+    seen: list[Tensor] = []
+
+    def cut(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        seen.extend([inputs[0].detach(), out.detach().requires_grad_(True)])
+        return seen[-1]
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _EnoughError
+
+    handle = layer.get_submodule(name).register_forward_hook(cut)
     output = layer.get_submodule(adapter.architecture.ffn_output)
     try:
-        with _before(output, lambda module, inputs: seen.append(inputs[0])):
-            after = layer(middle, **keywords)
+        with (
+            torch.enable_grad(),
+            _without_attention(adapter, layer),
+            _before(output, stop),
+            suppress(_EnoughError),
+        ):
+            layer(middle, **keywords)
     finally:
         handle.remove()
-    return seen[0].view(*middle.shape[:2], -1), after
+    read, given, features = seen
+    ones = torch.ones_like(features)
+    (slopes,) = torch.autograd.grad(features, given, ones)
+    return read.view(middle.shape), slopes.view(*middle.shape[:2], -1)
+
+
+@contextmanager
+def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None]:
+    """The attention of `layer` adds nothing, and costs nothing, while open."""
+    attention = layer.get_submodule(adapter.architecture.attention)
+
+    def silent(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+    attention.forward = silent
+    try:
+        yield
+    finally:
+        del attention.forward
 
 
 @contextmanager

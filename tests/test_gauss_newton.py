@@ -1,0 +1,187 @@
+"""Input maps of the FFN behind a Gauss-Newton step: against plain float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from come.merging.apply import apply
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.models.halves import attention_half, ffn_slopes
+from come.refit.input_map import FLOOR, InputMap, conjugate_gradients
+from tests.conftest import LAYERS, pico
+from tests.methods import same
+from tests.reference import Reference
+
+FAMILIES = ["llama_gqa", "llama_bias", "qwen3_gqa", "opt"]
+
+
+def ffn(layer, name, weight, read):
+    """Features of a LLaMA or OPT layer's FFN with another input map."""
+    if hasattr(layer, "fc1"):
+        return torch.relu(nn.functional.linear(read, weight, layer.fc1.bias))
+    maps = {"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj}
+    gate, up = (
+        nn.functional.linear(read, weight if kind in name else linear.weight, linear.bias)
+        for kind, linear in maps.items()
+    )
+    return nn.functional.silu(gate) * up
+
+
+class Plain:
+    """The layer of a goal in float64, all tokens at once."""
+
+    def __init__(self, goals, layer):
+        stream, architecture = goals.stream, goals.stream.adapter.architecture
+        states, wanted, weights = (
+            torch.cat(parts) for parts in zip(*map(goals.ends, stream.batches), strict=True)
+        )
+        self.middles = torch.cat(
+            [
+                attention_half(
+                    stream.adapter,
+                    layer,
+                    states[rows],
+                    stream.keywords(len(states[rows]), goals.first),
+                )[1]
+                for rows in stream.batches
+            ]
+        )
+        self.layer = layer.double()
+        middle = self.middles.flatten(0, 1).double()
+        self.read = layer.get_submodule(architecture.ffn_norm)(middle).detach()
+        self.output = layer.get_submodule(architecture.ffn_output)
+        self.lacks = wanted.flatten(0, 1).double() - middle
+        self.root = weights.double().sqrt()[:, None]
+
+    @torch.no_grad()
+    def error(self, name, weight):
+        made = self.output(ffn(self.layer, name, weight, self.read))
+        return float(((self.lacks - made) * self.root).square().sum())
+
+    def step(self, name, ratio):
+        """The penalised least-squares step by a dense solve of all rows of W at once."""
+        weight = self.layer.get_parameter(f"{name}.weight").detach()
+
+        def weighted(rows):
+            return self.output(ffn(self.layer, name, rows, self.read)) * self.root
+
+        jacobian = torch.autograd.functional.jacobian(weighted, weight).flatten(0, 1).flatten(1)
+        rest = (self.lacks * self.root - weighted(weight)).flatten().detach()
+        gram = self.read.T @ self.read / len(self.read)
+        gram += FLOOR * gram.diagonal().mean() * torch.eye(len(gram))
+        leaf = (self.read @ weight.T).requires_grad_(True)
+        if (bias := self.layer.get_submodule(name).bias) is not None:
+            leaf = (leaf + bias).detach().requires_grad_(True)
+        slopes = torch.autograd.grad(features_of(self.layer, name, leaf, self.read).sum(), leaf)[0]
+        curvature = (slopes * self.root).square().sum(dim=0)
+        curvature = (curvature * self.output.weight.square().sum(dim=0)).mean().detach()
+        penalty = ratio * curvature * torch.kron(torch.eye(len(weight)), gram)
+        return torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ rest).view_as(
+            weight
+        )
+
+
+def features_of(layer, name, given, read):
+    """Features of an FFN whose input map `name` gives `given`."""
+    if hasattr(layer, "fc1"):
+        return torch.relu(given)
+    if "gate" in name:
+        return nn.functional.silu(given) * layer.mlp.up_proj(read)
+    return nn.functional.silu(layer.mlp.gate_proj(read)) * given
+
+
+@pytest.fixture(params=FAMILIES)
+def problem(request, goals):
+    """Gives goals, the layer beside the model, the same in float64, and its input maps' names."""
+    found, pieces = goals(request.param)
+    adapter = found.stream.adapter
+    plain = Plain(found, adapter.scratch_layer(2, pieces.state))
+    layer = adapter.scratch_layer(2, pieces.state)
+    return found, layer, plain, adapter.architecture.ffn_inputs
+
+
+def test_slopes_are_the_derivatives_of_features(problem):
+    goals, layer, plain, names = problem
+    for name in names:
+        rows, keywords = plain.middles[:2], goals.stream.keywords(2, 2)
+        read, slopes = ffn_slopes(goals.stream.adapter, layer, rows, keywords, name)
+        linear = plain.layer.get_submodule(name)
+        given = linear(read.double()).detach().requires_grad_(True)
+        features = features_of(plain.layer, name, given, read.double())
+        (expected,) = torch.autograd.grad(features.sum(), given)
+        torch.testing.assert_close(slopes.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 30.0])
+def test_a_step_is_the_least_squares_solution(problem, ratio):
+    goals, layer, plain, names = problem
+    for name in names:
+        found = InputMap(goals, layer, plain.middles, name).step(ratio, 200)
+        expected = plain.step(name, ratio)
+        assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_the_error_falls_whatever_the_penalty(problem):
+    goals, layer, plain, names = problem
+    for name in names:
+        weight = plain.layer.get_parameter(f"{name}.weight").detach()
+        for ratio in (1e-6, 1.0):
+            asked = InputMap(goals, layer, plain.middles, name)
+            change = asked.step(ratio, 30)
+            before, after = (plain.error(name, weight + z) for z in (0, change))
+            assert after < before
+            assert asked.error(change) == pytest.approx(after, rel=1e-3)
+        assert torch.equal(layer.get_parameter(f"{name}.weight").double(), weight)
+
+
+def test_nothing_changes_where_nothing_is_lacking(goals):
+    goals, _ = goals("llama_gqa")
+    goals.last = 2  # layer 2 is asked for what it does
+    goals.target = "current"
+    layer = goals.stream.adapter.scratch_layer(2, goals.stream.adapter.layer_state(2))
+    middles = Plain(goals, goals.stream.adapter.scratch_layer(2, layer.state_dict())).middles
+    change = InputMap(goals, layer, middles, "mlp.up_proj").step(1.0, 5)
+    assert change.norm() < 1e-4
+
+
+def test_conjugate_gradients_end_at_the_solution():
+    generator = torch.Generator().manual_seed(0)
+    root, wanted = (torch.randn(6, 6, generator=generator).double() for _ in range(2))
+    matrix = root @ root.T + torch.eye(6)
+    found = conjugate_gradients(lambda x: matrix @ x, wanted, 200)
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, wanted))
+    assert torch.equal(conjugate_gradients(lambda x: x, torch.zeros(2, 2), 3), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("operator", ["concat", "average", "drop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_goes_beyond_the_output_maps(family, operator, windows):
+    dense = Reference(pico(family), windows).h
+
+    def error(refit):
+        model = pico(family)
+        method = Recipe(groups=((2, 3),), operator=operator, refit=refit)
+        plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
+        assert same(apply(plan, pico(family)), model)
+        missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
+        return float((missed / dense[4].square().mean(dim=-1)).mean()), plan
+
+    ridge, _ = error("ridge")
+    both, plan = error("gauss_newton")
+    assert both < ridge
+    inputs = {"fc1.weight"} if family == "opt" else {"mlp.gate_proj.weight", "mlp.up_proj.weight"}
+    assert inputs <= set(plan.steps[0].solved.hashes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refit_parts": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
+        ({"options": {"input_lambda": 0.0}}, "merge.options.input_lambda=0.0 must be above 0"),
+        ({"options": {"steps": 0}}, "steps=0 at least 1"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(refit="gauss_newton", **settings)
