@@ -138,11 +138,14 @@ def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None
     def silent(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
+    own = vars(attention).get("forward")  # where hooks of other libraries have put one
     attention.forward = silent
     try:
         yield
     finally:
         del attention.forward
+        if own is not None:
+            attention.forward = own
 
 
 @contextmanager
