@@ -70,9 +70,7 @@ class Plain:
         rest = (self.lacks * self.root - weighted(weight)).flatten().detach()
         gram = self.read.T @ self.read / len(self.read)
         gram += FLOOR * gram.diagonal().mean() * torch.eye(len(gram))
-        leaf = (self.read @ weight.T).requires_grad_(True)
-        if (bias := self.layer.get_submodule(name).bias) is not None:
-            leaf = (leaf + bias).detach().requires_grad_(True)
+        leaf = self.layer.get_submodule(name)(self.read).detach().requires_grad_(True)
         slopes = torch.autograd.grad(features_of(self.layer, name, leaf, self.read).sum(), leaf)[0]
         curvature = (slopes * self.root).square().sum(dim=0)
         curvature = (curvature * self.output.weight.square().sum(dim=0)).mean().detach()

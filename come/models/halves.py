@@ -125,8 +125,7 @@ def ffn_slopes(
     finally:
         handle.remove()
     read, given, features = seen
-    ones = torch.ones_like(features)
-    (slopes,) = torch.autograd.grad(features, given, ones)
+    (slopes,) = torch.autograd.grad(features, given, torch.ones_like(features))
     return read.view(middle.shape), slopes.view(*middle.shape[:2], -1)
 
 

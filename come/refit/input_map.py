@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from come.calibration.goals import Goals
 from come.models.halves import States, ffn_half, ffn_slopes
@@ -60,7 +61,7 @@ class InputMap:
         Returns:
             Z, float64.
         """
-        gram, pull, curvature = self._start()
+        gram, pull, curvature, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
         root = torch.linalg.cholesky(gram)
         penalty = ratio * curvature
@@ -72,10 +73,12 @@ class InputMap:
             return torch.linalg.solve_triangular(root.T, gradient, upper=True, left=False)
 
         def product(white: Matrix) -> Matrix:
+            bar.update()
             return whiten(self.curved(colour(white))) + penalty * white
 
-        change = colour(conjugate_gradients(product, whiten(pull), steps))
-        before = self.error(torch.zeros_like(change))
+        quiet = None if self.goals.stream.progress else True
+        with tqdm(total=steps, desc=self.name, leave=False, delay=2, disable=quiet) as bar:
+            change = colour(conjugate_gradients(product, whiten(pull), steps))
         for _ in range(HALVINGS + 1):
             if self.error(change) < before:
                 return change
@@ -102,27 +105,33 @@ class InputMap:
         self.weight.copy_(self.changed(change))
         total = 0.0
         for middle, wanted, weights, keywords in self._batches():
-            gap = (wanted - ffn_half(self.adapter, self.layer, middle, keywords)[1]).flatten(0, 1)
-            total += (gap.to(self.output).square().sum(dim=1) * weights).sum().item()
+            gap = self._gap(middle, wanted, keywords)
+            total += (gap.square().sum(dim=1) * weights).sum().item()
         self.weight.copy_(kept)
         return total
 
-    def _start(self) -> tuple[Tensor, Matrix, float]:
-        """mean_t n n^T, minus half the gradient of E at 0, and its mean curvature; float64."""
+    def _start(self) -> tuple[Tensor, Matrix, float, float]:
+        """mean_t n n^T, minus half the gradient of E at 0, its mean curvature, E(0); float64."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
         pull = self.output.new_zeros(channels, hidden, dtype=torch.float64)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
-        tokens = 0
+        tokens, error = 0, 0.0
         for middle, wanted, weights, keywords in self._batches():
             read, slopes = self._slopes(middle, keywords)
-            gap = (wanted - ffn_half(self.adapter, self.layer, middle, keywords)[1]).flatten(0, 1)
-            pull += self._back(gap.to(self.output) * weights[:, None], read, slopes)
+            gap = self._gap(middle, wanted, keywords)
+            error += (gap.square().sum(dim=1) * weights).sum().item()
+            pull += self._back(gap * weights[:, None], read, slopes)
             gram += read.T @ read
             squares += weights @ slopes.square()
             tokens += len(read)
         sizes = self.output.double().square().sum(dim=0)
-        return gram / tokens, pull, (squares * sizes).mean().item()
+        return gram / tokens, pull, (squares * sizes).mean().item(), error
+
+    def _gap(self, middle: States, wanted: States, keywords: dict[str, Any]) -> Tensor:
+        """What the layer's output lacks, tokens by channels."""
+        output = ffn_half(self.adapter, self.layer, middle, keywords)[1]
+        return (wanted - output).flatten(0, 1).to(self.output)
 
     def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What W reads and the slopes, of a batch, tokens by columns."""
