@@ -56,6 +56,7 @@ class TaskResult(TypedDict):
     metric: the one that counts, acc where the task has it.
     value, stderr: of that metric.
     metrics: all metrics and standard errors of the task by name, such as acc_norm.
+    scores: the metric of every document, in their order.
     difference, difference_low, difference_high: value minus the dense model's on the same
         documents, with its 95% interval (paired bootstrap).
     mcnemar_p: exact test of that difference.
@@ -66,6 +67,7 @@ class TaskResult(TypedDict):
     value: float
     stderr: float
     metrics: dict[str, float]
+    scores: list[float]
     difference: float
     difference_low: float
     difference_high: float

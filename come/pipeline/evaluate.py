@@ -195,6 +195,7 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
             "value": own.value(name),
             "stderr": metrics.get(f"{headline(metrics)}_stderr", 0.0),
             "metrics": metrics,
+            "scores": own.scores[name],
             "difference": gap.value,
             "difference_low": gap.low,
             "difference_high": gap.high,

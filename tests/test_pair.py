@@ -1,0 +1,83 @@
+"""Two runs compared: numbers by hand, and what cannot be compared."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from come.report.pair import compare
+
+DENSE = [3.0, 3.2, 2.9, 3.1]
+
+
+def depth(layers, nll, right=None):
+    tasks = {name: {"scores": scores} for name, scores in (right or {}).items()}
+    mean = math.exp(sum(nll) / len(nll))
+    return {
+        "layers": layers,
+        "perplexity": {"value": mean, "nll": nll, "tokens": 8 * len(nll)},
+        "zero_shot": {"tasks": tasks} if tasks else None,
+    }
+
+
+def result(*depths, dense=DENSE):
+    return {"depths": [depth(30, dense), *depths]}
+
+
+def test_perplexity_is_paired_by_window():
+    first = result(depth(24, [3.2, 3.3, 3.1, 3.2]), depth(21, [4.0] * 4))
+    second = result(depth(24, [3.1, 3.3, 3.0, 3.2]), depth(27, [3.0] * 4))
+    ((layers, what, own, its, against, p),) = compare(first, second).rows
+    assert (layers, what, p) == ("24", "perplexity", "")
+    assert (own, its) == (f"{math.exp(3.2):.2f}", f"{math.exp(3.15):.2f}")
+    gaps = [0.1, 0.0, 0.1, 0.0]
+    spread = math.sqrt(sum((g - 0.05) ** 2 for g in gaps) / 3 / 4)
+    low, high = (math.exp(0.05 + sign * 3.182446 * spread) for sign in (-1, 1))
+    assert against == f"{math.exp(0.05):.3f} x [{low:.3f}, {high:.3f}]"
+
+
+def test_accuracy_is_paired_by_document():
+    ours = {"a": [1.0] * 30 + [0.0] * 10, "b": [1.0, 0.0] * 20}
+    theirs = {"a": [1.0] * 20 + [0.0] * 20, "b": [1.0, 0.0] * 20}
+    first, second = result(depth(24, DENSE, ours)), result(depth(24, DENSE, theirs))
+    _, a, b, mean = compare(first, second).rows
+    assert a[:4] == ["24", "a", "0.750", "0.500"]
+    assert a[4].startswith("+0.250 [+0.1")
+    assert a[5] == f"{2 * 0.5**10:.3f}"  # ten documents that one alone gets right
+    assert b[4:] == ["+0.000 [+0.000, +0.000]", "1.000"]
+    assert mean[1:4] == ["mean", "0.625", "0.500"]
+    assert mean[4].startswith("+0.125 [+0.0")
+    assert compare(second, first).rows[1][4].startswith("-0.250 [-0.")
+
+
+def test_only_what_both_measured_alike_is_compared():
+    ours = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
+    with pytest.raises(ValueError, match="other windows.*eval.part"):
+        compare(ours, result(depth(24, DENSE), dense=[3.0, 3.2, 2.9, 3.3]))
+    with pytest.raises(ValueError, match="other windows"):
+        compare(ours, result(depth(24, DENSE), dense=DENSE[:3]))
+    with pytest.raises(ValueError, match="a was asked 2 and 3 documents.*eval.limit"):
+        compare(ours, result(depth(24, DENSE, {"a": [1.0, 0.0, 1.0]})))
+    with pytest.raises(ValueError, match="24 and 27, 21 layers"):
+        compare(ours, result(depth(27, DENSE), depth(21, DENSE)))
+    of_old = result(depth(24, DENSE, {"a": []}))
+    of_old["depths"][1]["zero_shot"]["tasks"]["a"].pop("scores")
+    with pytest.raises(ValueError, match="a was asked 2 and 0 documents .0: by a version"):
+        compare(ours, of_old)
+
+
+def test_the_command_reads_folders_and_names_a_missing_one(tmp_path):
+    for name, gap in (("a", 0.1), ("b", 0.0)):
+        (tmp_path / name).mkdir()
+        found = result(depth(24, [value + gap for value in DENSE]))
+        (tmp_path / name / "result.json").write_text(json.dumps(found))
+    command = [sys.executable, "-m", "come.report.pair", str(tmp_path / "a")]
+    done = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "| 24 | perplexity | 23.34 | 21.12 | 1.105 x [1.105, 1.105] |  |" in done.stdout
+    failed = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ")
+    assert "c is not there; a finished run writes it" in failed.stderr
