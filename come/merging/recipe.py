@@ -25,7 +25,7 @@ from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 COME_PLUS: dict[str, Any] = {
     "operator": "concat",
     "schedule": "mixed",
-    "m": 4,
+    "m": 3,
     "selection": "angular",
     "retention": "adaptive",
     "tokens": "all",
@@ -34,7 +34,6 @@ COME_PLUS: dict[str, Any] = {
     "refit_lambda": 0.1,
     "align_lambda": 0.01,
     "target": "dense",
-    "finish_lambda": 1.0,
 }
 """What `merge=come_plus` sets, the default of `run.py`."""
 
