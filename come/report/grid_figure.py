@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from come.report.points import PARAMETERS, Point
 
 _DPI = 110
+_INSIDE = 16  # lines of a legend that leave room for the curves
 _CUT = 15  # ratios above it leave the figure, so that the others can be told apart
 
 
@@ -68,7 +69,11 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
+    if len(lines) > _INSIDE:
+        figure.set_figwidth(12)
+        figure.legend(fontsize=7, loc="outside right upper")
+    else:
+        axis.legend(fontsize=7, ncols=2 if len(lines) > _INSIDE // 2 else 1)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
