@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from come.evaluation.paired import mean_difference
+from come.report.grid import read_grid
 from come.report.points import PARAMETERS, points
 from come.report.tables import zero_shot_table
 from tests.commands import ROOT, finish
@@ -220,6 +221,26 @@ def test_the_dashboard_is_printed_without_network():
     for part in (workspace, report):
         assert '"eval/perplexity_ratio"' in part
         assert '"figures/puzzle"' in part
+
+
+def test_rows_of_a_grid_carry_no_windows_and_no_documents(tmp_path):
+    task = {"value": 0.5, "documents": 2, "scores": [1.0, 0.0]}
+    depth = {
+        "layers": 3,
+        "perplexity": {"value": 2.0, "nll": [0.7, 0.7]},
+        "zero_shot": {"tasks": {"a": task}, "average": 0.5},
+    }
+    cost = {"seconds": 1.0, "layer_passes": 2.0, "peak_bytes": 3}
+    found = {"job": "x", "method": "come", "depths": [depth], "compression": cost}
+    (tmp_path / "result.json").write_text(json.dumps(found | {"merge_history": []}))
+    listed = {"overrides": ["merge.m=2"], "folder": str(tmp_path)}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(listed) + "\n")
+    ((row,), missing) = read_grid(tmp_path)
+    assert not missing
+    assert row["overrides"] == {"merge.m": "2"}
+    assert row["depths"][0]["perplexity"] == {"value": 2.0}
+    assert row["depths"][0]["zero_shot"]["average"] == 0.5
+    assert row["depths"][0]["zero_shot"]["tasks"] == {"a": {"value": 0.5, "documents": 2}}
 
 
 def test_differences_and_their_stars():

@@ -125,6 +125,16 @@ def _without_windows(perplexity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in perplexity.items() if key != "nll"}
 
 
+def _without_documents(zero_shot: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if zero_shot is None:
+        return None
+    tasks = {
+        name: {key: value for key, value in task.items() if key != "scores"}
+        for name, task in zero_shot["tasks"].items()
+    }
+    return {**zero_shot, "tasks": tasks}
+
+
 def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Files by their names alone, where no two files of the grid share one."""
     paths = sorted({v for job in jobs for k, v in job.items() if k.endswith("path")})
@@ -133,12 +143,12 @@ def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
-    """What the table and figure rest on, without the settings and every window."""
+    """What the table and figure rest on, without settings, windows and documents."""
     depths = [
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"perplexity": _without_windows(depth["perplexity"] or {})}
         | {"also": {name: _without_windows(p) for name, p in depth.get("also", {}).items()}}
-        | {"zero_shot": depth.get("zero_shot"), "speed": depth.get("speed")}
+        | {"zero_shot": _without_documents(depth.get("zero_shot")), "speed": depth.get("speed")}
         for depth in result["depths"]
     ]
     return {
