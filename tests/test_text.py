@@ -268,9 +268,12 @@ def test_text_is_sampled_once(pico_folder, tmp_path, monkeypatch):
     assert len(made) == 2
 
 
-def test_windows_that_validate_are_not_those_of_calibration(tokenizer):
-    calibrated = draw(tokenizer, PyDocs(), num_samples=32).windows.tolist()
+def test_windows_that_validate_are_not_those_of_calibration(tokenizer, tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text(" ".join(map(str, range(20000))))  # so that no two windows are alike
+    calibrated = draw(tokenizer, TextFile(str(path)), num_samples=32).windows.tolist()
     every = {"num_samples": 10**7, "at_most": True, "backwards": True}
-    training = draw(tokenizer, PyDocs(), **every).windows.tolist()
+    training = draw(tokenizer, TextFile(str(path)), **every).windows.tolist()
+    assert len(training) > 48
     assert training[-32:] == calibrated[::-1]
     assert not [row for row in training[:16] if row in calibrated]
