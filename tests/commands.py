@@ -1,5 +1,6 @@
-"""How tests start run.py and read what it leaves."""
+"""How tests start run.py, read what it leaves, and load the scripts of experiments."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -31,3 +32,11 @@ def weights(folder):
 def equal(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def script(name):
+    """The module of experiments/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,21 +1,15 @@
 """The script that tells new tokens from repeated passages: what counts as which."""
 
-import importlib.util
-
 import pytest
 import torch
 
-from tests.commands import ROOT
+from tests.commands import script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def copying():
-    path = ROOT / "experiments" / "copying.py"
-    spec = importlib.util.spec_from_file_location("copying", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("copying")
 
 
 def test_what_is_new_seen_and_a_pair(copying):

@@ -1,21 +1,15 @@
 """The script that merges every group alone: which groups it tries, and what it measures."""
 
-import importlib.util
-
 import pytest
 import torch
 
-from tests.commands import ROOT
+from tests.commands import script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def costs():
-    path = ROOT / "experiments" / "group_costs.py"
-    spec = importlib.util.spec_from_file_location("group_costs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("group_costs")
 
 
 def test_the_lowest_angles_of_every_size_are_tried(costs, windows, monkeypatch):
