@@ -90,6 +90,7 @@ def test_recipes_name_what_the_registries_hold():
     [
         *({"selection": name, "allow_remerge": True} for name in SELECTION.names()),
         *({"schedule": name} for name in ("one_shot", "block", "laco")),
+        {"schedule": "cheapest", "selection": "trial_kl", "refit": "ridge"},
         {"operator": "prune_comp"},
         {"operator": "replaceme", "protect_first": 1},
         {"groups": ((3, 4), (0, 1))},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +37,13 @@ class LayerObserver(Protocol):
         ...
 
 
+@dataclass
+class Meter:
+    """Counts passes of tokens over layers."""
+
+    tokens: int = 0
+
+
 class LayerStream:
     """Hidden states of all windows at every layer boundary of a model that is being merged.
 
@@ -51,6 +60,7 @@ class LayerStream:
         block: what spans are made of: whole layers, or one part of each. For parts the states
             between attention and FFN are kept too, which doubles what is kept.
         name: of the files of the disk store.
+        meter: counts the passes; a new one unless given.
 
     Use it as a context manager: leaving it frees the boundaries.
     """
@@ -66,6 +76,7 @@ class LayerStream:
         progress: bool = True,
         block: Block = "layer",
         name: str = "boundaries",
+        meter: Meter | None = None,
     ) -> None:
         self.adapter = adapter
         self.block: Block = block
@@ -85,7 +96,7 @@ class LayerStream:
             self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
         self._dense: BoundaryStore | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
-        self._passed = 0  # windows times layers
+        self._meter = meter or Meter()
         self._valid = -1  # the last boundary that belongs to the model as it is
 
     def __enter__(self) -> LayerStream:
@@ -120,7 +131,7 @@ class LayerStream:
     @property
     def layer_passes(self) -> float:
         """Passes of all windows over one layer so far; backward passes are not counted."""
-        return self._passed / len(self.windows)
+        return self._meter.tokens / self.tokens
 
     @property
     def batches(self) -> Sequence[slice]:
@@ -173,7 +184,7 @@ class LayerStream:
         assert last < self.num_layers
         total = (last - first + 1) * len(self._batches)
         with tqdm(
-            total=total, desc="layers", unit="batch", leave=False, delay=2, disable=self._quiet
+            total=total, desc="layers", unit="batch", leave=False, delay=2, disable=self.quiet
         ) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
@@ -183,7 +194,7 @@ class LayerStream:
                         keywords = self.keywords(len(before), index)
                         with self._watch_middle(index, rows):
                             after = self.adapter.layers[index](before, **keywords)
-                        self._passed += len(before)
+                        self._meter.tokens += before.shape[:2].numel()
                         self._store[index + 1][rows] = after
                         update(before, after) if self.block == "layer" else update(
                             *self._ends(index, index, rows)
@@ -247,24 +258,36 @@ class LayerStream:
         """Keyword arguments of layer `index` for a batch of `batch` windows."""
         return self._kwargs[batch][index]
 
-    @contextmanager
-    def beside(self) -> Iterator[LayerStream]:
-        """A second stream of the same windows and model, with boundaries of its own.
+    def beside(
+        self, windows: Int[Tensor, "windows seq"] | None = None, store: str | None = None
+    ) -> LayerStream:
+        """A second stream of the same model, with boundaries of its own.
 
         Its passes count as this stream's.
+
+        Args:
+            windows: other windows than this stream's.
+            store: another place than this stream's.
         """
-        second = LayerStream(
+        return LayerStream(
             self.adapter,
-            self.windows,
+            self.windows if windows is None else windows,
             batch_size=self.batch_size,
-            store=self.store,
+            store=store or self.store,
             folder=self._folder,
             progress=self.progress,
             name="beside",
+            meter=self._meter,
         )
-        with second:
-            yield second
-        self._passed += second._passed
+
+    def beginning(self, windows: int) -> LayerStream:
+        """This stream's first batches alone: at most so many windows, and at least one batch."""
+        view = copy(self)
+        view._batches = [rows for rows in self._batches if rows.stop <= windows] or self._batches[
+            :1
+        ]
+        view.windows = self.windows[: view._batches[-1].stop]
+        return view
 
     @contextmanager
     def spare(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
@@ -301,7 +324,7 @@ class LayerStream:
             states = self._store[start][rows].to(self.adapter.device)
             for index, layer in route:
                 states = layer(states, **self.keywords(len(states), index))
-                self._passed += len(states)
+                self._meter.tokens += states.shape[:2].numel()
             yield rows, states
 
     def loss(self, start: int, route: Route) -> float:
@@ -335,7 +358,8 @@ class LayerStream:
         self._valid = min(self._valid, index)
 
     @property
-    def _quiet(self) -> bool | None:
+    def quiet(self) -> bool | None:
+        """What a progress bar's `disable` is."""
         return None if self.progress else True  # None: a bar only where there is a terminal
 
 

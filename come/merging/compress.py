@@ -191,6 +191,7 @@ class _Compression:
         search = Search(
             stream=self.stream,
             history=history,
+            steps=plan.steps,
             origins=self.origins,
             target=self.target,
             stop=max(depth for depth in self.stops if depth < plan.num_layers),
@@ -233,7 +234,8 @@ class _Compression:
         places = range(step.first, step.last + 1)
         pieces = self._pieces(places, Split(step.shares, step.kept))
         original = plan.history[step.last][-1]
-        solved = self.refit.solve(self._goals(step.first, step.last, original), pieces)
+        goals = self._goals(step.first, step.last, original, self.stream)
+        solved = self.refit.solve(goals, pieces)
         return replace(step, solved=SolvedTensors(solved))
 
     def finished(self, plan: Plan) -> Plan:
@@ -249,9 +251,9 @@ class _Compression:
         }
         return replace(plan, finish=SolvedTensors(tensors))
 
-    def _goals(self, first: int, last: int, original: int) -> Goals:
+    def _goals(self, first: int, last: int, original: int, stream: LayerStream) -> Goals:
         return Goals(
-            self.stream,
+            stream,
             first,
             last,
             original=original,
@@ -299,7 +301,7 @@ class _Compression:
 
     def _refine(self, history: Sequence[Span], first: int, last: int) -> float:
         first, last, kept = self.rules.group(first, last)
-        group = self._group(first, last, history)
+        group = self._group(first, last, history, self.selection.trial_stream(self.stream))
         score = self.selection.refine(group, self._split(group, kept), self.refit)
         return self._number(score, first, last)
 
@@ -311,18 +313,22 @@ class _Compression:
             )
         return score
 
-    def _group(self, first: int, last: int, history: Sequence[list[int]]) -> Group:
-        """The group of layers first..last of the plan so far, in places of the stream's model."""
+    def _group(
+        self, first: int, last: int, history: Sequence[Span], stream: LayerStream | None = None
+    ) -> Group:
+        """The group of layers first..last of the plan so far, in places of the stream's model.
+
+        `stream`: the windows that it knows, all unless given.
+        """
+        stream = stream or self.stream
         places = self.origins[first : last + 1]
         spans = history[first : last + 1]
         statistics = [self.statistics[place] for place in places]
         scores = None
         if self.operator.uses_units:
-            scores = partial(
-                unit_scores, self.stream, self.metric, statistics, spans, layers=places
-            )
+            scores = partial(unit_scores, stream, self.metric, statistics, spans, layers=places)
         return Group(
-            stream=self.stream,
+            stream=stream,
             first=places[0],
             last=places[-1],
             spans=spans,
@@ -330,7 +336,7 @@ class _Compression:
             pieces=partial(self._pieces, places),
             trial=partial(self._trial, places),
             scores=scores,
-            goals=partial(self._goals, places[0], places[-1], history[last][-1]),
+            goals=partial(self._goals, places[0], places[-1], history[last][-1], stream),
         )
 
     def _pieces(self, places: Sequence[int], split: Split) -> Pieces:

@@ -131,7 +131,8 @@ class Recipe:
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
         for key in ("schedule", "protect_first", "protect_last"):
-            if self.groups and getattr(self, key) not in (0, "progressive", "mixed", "fixed"):
+            unasked = (0, "progressive", "fixed", COME_PLUS["schedule"])
+            if self.groups and getattr(self, key) not in unasked:
                 raise ValueError(
                     f"merge.groups are merged as they are given; merge.{key}={getattr(self, key)} "
                     "has no meaning with them"
@@ -149,6 +150,11 @@ class Recipe:
             raise ValueError(
                 f"merge.operator={self.operator} needs a layer in front of what it drops: "
                 "set merge.protect_first=1 or more"
+            )
+        if self.allow_remerge and not SCHEDULES.get(self.schedule_name).remerges:
+            raise ValueError(
+                f"merge.schedule={self.schedule} adds costs of the dense model's layers, so "
+                "merge.allow_remerge=true is not possible"
             )
         if SCHEDULES.get(self.schedule_name).mixes and operator.drops:
             raise ValueError(
@@ -195,7 +201,9 @@ class Recipe:
                 raise ValueError(f"merge.{setting}={value}: must be above 0, or null")
         if self.align_lambda is not None:
             self._check_align()
-        if SELECTION.get(self.selection).uses_goals and not SCHEDULES.get(self.schedule_name).ranks:
+        unasked = self.groups and self.selection == COME_PLUS["selection"]
+        ranks = unasked or SCHEDULES.get(self.schedule_name).ranks
+        if SELECTION.get(self.selection).uses_goals and not ranks:
             other = "merge.groups" if self.groups else f"merge.schedule={self.schedule}"
             raise ValueError(
                 f"merge.selection={self.selection} merges a shortlist on trial, and {other} leaves "

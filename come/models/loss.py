@@ -1,4 +1,4 @@
-"""The model's loss behind its last layer: head and cross-entropy, in blocks of tokens."""
+"""What stands behind the last layer: cross-entropy and divergence, in blocks of tokens."""
 
 from __future__ import annotations
 
@@ -28,6 +28,37 @@ def window_nll(
         blocks = [
             torch.nn.functional.cross_entropy(head(block).float(), wanted, reduction="sum").double()
             for block, wanted in zip(window.split(BLOCK), targets.split(BLOCK), strict=True)
+        ]
+        totals.append(torch.stack(blocks).sum())
+    return torch.stack(totals)
+
+
+@torch.no_grad()
+def window_divergence(
+    head: nn.Module,
+    wanted: Float[Tensor, "batch seq hidden"],
+    states: Float[Tensor, "batch seq hidden"],
+) -> Float[Tensor, " batch"]:
+    """Summed KL(wanted || states) of the next token behind every position, of every window.
+
+    Args:
+        head: the map from hidden states to logits.
+        wanted: hidden states behind the final norm of the model that is the reference.
+        states: those of the other model.
+
+    Returns:
+        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, >= 0, float64.
+    """
+    totals = []
+    for right, other in zip(wanted, states, strict=True):
+        blocks = [
+            torch.nn.functional.kl_div(
+                head(b).float().log_softmax(-1),
+                head(a).float().log_softmax(-1),
+                reduction="sum",
+                log_target=True,
+            ).double()
+            for a, b in zip(right.split(BLOCK), other.split(BLOCK), strict=True)
         ]
         totals.append(torch.stack(blocks).sum())
     return torch.stack(totals)

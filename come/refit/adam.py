@@ -66,8 +66,7 @@ class Adam(Refit):
         layer = stream.adapter.scratch_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        quiet = None if stream.progress else True
-        steps = tqdm(range(self.steps), desc="adam", leave=False, delay=2, disable=quiet)
+        steps = tqdm(range(self.steps), desc="adam", leave=False, delay=2, disable=stream.quiet)
         with torch.enable_grad():
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]
@@ -84,6 +83,11 @@ class Adam(Refit):
                 schedule.step()
         found = layer.state_dict()
         return {name: found[name].detach().to(tensor.dtype) for name, tensor in state.items()}
+
+    @property
+    def stand_in(self) -> Refit:
+        """The ridge regression alone."""
+        return self.ridge
 
 
 def as_float(value: Any) -> Any:

@@ -80,3 +80,8 @@ class GaussNewton(Refit):
                 found[f"{name}.weight"] = problem.changed(change)
                 layer.load_state_dict({**pieces.state, **found})
         return found
+
+    @property
+    def stand_in(self) -> Refit:
+        """The ridge regression alone."""
+        return self.ridge

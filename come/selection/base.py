@@ -48,6 +48,10 @@ class GroupScore(ABC):
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the current model)."""
 
+    def trial_stream(self, stream: LayerStream) -> LayerStream:
+        """The windows that trials are fitted to, all unless overridden."""
+        return stream
+
     def refine(self, group: Group, split: Split, refit: Refit) -> float:
         """What decides among the shortlist: the group, how it would be merged, and its repair."""
         raise NotImplementedError

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tqdm import tqdm
+
 from come.calibration.group import Group, Split
 from come.calibration.stream import LayerStream
-from come.merging.plan import GroupCandidate
+from come.merging.plan import GroupCandidate, MergeStep
 from come.merging.reach import GroupRules
 from come.models.surgery import Span
 from come.registry import Registry
@@ -42,6 +44,7 @@ class Search:
         stream: the layer stream, on the current model if the schedule remeasures, else on the dense
             one.
         history: original layers behind every layer of the current model.
+        steps: the merges so far.
         origins: position in the stream's model of every layer of the current one.
         target: the depth to reach.
         stop: the next depth that must not be jumped over, the target or one on the way.
@@ -56,6 +59,7 @@ class Search:
 
     stream: LayerStream
     history: Sequence[Span]
+    steps: Sequence[MergeStep]
     origins: Sequence[int]
     target: int
     stop: int
@@ -68,14 +72,21 @@ class Search:
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
         """The span with the lowest score, the first of equal ones, as a choice."""
-        own = self.origins
-        candidates = [GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
+        candidates = self.scored(spans)
         if self.shortlist and len(candidates) > 1:
             best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
-            candidates = [
-                GroupCandidate(c.first, c.last, self.refine(c.first, c.last)) for c in best
-            ]
+            candidates = self.refined([(c.first, c.last) for c in best])
         return self.choose(candidates)
+
+    def scored(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
+        """The spans with their scores."""
+        own = self.origins
+        return [GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
+
+    def refined(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
+        """The spans with what trial merges say."""
+        trials = tqdm(spans, desc="trial merges", leave=False, delay=2, disable=self.stream.quiet)
+        return [GroupCandidate(a, b, self.refine(a, b)) for a, b in trials]
 
     def choose(self, candidates: list[GroupCandidate]) -> Choice:
         """The candidate with the lowest score, the first of equal ones."""
@@ -100,6 +111,7 @@ class Schedule(ABC):
         ranks: whether the spans' scores decide; if not, a shortlist of them has no meaning.
         whole: whether one group takes all layers that have to go, whatever `merge.m` is.
         mixes: whether groups may be smaller than `merge.m`.
+        remerges: whether it can merge a merged layer again.
     """
 
     name: ClassVar[str]
@@ -112,6 +124,7 @@ class Schedule(ABC):
     ranks: ClassVar[bool] = True
     whole: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    remerges: ClassVar[bool] = True
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:

@@ -1,0 +1,118 @@
+"""What a merge does to the model's predictions, where they copy too."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from come.calibration.group import Group, Split
+from come.calibration.influence import TOKENS, check_tokens
+from come.calibration.stream import LayerStream
+from come.models.loss import window_divergence
+from come.refit.base import Refit
+from come.selection.base import SELECTION, GroupScore, token_mean
+
+
+@SELECTION.register
+class TrialKL(GroupScore):
+    """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
+
+        mean_t KL( p(. | x_<t) || p_merged(. | x_<t) ),    x = (w_1 .. w_s, w_2 .. w_s)
+
+    p: the model as it is; w: the first half of a calibration window. Half of what is predicted has
+    been said before, so a group that looks back and copies shows as one. A trial is fitted with
+    what stands in for the refit, and judged on windows that it was not fitted to. The shortlist are
+    the groups with the least mean angle between input and output (`angular`).
+
+    Source: this project.
+
+    Args:
+        tokens: which tokens the angle reads, "all" or "last" of each window.
+        shortlist: how many groups are tried, at least.
+        trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
+        judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
+            at most.
+    """
+
+    name = "trial_kl"
+    paper = ""
+    source = "divergence of trial merges, on text said twice"
+    uses_goals = True
+
+    def __init__(
+        self,
+        tokens: TOKENS = "all",
+        shortlist: int = 14,
+        trial_windows: int = 32,
+        judge_windows: int = 8,
+    ) -> None:
+        self.tokens = check_tokens(tokens)
+        numbers = {
+            "shortlist": shortlist,
+            "trial_windows": trial_windows,
+            "judge_windows": judge_windows,
+        }
+        for key, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"merge.options.{key}={value}: must be at least 1")
+        self.shortlist = shortlist
+        self.trial_windows = trial_windows
+        self.judge_windows = judge_windows
+        self._judge: LayerStream | None = None
+
+    def prepare(self, stream: LayerStream) -> None:
+        """Sets the judging windows apart."""
+        windows = said_twice(stream.windows[-self._judging(stream) :])
+        self._judge = stream.beside(windows, store="memory")
+
+    def trial_stream(self, stream: LayerStream) -> LayerStream:
+        """The first windows, without those that judge."""
+        rest = len(stream.windows) - self._judging(stream)
+        return stream.beginning(min(self.trial_windows, rest))
+
+    def _judging(self, stream: LayerStream) -> int:
+        return min(self.judge_windows, -(-len(stream.windows) // 4))
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """Mean angle over pi, in [0, 1]: what makes the shortlist."""
+        return token_mean(
+            stream,
+            first,
+            last,
+            self.tokens,
+            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
+        )
+
+    @torch.no_grad()
+    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+        """The divergence, nats a token, >= 0."""
+        stream, adapter = group.stream, group.stream.adapter
+        route = group.way(split)
+        if refit.active:
+            assert group.goals is not None
+            pieces = group.pieces(split)
+            fitted = pieces.state | refit.stand_in.solve(group.goals(), pieces)
+            layer = adapter.scratch_layer(group.first, fitted)
+            route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
+        judge, total = self._judge, 0.0
+        assert judge is not None
+        if judge.valid < judge.num_layers:
+            judge.embed()
+            judge.advance(0, judge.num_layers - 1)
+        for rows, states in judge.through(group.first, route):
+            wanted = judge.boundary(judge.num_layers, rows)
+            ends = (adapter.final_norm(wanted), adapter.final_norm(states))
+            total += window_divergence(adapter.head, *ends).sum().item()
+        return total / judge.tokens
+
+
+def said_twice(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
+    """The first half of every window, and once more but for its first token.
+
+    That token may be the one that begins a text, and what stands before that is not looked back to.
+    """
+    half = windows.shape[1] // 2
+    return torch.cat([windows[:, :half], windows[:, 1:half]], dim=1)

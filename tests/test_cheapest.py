@@ -1,0 +1,135 @@
+"""Sets of groups by the costs of neighbouring layers, and what a trial merge costs."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from come.merging.compress import compress
+from come.merging.recipe import Recipe
+from come.merging.schedules.cheapest import cheapest_groups
+from come.selection.trial_kl import said_twice
+from tests.conftest import pico
+
+METHOD = {"schedule": "cheapest", "selection": "trial_kl", "refit": "ridge", "m": 3}
+
+
+def sets_of_groups(depth, m):
+    """All sets of disjoint groups of 2 to m layers."""
+    if depth == 0:
+        return [[]]
+    found = list(sets_of_groups(depth - 1, m))
+    for size in range(2, min(m, depth) + 1):
+        group = (depth - size, depth - 1)
+        found += [[*groups, group] for groups in sets_of_groups(depth - size, m)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("m", "now", "later"), [(2, 2, 0), (3, 3, 1), (4, 4, 0), (4, 2, 3)])
+def test_the_cheapest_set_is_that_of_trying_all(seed, m, now, later):
+    draw, depth = random.Random(seed), 8
+    costs = {(i, i + 1): draw.random() for i in range(depth - 1) if draw.random() < 0.9}
+
+    def cost(groups):
+        return sum(costs[i, i + 1] for a, b in groups for i in range(a, b))
+
+    best = None
+    for groups in sets_of_groups(depth, m):
+        if any((i, i + 1) not in costs for a, b in groups for i in range(a, b)):
+            continue
+        for chosen in itertools.product((True, False), repeat=len(groups)):
+            near = [group for group, first in zip(groups, chosen, strict=True) if first]
+            far = [group for group, first in zip(groups, chosen, strict=True) if not first]
+            saved = [sum(b - a for a, b in part) for part in (near, far)]
+            if saved == [now, later] and (best is None or cost(near) < best):
+                best = cost(near)
+    found = cheapest_groups(costs, depth, m, now, later)
+    if best is None:
+        assert found == ()
+    else:
+        assert sum(b - a for a, b in found) == now
+        assert cost(found) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "opt"])
+@torch.no_grad()
+def test_a_trial_costs_what_it_does_to_predictions(family, windows):
+    """KL of whole models: two layers merged alone, on the first windows, judged on the last."""
+    recipe = Recipe(
+        **METHOD,
+        retention="adaptive",
+        options={"shortlist": 2, "trial_windows": 2, "judge_windows": 2},
+    )
+    plan = compress(pico(family), windows, recipe, target_layers=5, batch_size=1, progress=False)
+    dense = pico(family)
+    ids = torch.cat([windows[-2:, :8], windows[-2:, 1:8]], dim=1)
+    assert torch.equal(said_twice(windows[-2:]), ids)
+    wanted = dense.double()(ids).logits.log_softmax(-1)
+    assert len(plan.steps[0].candidates) == 2
+    for c in plan.steps[0].candidates:
+        alone = Recipe(groups=((c.first, c.last),), refit="ridge", retention="adaptive")
+        merged = pico(family)
+        compress(merged, windows[:2], alone, target_layers=5, progress=False)
+        given = merged.double()(ids).logits.log_softmax(-1)
+        kl = (wanted.exp() * (wanted - given)).sum(-1).mean()
+        assert c.score == pytest.approx(float(kl), rel=1e-3)
+
+
+@pytest.mark.parametrize("selection", ["angular", "trial_kl"])
+def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
+    """A second process goes on with the costs of the dense model that the plan holds."""
+    plans = []
+    method = Recipe(**METHOD | {"selection": selection})
+    compress(
+        pico("llama_gqa"), windows, method, target_layers=3, stops=[4], progress=False,
+        on_step=plans.append,
+    )  # fmt: skip
+    assert plans[-1].num_layers == 3
+    assert 4 in [plan.num_layers for plan in plans]
+    first, *others = plans[-1].steps
+    assert [(c.last - c.first) for c in first.candidates] == [1] * 5
+    costs = {(c.first, c.last): c.score for c in first.candidates}
+    for step in plans[-1].steps:
+        layers = [layer for span in step.spans for layer in span]
+        assert step.score == pytest.approx(sum(costs[pair] for pair in itertools.pairwise(layers)))
+    assert all(len(step.candidates) == 1 for step in others)
+    again = compress(
+        pico("llama_gqa"), windows, method, target_layers=3, stops=[4], progress=False,
+        plan=plans[0],
+    )  # fmt: skip
+    assert [(s.first, s.last) for s in again.steps] == [(s.first, s.last) for s in plans[-1].steps]
+
+
+def test_pairs_that_were_not_tried_are_when_they_are_needed(windows):
+    """One pair suffices for one layer; a deeper target finds the rest on the way."""
+    method = Recipe(**METHOD | {"m": 2}, options={"shortlist": 1})
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
+    assert len(plan.steps[0].candidates) == 2  # twice the layers that have to go
+    model = pico("llama_gqa")
+    deeper = compress(model, windows, method, target_layers=3, plan=plan, progress=False)
+    assert deeper.num_layers == 3
+    assert [len(span) for span in deeper.history] == [2, 2, 2]
+
+
+def test_depths_that_no_set_of_groups_meets_are_refused(windows):
+    middle = Recipe(groups=((2, 3),))
+    plan = compress(pico("llama_gqa"), windows, middle, target_layers=5, progress=False)
+    method = Recipe(**METHOD | {"m": 4})
+    with pytest.raises(ValueError, match="no groups of layers are left that lead to 2"):
+        compress(pico("llama_gqa"), windows, method, target_layers=2, plan=plan, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"allow_remerge": True}, "schedule=cheapest .*dense model.*merge.allow_remerge=true"),
+        ({"operator": "drop", "refit": "none"}, "choose merge.schedule=progressive"),
+        ({"options": {"shortlist": 0}}, "merge.options.shortlist=0: must be at least 1"),
+        ({"options": {"judge_windows": 0}}, "merge.options.judge_windows=0: must be at least 1"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**METHOD | settings)
