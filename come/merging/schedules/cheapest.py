@@ -9,7 +9,7 @@ from come.merging.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 Pair = tuple[int, int]
 State = tuple[int, int]  # layers saved by the groups for the next depth, and by later ones
-Found = tuple[float, float, tuple[Pair, ...]]  # what they cost, and the groups for the next depth
+Found = tuple[float, tuple[Pair, ...]]  # what they cost, and the groups for the next depth
 
 
 @SCHEDULES.register
@@ -18,13 +18,13 @@ class Cheapest(Schedule):
 
         argmin_groups  sum_{a..b in groups} sum_{a <= i < b} c(i, i + 1)
 
-    over sets of groups of 2 to `merge.m` layers that lead to the next depth of `merge.save_at`, or
-    to the target, and from which the target can be reached; found by dynamic programming. c: the
-    selection's score of two layers of the dense model, whose merges cost about the same whatever
-    is merged elsewhere, and a larger group about what its neighbours cost (experiments/LOG.md).
-    Where the selection tries a shortlist, c is what the trials say, of at least twice as many pairs
-    as layers have to go; pairs that are not tried stay apart. Groups are merged from the front, so
-    that each is fitted to what it is really given.
+    over sets of groups of 2 to `merge.m` layers that lead to the target; found by dynamic
+    programming. On the way to another depth of `merge.save_at`, the mean of the sums at that depth
+    and at the target. c: the selection's score of two layers of the dense model, whose merges cost
+    about the same whatever is merged elsewhere, and a larger group about what its neighbours cost
+    (experiments/LOG.md). Where the selection tries a shortlist, c is what the trials say, of at
+    least twice as many pairs as layers have to go; pairs that are not tried stay apart. Groups are
+    merged from the front, so that each is fitted to what it is really given.
 
     Source: this project.
 
@@ -104,22 +104,21 @@ def cheapest_groups(
         depth: layers.
         m: layers of the largest group.
         now: layers to save.
-        later: layers that other groups must still be able to save; of equal costs the set that
-            leaves the cheaper ones.
+        later: layers that other groups are to save afterwards; what `now` costs counts twice.
 
     Returns:
         (first, last) of every group, ascending; empty where there is no such set.
     """
     table: list[dict[State, Found]] = [{} for _ in range(depth + 1)]
-    table[0][0, 0] = 0.0, 0.0, ()
+    table[0][0, 0] = 0.0, ()
 
-    def reach(end: int, state: State, found: Found) -> None:
-        if state not in table[end] or found[:2] < table[end][state][:2]:
-            table[end][state] = found
+    def reach(end: int, state: State, cost: float, groups: tuple[Pair, ...]) -> None:
+        if state not in table[end] or cost < table[end][state][0]:
+            table[end][state] = cost, groups
 
     for first in range(depth):
-        for (near, far), (cost, rest, groups) in table[first].items():
-            reach(first + 1, (near, far), (cost, rest, groups))
+        for (near, far), (cost, groups) in table[first].items():
+            reach(first + 1, (near, far), cost, groups)
             total = 0.0
             for last in range(first + 1, min(first + m, depth)):
                 if (last - 1, last) not in costs:
@@ -127,8 +126,8 @@ def cheapest_groups(
                 total += costs[last - 1, last]
                 saved = last - first
                 if near + saved <= now:
-                    group = (first, last)
-                    reach(last + 1, (near + saved, far), (cost + total, rest, (*groups, group)))
+                    joined = (*groups, (first, last))
+                    reach(last + 1, (near + saved, far), cost + 2 * total, joined)
                 if far + saved <= later:
-                    reach(last + 1, (near, far + saved), (cost, rest + total, groups))
-    return table[depth].get((now, later), (0.0, 0.0, ()))[2]
+                    reach(last + 1, (near, far + saved), cost + total, groups)
+    return table[depth].get((now, later), (0.0, ()))[1]
