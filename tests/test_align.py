@@ -102,7 +102,7 @@ def test_alignment_lowers_the_error_of_the_group(retention, windows):
 def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
     """The lowest angle for each layer saved, of 2 to 4 layers, and no depth is jumped over."""
     seen = []
-    method = Recipe.come_plus(m=4)
+    method = Recipe.come_plus(m=4, schedule="mixed", selection="angular")
     plan = compress(
         pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
         on_step=lambda plan: seen.append(plan.num_layers),

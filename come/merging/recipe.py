@@ -24,9 +24,9 @@ from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
 COME_PLUS: dict[str, Any] = {
     "operator": "concat",
-    "schedule": "mixed",
-    "m": 3,
-    "selection": "angular",
+    "schedule": "cheapest",
+    "m": 4,
+    "selection": "trial_kl",
     "retention": "adaptive",
     "tokens": "all",
     "norms": "fold",
