@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from come.calibration.group import Group, Split
-from come.calibration.influence import TOKENS, check_tokens
+from come.calibration.influence import TOKENS
 from come.calibration.stream import LayerStream
 from come.refit.base import Refit
-from come.selection.base import SELECTION, GroupScore, token_mean
+from come.selection.angular import Angular
+from come.selection.base import SELECTION, GroupScore
 
 
 @SELECTION.register
@@ -35,20 +34,14 @@ class RefitError(GroupScore):
     uses_goals = True
 
     def __init__(self, tokens: TOKENS = "last", shortlist: int = 4) -> None:
-        self.tokens = check_tokens(tokens)
+        self.angle = Angular(tokens)
         if shortlist < 1:
             raise ValueError(f"merge.options.shortlist={shortlist}: must be at least 1")
         self.shortlist = shortlist
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1]: what makes the shortlist."""
-        return token_mean(
-            stream,
-            first,
-            last,
-            self.tokens,
-            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
-        )
+        return self.angle.score(stream, first, last)
 
     @torch.no_grad()
     def refine(self, group: Group, split: Split, refit: Refit) -> float:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from come.calibration.group import Group, Split
-from come.calibration.influence import TOKENS, check_tokens
+from come.calibration.influence import TOKENS
 from come.calibration.stream import LayerStream
 from come.models.loss import window_divergence
 from come.refit.base import Refit
-from come.selection.base import SELECTION, GroupScore, token_mean
+from come.selection.angular import Angular
+from come.selection.base import SELECTION, GroupScore
 
 
 @SELECTION.register
@@ -49,7 +48,7 @@ class TrialKL(GroupScore):
         trial_windows: int = 32,
         judge_windows: int = 8,
     ) -> None:
-        self.tokens = check_tokens(tokens)
+        self.angle = Angular(tokens)
         numbers = {
             "shortlist": shortlist,
             "trial_windows": trial_windows,
@@ -78,13 +77,7 @@ class TrialKL(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1]: what makes the shortlist."""
-        return token_mean(
-            stream,
-            first,
-            last,
-            self.tokens,
-            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
-        )
+        return self.angle.score(stream, first, last)
 
     @torch.no_grad()
     def refine(self, group: Group, split: Split, refit: Refit) -> float:

@@ -46,12 +46,9 @@ class Cheapest(Schedule):
             for i in range(rules.protect_first, depth - rules.protect_last - 1)
             if len(history[i]) == len(history[i + 1]) == 1
         ]
+        own = [span[0] for span in history]
         known = known_costs(search.steps, sum(map(len, history)))
-        costs = {
-            (a, b): known[history[a][0], history[b][0]]
-            for a, b in pairs
-            if (history[a][0], history[b][0]) in known
-        }
+        costs = {(a, b): known[own[a], own[b]] for a, b in pairs if (own[a], own[b]) in known}
         waiting = sorted(
             search.scored([pair for pair in pairs if pair not in costs]),
             key=lambda candidate: candidate.score,
