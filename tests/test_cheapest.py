@@ -54,15 +54,18 @@ def test_the_cheapest_set_is_that_of_trying_all(seed, m, now, later):
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @torch.no_grad()
-def test_a_trial_costs_what_it_does_to_predictions(family, windows):
+def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, windows):
     """KL of whole models: two layers merged alone, on the first windows, judged on the last."""
     recipe = Recipe(
         **METHOD,
         retention="adaptive",
         options={"shortlist": 2, "trial_windows": 2, "judge_windows": 2},
     )
-    plan = compress(pico(family), windows, recipe, target_layers=5, batch_size=1, progress=False)
+    plan = compress(
+        pico(family), windows, recipe, target_layers=5, batch_size=batch_size, progress=False
+    )
     dense = pico(family)
     ids = torch.cat([windows[-2:, :8], windows[-2:, 1:8]], dim=1)
     assert torch.equal(said_twice(windows[-2:]), ids)

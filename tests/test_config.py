@@ -123,14 +123,14 @@ def test_typos_fail_at_composition(override, message):
         ),
         (["from_run=x", "merge.target_layers=20"], "merge.target_layers=20 has no meaning with fr"),
         (["from_run=x", "merge=sleb"], "merge.operator=drop has no meaning with from_run"),
-        (["from_run=x", "merge.m=4"], "merge.m=4 has no meaning with from_run"),
+        (["from_run=x", "merge.m=3"], "merge.m=3 has no meaning with from_run"),
         (["merge.sensitivity=wanda"], "retention=adaptive asks no sensitivity. merge=come does"),
         (["merge.p=2"], "merge.p=2.0 would have no effect: merge.retention=adaptive"),
         (["merge=shortgpt", "merge.p=2"], "merge.p=2.0 would have no effect: drop keeps no shares"),
         (["+eval.also={a:{source:no}}"], "eval.also.a.source='no': unknown"),
         (["tracking=trackio", "tracking.mode=online"], "tracking.mode=online is for tracking=wan"),
         (["merge=shortgpt", "merge.sensitivity=taylor"], "have no effect: drop asks no"),
-        (["merge=none", "merge.m=4"], "merge.m=4 has no meaning with merge=none"),
+        (["merge=none", "merge.m=3"], "merge.m=3 has no meaning with merge=none"),
         (["merge=none", "distill=come_sp"], "distill=come_sp trains merged layers"),
         (["eval=none", "+eval.also={a:{}}"], "eval.also has a, and eval.perplexity=false"),
         (["+eval.also={a:{max_tokens:3}}"], "eval.also.a.max_tokens=3: two windows"),
@@ -160,7 +160,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     ):
         assert job_hash(settings(*local, same)) == base, same
     for other in (
-        "merge.m=4",
+        "merge.m=3",
         "merge.p=2",
         "merge.norms=fold",
         "calibration.seed=1",

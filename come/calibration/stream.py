@@ -281,12 +281,19 @@ class LayerStream:
         )
 
     def beginning(self, windows: int) -> LayerStream:
-        """This stream's first batches alone: at most so many windows, and at least one batch."""
+        """This stream's first windows alone."""
+        assert windows > 0
         view = copy(self)
-        view._batches = [rows for rows in self._batches if rows.stop <= windows] or self._batches[
-            :1
+        view.windows = self.windows[:windows]
+        view._batches = [
+            slice(rows.start, min(rows.stop, windows))
+            for rows in self._batches
+            if rows.start < windows
         ]
-        view.windows = self.windows[: view._batches[-1].stop]
+        last = view._batches[-1]
+        if last.stop - last.start not in self._kwargs:
+            _, kwargs = self.adapter.layer_inputs(self.windows[last])
+            self._kwargs[last.stop - last.start] = kwargs
         return view
 
     @contextmanager

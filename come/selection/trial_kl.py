@@ -70,7 +70,7 @@ class TrialKL(GroupScore):
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without those that judge."""
         rest = len(stream.windows) - self._judging(stream)
-        return stream.beginning(min(self.trial_windows, rest))
+        return stream.beginning(max(1, min(self.trial_windows, rest)))
 
     def _judging(self, stream: LayerStream) -> int:
         return min(self.judge_windows, -(-len(stream.windows) // 4))
