@@ -8,7 +8,7 @@ import torch
 
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
-from come.merging.schedules.cheapest import cheapest_groups
+from come.merging.schedules.cheapest import cheapest_groups, estimate
 from come.selection.trial_kl import said_twice
 from tests.conftest import pico
 
@@ -32,25 +32,32 @@ def test_the_cheapest_set_is_that_of_trying_all(seed, m, now, later):
     draw, depth = random.Random(seed), 8
     costs = {(i, i + 1): draw.random() for i in range(depth - 1) if draw.random() < 0.9}
 
-    def cost(groups):
-        return sum(costs[i, i + 1] for a, b in groups for i in range(a, b))
+    best = least(estimate(costs), depth, m, now, later)
+    assert cheapest_groups(estimate(costs), depth, m, now, later) == best
 
+
+def least(cost, depth, m, now, later):
+    """Every set of groups, divided in every way, with every sum."""
     best = None
     for groups in sets_of_groups(depth, m):
-        if any((i, i + 1) not in costs for a, b in groups for i in range(a, b)):
+        if any(cost(*group) is None for group in groups):
             continue
         for chosen in itertools.product((True, False), repeat=len(groups)):
             near = [group for group, first in zip(groups, chosen, strict=True) if first]
             far = [group for group, first in zip(groups, chosen, strict=True) if not first]
-            saved = [sum(b - a for a, b in part) for part in (near, far)]
-            total = 2 * cost(near) + cost(far)
-            if saved == [now, later] and (best is None or total < best[0]):
-                best = total, near
-    found = cheapest_groups(costs, depth, m, now, later)
-    if best is None:
-        assert found == ()
-    else:
-        assert found == tuple(sorted(best[1]))
+            if [sum(b - a for a, b in part) for part in (near, far)] == [now, later]:
+                total = 2 * sum(cost(*group) for group in near) + sum(cost(*g) for g in far)
+                if best is None or total < best[0]:
+                    best = total, (tuple(sorted(near)), tuple(sorted(far)))
+    return best and best[1]
+
+
+def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
+    pairs = {(0, 1): 1.0, (1, 2): 2.0, (2, 3): 3.0, (4, 5): 1.0}
+    cost = estimate(pairs)
+    assert (cost(0, 1), cost(0, 2), cost(0, 3), cost(3, 4), cost(3, 5)) == (1, 3, 6, None, None)
+    cost = estimate({**pairs, (0, 2): 6.0})  # twice the sum of its pairs
+    assert (cost(0, 1), cost(0, 2), cost(1, 3), cost(0, 3)) == (1, 6, 10, 12)
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
@@ -86,20 +93,24 @@ def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
     plans = []
     method = Recipe(**METHOD | {"selection": selection})
     compress(
-        pico("llama_gqa"), windows, method, target_layers=3, stops=[4], progress=False,
+        pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
         on_step=plans.append,
     )  # fmt: skip
-    assert plans[-1].num_layers == 3
+    assert plans[-1].num_layers == 2
     assert 4 in [plan.num_layers for plan in plans]
     first, *others = plans[-1].steps
-    assert [(c.last - c.first) for c in first.candidates] == [1] * 5
     costs = {(c.first, c.last): c.score for c in first.candidates}
-    for step in plans[-1].steps:
-        layers = [layer for span in step.spans for layer in span]
-        assert step.score == pytest.approx(sum(costs[pair] for pair in itertools.pairwise(layers)))
+    assert set(itertools.pairwise(range(6))) <= set(costs)
+    merged = [[layer for span in step.spans for layer in span] for step in plans[-1].steps]
+    merged = [(layers[0], layers[-1]) for layers in merged]
+    best = least(estimate(costs), 6, 3, now=2, later=2)
+    assert merged == [*best[0], *best[1]]
+    for step, group in zip(plans[-1].steps, merged, strict=True):
+        assert step.score == pytest.approx(estimate(costs)(*group))
+        assert group in costs or selection == "angular"
     assert all(len(step.candidates) == 1 for step in others)
     again = compress(
-        pico("llama_gqa"), windows, method, target_layers=3, stops=[4], progress=False,
+        pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
         plan=plans[0],
     )  # fmt: skip
     assert [(s.first, s.last) for s in again.steps] == [(s.first, s.last) for s in plans[-1].steps]

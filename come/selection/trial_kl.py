@@ -45,7 +45,7 @@ class TrialKL(GroupScore):
         self,
         tokens: TOKENS = "all",
         shortlist: int = 14,
-        trial_windows: int = 32,
+        trial_windows: int = 16,
         judge_windows: int = 8,
     ) -> None:
         self.angle = Angular(tokens)
