@@ -8,7 +8,7 @@ import torch
 
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
-from come.merging.schedules.cheapest import cheapest_groups, estimate
+from come.merging.schedules.cheapest import Cheapest, cheapest_groups, estimate
 from come.selection.trial_kl import said_twice
 from tests.conftest import pico
 
@@ -27,28 +27,34 @@ def sets_of_groups(depth, m):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("m", "now", "later"), [(2, 2, 0), (3, 3, 1), (4, 4, 0), (4, 2, 3)])
-def test_the_cheapest_set_is_that_of_trying_all(seed, m, now, later):
+@pytest.mark.parametrize(
+    ("m", "saved"), [(2, [2]), (3, [3, 1]), (4, [4]), (4, [2, 3]), (3, [1, 2, 1])]
+)
+def test_the_cheapest_sets_are_those_of_trying_all(seed, m, saved):
     draw, depth = random.Random(seed), 8
     costs = {(i, i + 1): draw.random() for i in range(depth - 1) if draw.random() < 0.9}
 
-    best = least(estimate(costs), depth, m, now, later)
-    assert cheapest_groups(estimate(costs), depth, m, now, later) == best
+    best = least(estimate(costs), depth, m, saved)
+    assert cheapest_groups(estimate(costs), depth, m, saved) == best
 
 
-def least(cost, depth, m, now, later):
-    """Every set of groups, divided in every way, with every sum."""
+def least(cost, depth, m, saved):
+    """Every set of groups, divided among the depths in every way, with every sum."""
     best = None
     for groups in sets_of_groups(depth, m):
         if any(cost(*group) is None for group in groups):
             continue
-        for chosen in itertools.product((True, False), repeat=len(groups)):
-            near = [group for group, first in zip(groups, chosen, strict=True) if first]
-            far = [group for group, first in zip(groups, chosen, strict=True) if not first]
-            if [sum(b - a for a, b in part) for part in (near, far)] == [now, later]:
-                total = 2 * sum(cost(*group) for group in near) + sum(cost(*g) for g in far)
-                if best is None or total < best[0]:
-                    best = total, (tuple(sorted(near)), tuple(sorted(far)))
+        for places in itertools.product(range(len(saved)), repeat=len(groups)):
+            parts = [
+                sorted(g for g, place in zip(groups, places, strict=True) if place == part)
+                for part in range(len(saved))
+            ]
+            if [sum(b - a for a, b in part) for part in parts] != saved:
+                continue
+            kept = [part for end in range(len(saved)) for part in parts[: end + 1]]
+            total = sum(cost(*group) for part in kept for group in part)
+            if best is None or total < best[0]:
+                best = total, parts
     return best and best[1]
 
 
@@ -103,7 +109,7 @@ def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
     assert set(itertools.pairwise(range(6))) <= set(costs)
     merged = [[layer for span in step.spans for layer in span] for step in plans[-1].steps]
     merged = [(layers[0], layers[-1]) for layers in merged]
-    best = least(estimate(costs), 6, 3, now=2, later=2)
+    best = least(estimate(costs), 6, 3, [2, 2])
     assert merged == [*best[0], *best[1]]
     for step, group in zip(plans[-1].steps, merged, strict=True):
         assert step.score == pytest.approx(estimate(costs)(*group))
@@ -127,12 +133,39 @@ def test_pairs_that_were_not_tried_are_when_they_are_needed(windows):
     assert [len(span) for span in deeper.history] == [2, 2, 2]
 
 
+def test_every_depth_on_the_way_is_planned_from_the_start():
+    """Twelve layers to 10, 8, 5 and 4: groups of four at first can leave nothing for the rest."""
+    for seed in range(40):
+        draw = random.Random(seed)
+        costs = {(i, i + 1): draw.random() for i in range(11)}
+        saved, depth = [2, 2, 3, 1], 12
+        found = cheapest_groups(estimate(costs), depth, 4, saved)
+        assert [sum(b - a for a, b in part) for part in found] == saved
+
+
+def test_costs_of_another_recipe_are_not_known(windows):
+    """A plan that began with angles goes on with trials of its own."""
+    began = Recipe(**METHOD | {"selection": "angular"})
+    plan = compress(pico("llama_gqa"), windows, began, target_layers=5, progress=False)
+    method = Recipe(**METHOD)
+    assert not method.same(plan.provenance["recipe"])
+    assert began.same(plan.provenance["recipe"])
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, plan=plan, progress=False)
+    assert len(plan.steps[1].candidates) > 1
+
+
 def test_depths_that_no_set_of_groups_meets_are_refused(windows):
     middle = Recipe(groups=((2, 3),))
     plan = compress(pico("llama_gqa"), windows, middle, target_layers=5, progress=False)
     method = Recipe(**METHOD | {"m": 4})
     with pytest.raises(ValueError, match="no groups of layers are left that lead to 2"):
         compress(pico("llama_gqa"), windows, method, target_layers=2, plan=plan, progress=False)
+
+
+def test_too_many_depths_are_refused():
+    Cheapest.check_depths(32, range(16, 32))
+    with pytest.raises(ValueError, match="merge.save_at has too many: 79, 78, .*schedule=mixed"):
+        Cheapest.check_depths(80, range(50, 80))
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,10 @@ class LayerStream:
         )
 
     def beginning(self, windows: int) -> LayerStream:
-        """This stream's first windows alone."""
+        """This stream's first windows alone.
+
+        It shares the boundaries, and is good until they change; only this stream closes them.
+        """
         assert windows > 0
         view = copy(self)
         view.windows = self.windows[:windows]

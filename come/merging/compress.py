@@ -94,6 +94,7 @@ def compress(
     else:
         rules = recipe.rules(adapter.num_layers, target_layers)
         check_target(adapter.num_layers, target_layers, rules)
+        schedule.check_depths(adapter.num_layers, [*stops, target_layers])
     if plan is None:
         plan = Plan(
             base_model(adapter),
@@ -191,10 +192,9 @@ class _Compression:
         search = Search(
             stream=self.stream,
             history=history,
-            steps=plan.steps,
+            steps=plan.steps if self.recipe.same(plan.provenance.get("recipe")) else [],
             origins=self.origins,
-            target=self.target,
-            stop=max(depth for depth in self.stops if depth < plan.num_layers),
+            stops=sorted({d for d in self.stops if d < plan.num_layers}, reverse=True),
             rules=self.rules,
             score=self._score,
             group=partial(self._group, history=history),
@@ -203,6 +203,7 @@ class _Compression:
             shortlist=self.selection.shortlist,
         )
         choice = self.schedule.choose(search)
+        self.selection.release()
         first, last = choice.first, choice.last
         group = self._group(first, last, history)
         split = self._split(group, choice.kept)
@@ -318,7 +319,7 @@ class _Compression:
     ) -> Group:
         """The group of layers first..last of the plan so far, in places of the stream's model.
 
-        `stream`: the windows that it knows, all unless given.
+        `stream`: the windows that its goals, losses and gradients are of, all unless given.
         """
         stream = stream or self.stream
         places = self.origins[first : last + 1]

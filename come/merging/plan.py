@@ -69,7 +69,7 @@ class MergeStep:
         kept: kept units of every layer of the group, by kind; empty where the operator has no
             use for units.
         score: the selection score of the group.
-        candidates: all spans that were eligible, with their scores.
+        candidates: all spans that were scored for it; of a shortlist those that were tried.
         bi: block influence of every layer of the model that was measured for this step.
         keeper: the layer of the group that a drop keeps, 0 for its first; None for a merge.
         solved: tensors of the merged layer that were solved for on calibration data.

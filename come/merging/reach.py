@@ -180,7 +180,8 @@ def check_target(
         message = (
             f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m}{keeps} "
             f"unless a merged layer is merged again; the smallest depth that can is {least}. Ask "
-            f"for at least {least} layers, or set merge.allow_remerge=true"
+            f"for at least {least} layers, or set merge.allow_remerge=true (with "
+            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
         )
         if target < replace(rules, remerges=True).smallest_depth(num_layers):
             message = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from come.calibration.influence import check_tokens
 from come.merging.norms import check_norms
 from come.merging.reach import GroupRules
 from come.merging.schedules.base import SCHEDULES, Schedule
+from come.models import loss
 from come.models.adapter import Block
 from come.operators.base import OPERATORS, MergeOperator
-from come.refit import align, finish, input_map, normal, ridge
+from come.refit import align, finish, input_map, normal, ridge, wide
 from come.refit.base import REFITS, Refit
 from come.refit.normal import check_lambda
 from come.retention.base import RETENTION, RetentionRule
+from come.selection import angular
 from come.selection.base import SELECTION, GroupScore
 from come.sensitivity.base import SENSITIVITY, SensitivityMetric
 
@@ -104,6 +107,10 @@ class Recipe:
         """The project's own method, `merge=come_plus`; `changes` are settings of a recipe."""
         return cls(**COME_PLUS | changes)
 
+    def same(self, record: Any) -> bool:
+        """Whether what a plan's provenance holds is this recipe, read back from a file or not."""
+        return bool(json.loads(json.dumps(asdict(self))) == json.loads(json.dumps(record)))
+
     def __post_init__(self) -> None:
         if self.m < 2:
             raise ValueError(f"merge.m={self.m}: a group has at least 2 layers")
@@ -154,7 +161,8 @@ class Recipe:
         if self.allow_remerge and not SCHEDULES.get(self.schedule_name).remerges:
             raise ValueError(
                 f"merge.schedule={self.schedule} adds costs of the dense model's layers, so "
-                "merge.allow_remerge=true is not possible"
+                "merge.allow_remerge=true is not possible with it; choose merge.schedule=mixed "
+                "merge.selection=angular"
             )
         if SCHEDULES.get(self.schedule_name).mixes and operator.drops:
             raise ValueError(
@@ -201,13 +209,13 @@ class Recipe:
                 raise ValueError(f"merge.{setting}={value}: must be above 0, or null")
         if self.align_lambda is not None:
             self._check_align()
-        unasked = self.groups and self.selection == COME_PLUS["selection"]
-        ranks = unasked or SCHEDULES.get(self.schedule_name).ranks
-        if SELECTION.get(self.selection).uses_goals and not ranks:
+        ignored = self.groups and self.selection == COME_PLUS["selection"]  # unasked
+        ranks = ignored or SCHEDULES.get(self.schedule_name).ranks
+        if SELECTION.get(self.selection).shortlist and not ranks:
             other = "merge.groups" if self.groups else f"merge.schedule={self.schedule}"
             raise ValueError(
                 f"merge.selection={self.selection} merges a shortlist on trial, and {other} leaves "
-                "it no choice: choose another selection"
+                "it no choice: choose another selection, such as merge.selection=angular"
             )
         key = next(iter(self._goal_users()), None)
         if self.finish_lambda is not None and key is None:
@@ -311,7 +319,9 @@ class Recipe:
         """The files that define the chosen parts, and what they solve with."""
         parts: list[Any] = [type(part) for part in self.make()]
         if self._goal_users() or self.finish_lambda is not None:
-            parts += [normal, ridge, align, input_map, finish]
+            parts += [normal, ridge, align, input_map, finish, wide]
+        if SELECTION.get(self.selection).shortlist:
+            parts += [angular, loss]
         return [Path(inspect.getfile(part)) for part in parts]
 
     def make(

@@ -47,7 +47,8 @@ def window_divergence(
         states: those of the other model.
 
     Returns:
-        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, >= 0, float64.
+        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float32 sums of one block, float64 over
+        blocks; >= 0 but for their rounding.
     """
     totals = []
     for right, other in zip(wanted, states, strict=True):

@@ -17,6 +17,7 @@ from come.merging.plan import Plan
 from come.merging.reach import check_target, layers_for_sparsity
 from come.merging.recipe import groups_target
 from come.merging.saving import PLAN
+from come.merging.schedules.base import SCHEDULES
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
@@ -262,6 +263,7 @@ def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None
     rules = recipe.rules(shape.num_layers, target)
     if not recipe.groups:
         check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
+        SCHEDULES.get(recipe.schedule).check_depths(shape.num_layers, [*merge.save_at, target])
         return
     sizes = [len(group) for group in recipe.groups]
     passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
@@ -293,7 +295,8 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
         raise ValueError(
             f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
             f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
-            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true"
+            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true (with "
+            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
         )
     return target
 

@@ -109,10 +109,12 @@ def draw_influence(plan: Plan, path: Path) -> None:
         colour = colours(number / max(1, len(plan.steps) - 1) * 0.9)
         depths = plan.base.num_layers, plan.num_layers
         label = f"step {number + 1}" if number in (0, len(plan.steps) - 1) else None
+        candidates = sorted(step.candidates, key=lambda c: (c.last - c.first, c.first))
+        one_size = len({c.last - c.first for c in candidates}) == 1
         scores.plot(
-            [c.first for c in step.candidates],
-            [c.score for c in step.candidates],
-            "o-",
+            [c.first for c in candidates],
+            [c.score for c in candidates],
+            "o-" if one_size else "o",
             markersize=2.5,
             linewidth=0.9,
             color=colour,
@@ -120,7 +122,7 @@ def draw_influence(plan: Plan, path: Path) -> None:
         )
         scores.plot(step.first, step.score, "v", color="crimson", markersize=7)
         influence.plot(step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label)
-    scores.set_title("score of each eligible group (triangle: merged)", fontsize=10)
+    scores.set_title("score of each group that was scored (triangle: merged)", fontsize=10)
     scores.set_xlabel(f"first layer of the group, at {depths[0]} to {depths[1] + 1} layers")
     scores.set_ylabel("selection score")
     influence.set_title("block influence of each layer", fontsize=10)

@@ -27,7 +27,8 @@ class GroupScore(ABC):
         source: where the formula stands, in words.
         local: whether a score depends on nothing behind the span, so that it holds as long as
             only layers behind it change.
-        uses_goals: whether `refine` reads what the merged layer has to reproduce.
+        uses_goals: whether `refine` reads what the merged layer has to reproduce even without a
+            refit.
 
     Attributes:
         shortlist: how many of the spans with the lowest scores are tried for real and judged by
@@ -47,6 +48,9 @@ class GroupScore(ABC):
     @abstractmethod
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the current model)."""
+
+    def release(self) -> None:  # noqa: B027 - most scores hold nothing
+        """Called behind a choice: frees what trials hold."""
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The windows that trials are fitted to, all unless overridden."""

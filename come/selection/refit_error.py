@@ -32,6 +32,7 @@ class RefitError(GroupScore):
     paper = ""
     source = "error behind the refitted layer"
     uses_goals = True
+    shortlist = 4
 
     def __init__(self, tokens: TOKENS = "last", shortlist: int = 4) -> None:
         self.angle = Angular(tokens)

@@ -23,8 +23,9 @@ class TrialKL(GroupScore):
 
     p: the model as it is; w: the first half of a calibration window. Half of what is predicted has
     been said before, so a group that looks back and copies shows as one. A trial is fitted with
-    what stands in for the refit, and judged on windows that it was not fitted to. The shortlist are
-    the groups with the least mean angle between input and output (`angular`).
+    what stands in for the refit, and judged on windows that it was not fitted to (a single
+    calibration window does both). Behind a merge, the model as it is is the merged one. The
+    shortlist are the groups with the least mean angle between input and output (`angular`).
 
     Source: this project.
 
@@ -33,13 +34,13 @@ class TrialKL(GroupScore):
         shortlist: how many groups are tried, at least.
         trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
         judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
-            at most.
+            at most, rounded up.
     """
 
     name = "trial_kl"
     paper = ""
     source = "divergence of trial merges, on text said twice"
-    uses_goals = True
+    shortlist = 14
 
     def __init__(
         self,
@@ -60,12 +61,17 @@ class TrialKL(GroupScore):
         self.shortlist = shortlist
         self.trial_windows = trial_windows
         self.judge_windows = judge_windows
+        self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._judge: LayerStream | None = None
 
     def prepare(self, stream: LayerStream) -> None:
         """Sets the judging windows apart."""
-        windows = said_twice(stream.windows[-self._judging(stream) :])
-        self._judge = stream.beside(windows, store="memory")
+        self._windows = said_twice(stream.windows[-self._judging(stream) :])
+        self._judge = None
+
+    def release(self) -> None:
+        """Frees the states of the judging windows."""
+        self._judge = None
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without those that judge."""
@@ -83,23 +89,24 @@ class TrialKL(GroupScore):
     def refine(self, group: Group, split: Split, refit: Refit) -> float:
         """The divergence, nats a token, >= 0."""
         stream, adapter = group.stream, group.stream.adapter
-        route = group.way(split)
         if refit.active:
             assert group.goals is not None
             pieces = group.pieces(split)
             fitted = pieces.state | refit.stand_in.solve(group.goals(), pieces)
             layer = adapter.scratch_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
+        else:
+            route = list(group.way(split))
+        if self._judge is None:
+            self._judge = stream.beside(self._windows, store="memory")
+            self._judge.embed()
+            self._judge.advance(0, stream.num_layers - 1)
         judge, total = self._judge, 0.0
-        assert judge is not None
-        if judge.valid < judge.num_layers:
-            judge.embed()
-            judge.advance(0, judge.num_layers - 1)
         for rows, states in judge.through(group.first, route):
             wanted = judge.boundary(judge.num_layers, rows)
             ends = (adapter.final_norm(wanted), adapter.final_norm(states))
             total += window_divergence(adapter.head, *ends).sum().item()
-        return total / judge.tokens
+        return max(0.0, total / judge.tokens)  # rounding can leave it a little below
 
 
 def said_twice(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:

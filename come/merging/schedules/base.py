@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ class Choice:
         last: last layer of the group, inclusive.
         kept: the layer that a drop keeps, 0 for the first of the group; None for a merge.
         score: score of the chosen span.
-        candidates: all spans that could have been chosen, with their scores.
+        candidates: all spans that were scored for it; of a shortlist those that were tried.
     """
 
     first: int
@@ -44,10 +44,9 @@ class Search:
         stream: the layer stream, on the current model if the schedule remeasures, else on the dense
             one.
         history: original layers behind every layer of the current model.
-        steps: the merges so far.
+        steps: the merges so far, where their candidates were scored as those of this search are.
         origins: position in the stream's model of every layer of the current one.
-        target: the depth to reach.
-        stop: the next depth that must not be jumped over, the target or one on the way.
+        stops: the depths ahead that must not be jumped over, the target last.
         rules: which groups are allowed.
         score: score of a span of the stream's model; one that cannot have changed is not computed
             again.
@@ -61,14 +60,18 @@ class Search:
     history: Sequence[Span]
     steps: Sequence[MergeStep]
     origins: Sequence[int]
-    target: int
-    stop: int
+    stops: Sequence[int]
     rules: GroupRules
     score: Callable[[int, int], float]
     group: Callable[[int, int], Group]
     split: Callable[[Group, int | None], Split]
     refine: Callable[[int, int], float]
     shortlist: int = 0
+
+    @property
+    def target(self) -> int:
+        """The depth to reach."""
+        return self.stops[-1]
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
         """The span with the lowest score, the first of equal ones, as a choice."""
@@ -125,6 +128,10 @@ class Schedule(ABC):
     whole: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     remerges: ClassVar[bool] = True
+
+    @classmethod  # noqa: B027 - most schedules can plan all depths
+    def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
+        """Raises ValueError for depths that it cannot plan; called before anything is loaded."""
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:

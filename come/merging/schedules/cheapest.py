@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from statistics import fmean
 
 from come.merging.plan import GroupCandidate, MergeStep
 from come.merging.schedules.base import SCHEDULES, Choice, Schedule, Search
-from come.models.surgery import Span
 
-Group = tuple[int, int]  # first and last layer, in the current model
+Group = tuple[int, int]  # first and last layer
 Cost = Callable[[int, int], float | None]  # of the group first..last; None where it stays apart
-State = tuple[int, int]  # layers saved by the groups for the next depth, and by later ones
-Found = tuple[float, tuple[Group, ...], tuple[Group, ...]]  # what they cost, and both kinds
+State = tuple[int, ...]  # layers saved for every depth ahead
+Found = tuple[float, tuple[tuple[int, Group], ...]]  # the cost, and each group with its depth
+LARGEST = 1 << 17  # states of the dynamic programming at one layer
 
 
 @SCHEDULES.register
 class Cheapest(Schedule):
-    """All groups for a depth at once: the set that costs least.
+    """All groups for all depths at once: the sets that cost least.
 
-        argmin_groups  sum_{a..b in groups} c(a, b)
+        argmin  sum_depths sum_{a..b merged at this depth} c(a, b)
 
-    over sets of groups of 2 to `merge.m` layers that lead to the target; found by dynamic
-    programming. On the way to another depth of `merge.save_at`, the mean of the sums at that depth
-    and at the target. c(i, i + 1): the selection's score of two layers of the dense model, whose
-    merges cost about the same whatever is merged elsewhere; c of a larger group: the sum over its
-    pairs, which it costs about (experiments/LOG.md). Groups are merged from the front, so that each
-    is fitted to what it is really given.
+    over sets of groups of 2 to `merge.m` layers that lead to every depth of `merge.save_at` and to
+    the target; the groups of a depth stay merged at the next. Found by dynamic programming.
+    c(i, i + 1): the selection's score of two layers of the dense model, whose merges cost about the
+    same whatever is merged elsewhere; c of a larger group: the sum over its pairs, which it costs
+    about (experiments/LOG.md). Groups of a depth are merged from the front, so that each is fitted
+    to what it is really given.
 
     Where the selection tries a shortlist, c is what the trials say, of at least twice as many pairs
-    as layers have to go; other pairs stay apart. Larger groups are tried when they stand in the
-    set, until all of it has been tried; the sums of others are stretched by the mean of what tried
+    as layers have to go; other pairs stay apart. Larger groups are tried when they stand in a set,
+    until all of them have been tried; the sums of others are stretched by the mean of what tried
     ones cost over theirs.
 
     Source: this project.
 
     Raises:
-        ValueError: no set of groups leads to the depths of `merge.save_at`.
+        ValueError: no set of groups leads to the depths, or there are too many.
     """
 
     name = "cheapest"
@@ -46,39 +47,60 @@ class Cheapest(Schedule):
     mixes = True
     remerges = False
 
+    @classmethod
+    def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
+        """Raises ValueError where planning all depths together would take too long."""
+        ahead = sorted(set(depths), reverse=True)
+        if prod(a - b + 1 for a, b in pairwise([num_layers, *ahead])) > LARGEST:
+            raise ValueError(
+                f"merge.schedule=cheapest plans all depths together, and merge.save_at has too "
+                f"many: {', '.join(map(str, ahead))}; leave some out, or choose "
+                "merge.schedule=mixed merge.selection=angular"
+            )
+
     def choose(self, search: Search) -> Choice:
-        """The first group of the set."""
+        """The first group of the next depth's set."""
         history, rules, depth = search.history, search.rules, len(search.history)
-        now, later = depth - search.stop, search.stop - search.target
-        costs = known_costs(search.steps, history)
+        saved = [a - b for a, b in pairwise([depth, *search.stops])]
+        layers = sum(map(len, history))
+        own = [span[0] for span in history]
+        free = [
+            len(span) == 1 and rules.protect_first <= i < depth - rules.protect_last
+            for i, span in enumerate(history)
+        ]
+        costs = known_costs(search.steps, layers)
         waiting = [
             (i, i + 1)
-            for i in range(rules.protect_first, depth - rules.protect_last - 1)
-            if len(history[i]) == len(history[i + 1]) == 1 and (i, i + 1) not in costs
+            for i in range(depth - 1)
+            if free[i] and free[i + 1] and (own[i], own[i + 1]) not in costs
         ]
         count = len(waiting)
         if search.shortlist:
-            order = sorted(search.scored(waiting), key=lambda candidate: candidate.score)
-            waiting = [(c.first, c.last) for c in order]
-            count = max(search.shortlist, 2 * (now + later))
-        missing = [] if costs else waiting[:count]
+            count = max(search.shortlist, 2 * (layers - search.target))
+        known = sum(last - first == 1 for first, last in costs)
+        missing = _ranked(search, waiting)[: count - known] if count > known else []
         measured: list[GroupCandidate] = []
         while True:
             waiting = [pair for pair in waiting if pair not in missing]
             found = search.refined(missing) if search.shortlist else search.scored(missing)
             measured += found
-            costs |= {(c.first, c.last): c.score for c in found}
-            cost = estimate(costs)
-            groups = cheapest_groups(cost, depth, rules.m, now, later)
+            costs |= {(own[c.first], own[c.last]): c.score for c in found}
+            estimated = estimate(costs)
+
+            def cost(first: int, last: int, of: Cost = estimated) -> float | None:
+                return of(own[first], own[last]) if all(free[first : last + 1]) else None
+
+            groups = cheapest_groups(cost, depth, rules.m, saved)
             if groups is None:
-                missing = waiting[:count]
+                missing = _ranked(search, waiting)[:count]
                 if not missing:
                     raise ValueError(
-                        f"no groups of layers are left that lead to {search.stop} and then "
-                        f"{search.target} layers; leave depths of merge.save_at out"
+                        "no groups of layers are left that lead to "
+                        f"{', '.join(map(str, search.stops))} layers; leave depths of "
+                        "merge.save_at out"
                     )
                 continue
-            missing = [group for part in groups for group in part if group not in costs]
+            missing = [g for part in groups for g in part if (own[g[0]], own[g[1]]) not in costs]
             if not missing or not search.shortlist:
                 break
         first, last = groups[0][0]
@@ -87,23 +109,28 @@ class Cheapest(Schedule):
         return Choice(first, last, None, score, measured or [GroupCandidate(first, last, score)])
 
 
-def known_costs(steps: Sequence[MergeStep], history: Sequence[Span]) -> dict[Group, float]:
-    """What was measured in front of earlier merges, of layers that are still apart.
+def _ranked(search: Search, pairs: list[Group]) -> list[Group]:
+    """The pairs, lowest score first where a shortlist of them is tried."""
+    if not search.shortlist:
+        return pairs
+    order = sorted(search.scored(pairs), key=lambda candidate: candidate.score)
+    return [(c.first, c.last) for c in order]
+
+
+def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Group, float]:
+    """What was measured in front of earlier merges, of groups of original layers.
 
     Args:
         steps: the merges so far.
-        history: original layers behind every layer of the current model.
+        num_layers: layers of the dense model.
     """
-    then = [[i] for i in range(sum(map(len, history)))]
-    place = {span[0]: i for i, span in enumerate(history) if len(span) == 1}
-    known = {}
+    history, known = [[i] for i in range(num_layers)], {}
     for step in steps:
         for c in step.candidates:
-            layers = [layer for span in then[c.first : c.last + 1] for layer in span]
-            if all(layer in place for layer in layers):
-                known[place[layers[0]], place[layers[-1]]] = c.score
-        joined = [layer for span in then[step.first : step.last + 1] for layer in span]
-        then[step.first : step.last + 1] = [joined]
+            if all(len(span) == 1 for span in history[c.first : c.last + 1]):
+                known[history[c.first][0], history[c.last][0]] = c.score
+        joined = [layer for span in history[step.first : step.last + 1] for layer in span]
+        history[step.first : step.last + 1] = [joined]
     return known
 
 
@@ -134,42 +161,41 @@ def estimate(costs: Mapping[Group, float]) -> Cost:
 
 
 def cheapest_groups(
-    cost: Cost, depth: int, m: int, now: int, later: int
-) -> tuple[tuple[Group, ...], tuple[Group, ...]] | None:
-    """The groups that save `now` layers, and others that save `later` more, at the least cost.
+    cost: Cost, depth: int, m: int, saved: Sequence[int]
+) -> list[list[Group]] | None:
+    """The groups that lead from `depth` layers to one depth after the other, at the least cost.
 
     Args:
         cost: of a group of layers first..last; None where it stays apart.
         depth: layers.
         m: layers of the largest group.
-        now: layers to save; what these groups cost counts twice.
-        later: layers to save afterwards.
+        saved: layers to save for each of the depths. What the groups of the first of n depths cost
+            counts n times, of the last once.
 
     Returns:
-        The groups of both kinds, ascending; None where there is no such set.
+        The groups of each depth, ascending; None where there are no such sets.
     """
     table: list[dict[State, Found]] = [{} for _ in range(depth + 1)]
-    table[0][0, 0] = 0.0, (), ()
+    table[0][(0,) * len(saved)] = 0.0, ()
 
     def reach(end: int, state: State, found: Found) -> None:
         if state not in table[end] or found[0] < table[end][state][0]:
             table[end][state] = found
 
     for first in range(depth):
-        groups = [
-            (last, price)
-            for last in range(first + 1, min(first + m, depth))
-            if (price := cost(first, last)) is not None
-        ]
-        for (near, far), (total, ones, others) in table[first].items():
-            reach(first + 1, (near, far), (total, ones, others))
+        prices = [(last, cost(first, last)) for last in range(first + 1, min(first + m, depth))]
+        groups = [(last, price) for last, price in prices if price is not None]
+        for state, (total, chosen) in table[first].items():
+            reach(first + 1, state, (total, chosen))
             for last, price in groups:
-                group, saved = (first, last), last - first
-                if near + saved <= now:
-                    found = (total + 2 * price, (*ones, group), others)
-                    reach(last + 1, (near + saved, far), found)
-                if far + saved <= later:
-                    found = (total + price, ones, (*others, group))
-                    reach(last + 1, (near, far + saved), found)
-    best = table[depth].get((now, later))
-    return best[1:] if best else None
+                for at, size in enumerate(saved):
+                    reached = state[at] + last - first
+                    if reached <= size:
+                        after = (*state[:at], reached, *state[at + 1 :])
+                        spent = total + (len(saved) - at) * price
+                        reach(last + 1, after, (spent, (*chosen, (at, (first, last)))))
+        table[first] = {}
+    best = table[depth].get(tuple(saved))
+    if best is None:
+        return None
+    return [[group for at, group in best[1] if at == part] for part in range(len(saved))]

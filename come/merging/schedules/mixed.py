@@ -29,10 +29,11 @@ class Mixed(Schedule):
 
     def choose(self, search: Search) -> Choice:
         """The eligible span with the lowest score for each layer that it saves."""
-        spans = search.rules.spans(search.history, search.target, search.stop)
+        stop = search.stops[0]
+        spans = search.rules.spans(search.history, search.target, stop)
         if not spans:
             raise ValueError(
-                f"no group of layers is left that leads to {search.stop} and then {search.target} "
+                f"no group of layers is left that leads to {stop} and then {search.target} "
                 "layers; leave depths of merge.save_at out, or set merge.allow_remerge=true"
             )
         own = search.origins
