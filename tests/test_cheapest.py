@@ -9,6 +9,7 @@ import torch
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.merging.schedules.cheapest import Cheapest, cheapest_groups, estimate
+from come.models.loss import predictions, window_divergence
 from come.selection.trial_kl import said_twice
 from tests.conftest import pico
 
@@ -91,6 +92,20 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, windows):
         given = merged.double()(ids).logits.log_softmax(-1)
         kl = (wanted.exp() * (wanted - given)).sum(-1).mean()
         assert c.score == pytest.approx(float(kl), rel=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_divergence_needs_one_row_of_the_head_for_every_token(bias):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(6, 300, bias=bias)
+    wanted, states = torch.randn(2, 3, 150, 6, generator=generator)
+    with torch.no_grad():
+        logs = [head(end).double().log_softmax(-1) for end in (wanted, states)]
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=(1, 2))
+    found = window_divergence(head, predictions(head, wanted), states)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    same = window_divergence(head, predictions(head, wanted), wanted)
+    torch.testing.assert_close(same, torch.zeros(3).double(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("selection", ["angular", "trial_kl"])

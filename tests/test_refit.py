@@ -10,7 +10,7 @@ from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.models.halves import attention_half, ffn_half
-from come.refit.normal import Map, NormalEquations, best_lambda
+from come.refit.normal import BLOCK, Map, NormalEquations, best_lambda
 from come.retention.adaptive import eliminate
 from tests.conftest import LAYERS, pico
 from tests.methods import decoder_layers, same
@@ -63,6 +63,17 @@ def test_normal_equations_solve_the_weighted_ridge_problem(problem):
     expected = residual(found, features, targets, weights)
     assert sums.error(found) == pytest.approx(expected, rel=1e-8)
     assert expected < sums.error(prior)
+
+
+def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
+    features = torch.randn(40, 2 * BLOCK + 3, generator=torch.Generator().manual_seed(0)).double()
+    sums = NormalEquations(features.shape[1], 2, bias=False)
+    for rows in torch.arange(40).split(20):
+        sums.add(features[rows], torch.zeros(len(rows), 2), torch.full((len(rows),), 0.5))
+        expected = 0.5 * features[: rows[-1] + 1].T @ features[: rows[-1] + 1]
+        torch.testing.assert_close(sums.gram, expected)
+    both = sums + sums
+    torch.testing.assert_close(both.gram, 2 * expected)
 
 
 def test_lambda_is_the_best_on_what_is_held_out(problem):

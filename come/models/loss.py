@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -33,33 +35,61 @@ def window_nll(
     return torch.stack(totals)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Next-token distributions p of some windows, as far as a divergence from them asks.
+
+    Logits are linear in states, so two numbers for every logit become one row for every token:
+
+        KL(p || q) = sum_v p(v) log p(v) - sum_v p(v) z(v) + log sum_v exp z(v)
+        sum_v p(v) z(v) = (sum_v p(v) row_v) y + sum_v p(v) b(v),    z = H y + b
+
+    Attributes:
+        rows: mean row of the head under p, float32, [batch, seq, hidden].
+        constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq].
+    """
+
+    rows: Float[Tensor, "batch seq hidden"]
+    constant: Float[Tensor, "batch seq"]
+
+
+@torch.no_grad()
+def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> Predictions:
+    """What a model predicts behind every position.
+
+    Args:
+        head: the linear map from hidden states to logits.
+        states: hidden states behind the final norm.
+    """
+    bias = getattr(head, "bias", None)
+    rows, constants = [], []
+    for block in states.flatten(0, 1).split(BLOCK):
+        logs = head(block).float().log_softmax(-1)
+        shares = logs.exp()
+        rows.append((shares.to(head.weight.dtype) @ head.weight).float())
+        if bias is not None:
+            logs -= bias.float()
+        constants.append((shares * logs).sum(dim=-1).double())
+    shape = states.shape[:2]
+    return Predictions(torch.cat(rows).unflatten(0, shape), torch.cat(constants).view(shape))
+
+
 @torch.no_grad()
 def window_divergence(
-    head: nn.Module,
-    wanted: Float[Tensor, "batch seq hidden"],
-    states: Float[Tensor, "batch seq hidden"],
+    head: nn.Module, wanted: Predictions, states: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, " batch"]:
     """Summed KL(wanted || states) of the next token behind every position, of every window.
 
     Args:
-        head: the map from hidden states to logits.
-        wanted: hidden states behind the final norm of the model that is the reference.
-        states: those of the other model.
+        head: the linear map from hidden states to logits.
+        wanted: what the model that is the reference predicts.
+        states: hidden states behind the final norm of the other model.
 
     Returns:
-        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float32 sums of one block, float64 over
-        blocks; >= 0 but for their rounding.
+        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 but for the rounding of
+        float32 logits.
     """
-    totals = []
-    for right, other in zip(wanted, states, strict=True):
-        blocks = [
-            torch.nn.functional.kl_div(
-                head(b).float().log_softmax(-1),
-                head(a).float().log_softmax(-1),
-                reduction="sum",
-                log_target=True,
-            ).double()
-            for a, b in zip(right.split(BLOCK), other.split(BLOCK), strict=True)
-        ]
-        totals.append(torch.stack(blocks).sum())
-    return torch.stack(totals)
+    sizes = [head(block).float().logsumexp(-1) for block in states.flatten(0, 1).split(BLOCK)]
+    inner = (wanted.rows.double() * states.double()).sum(dim=-1)
+    gaps = wanted.constant - inner + torch.cat(sizes).double().view(inner.shape)
+    return gaps.sum(dim=1)

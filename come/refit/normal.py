@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+BLOCK = 512  # columns of a Gram matrix that are added at a time
+
 
 @dataclass(frozen=True)
 class Map:
@@ -41,9 +43,20 @@ class NormalEquations:
         self.width = width
         self.bias = bias
         size = width + int(bias)
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._mirrored = True
         self.moment = torch.zeros(size, out, dtype=torch.float64, device=device)
         self.energy = 0.0
+
+    @property
+    def gram(self) -> Float[Tensor, "columns columns"]:
+        """G; what is above its diagonal is added, and copied below it when it is asked for."""
+        if not self._mirrored:
+            for start in range(0, len(self._upper), BLOCK):
+                end = start + BLOCK
+                self._upper[end:, start:end] = self._upper[start:end, end:].T
+            self._mirrored = True
+        return self._upper
 
     def add(
         self,
@@ -58,16 +71,19 @@ class NormalEquations:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         root = weights.to(wide).sqrt()[:, None]
         features, targets = features * root, targets * root
-        self.gram += features.T @ features
+        for start in range(0, len(self._upper), BLOCK):
+            own = features[:, start : start + BLOCK]
+            self._upper[start : start + BLOCK, start:] += own.T @ features[:, start:]
+        self._mirrored = False
         self.moment += features.T @ targets
         self.energy += targets.double().square().sum().item()
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """The equations of both sets of tokens."""
         total = NormalEquations(
-            self.width, self.moment.shape[1], bias=self.bias, device=self.gram.device
+            self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device
         )
-        total.gram = self.gram + other.gram
+        total._upper = self.gram + other.gram
         total.moment = self.moment + other.moment
         total.energy = self.energy + other.energy
         return total
@@ -82,9 +98,9 @@ class NormalEquations:
         if self.bias:
             rows = torch.cat([kept, kept.new_tensor([self.width])])
         chosen = NormalEquations(
-            len(kept), self.moment.shape[1], bias=self.bias, device=self.gram.device
+            len(kept), self.moment.shape[1], bias=self.bias, device=self.moment.device
         )
-        chosen.gram = self.gram[rows][:, rows]
+        chosen._upper = self.gram[rows][:, rows]
         chosen.moment = self.moment[rows]
         chosen.energy = self.energy
         return chosen

@@ -9,7 +9,7 @@ from torch import Tensor
 from come.calibration.group import Group, Split
 from come.calibration.influence import TOKENS
 from come.calibration.stream import LayerStream
-from come.models.loss import window_divergence
+from come.models.loss import Predictions, predictions, window_divergence
 from come.refit.base import Refit
 from come.selection.angular import Angular
 from come.selection.base import SELECTION, GroupScore
@@ -63,15 +63,16 @@ class TrialKL(GroupScore):
         self.judge_windows = judge_windows
         self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._judge: LayerStream | None = None
+        self._wanted: list[Predictions] = []
 
     def prepare(self, stream: LayerStream) -> None:
         """Sets the judging windows apart."""
         self._windows = said_twice(stream.windows[-self._judging(stream) :])
-        self._judge = None
+        self.release()
 
     def release(self) -> None:
         """Frees the states of the judging windows."""
-        self._judge = None
+        self._judge, self._wanted = None, []
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without those that judge."""
@@ -101,11 +102,18 @@ class TrialKL(GroupScore):
             self._judge = stream.beside(self._windows, store="memory")
             self._judge.embed()
             self._judge.advance(0, stream.num_layers - 1)
+            self._wanted = [
+                predictions(
+                    adapter.head, adapter.final_norm(self._judge.boundary(stream.num_layers, rows))
+                )
+                for rows in self._judge.batches
+            ]
         judge, total = self._judge, 0.0
-        for rows, states in judge.through(group.first, route):
-            wanted = judge.boundary(judge.num_layers, rows)
-            ends = (adapter.final_norm(wanted), adapter.final_norm(states))
-            total += window_divergence(adapter.head, *ends).sum().item()
+        for wanted, (_, states) in zip(
+            self._wanted, judge.through(group.first, route), strict=True
+        ):
+            gaps = window_divergence(adapter.head, wanted, adapter.final_norm(states))
+            total += gaps.sum().item()
         return max(0.0, total / judge.tokens)  # rounding can leave it a little below
 
 
