@@ -49,9 +49,8 @@ def main() -> None:
         return load_weights(checkpoint, dtype="float32")
 
     base = [scores(dense(), tokenizer, task) for task in tasks]
-    print(
-        "| model | cross-entropy, nats | accuracy, ARC-easy | PIQA | mean |\n|---|---:|---:|---:|---:|"
-    )
+    print("| model | cross-entropy, nats | accuracy, ARC-easy | PIQA | mean |")
+    print("|---|---:|---:|---:|---:|")
     right = [hits.mean().item() for _, hits in base]
     nats = sum(loss.mean().item() for loss, _ in base) / 2
     print(f"| dense | {nats:.3f} | {right[0]:.3f} | {right[1]:.3f} | {sum(right) / 2:.3f} |")
