@@ -9,7 +9,7 @@ import torch
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.merging.schedules.cheapest import Cheapest, cheapest_groups, estimate
-from come.models.loss import predictions, window_divergence
+from come.models.loss import predictions, token_divergence
 from come.selection.trial_kl import said_twice
 from tests.conftest import pico
 
@@ -68,14 +68,14 @@ def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("batch_size", "copying"), [(1, 0.5), (3, 0.5), (3, 0.1)])
 @torch.no_grad()
-def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, windows):
+def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, windows):
     """KL of whole models: two layers merged alone, on the first windows, judged on the last."""
     recipe = Recipe(
         **METHOD,
         retention="adaptive",
-        options={"shortlist": 2, "trial_windows": 2, "judge_windows": 2},
+        options={"shortlist": 2, "trial_windows": 2, "judge_windows": 2, "copying": copying},
     )
     plan = compress(
         pico(family), windows, recipe, target_layers=5, batch_size=batch_size, progress=False
@@ -90,8 +90,9 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, windows):
         merged = pico(family)
         compress(merged, windows[:2], alone, target_layers=5, progress=False)
         given = merged.double()(ids).logits.log_softmax(-1)
-        kl = (wanted.exp() * (wanted - given)).sum(-1).mean()
-        assert c.score == pytest.approx(float(kl), rel=1e-3)
+        kl = (wanted.exp() * (wanted - given)).sum(-1)
+        expected = (1 - copying) * kl[:, :8].mean() + copying * kl[:, 8:].mean()
+        assert c.score == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -101,11 +102,11 @@ def test_a_divergence_needs_one_row_of_the_head_for_every_token(bias):
     wanted, states = torch.randn(2, 3, 150, 6, generator=generator)
     with torch.no_grad():
         logs = [head(end).double().log_softmax(-1) for end in (wanted, states)]
-    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=(1, 2))
-    found = window_divergence(head, predictions(head, wanted), states)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    same = window_divergence(head, predictions(head, wanted), wanted)
-    torch.testing.assert_close(same, torch.zeros(3).double(), rtol=0, atol=1e-3)
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1)
+    found = token_divergence(head, predictions(head, wanted), states)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    same = token_divergence(head, predictions(head, wanted), wanted)
+    torch.testing.assert_close(same, torch.zeros(3, 150).double(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("selection", ["angular", "trial_kl"])
@@ -190,6 +191,7 @@ def test_too_many_depths_are_refused():
         ({"operator": "drop", "refit": "none"}, "choose merge.schedule=progressive"),
         ({"options": {"shortlist": 0}}, "merge.options.shortlist=0: must be at least 1"),
         ({"options": {"judge_windows": 0}}, "merge.options.judge_windows=0: must be at least 1"),
+        ({"options": {"copying": 2.0}}, r"merge.options.copying=2.0: must be in \[0, 1\]"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

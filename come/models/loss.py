@@ -75,10 +75,10 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
 
 
 @torch.no_grad()
-def window_divergence(
+def token_divergence(
     head: nn.Module, wanted: Predictions, states: Float[Tensor, "batch seq hidden"]
-) -> Float[Tensor, " batch"]:
-    """Summed KL(wanted || states) of the next token behind every position, of every window.
+) -> Float[Tensor, "batch seq"]:
+    """KL(wanted || states) of the next token behind every position.
 
     Args:
         head: the linear map from hidden states to logits.
@@ -86,10 +86,9 @@ def window_divergence(
         states: hidden states behind the final norm of the other model.
 
     Returns:
-        sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 but for the rounding of
-        float32 logits.
+        sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 but for the rounding of float32
+        logits.
     """
     sizes = [head(block).float().logsumexp(-1) for block in states.flatten(0, 1).split(BLOCK)]
     inner = (wanted.rows.double() * states.double()).sum(dim=-1)
-    gaps = wanted.constant - inner + torch.cat(sizes).double().view(inner.shape)
-    return gaps.sum(dim=1)
+    return wanted.constant - inner + torch.cat(sizes).double().view(inner.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 from come.calibration.group import Group, Split
 from come.calibration.influence import TOKENS
 from come.calibration.stream import LayerStream
-from come.models.loss import Predictions, predictions, window_divergence
+from come.models.loss import Predictions, predictions, token_divergence
 from come.refit.base import Refit
 from come.selection.angular import Angular
 from come.selection.base import SELECTION, GroupScore
@@ -19,10 +19,11 @@ from come.selection.base import SELECTION, GroupScore
 class TrialKL(GroupScore):
     """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
 
-        mean_t KL( p(. | x_<t) || p_merged(. | x_<t) ),    x = (w_1 .. w_s, w_2 .. w_s)
+        (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,    x = (w_1 .. w_s, w_2 .. w_s)
+        KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
-    p: the model as it is; w: the first half of a calibration window. Half of what is predicted has
-    been said before, so a group that looks back and copies shows as one. A trial is fitted with
+    p: the model as it is; w: the first half of a calibration window. Behind it everything has been
+    said before, so a group that looks back and copies shows as one. A trial is fitted with
     what stands in for the refit, and judged on windows that it was not fitted to (a single
     calibration window does both). Behind a merge, the model as it is is the merged one. The
     shortlist are the groups with the least mean angle between input and output (`angular`).
@@ -35,6 +36,7 @@ class TrialKL(GroupScore):
         trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
         judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
             at most, rounded up.
+        copying: the weight c of what has been said before, in [0, 1].
     """
 
     name = "trial_kl"
@@ -48,6 +50,7 @@ class TrialKL(GroupScore):
         shortlist: int = 14,
         trial_windows: int = 16,
         judge_windows: int = 8,
+        copying: float = 0.5,
     ) -> None:
         self.angle = Angular(tokens)
         numbers = {
@@ -58,6 +61,9 @@ class TrialKL(GroupScore):
         for key, value in numbers.items():
             if value < 1:
                 raise ValueError(f"merge.options.{key}={value}: must be at least 1")
+        if not 0 <= copying <= 1:
+            raise ValueError(f"merge.options.copying={copying}: must be in [0, 1]")
+        self.copying = copying
         self.shortlist = shortlist
         self.trial_windows = trial_windows
         self.judge_windows = judge_windows
@@ -108,13 +114,16 @@ class TrialKL(GroupScore):
                 )
                 for rows in self._judge.batches
             ]
-        judge, total = self._judge, 0.0
+        total, once = 0.0, len(self._windows[0]) // 2 + 1
         for wanted, (_, states) in zip(
-            self._wanted, judge.through(group.first, route), strict=True
+            self._wanted, self._judge.through(group.first, route), strict=True
         ):
-            gaps = window_divergence(adapter.head, wanted, adapter.final_norm(states))
-            total += gaps.sum().item()
-        return max(0.0, total / judge.tokens)  # rounding can leave it a little below
+            gaps = token_divergence(adapter.head, wanted, adapter.final_norm(states))
+            new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
+            if once == gaps.shape[1]:  # windows of three tokens
+                again = new
+            total += ((1 - self.copying) * new + self.copying * again).sum().item()
+        return max(0.0, total / len(self._windows))  # rounding can leave it a little below
 
 
 def said_twice(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
