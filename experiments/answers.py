@@ -38,12 +38,11 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = find_checkpoint(arguments.model)
     tokenizer = load_tokenizer(checkpoint)
-    last = arguments.first + arguments.documents
+    rows = slice(arguments.first, arguments.first + arguments.documents)
     tasks = [
-        [questions(json.loads(line)) for line in path.read_text().splitlines()[:last]]
+        [questions(json.loads(line)) for line in path.read_text().splitlines()[rows]]
         for path in (arguments.data / "arc_easy.jsonl", arguments.data / "piqa.jsonl")
     ]
-    tasks = [task[arguments.first :] for task in tasks]
 
     def dense() -> PreTrainedModel:
         return load_weights(checkpoint, dtype="float32")

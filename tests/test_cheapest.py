@@ -95,6 +95,12 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, 
         assert c.score == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_windows_too_short_to_say_anything_twice_are_judged_as_they_are(windows):
+    recipe = Recipe(**METHOD, retention="adaptive", options={"shortlist": 2})
+    plan = compress(pico("llama_gqa"), windows[:, :3], recipe, target_layers=5, progress=False)
+    assert min(c.score for c in plan.steps[0].candidates) > 0
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_divergence_needs_one_row_of_the_head_for_every_token(bias):
     generator = torch.Generator().manual_seed(0)
