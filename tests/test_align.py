@@ -21,7 +21,10 @@ FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
 @pytest.mark.parametrize("ratio", [1e-3, 1.0])
 @torch.no_grad()
 def test_input_maps_are_the_ridge_solution(family, ratio, goals, windows):
-    """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64."""
+    """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64.
+
+    A window's first token counts as much as all its others.
+    """
     goals, pieces = goals(family)
     adapter = goals.stream.adapter
     layers = [adapter.scratch_layer(2, state) for state in pieces.layers]
@@ -34,6 +37,10 @@ def test_input_maps_are_the_ridge_solution(family, ratio, goals, windows):
         return layer.get_submodule(name).double()(states.flatten(0, 1).double())
 
     x, y = normed(layers[0], dense.h[2]), normed(layers[1], dense.h[3])
+    seq = windows.shape[1]
+    roots = torch.ones(windows.shape, dtype=torch.float64)
+    roots[:, 0] = (seq - 1) ** 0.5
+    x, y = (roots.reshape(-1, 1) * states for states in (x, y))
     penalty = (ratio * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1]).double()
     eye = torch.eye(x.shape[1], dtype=torch.float64)
     rows = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ eye])).solution.T

@@ -199,6 +199,10 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"schedule": "one_shot", "allow_remerge": True}, "allow_remerge=true is not possible"),
         ({"schedule": "one_shot", "operator": "drop", "m": 3}, "drops single layers; merge.m=3"),
         ({"schedule": "one_shot", "operator": "prune_comp"}, "solves on the model as it is"),
+        (
+            {"schedule": "laco", "operator": "prune_comp"},
+            "merge.schedule=laco merges on trial without what merge.operator=prune_comp solves for",
+        ),
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),

@@ -93,7 +93,7 @@ def compress(
             raise ValueError(f"merge.groups lead to {reached} layers, not to {target_layers}")
     else:
         rules = recipe.rules(adapter.num_layers, target_layers)
-        check_target(adapter.num_layers, target_layers, rules)
+        check_target(adapter.num_layers, target_layers, rules, stops, recipe.nested)
         schedule.check_depths(adapter.num_layers, [*stops, target_layers])
     if plan is None:
         plan = Plan(

@@ -43,7 +43,7 @@ COME_PLUS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merging method: five registry names and their settings. The default is the paper's CoMe.
+    """A merging method: six registry names and their settings. The default is the paper's CoMe.
 
     Attributes:
         operator: how a group becomes one layer.
@@ -216,6 +216,14 @@ class Recipe:
             raise ValueError(
                 f"merge.selection={self.selection} merges a shortlist on trial, and {other} leaves "
                 "it no choice: choose another selection, such as merge.selection=angular"
+            )
+        schedule = SCHEDULES.get(self.schedule_name)
+        if operator.solves and (SELECTION.get(self.selection).shortlist or schedule.trials):
+            key = f"merge.schedule={self.schedule}"
+            key = key if schedule.trials else f"merge.selection={self.selection}"
+            raise ValueError(
+                f"{key} merges on trial without what merge.operator={self.operator} solves for: "
+                "choose another, such as merge.schedule=block merge.selection=angular"
             )
         key = next(iter(self._goal_users()), None)
         if self.finish_lambda is not None and key is None:

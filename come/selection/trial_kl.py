@@ -50,7 +50,7 @@ class TrialKL(GroupScore):
         shortlist: int = 14,
         trial_windows: int = 16,
         judge_windows: int = 8,
-        copying: float = 0.5,
+        copying: float = 0.2,
     ) -> None:
         self.angle = Angular(tokens)
         numbers = {
