@@ -177,9 +177,9 @@ def goals(windows):
     """Gives goals of layers 2 and 3 of a pico model, and those layers' pieces."""
     opened = []
 
-    def make(family):
+    def make(family, chosen=windows):
         adapter = ModelAdapter(pico(family))
-        stream = LayerStream(adapter, windows, batch_size=2, progress=False)
+        stream = LayerStream(adapter, chosen, batch_size=2, progress=False)
         opened.append(stream)
         stream.embed()
         stream.advance(0, LAYERS - 1)

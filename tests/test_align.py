@@ -18,14 +18,16 @@ FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ratio", [1e-3, 1.0])
+@pytest.mark.parametrize(("ratio", "alike"), [(1e-3, False), (1.0, False), (0.1, True)])
 @torch.no_grad()
-def test_input_maps_are_the_ridge_solution(family, ratio, goals, windows):
+def test_input_maps_are_the_ridge_solution(family, ratio, alike, goals, windows):
     """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64.
 
-    A window's first token counts as much as all its others.
+    A window's first token counts as much as all its others, and 1 where all windows begin alike.
     """
-    goals, pieces = goals(family)
+    if alike:
+        windows = torch.cat([torch.full_like(windows[:, :1], 5), windows[:, 1:]], dim=1)
+    goals, pieces = goals(family, windows)
     adapter = goals.stream.adapter
     layers = [adapter.scratch_layer(2, state) for state in pieces.layers]
     maps = input_maps(goals, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
@@ -39,7 +41,7 @@ def test_input_maps_are_the_ridge_solution(family, ratio, goals, windows):
     x, y = normed(layers[0], dense.h[2]), normed(layers[1], dense.h[3])
     seq = windows.shape[1]
     roots = torch.ones(windows.shape, dtype=torch.float64)
-    roots[:, 0] = (seq - 1) ** 0.5
+    roots[:, 0] = 1 if alike else (seq - 1) ** 0.5
     x, y = (roots.reshape(-1, 1) * states for states in (x, y))
     penalty = (ratio * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1]).double()
     eye = torch.eye(x.shape[1], dtype=torch.float64)

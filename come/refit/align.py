@@ -28,12 +28,13 @@ def input_maps(
         P_i = argmin_P sum_t c_t | P n(x_t) - n_i(x_it) |^2 + lambda mean diag(G) |P - I|^2
 
     x: the residual stream in front of the merged layer's block, n its norm; x_i, n_i: those of
-    layer i of the group where it stood; G = sum_t c_t n(x) n(x)^T. A unit of a deeper layer was made
-    for x_i, to which the layers between have added; what of that a linear map of x tells, its rows
-    can take in: W_i n_i(x_i) ~ (W_i P_i) n(x). This is the least-squares fit of every row at once.
+    layer i of the group where it stood; G = sum_t c_t n(x) n(x)^T. A unit of a deeper layer was
+    made for x_i, to which the layers between have added; what of that a linear map of x tells, its
+    rows can take in: W_i n_i(x_i) ~ (W_i P_i) n(x). This is the least-squares fit of every row at once.
     The first token of a window counts c_t = seq - 1, as much as all others together: all others
     attend to it, and a layer that makes it the sink of attention does so through a few units that
-    read it, of which a mean over tokens knows nothing (experiments/LOG.md).
+    read it, of which a mean over tokens knows nothing. Where all windows begin with the same token
+    it counts 1: that says nothing of texts that begin otherwise (experiments/LOG.md).
 
     Source: this project.
 
@@ -52,11 +53,13 @@ def input_maps(
     name = adapter.norm(unit)
     norm, own = merged.get_submodule(name), [layer.get_submodule(name) for layer in sources]
     sums = NormalEquations(hidden, hidden * len(own), bias=False, device=adapter.device)
+    begins = goals.stream.windows[:, 0]
+    first = goals.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
     for goal in goals:
         wanted = [n(states) for n, states in zip(own, goal.entering[unit], strict=True)]
         targets = torch.cat(wanted, dim=-1).flatten(0, 1)
         counts = targets.new_ones(goal.states.shape[:2])
-        counts[:, 0] = counts.shape[1] - 1
+        counts[:, 0] = first
         sums.add(norm(reads(goal)).flatten(0, 1), targets, counts.flatten())
     prior = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(own), 1))
     found = sums.solve(prior, ratio * sums.mean_square()).weight
