@@ -219,10 +219,10 @@ class Recipe:
             )
         schedule = SCHEDULES.get(self.schedule_name)
         if operator.solves and (SELECTION.get(self.selection).shortlist or schedule.trials):
-            key = f"merge.schedule={self.schedule}"
-            key = key if schedule.trials else f"merge.selection={self.selection}"
+            trying = f"merge.schedule={self.schedule}"
+            trying = trying if schedule.trials else f"merge.selection={self.selection}"
             raise ValueError(
-                f"{key} merges on trial without what merge.operator={self.operator} solves for: "
+                f"{trying} merges on trial without what merge.operator={self.operator} solves for: "
                 "choose another, such as merge.schedule=block merge.selection=angular"
             )
         key = next(iter(self._goal_users()), None)

@@ -31,7 +31,7 @@ def input_maps(
     layer i of the group where it stood; G = sum_t c_t n(x) n(x)^T. A unit of a deeper layer was
     made for x_i, to which the layers between have added; what of that a linear map of x tells, its
     rows can take in: W_i n_i(x_i) ~ (W_i P_i) n(x). This is the least-squares fit of every row at
-    once. The first token of a window counts c_t = seq - 1, as much as all others together: all others
+    once. The first token of a window counts c_t = seq - 1, as much as all others together: they all
     attend to it, and a layer that makes it the sink of attention does so through a few units that
     read it, of which a mean over tokens knows nothing. Where all windows begin with the same token
     it counts 1: that says nothing of texts that begin otherwise (experiments/LOG.md).
