@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+}
+"""What may be given where a parameter's default is of a type, and how a message names it."""
 
 
 class Registry(Generic[T]):
@@ -85,17 +92,33 @@ class Registry(Generic[T]):
         """Builds entry `name` from those `settings` that its constructor takes.
 
         Raises:
-            ValueError: unknown name, or a required constructor parameter is not in `settings`.
+            ValueError: unknown name, a required constructor parameter is not in `settings`, or a
+                setting is not of the kind of the parameter's default.
         """
         cls = self.get(name)
         settings = settings or {}
         chosen: dict[str, Any] = {}
         for parameter in inspect.signature(cls).parameters.values():
             if parameter.name in settings:
-                chosen[parameter.name] = settings[parameter.name]
+                chosen[parameter.name] = self._checked(name, parameter, settings[parameter.name])
             elif parameter.default is inspect.Parameter.empty:
                 raise ValueError(f"{self.config_key}={name!r} needs the setting {parameter.name!r}")
         return cls(**chosen)
+
+    def _checked(self, name: str, parameter: inspect.Parameter, value: Any) -> Any:
+        """The value, if it is of the kind of the parameter's default: a number, a word, a switch."""
+        default = type(parameter.default)
+        if default not in KINDS or (value is None and "None" in str(parameter.annotation)):
+            return value
+        allowed, words = KINDS[default]
+        if isinstance(value, allowed) and isinstance(value, bool) == (default is bool):
+            return value
+        if parameter.annotation in ("Any", Any):
+            return value
+        raise ValueError(
+            f"{self.config_key}={name}: {parameter.name}={value!r} must be {words}, such as "
+            f"{parameter.default!r}"
+        )
 
     def _discover(self) -> None:
         if self._discovered:

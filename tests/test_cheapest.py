@@ -197,6 +197,10 @@ def test_too_many_depths_are_refused():
         ({"operator": "drop", "refit": "none"}, "choose merge.schedule=progressive"),
         ({"options": {"shortlist": 0}}, "merge.options.shortlist=0: must be at least 1"),
         ({"options": {"judge_windows": 0}}, "merge.options.judge_windows=0: must be at least 1"),
+        ({"options": {"shortlist": "ten"}}, "shortlist='ten' must be a whole number"),
+        ({"options": {"judge_windows": 2.5}}, "judge_windows=2.5 must be a whole number"),
+        ({"options": {"judge_windows": True}}, "judge_windows=True must be a whole number"),
+        ({"options": {"copying": "half"}}, "merge.selection=trial_kl: copying='half' must be a n"),
         ({"options": {"copying": 2.0}}, r"merge.options.copying=2.0: must be in \[0, 1\]"),
     ],
 )
