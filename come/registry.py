@@ -106,7 +106,7 @@ class Registry(Generic[T]):
         return cls(**chosen)
 
     def _checked(self, name: str, parameter: inspect.Parameter, value: Any) -> Any:
-        """The value, if it is of the kind of the parameter's default: a number, a word, a switch."""
+        """The value, if it is of the kind of the parameter's default (number, word, switch)."""
         default = type(parameter.default)
         if default not in KINDS or (value is None and "None" in str(parameter.annotation)):
             return value
