@@ -161,3 +161,12 @@ def test_puzzle_pieces_add_up(windows):
 def test_recipes_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**settings)
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_depths_that_are_not_on_the_way_are_refused(stop, windows):
+    """Below the target, and where a depth is all that the model has."""
+    with pytest.raises(ValueError, match=f"merge.save_at.*{stop}"):
+        compress(
+            pico("llama_gqa"), windows, Recipe(), target_layers=4, stops=[stop], progress=False
+        )

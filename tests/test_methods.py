@@ -203,6 +203,10 @@ def test_depths_of_a_block_method_are_found_apart(windows):
             {"schedule": "laco", "operator": "prune_comp"},
             "merge.schedule=laco merges on trial without what merge.operator=prune_comp solves for",
         ),
+        (
+            {"schedule": "block", "operator": "prune_comp", "selection": "trial_kl"},
+            "merge.selection=trial_kl merges on trial without what merge.operator=prune_comp",
+        ),
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),

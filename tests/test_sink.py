@@ -1,7 +1,6 @@
 """The script that follows the first token of a window, by hand."""
 
 import pytest
-import torch
 
 from tests.commands import script
 from tests.conftest import pico
@@ -17,4 +16,3 @@ def test_the_first_token_behind_merged_layers_and_in_front_of_the_last(windows):
     assert list(found) == ["1 to 2", str(len(dense) - 3)]
     assert found["1 to 2"] == pytest.approx([2, 1, 1, 0], abs=1e-6)
     assert found[str(len(dense) - 3)] == pytest.approx([1, 1, 0, 0], abs=1e-6)
-    assert torch.equal(merged[1], dense[1])
