@@ -193,18 +193,19 @@ def test_self_generated_text_is_the_models_own(pico_folder):
     assert first.windows.shape == (5, 12)
     assert torch.equal(first.windows, again.windows)
     assert first.hash != other.hash
-    assert (first.windows[:, 0] == model.config.bos_token_id).all()
-    assert not torch.isin(first.windows[:, 1:], torch.tensor([0, 1, 2])).any()
+    assert not torch.isin(first.windows, torch.tensor([0, 1, 2])).any()
+    assert len(first.windows[:, 0].unique()) > 1
 
 
-def test_low_temperature_follows_the_argmax(pico_folder):
+def test_low_temperature_follows_the_argmax_behind_the_begin_token(pico_folder):
     model, _ = load_model(pico_folder)
     ids = self_generated_windows(
         model, num_samples=3, seq_len=10, sampling=Sampling(1e-4), progress=False
     ).windows
-    logits = model(ids).logits[:, 1:-1]
+    begin = torch.full((3, 1), model.config.bos_token_id)
+    logits = model(torch.cat([begin, ids], dim=1)).logits[:, 1:-1]
     logits[..., :3] = -torch.inf
-    assert torch.equal(logits.argmax(-1), ids[:, 2:])
+    assert torch.equal(logits.argmax(-1), ids[:, 1:])
 
 
 def test_held_out_text_is_apart_from_what_is_trained_on(text_file, pico_folder):

@@ -19,6 +19,7 @@ from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
 
 SOURCE = "self_generated"
+WAY = "without the begin token"  # of sampling, in the cache's key
 _NUCLEUS = 2048  # tokens that top-p looks at, at most
 
 
@@ -119,6 +120,10 @@ def self_generated_windows(
 ) -> TokenWindows:
     """Samples windows from the model, each from the begin token and one random token.
 
+    The begin token is drawn from and then left out, so that windows begin with different tokens, as
+    a text's windows do: with one and the same first token a merged layer would learn nothing of
+    others, and the first token is where attention goes that has nowhere to go.
+
     Args:
         model: the dense model.
         num_samples: how many windows.
@@ -136,16 +141,18 @@ def self_generated_windows(
     allowed[_special(model)] = 0
     count = round(num_samples / keep)
     starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
-    if model.config.bos_token_id is not None:
+    begins = 0 if model.config.bos_token_id is None else 1
+    if begins:
         starts = torch.cat([torch.full_like(starts, model.config.bos_token_id), starts], dim=1)
+    length = begins + seq_len
     windows = sample(
-        model, starts, seq_len, sampling, generator, batch_size=batch_size, progress=progress
-    )
+        model, starts, length, sampling, generator, batch_size=batch_size, progress=progress
+    )[:, begins:]
     if count > num_samples:
         likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
         windows = windows[likely.sort().values]
     kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
-    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({sampling}{kept})")
+    return TokenWindows(windows.contiguous(), windows.numel(), f"{SOURCE} ({sampling}{kept})")
 
 
 def continued_windows(
