@@ -19,7 +19,7 @@ from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
 
 SOURCE = "self_generated"
-WAY = "without the begin token"  # of sampling, in the cache's key
+WAY = "behind the begin token and a random one"  # of sampling, in the cache's key
 _NUCLEUS = 2048  # tokens that top-p looks at, at most
 
 
@@ -118,11 +118,11 @@ def self_generated_windows(
     batch_size: int = 32,
     progress: bool = True,
 ) -> TokenWindows:
-    """Samples windows from the model, each from the begin token and one random token.
+    """Samples windows from the model, each behind the begin token and one random token.
 
-    The begin token is drawn from and then left out, so that windows begin with different tokens, as
-    a text's windows do: with one and the same first token a merged layer would learn nothing of
-    others, and the first token is where attention goes that has nowhere to go.
+    Those two are left out, so that windows begin with tokens that stand in texts, as a text's own
+    windows do. All attention goes to a first token that has nowhere else to go, and of one and the
+    same, or of random ones that are mostly rare, a merged layer would learn nothing of others.
 
     Args:
         model: the dense model.
@@ -141,13 +141,18 @@ def self_generated_windows(
     allowed[_special(model)] = 0
     count = round(num_samples / keep)
     starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
-    begins = 0 if model.config.bos_token_id is None else 1
-    if begins:
+    if model.config.bos_token_id is not None:
         starts = torch.cat([torch.full_like(starts, model.config.bos_token_id), starts], dim=1)
-    length = begins + seq_len
+    begin = starts.shape[1]
     windows = sample(
-        model, starts, length, sampling, generator, batch_size=batch_size, progress=progress
-    )[:, begins:]
+        model,
+        starts,
+        begin + seq_len,
+        sampling,
+        generator,
+        batch_size=batch_size,
+        progress=progress,
+    )[:, begin:]
     if count > num_samples:
         likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
         windows = windows[likely.sort().values]
