@@ -19,6 +19,7 @@ from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
 
 SOURCE = "self_generated"
+BEGIN = 2  # tokens at most that a sampled window begins behind
 WAY = "behind the begin token and a random one"  # of sampling, in the cache's key
 _NUCLEUS = 2048  # tokens that top-p looks at, at most
 
@@ -120,9 +121,10 @@ def self_generated_windows(
 ) -> TokenWindows:
     """Samples windows from the model, each behind the begin token and one random token.
 
-    Those two are left out, so that windows begin with tokens that stand in texts, as a text's own
-    windows do. All attention goes to a first token that has nowhere else to go, and of one and the
-    same, or of random ones that are mostly rare, a merged layer would learn nothing of others.
+    Those two are left out, so that windows begin with tokens that are common in texts, as a text's
+    own windows do: attention that has nowhere else to go goes to the first token, and from windows
+    that all begin with the same token, or with rare ones, a merged layer does not learn to keep
+    that of others (experiments/LOG.md).
 
     Args:
         model: the dense model.
