@@ -254,10 +254,6 @@ def test_the_base_model_is_never_overwritten(command, pico_folder, tmp_path):
         (["merge.sparsity=1.5"], "between 0 and 1"),
         (["merge.sparsity=0.55"], "the largest that can is 0."),
         (["eval.prompt_tokens=4096"], "eval.prompt_tokens=4096: the model reads at most 512"),
-        (
-            ["calibration=self_generated", "calibration.seq_len=512"],
-            "calibration.seq_len + 2 of sampled text=514: the model reads at most 512 tokens",
-        ),
         (["merge.target_layers=11"], "smallest depth that can is 12"),
         (["merge.sparsity=0.1", "merge.target_layers=20"], "leave one of them out"),
         (["model.path=/no/such/folder"], "no such folder"),

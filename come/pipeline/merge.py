@@ -30,7 +30,7 @@ from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device, load_weights
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
-from come.text.generated import WAY, cached, continued_windows, self_generated_windows
+from come.text.generated import cached, continued_windows, self_generated_windows
 from come.text.windows import TokenWindows
 from come.tracking.base import Trackers
 
@@ -140,7 +140,6 @@ def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> l
         str(model.dtype),
         model.device.type,
         str(job.settings.calibration.sampling),
-        WAY,
         *settings,
         *(version(package) for package in ("torch", "transformers")),
     ]

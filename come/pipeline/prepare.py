@@ -22,7 +22,6 @@ from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
 from come.text.base import TextSource
-from come.text.generated import BEGIN
 from come.text.windows import TokenWindows, calibration_windows, evaluation_windows
 
 log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     needed = shape.weight_bytes * copies
     calibrating = settings.calibration
     if plan is None:
-        _check_text("calibration.seq_len", calibrating.seq_len, shape, calibrating.self_generated)
+        _check_length("calibration.seq_len", calibrating.seq_len, shape)
         if calibrating.store == "disk":
             needed += compression_cost(
                 shape,
@@ -132,8 +131,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
                 "layers, and distillation trains whole layers; take distill=none"
             )
-        sampled = settings.training_text is None
-        _check_text("distill.seq_len", settings.distill.seq_len, shape, sampled)
+        _check_length("distill.seq_len", settings.distill.seq_len, shape)
     check_folder(folder, needed)
     for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
@@ -320,12 +318,6 @@ def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> 
             plan.provenance["dtype"],
             dtype,
         )
-
-
-def _check_text(key: str, tokens: int, shape: ModelShape, sampled: bool) -> None:
-    if sampled:
-        key, tokens = f"{key} + {BEGIN} of sampled text", tokens + BEGIN
-    _check_length(key, tokens, shape)
 
 
 def _check_length(key: str, tokens: int, shape: ModelShape) -> None:

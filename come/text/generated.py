@@ -19,8 +19,6 @@ from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
 
 SOURCE = "self_generated"
-BEGIN = 2  # tokens at most that a sampled window begins behind
-WAY = "behind the begin token and a random one"  # of sampling, in the cache's key
 _NUCLEUS = 2048  # tokens that top-p looks at, at most
 
 
@@ -119,12 +117,7 @@ def self_generated_windows(
     batch_size: int = 32,
     progress: bool = True,
 ) -> TokenWindows:
-    """Samples windows from the model, each behind the begin token and one random token.
-
-    Those two are left out, so that windows begin with tokens that are common in texts, as a text's
-    own windows do: attention that has nowhere else to go goes to the first token, and from windows
-    that all begin with the same token, or with rare ones, a merged layer does not learn to keep
-    that of others (experiments/LOG.md).
+    """Samples windows from the model, each from the begin token and one random token.
 
     Args:
         model: the dense model.
@@ -145,21 +138,14 @@ def self_generated_windows(
     starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
     if model.config.bos_token_id is not None:
         starts = torch.cat([torch.full_like(starts, model.config.bos_token_id), starts], dim=1)
-    begin = starts.shape[1]
     windows = sample(
-        model,
-        starts,
-        begin + seq_len,
-        sampling,
-        generator,
-        batch_size=batch_size,
-        progress=progress,
-    )[:, begin:]
+        model, starts, seq_len, sampling, generator, batch_size=batch_size, progress=progress
+    )
     if count > num_samples:
         likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
         windows = windows[likely.sort().values]
     kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
-    return TokenWindows(windows.contiguous(), windows.numel(), f"{SOURCE} ({sampling}{kept})")
+    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({sampling}{kept})")
 
 
 def continued_windows(
