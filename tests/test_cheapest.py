@@ -68,7 +68,7 @@ def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
-@pytest.mark.parametrize(("batch_size", "copying"), [(1, 0.5), (3, 0.5), (3, 0.1)])
+@pytest.mark.parametrize(("batch_size", "copying"), [(1, 0.5), (3, 0.5), (3, 0.1), (3, 0.0)])
 @torch.no_grad()
 def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, windows):
     """KL of whole models: two layers merged alone, on the first windows, judged on the last."""

@@ -66,9 +66,23 @@ def test_the_default_is_the_main_job():
         None,
     )
     own = Recipe.come_plus()
-    assert default.merge.recipe() == replace(
-        own, parts=list(own.parts), refit_parts=list(own.refit_parts), groups=[]
-    )
+    own = replace(own, parts=list(own.parts), refit_parts=list(own.refit_parts), groups=[])
+    assert default.merge.recipe() == own
+    assert default.recipe() == replace(own, options={"copying": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["calibration=pydocs"], {}),
+        (["+merge.options.copying=0.5"], {"copying": 0.5}),
+        (["merge.selection=angular", "merge.schedule=mixed"], {}),
+        (["merge.groups=[[3,4]]"], {}),
+        (["merge=come"], {}),
+    ],
+)
+def test_copying_is_asked_for_where_text_from_the_model_judges_trials(overrides, options):
+    assert settings(*overrides).recipe().options == options
 
 
 @pytest.mark.parametrize(

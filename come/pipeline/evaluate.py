@@ -121,7 +121,7 @@ def _depth(
     stage, folder = place
     gone, removed = job.shape.num_layers - layers, 0
     if gone:
-        block = job.plan.block if job.plan else job.settings.merge.recipe().block
+        block = job.plan.block if job.plan else job.settings.recipe().block
         removed = gone * job.shape.block_parameters[block]
     result: DepthResult = {
         "layers": layers,

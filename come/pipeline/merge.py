@@ -53,19 +53,19 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         return _unmerged(job)
     if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
         return _load_merged(job, job.start or merged)
-    settings, method = job.settings, job.settings.merge
+    settings, method, recipe = job.settings, job.settings.merge, job.settings.recipe()
     seq_len, num_samples = settings.calibration.seq_len, settings.calibration.windows
     cost = compression_cost(
         job.shape,
         num_samples=num_samples,
         seq_len=seq_len,
         target=job.target,
-        recipe=method.recipe(),
+        recipe=recipe,
         store=settings.calibration.store,
     )
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
     earlier = partial_plan(job.folder, job.hash)
-    if SCHEDULES.get(method.recipe().schedule_name).restarts:
+    if SCHEDULES.get(recipe.schedule_name).restarts:
         earlier = None  # its choices rest on the dense model
     if earlier is not None:
         log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
@@ -84,7 +84,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             step = plan.steps[-1]
             log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
             passed = plan.num_layers in method.save_at and plan.num_layers != job.target
-            if passed and method.recipe().nested:
+            if passed and recipe.nested:
                 save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
             if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
@@ -102,7 +102,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             plan = compress(
                 model,
                 job.calibration.windows,
-                method.recipe(),
+                recipe,
                 target_layers=job.target,
                 stops=method.save_at,
                 plan=earlier or _empty_plan(job, model),
@@ -112,7 +112,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 store=settings.calibration.store,
                 folder=job.folder,
             )
-            if not method.recipe().nested:
+            if not recipe.nested:
                 _compress_apart(job)
         elapsed = seconds()
     _check_cache(model)
@@ -222,7 +222,7 @@ def _compress_apart(job: Job) -> None:
         plan = compress(
             model,
             job.calibration.windows,
-            settings.merge.recipe(),
+            settings.recipe(),
             target_layers=depth,
             plan=_empty_plan(job, model),
             batch_size=settings.calibration.batch_size,
@@ -240,18 +240,18 @@ def _made_by(job: Job, folder: Path) -> bool:
 
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
-    merge = job.settings.merge
+    merge, recipe = job.settings.merge, job.settings.recipe()
     base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
     assert job.calibration is not None
     provenance = {
         "job": job.hash,
         "method": merge.name,
-        "recipe": asdict(merge.recipe()),
+        "recipe": asdict(recipe),
         "dtype": str(job.shape.dtype).removeprefix("torch."),
         "calibration": calibration_result(job),
         "versions": versions(),
     }
-    return Plan(base, merge.operator, merge.norms, merge.recipe().block, provenance=provenance)
+    return Plan(base, merge.operator, merge.norms, recipe.block, provenance=provenance)
 
 
 def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:

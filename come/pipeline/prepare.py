@@ -122,7 +122,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 num_samples=calibrating.windows,
                 seq_len=calibrating.seq_len,
                 target=target,
-                recipe=merge.recipe(),
+                recipe=settings.recipe(),
                 store=calibrating.store,
             ).boundary_bytes
     if settings.distill.active:
@@ -259,7 +259,7 @@ def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWi
 def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
     """Holds the target, and the groups given by hand, against the model's depth."""
     merge = settings.merge
-    recipe = merge.recipe()
+    recipe = settings.recipe()
     rules = recipe.rules(shape.num_layers, target)
     if not recipe.groups:
         check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
@@ -285,7 +285,7 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
-    recipe = merge.recipe()
+    recipe = settings.recipe()
     each = shape.block_parameters[recipe.block]
     target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
     rules = recipe.rules(shape.num_layers, target)

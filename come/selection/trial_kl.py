@@ -23,8 +23,9 @@ class TrialKL(GroupScore):
         KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
     p: the model as it is; w: the first half of a calibration window. Behind it everything has been
-    said before, so a group that looks back and copies shows as one. A trial is fitted with
-    what stands in for the refit, and judged on windows that it was not fitted to (a single
+    said before, so a group that looks back and copies shows as one. Text that hardly repeats itself
+    would not tell that: with text from the model `python run.py` takes c = 0.2. A trial is fitted
+    with what stands in for the refit, and judged on windows that it was not fitted to (a single
     calibration window does both). Behind a merge, the model as it is is the merged one. The
     shortlist are the groups with the least mean angle between input and output (`angular`).
 
@@ -36,7 +37,7 @@ class TrialKL(GroupScore):
         trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
         judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
             at most, rounded up.
-        copying: the weight c of what has been said before, in [0, 1].
+        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice.
     """
 
     name = "trial_kl"
@@ -50,7 +51,7 @@ class TrialKL(GroupScore):
         shortlist: int = 14,
         trial_windows: int = 16,
         judge_windows: int = 8,
-        copying: float = 0.2,
+        copying: float = 0.0,
     ) -> None:
         self.angle = Angular(tokens)
         numbers = {
@@ -68,12 +69,15 @@ class TrialKL(GroupScore):
         self.trial_windows = trial_windows
         self.judge_windows = judge_windows
         self._windows = torch.empty(0, 0, dtype=torch.int64)
+        self._once = 0
         self._judge: LayerStream | None = None
         self._wanted: list[Predictions] = []
 
     def prepare(self, stream: LayerStream) -> None:
         """Sets the judging windows apart."""
-        self._windows = said_twice(stream.windows[-self._judging(stream) :])
+        windows = stream.windows[-self._judging(stream) :]
+        self._once = windows.shape[1] // 2
+        self._windows = said_twice(windows) if self.copying else windows[:, : self._once]
         self.release()
 
     def release(self) -> None:
@@ -114,13 +118,13 @@ class TrialKL(GroupScore):
                 )
                 for rows in self._judge.batches
             ]
-        total, once = 0.0, len(self._windows[0]) // 2 + 1
+        total, once = 0.0, self._once
         for wanted, (_, states) in zip(
             self._wanted, self._judge.through(group.first, route), strict=True
         ):
             gaps = token_divergence(adapter.head, wanted, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
-            if once == gaps.shape[1]:  # windows of three tokens
+            if once == gaps.shape[1]:  # nothing is said twice
                 again = new
             total += ((1 - self.copying) * new + self.copying * again).sum().item()
         return max(0.0, total / len(self._windows))  # rounding can leave it a little below

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
+from come.merging.recipe import Recipe
 from come.models.loading import check_dtype, choose_device
 from come.registry import load_plugin
+from come.selection.base import SELECTION
 from come.settings.distill import DistillSettings
 from come.settings.evaluation import EvalSettings
 from come.settings.merge import MergeSettings
 from come.settings.text import CalibrationSettings, TextSettings
 from come.text.base import TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
+
+SAMPLED_COPYING = 0.2  # merge.options.copying with text from the model
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -122,6 +126,18 @@ class Settings:
             self._check_distill()
         self.eval.check()
         self.tracking.check()
+
+    def recipe(self) -> Recipe:
+        """The method, as it meets the calibration text.
+
+        Text from the model hardly repeats itself, so that a trial merge is judged on text said
+        twice as well, unless `merge.options.copying` says otherwise.
+        """
+        recipe = self.merge.recipe()
+        asked = "copying" in SELECTION.options(recipe.selection) and not recipe.groups
+        if not asked or not self.calibration.self_generated or "copying" in recipe.options:
+            return recipe
+        return replace(recipe, options={**recipe.options, "copying": SAMPLED_COPYING})
 
     @property
     def training(self) -> TextSettings:
