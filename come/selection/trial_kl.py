@@ -42,7 +42,7 @@ class TrialKL(GroupScore):
 
     name = "trial_kl"
     paper = ""
-    source = "divergence of trial merges, on text said twice"
+    source = "divergence of trial merges"
     shortlist = 14
 
     def __init__(
