@@ -75,6 +75,7 @@ def test_the_default_is_the_main_job():
     ("overrides", "options"),
     [
         (["calibration=pydocs"], {}),
+        (["calibration=pydocs", "calibration.continued=4"], {"copying": 0.2}),
         (["+merge.options.copying=0.5"], {"copying": 0.5}),
         (["merge.selection=angular", "merge.schedule=mixed"], {}),
         (["merge.groups=[[3,4]]"], {}),

@@ -24,10 +24,11 @@ class TrialKL(GroupScore):
 
     p: the model as it is; w: the first half of a calibration window. Behind it everything has been
     said before, so a group that looks back and copies shows as one. Text that hardly repeats itself
-    would not tell that: with text from the model `python run.py` takes c = 0.2. A trial is fitted
-    with what stands in for the refit, and judged on windows that it was not fitted to (a single
-    calibration window does both). Behind a merge, the model as it is is the merged one. The
-    shortlist are the groups with the least mean angle between input and output (`angular`).
+    would not tell that: with text from the model `python run.py` takes c = 0.2 (in Python:
+    `Recipe.come_plus(options={"copying": 0.2})`). A trial is fitted with what stands in for the
+    refit, and judged on windows that it was not fitted to (a single calibration window does both).
+    Behind a merge, the model as it is is the merged one. The shortlist are the groups with the
+    least mean angle between input and output (`angular`).
 
     Source: this project.
 
@@ -37,7 +38,8 @@ class TrialKL(GroupScore):
         trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
         judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
             at most, rounded up.
-        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice.
+        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice,
+            and x = w.
     """
 
     name = "trial_kl"

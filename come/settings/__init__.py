@@ -135,7 +135,8 @@ class Settings:
         """
         recipe = self.merge.recipe()
         asked = "copying" in SELECTION.options(recipe.selection) and not recipe.groups
-        if not asked or not self.calibration.self_generated or "copying" in recipe.options:
+        sampled = self.calibration.self_generated or self.calibration.continued
+        if not asked or not sampled or "copying" in recipe.options:
             return recipe
         return replace(recipe, options={**recipe.options, "copying": SAMPLED_COPYING})
 
