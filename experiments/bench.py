@@ -22,10 +22,12 @@ from come.merging.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
+from come.selection.trial_kl import TrialKL
 from come.text.pydocs import PyDocs
 from come.text.windows import calibration_windows
 
-METHODS = {"come": (Recipe(), 6, 1), "come_plus": (Recipe.come_plus(), 15, 2)}
+COME_PLUS = Recipe.come_plus(options=TrialKL.sampled_options)  # as for text from the model
+METHODS = {"come": (Recipe(), 6, 1), "come_plus": (COME_PLUS, 15, 2)}
 """Recipe, the ratio wanted, and how many sets of boundary states it keeps."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -29,6 +29,8 @@ class GroupScore(ABC):
             only layers behind it change.
         uses_goals: whether `refine` reads what the merged layer has to reproduce even without a
             refit.
+        sampled_options: `merge.options` that `python run.py` adds where the calibration text is the
+            model's own.
 
     Attributes:
         shortlist: how many of the spans with the lowest scores are tried for real and judged by
@@ -40,6 +42,7 @@ class GroupScore(ABC):
     source: ClassVar[str]
     local: ClassVar[bool] = True
     uses_goals: ClassVar[bool] = False
+    sampled_options: ClassVar[Mapping[str, float]] = {}
     shortlist: int = 0
 
     def prepare(self, stream: LayerStream) -> None:  # noqa: B027 - most scores need nothing

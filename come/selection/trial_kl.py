@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -25,10 +28,10 @@ class TrialKL(GroupScore):
     p: the model as it is; w: the first half of a calibration window. Behind it everything has been
     said before, so a group that looks back and copies shows as one. Text that hardly repeats itself
     would not tell that: with text from the model `python run.py` takes c = 0.2 (in Python:
-    `Recipe.come_plus(options={"copying": 0.2})`). A trial is fitted with what stands in for the
-    refit, and judged on windows that it was not fitted to (a single calibration window does both).
-    Behind a merge, the model as it is is the merged one. The shortlist are the groups with the
-    least mean angle between input and output (`angular`).
+    `Recipe.come_plus(options=TrialKL.sampled_options)`). A trial is fitted with what stands in for
+    the refit, and judged on windows that it was not fitted to (a single calibration window does
+    both). Behind a merge, the model as it is is the merged one. The shortlist are the groups with
+    the least mean angle between input and output (`angular`).
 
     Source: this project.
 
@@ -45,6 +48,7 @@ class TrialKL(GroupScore):
     name = "trial_kl"
     paper = ""
     source = "divergence of trial merges"
+    sampled_options: ClassVar[Mapping[str, float]] = {"copying": 0.2}
     shortlist = 14
 
     def __init__(

@@ -17,8 +17,6 @@ from come.settings.text import CalibrationSettings, TextSettings
 from come.text.base import TextSource
 from come.text.generated import SOURCE as SELF_GENERATED
 
-SAMPLED_COPYING = 0.2  # merge.options.copying with text from the model
-
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
 
@@ -130,15 +128,14 @@ class Settings:
     def recipe(self) -> Recipe:
         """The method, as it meets the calibration text.
 
-        Text from the model hardly repeats itself, so that a trial merge is judged on text said
-        twice as well, unless `merge.options.copying` says otherwise.
+        With text from the model the selection has options of its own (`sampled_options`), which
+        `merge.options` overrides.
         """
         recipe = self.merge.recipe()
-        asked = "copying" in SELECTION.options(recipe.selection) and not recipe.groups
-        sampled = self.calibration.self_generated or self.calibration.continued
-        if not asked or not sampled or "copying" in recipe.options:
+        if recipe.groups or not (self.calibration.self_generated or self.calibration.continued):
             return recipe
-        return replace(recipe, options={**recipe.options, "copying": SAMPLED_COPYING})
+        asked = SELECTION.get(recipe.selection).sampled_options
+        return replace(recipe, options={**asked, **recipe.options})
 
     @property
     def training(self) -> TextSettings:
