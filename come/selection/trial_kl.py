@@ -22,10 +22,11 @@ from come.selection.base import SELECTION, GroupScore
 class TrialKL(GroupScore):
     """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
 
-        (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,    x = (w_1 .. w_s, w_2 .. w_s)
+        c = 0:  mean_t KL_t,                                             x = w
+        c > 0:  (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,        x = (w_1 .. w_s, w_2 .. w_s)
         KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
-    p: the model as it is; w: the first half of a calibration window. Behind it everything has been
+    p: the model as it is; w: a calibration window; s: half its tokens. Behind s everything has been
     said before, so a group that looks back and copies shows as one. Text that hardly repeats itself
     would not tell that: with text from the model `python run.py` takes c = 0.2 (in Python:
     `Recipe.come_plus(options=TrialKL.sampled_options)`). A trial is fitted with what stands in for
@@ -41,8 +42,7 @@ class TrialKL(GroupScore):
         trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
         judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
             at most, rounded up.
-        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice,
-            and x = w.
+        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice.
     """
 
     name = "trial_kl"
@@ -82,8 +82,8 @@ class TrialKL(GroupScore):
     def prepare(self, stream: LayerStream) -> None:
         """Sets the judging windows apart."""
         windows = stream.windows[-self._judging(stream) :]
-        self._once = windows.shape[1] // 2
-        self._windows = said_twice(windows) if self.copying else windows[:, : self._once]
+        self._once = windows.shape[1] // 2 if self.copying else windows.shape[1]
+        self._windows = said_twice(windows) if self.copying else windows
         self.release()
 
     def release(self) -> None:
