@@ -22,8 +22,8 @@ from come.selection.base import SELECTION, GroupScore
 class TrialKL(GroupScore):
     """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
 
-        c = 0:  mean_t KL_t,                                             x = w
-        c > 0:  (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,        x = (w_1 .. w_s, w_2 .. w_s)
+        c = 0:  mean_t KL_t,    x = w
+        c > 0:  (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,    x = (w_1 .. w_s, w_2 .. w_s)
         KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
     p: the model as it is; w: a calibration window; s: half its tokens. Behind s everything has been
