@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -17,12 +18,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from come.errors import one_line
 from come.files import AXES, LISTING, write_text
 from come.job import job_hash
 from come.report.listing import list_job, make_report
@@ -156,10 +158,20 @@ def _guarded(job: Callable[[], Any]) -> int:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    keys = [line for line in lines[1:] if line.startswith("full_key:")]
-    return " ".join([*lines[:1], *keys])
+    """An error in one line, with its cause where Hydra keeps that apart.
+
+    Of an override that cannot be read it shows the way to write it.
+    """
+    if not isinstance(error, OverrideParseException):
+        cause = error.__cause__ if isinstance(error, HydraException) else None
+        return " ".join(one_line(part) for part in (error, cause) if part is not None)
+    key, _, value = error.override.partition("=")
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    word = shlex.quote(f'{key}="{quoted}"')
+    return (
+        f"{error.override} cannot be read ({one_line(error)}); a value with spaces or signs is "
+        f"quoted twice, for the shell and for Hydra: {word}"
+    )
 
 
 _said: set[str] = set()

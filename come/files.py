@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -25,6 +26,16 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, 16 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@cache
+def package_hash() -> str:
+    """Hash of this package's own code, 16 hexadecimal digits: other code may give other numbers."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,28 +57,29 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_replaceable(path: Path, mark: str) -> None:
-    """Raises ValueError if `path` holds anything but a folder with the file `mark` in it."""
-    if path.exists() and not (path / mark).is_file() and (path.is_file() or any(path.iterdir())):
+def check_replaceable(path: Path, marks: Sequence[str]) -> None:
+    """Raises ValueError if `path` holds anything but a folder with one of the files `marks`."""
+    ours = any((path / mark).is_file() for mark in marks)
+    if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} is there and was not made by this project; choose another folder")
 
 
 @contextmanager
-def new_folder(path: Path, mark: str) -> Iterator[Path]:
+def new_folder(path: Path, marks: Sequence[str]) -> Iterator[Path]:
     """Gives a folder to fill that takes the name `path` when the block ends without an error.
 
-    A folder already there is replaced, if it holds `mark`; what an earlier interrupted attempt
-    left is removed.
+    A folder already there is replaced, if it holds one of `marks`; what an earlier interrupted
+    attempt left is removed.
 
     Args:
         path: the folder.
-        mark: a file that tells a folder made by this project from one of the user's.
+        marks: files that tell a folder made by this project from one of the user's.
 
     Raises:
         ValueError: `path` holds something that is not ours to replace.
     """
     path = Path(path)
-    check_replaceable(path, mark)
+    check_replaceable(path, marks)
     partial = path.with_name(path.name + PARTIAL)
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -5,43 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-import come
 from come.evaluation.zero_shot import tasks_identity
-from come.files import RESULT, file_hash, write_text
+from come.files import RESULT, file_hash, package_hash, write_text
 from come.merging.plan import Plan
-from come.merging.saving import PLAN
-from come.models.checkpoint import fingerprint
-from come.refit.base import REFITS
+from come.merging.saving import PLAN, plan_path
+from come.models.checkpoint import fingerprint, identity
+from come.models.loading import choose_device
 from come.settings import ModelSettings, Settings, TextSettings
 
 log = logging.getLogger(__name__)
 
 PARTIAL_PLAN = "plan.partial.json"
 
-# What changes how a job runs, but not what it finds.
-_MODEL_KNOBS = ("name", "path", "device")
-_TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)
-_CALIBRATION_KNOBS = (*_TEXT_KNOBS, "batch_size", "store")
+# What changes how a job runs or what its card says, but no number.
+_MODEL_KNOBS = ("name", "path", "device", "base_model")
+_TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)  # their content counts instead
+_CALIBRATION_KNOBS = (*_TEXT_KNOBS, "store")
 _DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
-_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "batch_tokens", "include_path")
+_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "include_path")
+_PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 def model_identity(model: ModelSettings) -> str:
-    """What names a model whatever folder it is in: a fingerprint, or the hub id."""
+    """What names a model whatever folder it is in: a hash of its files, or the hub id."""
     folder = Path(model.path or "").expanduser()
     if model.path and folder.is_dir():
         try:
-            return fingerprint(folder)
+            return identity(folder)
         except (ValueError, OSError):
             return f"unreadable {folder}"
     return str(model.path)
@@ -50,18 +52,17 @@ def model_identity(model: ModelSettings) -> str:
 def job_hash(settings: Settings) -> str:
     """Hash of everything that determines a job's result: 12 hexadecimal digits.
 
-    The files of the chosen metric, score, rule, operator and schedule count too, so that editing
-    one's own method runs it anew; other code counts by the version.
-
-    Paths count by the content behind them; labels, devices, stores and tracking do not count, nor
-    do batch sizes, unless the refit depends on them.
+    This package's own code counts, and that of plugins and of the packages that compute. Paths
+    count by their content. Batch sizes count, since sums over tokens are rounded by batches, and
+    so does the kind of device. Labels, stores and tracking do not count.
     """
     merge = _without(asdict(settings.merge), ("name", "plan"))
     calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
     evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
     del evaluation["also"]
     parts: dict[str, Any] = {
-        "come": come.__version__,
+        "code": [package_hash(), *(version(package) for package in _PACKAGES)],
+        "device": choose_device(settings.model.device).type,
         "model": _without(asdict(settings.model), _MODEL_KNOBS),
         "model_identity": model_identity(settings.model),
         "merge": merge,
@@ -70,7 +71,7 @@ def job_hash(settings: Settings) -> str:
     }
     if settings.eval.also:
         parts["eval_also"] = {
-            name: [_text_identity(text), text.max_tokens]
+            name: [_text_identity(text), _without(asdict(text), _TEXT_KNOBS)]
             for name, text in settings.eval.also.items()
         }
     if settings.eval.tasks:
@@ -84,16 +85,14 @@ def job_hash(settings: Settings) -> str:
     if not settings.merge.active:
         parts["merge"] = None
     elif settings.from_run is not None:
-        parts["merge"] = [fingerprint(find_run(settings.from_run)), settings.merge.keep]
+        start = find_run(settings.from_run)
+        parts["merge"] = [fingerprint(start), file_hash(plan_path(start)), settings.merge.keep]
     elif settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else _text_identity(settings.calibration)
-        recipe = settings.merge.recipe()
-        if REFITS.get(recipe.refit).batchwise:
-            calibration["batch_size"] = settings.calibration.batch_size
-        sources = [file_hash(path) for path in recipe.sources()]
+        sources = [file_hash(path) for path in settings.merge.recipe().sources()]
         parts |= {"calibration": calibration, "calibration_text": text, "sources": sources}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
@@ -107,7 +106,7 @@ def find_run(path: str) -> Path:
     """
     folder = Path(path).expanduser()
     for model in (folder / "model", folder):
-        if (model / PLAN).is_file() and any(model.glob("*.safetensors")):
+        if plan_path(model).is_file() and any(model.glob("model*.safetensors")):
             return model
     raise ValueError(
         f"from_run={path}: no merged model with its {PLAN} there; give the folder of a finished "
@@ -154,8 +153,25 @@ def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes `result.json`, the last file of a job, atomically."""
+    """Writes `result.json`, the last file of a job, atomically.
+
+    Raises:
+        ValueError: a number that is not finite, by its place.
+    """
+    check_finite(result, RESULT)
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def check_finite(values: Any, place: str) -> None:
+    """Raises ValueError, naming its place, for a number in nested values that is not finite."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_finite(value, f"{place}: {key}" if place == RESULT else f"{place}.{key}")
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            check_finite(value, f"{place}[{index}]")
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{place} is {values}, which is no result; the models are kept")
 
 
 def partial_plan(folder: Path, job: str) -> Plan | None:

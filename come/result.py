@@ -54,32 +54,36 @@ class TaskResult(TypedDict):
 
     documents: how many.
     metric: the one that counts, acc where the task has it.
-    value, stderr: of that metric.
+    value, stderr: of that metric, as the harness gives them; no stderr where it gives none.
     metrics: all metrics and standard errors of the task by name, such as acc_norm.
-    scores: the metric of every document, in their order.
+    scores: the metric of every document, in their order; None where it is no mean over documents
+        (a correlation, F1, BLEU).
     difference, difference_low, difference_high: value minus the dense model's on the same
-        documents, with its 95% interval (paired bootstrap).
-    mcnemar_p: exact test of that difference.
+        documents, with its 95% interval (paired bootstrap); no interval without scores.
+    mcnemar_p: exact test of that difference; None without scores.
     """
 
     documents: int
     metric: str
     value: float
-    stderr: float
+    stderr: float | None
     metrics: dict[str, float]
-    scores: list[float]
+    scores: list[float] | None
     difference: float
-    difference_low: float
-    difference_high: float
-    mcnemar_p: float
+    difference_low: float | None
+    difference_high: float | None
+    mcnemar_p: float | None
 
 
 class Difference(TypedDict):
-    """A value minus the dense model's, and its 95% interval (paired bootstrap over documents)."""
+    """A value minus the dense model's, and its 95% interval (paired bootstrap over documents).
+
+    The interval is None where a task has no score for each document.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class ZeroShotResult(TypedDict):

@@ -9,6 +9,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from come.merging.plan import Plan
 from tests.commands import equal, finish
 
 
@@ -43,7 +44,8 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token == "<s>"
     assert len(model.model.layers) == 18
-    assert model.config.come["merge_history"] == result["merge_history"]
+    assert not hasattr(model.config, "come")  # it would outlive what it describes
+    assert Plan.load(folder / "model" / "come" / "plan.json").history == result["merge_history"]
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["merge/layers"] for r in records if "merge/step" in r] == [23, 22, 21, 20, 19, 18]
@@ -190,7 +192,7 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert [d["layers"] for d in result["depths"]] == [24, 22, 20]
     for depth, name in ((22, "model-22"), (20, "model")):
-        plan = json.loads((folder / name / "plan.json").read_text())
+        plan = json.loads((folder / name / "come" / "plan.json").read_text())
         (step,) = plan["steps"]
         assert step["last"] - step["first"] == 24 - depth
         assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == depth
@@ -211,7 +213,7 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     assert [sizes[0] - size for size in sizes] == [0, 2 * attention, 4 * attention]
     assert len(model.model.layers) == 24
     silent = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
-    assert sorted({*range(24)} - {*silent}) == model.config.come["places"]
+    assert sorted({*range(24)} - {*silent}) == Plan.load(folder / "model" / "come" / "plan.json").places
     assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
 
 

@@ -55,7 +55,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert "Then trained: `come_sp`" in card
     assert "rebuilds the merged weights" in card
     assert "No training." in " ".join((folder / "model-merged" / "README.md").read_text().split())
-    plan = json.loads((folder / "model" / "plan.json").read_text())
+    plan = json.loads((folder / "model" / "come" / "plan.json").read_text())
     assert plan["provenance"]["distillation"]["steps"] == 20
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert len(model.model.layers) == 21
@@ -164,7 +164,7 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
     ("overrides", "message"),
     [
         (["distill=come_sp", "distill.validation_samples=100000"], "training text too short"),
-        (["from_run=/no/run"], "from_run=/no/run: no merged model with its plan.json there"),
+        (["from_run=/no/run"], "from_run=/no/run: no merged model with its come/plan.json there"),
     ],
 )
 def test_bad_settings_cost_one_line(overrides, message, command, tmp_path):

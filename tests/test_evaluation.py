@@ -1,6 +1,7 @@
 """Perplexity and speed against plain computations."""
 
 import math
+import sys
 import time
 
 import pytest
@@ -39,6 +40,18 @@ def test_intervals_are_students_over_windows():
         (math.exp(0.3), math.exp(low), math.exp(high))
     )
     assert Perplexity((1.0,), 0, 0).interval.high == math.inf
+
+
+def test_windows_of_very_different_losses_have_finite_intervals():
+    """exp is taken last, and no further than floats go."""
+    far = Perplexity((2.0, 900.0), 0, 0)
+    low, high = stats.t.interval(0.95, 1, loc=451, scale=449)
+    assert far.interval.value == pytest.approx(math.exp(451))
+    assert far.interval.high == sys.float_info.max < math.inf
+    assert far.interval.low == pytest.approx(math.exp(low))
+    assert high > 710
+    assert far.ratio_to(far).high == 1
+    assert Perplexity((2000.0, 2000.0), 0, 0).interval.value == sys.float_info.max
 
 
 def test_speed_counts_every_turn():

@@ -169,7 +169,7 @@ def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    monkeypatch.setattr("come.models.companions.shutil.copyfile", broken)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tokenizer, tmp_path / "model", plan)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

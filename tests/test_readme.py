@@ -27,7 +27,7 @@ def test_five_lines_of_python(pico_folder, tmp_path, monkeypatch, capsys):
     exec(code, {})
     assert "Interval(value=" in capsys.readouterr().out
     assert (tmp_path / "smaller" / "model.safetensors").is_file()
-    assert (tmp_path / "smaller" / "plan.json").is_file()
+    assert (tmp_path / "smaller" / "come" / "plan.json").is_file()
 
 
 def test_the_metric_of_the_tutorial(monkeypatch):

@@ -121,4 +121,4 @@ def test_every_experiment_runs(command, text_file, tmp_path, name):
     weights = list(folder.glob("model*/model*.safetensors"))
     assert bool(weights) == result["settings"]["merge"]["keep"]
     for depth in result["depths"][1:]:
-        assert (folder / depth["folder"] / "plan.json").is_file()
+        assert (folder / depth["folder"] / "come" / "plan.json").is_file()

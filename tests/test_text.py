@@ -124,7 +124,7 @@ def test_rows_of_jsonl_and_parquet(tmp_path):
     parquet.write_table(table({"body": ["first text", "second text"]}), tmp_path / "rows.parquet")
     for path in (jsonl, tmp_path / "rows.parquet"):
         assert list(TextFile(str(path), "body").documents()) == ["first text", "second text"]
-        with pytest.raises(ValueError, match=r"row without the field 'text'"):
+        with pytest.raises(ValueError, match=r"no field 'text' in a row; there are body"):
             list(TextFile(str(path)).documents())
 
 

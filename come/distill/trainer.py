@@ -103,6 +103,12 @@ def train(
     def validate() -> None:
         """Validates, and keeps the weights if they are the best so far."""
         found = _validation(objective, held_out, held_out_count, course, accelerator)
+        if not math.isfinite(found["loss"]):
+            raise ValueError(
+                f"{name}: the validation loss is not finite after step {progress.step}; try "
+                "distill.precision=float32, or lower distill.learning_rate="
+                f"{course.learning_rate}"
+            )
         progress.validation.append({"step": progress.step, **found})
         if found["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["loss"], progress.step

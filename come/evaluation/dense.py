@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from come.evaluation.continuations import PROMPTS, continuations
 from come.evaluation.perplexity import Perplexity, perplexity
 from come.evaluation.zero_shot import TaskSet, ZeroShot, zero_shot
-from come.files import cache_folder, write_text
+from come.files import cache_folder, package_hash, write_text
 from come.text.windows import TokenWindows
 
 
@@ -61,7 +61,7 @@ def evaluate_dense(
     texts: Mapping[str, TokenWindows],
     tasks: TaskSet | None = None,
     *,
-    fingerprint: str,
+    identity: str,
     dtype: torch.dtype,
     device: torch.device,
     batch_tokens: int,
@@ -74,7 +74,7 @@ def evaluate_dense(
         tokenizer: its tokenizer.
         texts: held-out windows by name.
         tasks: zero-shot tasks.
-        fingerprint: of the dense model's files.
+        identity: of the dense model's files, the tokenizer's among them.
         dtype: dtype that it runs in.
         device: device that it runs on.
         batch_tokens: tokens of one forward pass.
@@ -84,12 +84,13 @@ def evaluate_dense(
         return Evaluation()
     key = json.dumps(
         [
-            fingerprint,
+            identity,
             str(dtype),
             {name: text.hash for name, text in texts.items()},
             [PROMPTS, new_tokens],
             device.type,
-            [torch.__version__, transformers.__version__],
+            [torch.__version__, transformers.__version__, package_hash()],
+            batch_tokens,
             [tasks.identity, tasks.batch_size] if tasks else None,
         ]
     )
@@ -101,7 +102,7 @@ def evaluate_dense(
             measured = evaluate(
                 load(), tokenizer, texts, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens
             )
-            write_text(path, json.dumps(asdict(measured)))
+            write_text(path, json.dumps(asdict(measured), allow_nan=False))
     return _read(path)
 
 

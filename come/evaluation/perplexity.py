@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from come.models.adapter import ModelAdapter
 from come.models.loss import window_nll
+from come.text.windows import check_token_ids
 
 CONFIDENCE = 0.95
 
@@ -71,7 +73,11 @@ def perplexity(
         windows: token ids, windows that do not overlap.
         batch_tokens: tokens of one forward pass; at least one window goes.
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: a token without a row in the embedding, or a loss that is not finite.
     """
+    check_token_ids(windows, model.get_input_embeddings().weight.shape[0], "the text")
     adapter = ModelAdapter(model)
     device = adapter.device
     decoder = model.get_submodule(adapter.architecture.decoder)
@@ -90,16 +96,31 @@ def perplexity(
             ids = batch.to(device)
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             nll += (window_nll(head, states, ids) / (seq - 1)).tolist()
+            if not all(map(math.isfinite, nll[-len(batch) :])):
+                raise ValueError(
+                    f"perplexity: a loss of windows {len(nll) - len(batch) + 1} to {len(nll)} is "
+                    f"not finite; the model's predictions overflow in {model.dtype}: try "
+                    "model.dtype=float32 or bfloat16"
+                )
             bar.update(len(batch))
     return Perplexity(tuple(nll), windows.numel(), len(windows) * (seq - 1))
 
 
 def _exp_interval(values: Sequence[float]) -> Interval:
-    """Exp of a mean with Student's t interval; infinitely wide for a single value."""
+    """Exp of a mean with Student's t interval, which is taken before exp.
+
+    A finite end beyond the largest float is the largest float; a single value's interval is
+    unbounded.
+    """
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
-        return Interval(math.exp(mean), 0.0, math.inf)
+        return Interval(_exp(mean), 0.0, math.inf)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
-    return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half))
+
+
+def _exp(value: float) -> float:
+    """Exp, at most the largest float."""
+    return math.exp(value) if value < math.log(sys.float_info.max) else sys.float_info.max

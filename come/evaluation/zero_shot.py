@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from come.errors import one_line
 from come.files import file_hash
+from come.text.windows import check_token_ids
 
 # The harness takes seconds to import, so it is imported where it is used.
 
@@ -34,6 +41,7 @@ class TaskSet:
         limit: only the first so many documents of each; None for all.
         batch_size: sequences of one forward pass.
         loaded: the harness's tasks and groups.
+        tasks: the tasks alone, by name.
         members: the tasks behind each name.
         manager: the harness's index of them.
         identity: hash of what determines the documents and prompts.
@@ -43,6 +51,7 @@ class TaskSet:
     limit: int | None
     batch_size: int
     loaded: list[Any]
+    tasks: dict[str, Any]
     members: dict[str, list[str]]
     manager: Any
     identity: str
@@ -54,14 +63,17 @@ class ZeroShot:
 
     Attributes:
         metrics: of every task its metrics by name, and "METRIC_stderr" of each.
-        scores: of every task the metric that counts, a number for every document in their order.
+        scores: of every task the metric that counts, a number for every document in their order;
+            None where that metric is not a mean over documents (a correlation, F1, BLEU).
+        documents: of every task how many.
         values: of every task or group that was asked for the metric that counts; of a group the
             harness's own aggregate, or the mean over its tasks.
         members: the tasks behind each of those.
     """
 
     metrics: dict[str, dict[str, float]]
-    scores: dict[str, list[float]]
+    scores: dict[str, list[float] | None]
+    documents: dict[str, int]
     values: dict[str, float]
     members: dict[str, list[str]]
 
@@ -117,6 +129,7 @@ def load_tasks(
         if not set(names) <= set(manager.all_tasks):
             manager = TaskManager(include_path=own)
     loaded: list[Any] = []
+    tasks: dict[str, Any] = {}
     members: dict[str, list[str]] = {}
     for name in names:
         if name not in manager.all_tasks:
@@ -128,10 +141,10 @@ def load_tasks(
             with _quiet():
                 found = manager.load([name])
         except Exception as error:  # datasets raises errors of many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
-                f"eval.tasks has {name!r}: its documents cannot be read ({reason}); tasks of the "
-                "hub need network, local ones files that are there (eval.include_path=FOLDER)"
+                f"eval.tasks has {name!r}: its documents cannot be read ({one_line(error)}); tasks "
+                "of the hub need network, local ones files that are there "
+                "(eval.include_path=FOLDER)"
             ) from error
         for task, built in found["tasks"].items():
             if built.get_config("output_type") == "loglikelihood_rolling":
@@ -142,11 +155,13 @@ def load_tasks(
         group = found["groups"].get(name)
         loaded += [group] if group is not None else list(found["tasks"].values())
         members[name] = list(found["tasks"])
+        tasks |= found["tasks"]
     return TaskSet(
         list(names),
         limit,
         batch_size,
         loaded,
+        tasks,
         members,
         manager,
         tasks_identity(names, include_path, limit),
@@ -165,10 +180,18 @@ def zero_shot(
         model: the model.
         tokenizer: its tokenizer.
         tasks: from `load_tasks`.
+
+    Raises:
+        ValueError: see `check_tokens`; or predictions or metrics that are not finite.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    rows = model.get_input_embeddings().weight.shape[0]
+    check_tokens(tasks, tokenizer, rows)
+    tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a padding token
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token_id = _prefix(tokenizer)
     with _quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size)
         if not sys.stderr.isatty():  # a line for every step of a bar fills a job's log
@@ -184,19 +207,82 @@ def zero_shot(
             log_samples=True,
         )
     assert found is not None
-    metrics, scores = {}, {}
+    metrics: dict[str, dict[str, float]] = {}
+    scores: dict[str, list[float] | None] = {}
+    documents: dict[str, int] = {}
     for name, samples in found["samples"].items():
+        _check_answers(name, samples, model)
         metrics[name] = _plain(found["results"][name])
         counts = headline(metrics[name])
+        if not math.isfinite(metrics[name][counts]):
+            raise ValueError(f"zero-shot: {counts} of {name} is not finite")
         only = samples[0].get("filter")  # of several filters the first counts
         ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
-        scores[name] = [float(sample[counts]) for sample in ordered]
+        documents[name] = len(ordered)
+        scores[name] = _scores([sample[counts] for sample in ordered], metrics[name][counts])
     values = {}
     for name, members in tasks.members.items():
         whole = _plain(found["results"].get(name, {}))
         own = [metrics[task][headline(metrics[task])] for task in members]
         values[name] = whole[headline(whole)] if whole else sum(own) / len(own)
-    return ZeroShot(metrics, scores, values, tasks.members)
+    return ZeroShot(metrics, scores, documents, values, tasks.members)
+
+
+def check_tokens(tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Checks that the model can read what the harness will give it, before anything is loaded.
+
+    Args:
+        tasks: from `load_tasks`.
+        tokenizer: the model's tokenizer.
+        rows: rows of the model's embedding.
+
+    Raises:
+        ValueError: no begin or end token, which the harness puts where a prompt is empty, or one
+            without a row in the embedding; or another token of a prompt without a row.
+    """
+    prefix = _prefix(tokenizer)
+    if prefix is None or prefix >= rows:
+        found = "has neither" if prefix is None else f"has one with id {prefix} (rows: {rows})"
+        raise ValueError(
+            f"eval.tasks={','.join(tasks.names)}: the harness needs a begin or end token that the "
+            f"model's embedding has a row for, and the tokenizer {found}; name one as bos_token or "
+            "eos_token in tokenizer_config.json, or measure with eval=perplexity"
+        )
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    for name, task in tasks.tasks.items():  # some token has no row: does a prompt have it?
+        with _quiet():
+            task.build_all_requests(limit=tasks.limit, rank=0, world_size=1)
+        words = [word for i in task.instances for word in i.args if isinstance(word, str) and word]
+        ids = [i for word in words for i in tokenizer(word, add_special_tokens=False)["input_ids"]]
+        check_token_ids(torch.tensor([ids]), rows, f"eval.tasks: a prompt of {name}", tokenizer)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    begin = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if begin is None else begin
+
+
+def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> None:
+    """Checks that log-likelihoods are numbers: of an answer that is not one, any would win."""
+    for sample in samples:
+        for answers in sample["resps"]:
+            for answer in answers:
+                first = answer[0] if isinstance(answer, tuple | list) and answer else answer
+                if isinstance(first, float) and math.isnan(first):
+                    raise ValueError(
+                        f"zero-shot: a log-likelihood of {name} is not a number; the model's "
+                        f"predictions overflow in {model.dtype}: try model.dtype=float32 or "
+                        "bfloat16"
+                    )
+
+
+def _scores(values: Sequence[Any], metric: float) -> list[float] | None:
+    """One number for each document, or None unless the metric is the mean of such numbers."""
+    if not all(isinstance(value, Real | np.bool_) for value in values):
+        return None
+    scores = [float(value) for value in values]
+    return scores if math.isclose(sum(scores) / len(scores), metric, abs_tol=1e-6) else None
 
 
 def _by_content(name: re.Match[str]) -> str:
@@ -212,9 +298,14 @@ def _plain(result: Mapping[str, Any]) -> dict[str, float]:
     """Metrics by plain names, of several filters the first: "acc_stderr,none" -> "acc_stderr"."""
     plain: dict[str, float] = {}
     for key, value in result.items():
-        if "," in key and isinstance(value, int | float):
+        if "," in key and isinstance(value, int | float) and not _is_lost(key, value):
             plain.setdefault(key.partition(",")[0], float(value))
     return plain
+
+
+def _is_lost(key: str, value: float) -> bool:
+    """Whether this is a standard error that the harness has no number for, as of one document."""
+    return "_stderr," in key and not math.isfinite(value)
 
 
 @contextmanager

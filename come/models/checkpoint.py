@@ -6,12 +6,23 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
+from come.models.companions import companions_hash
 from come.models.smollm2 import PACKAGE, converted_checkpoint
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def find_checkpoint(
@@ -39,7 +50,8 @@ def find_checkpoint(
         return folder
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise ValueError(f"model.path={path}: no such folder")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns += ["tokenizer.model*", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
     try:
         return Path(
             snapshot_download(
@@ -49,9 +61,8 @@ def find_checkpoint(
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model {path!r} is neither a folder nor to be had from the hub ({reason}). "
+            f"model {path!r} is neither a folder nor to be had from the hub ({one_line(error)}). "
             "With a copy on disk, set model.path=FOLDER"
         ) from error
 
@@ -60,10 +71,18 @@ def check_checkpoint(folder: Path) -> None:
     """Checks that a folder holds a whole safetensors checkpoint, reading headers only.
 
     Raises:
-        ValueError: no configuration, only pickles, a missing shard, or a damaged file.
+        ValueError: no configuration, only pickles, a missing shard, a damaged file, or an adapter
+            that the loader would put on top.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
+            "merged: put it into the weights first, with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(OTHER) and the tokenizer beside it, or move the adapter's files away"
+        )
     for path in weight_files(folder):
         if not path.is_file():
             raise ValueError(f"checkpoint is incomplete: {path} is missing")
@@ -77,11 +96,16 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; they may be missing.
+    """The safetensors files of a checkpoint that are loaded, in order; they may be missing.
+
+    As in transformers a single file goes before an index of shards.
 
     Raises:
         ValueError: there are none, or only pickles.
     """
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -89,9 +113,6 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"checkpoint is damaged: {index} cannot be read: {error}") from error
         return [folder / name for name in sorted(set(shards))]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
@@ -115,6 +136,34 @@ def fingerprint(folder: Path) -> str:
     for path in weight_files(folder):
         digest.update(f"{path.name} {_cached_hash(path.resolve())}".encode())
     return digest.hexdigest()[:16]
+
+
+def identity(folder: Path) -> str:
+    """Hash of all files of a checkpoint that can change a result, the tokenizer's among them."""
+    return f"{fingerprint(folder)} {companions_hash(folder)}"
+
+
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The floating-point dtype that most of a checkpoint's bytes are in, read from its headers."""
+    sizes: dict[str, int] = {}
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in _DTYPES:
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return _DTYPES[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
+
+
+def stored_tensor(folder: Path, name: str) -> Tensor | None:
+    """A tensor of a checkpoint by the end of its name, or None where there is none."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if key == name or key.endswith(f".{name}"):
+                    return file.get_tensor(key)
+    return None
 
 
 def _cached_hash(path: Path) -> str:

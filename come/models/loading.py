@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,15 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from come.errors import one_line
 from come.models.adapter import UNITS_OF, Block, ModelAdapter
 from come.models.architectures import check_model_type
-from come.models.checkpoint import check_checkpoint, find_checkpoint
+from come.models.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    stored_tensor,
+    weights_dtype,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -31,7 +38,7 @@ class ModelShape:
 
     Attributes:
         config: the configuration.
-        parameters: of the whole model, tied ones once.
+        parameters: of the whole model, those that are tied in the checkpoint once.
         block_parameters: of one decoder layer, and of its attention and its FFN with their norms.
         dtype: dtype that it will be loaded in.
     """
@@ -45,6 +52,11 @@ class ModelShape:
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.config.num_hidden_layers
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
 
     @property
     def weight_bytes(self) -> int:
@@ -81,8 +93,8 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def choose_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
-    """The dtype of a name; "auto" is the checkpoint's own.
+def choose_dtype(dtype: str, config: PretrainedConfig, folder: Path) -> torch.dtype:
+    """The dtype of a name; "auto" is the configuration's, or that of the weights if it has none.
 
     Raises:
         ValueError: an unknown name.
@@ -90,7 +102,9 @@ def choose_dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
     if check_dtype(dtype) != "auto":
         return getattr(torch, dtype)
     own = config.dtype
-    return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32"))
+    if own is None:
+        return weights_dtype(folder)
+    return own if isinstance(own, torch.dtype) else getattr(torch, str(own))
 
 
 def inspect_model(
@@ -111,16 +125,22 @@ def inspect_model(
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the configuration classes raise errors of many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model folder {folder}: bad configuration: {reason}") from error
+        raise ValueError(f"model folder {folder}: bad configuration: {one_line(error)}") from error
     adapter = ModelAdapter(skeleton)
-    skeleton.tie_weights()
+    if skeleton.config.tie_word_embeddings and not _tied(folder):
+        skeleton.config.tie_word_embeddings = False
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                skeleton.config, trust_remote_code=trust_remote_code
+            )
+    else:
+        skeleton.tie_weights()
     sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
     blocks: dict[Block, int] = {
         block: sum(sizes[name] for name in adapter.block_tensors(block)) for block in UNITS_OF
     }
     total = sum(p.numel() for p in skeleton.parameters())
-    return ModelShape(skeleton.config, total, blocks, choose_dtype(dtype, config))
+    return ModelShape(skeleton.config, total, blocks, choose_dtype(dtype, config, folder))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -132,8 +152,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model folder {folder}: no tokenizer can be read: {reason}") from error
+        raise ValueError(
+            f"model folder {folder}: no tokenizer can be read: {one_line(error)}"
+        ) from error
 
 
 def load_weights(
@@ -143,7 +164,8 @@ def load_weights(
 
     Raises:
         ValueError: an incomplete checkpoint, an unsupported architecture, or weights that do not
-            fit the configuration (which the loader itself would fill with random numbers).
+            fit the configuration (which the loader itself would fill with random numbers), or
+            weights that are not finite.
     """
     shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     if not sys.stderr.isatty():
@@ -157,8 +179,9 @@ def load_weights(
             output_loading_info=True,
         )
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model folder {folder}: cannot load its weights: {reason}") from error
+        raise ValueError(
+            f"model folder {folder}: cannot load its weights: {one_line(error)}"
+        ) from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(map(str, info.get(kind) or []))
         if names:
@@ -166,7 +189,28 @@ def load_weights(
                 f"model folder {folder}: its weights do not fit its configuration, "
                 f"{kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)"
             )
+    # As loaded: the loader does not tie a head that the checkpoint has weights of its own for,
+    # and whoever reads this configuration later would.
+    model.config.tie_word_embeddings = shape.config.tie_word_embeddings
+    _check_finite(folder, model)
     return model.to(choose_device(device)).eval()
+
+
+def _tied(folder: Path) -> bool:
+    """Whether a checkpoint whose configuration ties head and embeddings has no other head."""
+    head = stored_tensor(folder, "lm_head.weight")
+    embeddings = stored_tensor(folder, "embed_tokens.weight") if head is not None else None
+    return head is None or embeddings is None or torch.equal(head, embeddings)
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    for name, tensor in model.named_parameters():
+        low, high = torch.aminmax(tensor.detach())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                f"model folder {folder}: the weights {name} are not finite in {tensor.dtype}; the "
+                "checkpoint is damaged, or model.dtype is too narrow for it"
+            )
 
 
 def load_model(

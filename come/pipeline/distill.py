@@ -20,14 +20,13 @@ from come.distill.progress import Progress
 from come.distill.sharding import adopt, asked_to_shard, shard
 from come.distill.trainer import make_accelerator, train
 from come.merging.plan import Plan
-from come.merging.saving import save_model
 from come.models.adapter import ModelAdapter
 from come.models.loading import choose_device
-from come.pipeline.merge import sampling_key
+from come.pipeline.merge import sampling_key, save
 from come.pipeline.prepare import Job
 from come.result import DistillationResult
 from come.settings import Settings
-from come.text.generated import cached, self_generated_windows
+from come.text.generated import cached, self_generated_windows, unused_ids
 from come.text.windows import TokenWindows
 from come.tracking.base import Trackers
 
@@ -138,7 +137,7 @@ def distill(
     if crew.is_main_process:
         told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
         plan = replace(plan, provenance={**plan.provenance, "distillation": told})
-        save_model(model, job.tokenizer, job.folder / "model", plan)
+        save(job, model, "model", plan)
         plan.save(job.folder / "plan.json")
     return model.eval(), plan, result
 
@@ -158,6 +157,7 @@ def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
             seed=seed,
             sampling=how.sampling,
             keep=how.keep,
+            banned=unused_ids(teacher, job.tokenizer),
         ),
     )
 

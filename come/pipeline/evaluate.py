@@ -12,7 +12,7 @@ from come.evaluation.perplexity import Perplexity
 from come.evaluation.speed import Speed, compare_speed
 from come.evaluation.zero_shot import headline
 from come.merging.plan import Plan
-from come.models.checkpoint import fingerprint
+from come.models.checkpoint import identity
 from come.models.loading import load_weights
 from come.pipeline.prepare import Job
 from come.result import (
@@ -45,7 +45,7 @@ def evaluate_depths(
         job.tokenizer,
         job.held_out,
         job.tasks,
-        fingerprint=fingerprint(job.checkpoint),
+        identity=identity(job.checkpoint),
         dtype=job.shape.dtype,
         device=model.device,
         batch_tokens=batch_tokens,
@@ -188,18 +188,19 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
         return None
     tasks: dict[str, TaskResult] = {}
     for name, metrics in own.metrics.items():
-        gap = paired_difference(own.scores[name], reference.scores[name])
+        scores, others = own.scores[name], reference.scores[name]
+        gap = paired_difference(scores, others) if scores and others else None
         tasks[name] = {
-            "documents": len(own.scores[name]),
+            "documents": own.documents[name],
             "metric": headline(metrics),
             "value": own.value(name),
-            "stderr": metrics.get(f"{headline(metrics)}_stderr", 0.0),
+            "stderr": metrics.get(f"{headline(metrics)}_stderr"),
             "metrics": metrics,
-            "scores": own.scores[name],
-            "difference": gap.value,
-            "difference_low": gap.low,
-            "difference_high": gap.high,
-            "mcnemar_p": gap.p,
+            "scores": scores,
+            "difference": own.value(name) - reference.value(name),
+            "difference_low": gap.low if gap else None,
+            "difference_high": gap.high if gap else None,
+            "mcnemar_p": gap.p if gap else None,
         }
     pairs = {
         name: [(own.scores[task], reference.scores[task]) for task in members]
@@ -216,8 +217,17 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
     }
 
 
-def _difference(value: float, groups: list[list[tuple[list[float], list[float]]]]) -> Difference:
-    low, high = mean_difference(groups)
+Pairs = list[tuple[list[float] | None, list[float] | None]]
+"""Scores of the documents of several tasks, the model's and the dense model's; None where a metric
+is not a mean over documents."""
+
+
+def _difference(value: float, groups: list[Pairs]) -> Difference:
+    """A difference with its paired interval, where every task has scores for its documents."""
+    paired = [[(own, its) for own, its in group if own and its] for group in groups]
+    if [len(group) for group in paired] != [len(group) for group in groups]:
+        return {"value": value, "low": None, "high": None}
+    low, high = mean_difference(paired)
     return {"value": value, "low": low, "high": high}
 
 

@@ -17,20 +17,20 @@ from transformers import PreTrainedModel
 
 import come
 from come.cost import compression_cost
-from come.files import write_text
+from come.files import package_hash, write_text
 from come.job import PARTIAL_PLAN, partial_plan
 from come.memory import PeakMemory
 from come.merging.apply import apply
 from come.merging.compress import base_model, compress
 from come.merging.plan import MergeStep, Plan, SolvedTensors
-from come.merging.saving import PLAN, check_cache, save_model
+from come.merging.saving import check_cache, plan_path, save_model
 from come.merging.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
-from come.models.checkpoint import fingerprint
+from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device, load_weights
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
-from come.text.generated import cached, continued_windows, self_generated_windows
+from come.text.generated import cached, continued_windows, self_generated_windows, unused_ids
 from come.text.windows import TokenWindows
 from come.tracking.base import Trackers
 
@@ -85,7 +85,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
             passed = plan.num_layers in method.save_at and plan.num_layers != job.target
             if passed and recipe.nested:
-                save_model(model, job.tokenizer, job.folder / f"model-{plan.num_layers}", plan)
+                save(job, model, f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
             if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
                 partial = replace(partial, finish=SolvedTensors({}))
@@ -117,7 +117,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         elapsed = seconds()
     _check_cache(model)
     plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
-    save_model(model, job.tokenizer, merged, plan)
+    save(job, model, job.merged, plan)
     plan.save(job.folder / "plan.json")
     compression: CompressionResult = {
         "seconds": elapsed,
@@ -133,10 +133,16 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     return model, plan, job, compression
 
 
+def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:
+    """Saves a model as `name` in the job's folder, with the base's files beside its weights."""
+    save_model(model, job.tokenizer, job.folder / name, plan, base=job.checkpoint)
+
+
 def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
     """What determines text that is sampled from the dense model, for the cache."""
     return [
-        fingerprint(job.checkpoint),
+        identity(job.checkpoint),
+        package_hash(),
         str(model.dtype),
         model.device.type,
         str(job.settings.calibration.sampling),
@@ -153,6 +159,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep]
     continued = [given.hash if given else None, settings.continued, settings.begin]
     key = sampling_key(job, model, [*sizes, *continued])
+    banned = unused_ids(model, job.tokenizer)
 
     def make() -> TokenWindows:
         if given is None:
@@ -163,6 +170,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
                 seed=settings.seed,
                 sampling=settings.sampling,
                 keep=settings.keep,
+                banned=banned,
             )
         return continued_windows(
             model,
@@ -171,6 +179,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
             begin=settings.begin,
             seed=settings.seed,
             sampling=settings.sampling,
+            banned=banned,
         )
 
     return cached(key, make)
@@ -198,14 +207,14 @@ def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
 def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     """A model that was merged before, with its plan, and what merging it cost if this job did."""
     model = load_weights(folder, dtype=job.settings.model.dtype, device=job.settings.model.device)
-    plan, cost = Plan.load(folder / PLAN), job.folder / COST
+    plan, cost = Plan.load(plan_path(folder)), job.folder / COST
     log.info("merged before, %d layers: %s", plan.num_layers, folder)
     compression = _no_cost(job, len(plan.steps))
     if job.start is None and cost.is_file():
         compression = json.loads(cost.read_text())
     if job.start is not None:
         plan = replace(plan, provenance={**plan.provenance, "job": job.hash})
-        save_model(model, job.tokenizer, job.folder / job.merged, plan)
+        save(job, model, job.merged, plan)
         plan.save(job.folder / "plan.json")
     return model, plan, job, compression
 
@@ -229,13 +238,13 @@ def _compress_apart(job: Job) -> None:
             store=settings.calibration.store,
             folder=job.folder,
         )
-        save_model(model, job.tokenizer, folder, plan)
+        save(job, model, folder.name, plan)
         del model
 
 
 def _made_by(job: Job, folder: Path) -> bool:
     """Whether an earlier session of the same job left the whole model in this folder."""
-    path = folder / PLAN
+    path = plan_path(folder)
     return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
 
 
@@ -262,9 +271,7 @@ def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
     for depth in job.settings.merge.save_at:
         if depth != job.target:
             shallow = plan.truncated(depth)
-            save_model(
-                apply(shallow, job.load()), job.tokenizer, job.folder / f"model-{depth}", shallow
-            )
+            save(job, apply(shallow, job.load()), f"model-{depth}", shallow)
     return plan
 
 

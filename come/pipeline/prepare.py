@@ -10,19 +10,25 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.cost import compression_cost
-from come.evaluation.zero_shot import TaskSet, load_tasks
+from come.evaluation.continuations import PROMPTS
+from come.evaluation.zero_shot import TaskSet, check_tokens, load_tasks
 from come.files import check_replaceable
 from come.job import check_folder, find_run
 from come.merging.plan import Plan
 from come.merging.reach import check_target, layers_for_sparsity
 from come.merging.recipe import groups_target
-from come.merging.saving import PLAN
+from come.merging.saving import MARKS, plan_path
 from come.merging.schedules.base import SCHEDULES
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.settings import DEFAULT_SPARSITY, Settings
 from come.text.base import TextSource
-from come.text.windows import TokenWindows, calibration_windows, evaluation_windows
+from come.text.windows import (
+    TokenWindows,
+    calibration_windows,
+    check_token_ids,
+    evaluation_windows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +102,11 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             tokenizer,
             plan=None,
             calibration=None,
-            tasks=_tasks(settings),
+            tasks=_tasks(settings, shape, tokenizer),
             held_out=_held_out(settings, shape, tokenizer, []),
         )
     start = find_run(settings.from_run) if settings.from_run is not None else None
-    given = str(start / PLAN) if start else merge.plan
+    given = str(plan_path(start)) if start else merge.plan
     plan = Plan.load(Path(given)) if given is not None else None
     if plan is not None:
         _check_plan(plan, str(given), shape, checkpoint)
@@ -139,10 +145,10 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"model.path={source.path} is where the result would be written; "
                 "choose another hydra.run.dir"
             )
-        check_replaceable(folder / output, PLAN)
+        check_replaceable(folder / output, MARKS)
 
-    tasks = _tasks(settings)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
+    tasks = _tasks(settings, shape, tokenizer)
     calibration = None
     known = None if settings.calibration.self_generated else settings.calibration.text_source()
     text = known if plan is None else None
@@ -157,6 +163,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             seq_len=settings.calibration.seq_len,
             seed=settings.calibration.seed,
             held_out=list(settings.eval.texts().values()),
+        )
+        check_token_ids(
+            calibration.windows,
+            shape.vocabulary,
+            f"calibration text {calibration.source}",
+            tokenizer,
         )
         log.info(
             "calibration: %s, %d tokens in hand, %d asked for%s",
@@ -178,22 +190,26 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         plan,
         calibration,
         held_out,
-        _training(settings, tokenizer),
+        _training(settings, shape, tokenizer),
         tasks,
         start,
     )
 
 
-def _tasks(settings: Settings) -> TaskSet | None:
+def _tasks(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
+) -> TaskSet | None:
     chosen = settings.eval
     if not chosen.tasks:
         return None
-    return load_tasks(
+    tasks = load_tasks(
         chosen.tasks,
         include_path=chosen.include_path,
         limit=chosen.limit,
         batch_size=chosen.task_batch,
     )
+    check_tokens(tasks, tokenizer, shape.vocabulary)
+    return tasks
 
 
 def _held_out(
@@ -207,8 +223,15 @@ def _held_out(
     if chosen.speed:
         _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", chosen.new_tokens + 16, shape)
+    if chosen.continuation_tokens:
+        prompt = max(len(tokenizer(text)["input_ids"]) for text in PROMPTS)
+        _check_length(
+            f"eval.continuation_tokens={chosen.continuation_tokens} after {prompt} of a prompt",
+            prompt + chosen.continuation_tokens,
+            shape,
+        )
     longest = getattr(shape.config, "max_position_embeddings", chosen.seq_len)
-    return {
+    held_out = {
         name: evaluation_windows(
             tokenizer,
             text,
@@ -219,9 +242,14 @@ def _held_out(
         )
         for name, text in chosen.texts().items()
     }
+    for found in held_out.values():
+        check_token_ids(found.windows, shape.vocabulary, f"held-out text {found.source}", tokenizer)
+    return held_out
 
 
-def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWindows | None:
+def _training(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
+) -> TokenWindows | None:
     """Training windows, disjoint from the held-out text; None without, or where they are sampled.
 
     The first of them validate. Merging may have solved for the windows that it was calibrated on,
@@ -253,6 +281,7 @@ def _training(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenWi
             f"{distill.validation_samples} are held out; give more text, or lower that or "
             f"distill.batch_size={distill.batch_size}"
         )
+    check_token_ids(found.windows, shape.vocabulary, f"training text {found.source}", tokenizer)
     return found
 
 
@@ -323,4 +352,5 @@ def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> 
 def _check_length(key: str, tokens: int, shape: ModelShape) -> None:
     longest = getattr(shape.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise ValueError(f"{key}={tokens}: the model reads at most {longest} tokens")
+        shown = key if "=" in key else f"{key}={tokens}"
+        raise ValueError(f"{shown}: the model reads at most {longest} tokens")

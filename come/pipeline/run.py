@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from come.files import write_text
 from come.job import PARTIAL_PLAN, alone, finished_result, job_hash, write_result
 from come.merging.plan import Plan, tensors_path
-from come.merging.saving import PLAN
+from come.merging.saving import plan_path
 from come.models.loading import load_weights
 from come.pipeline.distill import STATES, distill, processes
 from come.pipeline.evaluate import evaluate_depths
@@ -68,7 +68,7 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
         model, plan, distillation = distill(job, model, plan, trackers, crew)
         depths = evaluate_depths(job, model, plan, trackers)
         result = _result(job, plan, compression, distillation, depths)
-        for title, path in write_report(folder, result, plan).items():
+        for title, path in write_report(folder, result, plan, job.checkpoint).items():
             trackers.figure(title, path)
     write_result(folder, cast(dict[str, Any], result))
     _tidy(folder, result)
@@ -96,7 +96,7 @@ def _follow(settings: Settings, folder: Path, name: str, crew: Accelerator) -> R
     crew.wait_for_everyone()
     merged = job.folder / job.merged
     model = load_weights(merged, dtype=job.settings.model.dtype, device=str(crew.device))
-    distill(job, model, Plan.load(merged / PLAN), Trackers(), crew)
+    distill(job, model, Plan.load(plan_path(merged)), Trackers(), crew)
     return cast(Result, {})
 
 

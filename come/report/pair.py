@@ -83,6 +83,10 @@ def _accuracies(own: ZeroShotResult, its: ZeroShotResult) -> Iterator[list[str]]
         if name not in its["tasks"]:
             continue
         mine, theirs = (found["tasks"][name].get("scores", []) for found in (own, its))
+        if mine is None or theirs is None:
+            first, second = own["tasks"][name]["value"], its["tasks"][name]["value"]
+            yield [name, f"{first:.3f}", f"{second:.3f}", f"{first - second:+.3f}", ""]
+            continue
         if not mine or len(mine) != len(theirs):
             raise ValueError(
                 f"{name} was asked {len(mine)} and {len(theirs)} documents (0: by a version that "

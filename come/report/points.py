@@ -23,14 +23,14 @@ class Measured:
     Attributes:
         value: perplexity, an accuracy, or a speed in tokens/s.
         against: perplexity or speed over the dense model's, or accuracy minus the dense model's.
-        low: of the 95% interval of `against`; equal to it where there is none.
+        low: of the 95% interval of `against`; None where there is none.
         high: of the 95% interval of `against`.
     """
 
     value: float
     against: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _tasks(found: Mapping[str, Any]) -> dict[str, Measured]:
     }
 
 
-def _accuracy(value: float, difference: Mapping[str, float]) -> Measured:
+def _accuracy(value: float, difference: Mapping[str, Any]) -> Measured:
     return Measured(value, difference["value"], difference["low"], difference["high"])
 
 

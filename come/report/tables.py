@@ -140,7 +140,7 @@ def _perplexity_cell(found: Sequence[Measured]) -> str:
 def _accuracy_cell(found: Sequence[Measured]) -> str:
     if not found:
         return ""
-    real = len(found) == 1 and (found[0].low > 0 or found[0].high < 0)
+    real = len(found) == 1 and ((found[0].low or 0) > 0 or (found[0].high or 0) < 0)
     gap = _mean([m.against for m in found])
     return f"{_mean([m.value for m in found]):.3f} ({gap:+.3f}{'*' if real else ''})"
 

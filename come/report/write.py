@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from come.cost import megabytes
-from come.distill.base import DISTILL
 from come.evaluation.continuations import PROMPTS
 from come.files import write_text
-from come.merging.plan import Plan, tensors_path
-from come.merging.saving import PLAN
-from come.operators.base import OPERATORS
-from come.refit.base import REFITS
+from come.merging.plan import Plan
+from come.merging.saving import plan_path
+from come.report.card import model_card
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
 from come.result import DepthResult, Difference, Result
@@ -33,8 +29,15 @@ CAPTIONS = {
 }
 
 
-def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
-    """Writes figures, `report.md` and the cards; returns the figures by name."""
+def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[str, Path]:
+    """Writes figures, `report.md` and the cards; returns the figures by name.
+
+    Args:
+        folder: the job's folder.
+        result: what it found.
+        plan: the plan of its last model.
+        base: folder of the base model, whose card is continued.
+    """
     figures = draw_all(folder, result, plan)
     lines = [f"# {result['model']}, {result['method']}", "", *_table(result), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
@@ -47,8 +50,9 @@ def write_report(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     for depth in result["depths"]:
         if depth["folder"]:
-            card = _card(result, depth, Plan.load(folder / depth["folder"] / PLAN))
-            write_text(folder / depth["folder"] / "README.md", str(card))
+            own = folder / depth["folder"]
+            card = model_card(result, depth, Plan.load(plan_path(own)), base)
+            write_text(own / "README.md", str(card))
     return figures
 
 
@@ -153,10 +157,12 @@ def _tasks(depths: list[DepthResult]) -> list[str]:
                     "high": task["difference_high"],
                 }
             )
-            cells = [gap, f"{task['mcnemar_p']:.3f}"] if depth["folder"] else ["", ""]
+            test = "" if task["mcnemar_p"] is None else f"{task['mcnemar_p']:.3f}"
+            error = "" if task["stderr"] is None else f"{task['stderr']:.4f}"
+            cells = [gap, test] if depth["folder"] else ["", ""]
             lines.append(
                 f"| {_place(depth)} | {name}, {task['metric']} | {task['documents']} | "
-                f"{task['value']:.4f} | {task['stderr']:.4f} | {' | '.join(cells)} |"
+                f"{task['value']:.4f} | {error} | {' | '.join(cells)} |"
             )
         whole = depth["zero_shot"]
         rows = {n: (v, whole["differences"][n]) for n, v in whole["values"].items()}
@@ -173,7 +179,9 @@ def _average(depth: DepthResult) -> tuple[float, Difference]:
 
 
 def _gap(gap: Difference) -> str:
-    """A difference with its interval, bold where that leaves out zero."""
+    """A difference with its interval, if any, bold where that leaves out zero."""
+    if gap["low"] is None or gap["high"] is None:
+        return f"{gap['value']:+.3f}"
     text = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
     return f"**{text}**" if gap["low"] > 0 or gap["high"] < 0 else text
 
@@ -189,80 +197,3 @@ def _continuations(depths: list[DepthResult]) -> list[str]:
             lines.append(f"| {depth['layers']} | {text} |")
         lines.append("")
     return lines
-
-
-def _card(result: Result, depth: DepthResult, plan: Plan) -> ModelCard:
-    operator = OPERATORS.get(plan.operator)
-    path = result["settings"]["model"]["path"] or ""
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    data = ModelCardData(
-        base_model=path if is_hub_id and not Path(path).exists() else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["come", "layer-merging", result["method"]],
-    )
-    paper = f" ([arXiv {operator.paper}](https://arxiv.org/abs/{operator.paper}))"
-    found = depth["perplexity"]
-    quality = (
-        f"Perplexity {found['value']:.2f}, {found['ratio']:.3f} times the dense model's, on "
-        f"{found['tokens']} tokens of {result['eval_source']}."
-        if found
-        else "Not evaluated."
-    )
-    calibration = result["calibration"]
-    origin = (
-        f"{calibration['tokens']} tokens of {calibration['source']}"
-        if calibration
-        else "none, a given plan was applied"
-    )
-    what = "layers" if plan.block == "layer" else f"{plan.block} blocks"
-    deed = f"dropping {what}" if operator.drops else f"merging adjacent {what}"
-    if plan.block != "layer":
-        deed += (
-            f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are gone and "
-            "stay in the file as blocks that add nothing, so that any loader takes it"
-        )
-    healing, files = _healing(plan)
-    rebuilt = "the merged" if "distillation" in plan.provenance else "these"
-    rebuilt += " weights"
-    text = f"""---
-{data.to_yaml()}
----
-
-# {result["model"]}, {depth["layers"]} {what}
-
-{result["model"]}, a model of {plan.base.num_layers} layers, compressed by
-{depth["sparsity"]:.1%} of its parameters by {deed}: method
-`{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
-`{plan.norms}`. {healing} It is an ordinary checkpoint of the same architecture and loads with
-`AutoModelForCausalLM.from_pretrained`.
-
-{quality}
-
-Calibration: {origin}.
-
-Merge history (original layers behind every layer): `{plan.history}`
-
-Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} bit for bit.
-The licence is that of the base model.
-"""
-    return ModelCard(text)
-
-
-def _healing(plan: Plan) -> tuple[str, str]:
-    """How the merged layers were repaired, and the files that hold the plan."""
-    if trained := plan.provenance.get("distillation"):
-        method = DISTILL.get(trained["method"])
-        return (
-            f"Then trained: `{method.name}` ({method.source}) on {trained['tokens']} tokens of "
-            f"{trained['source']}, {trained['trained_parameters']} parameters.",
-            f"`{PLAN}`",
-        )
-    name = plan.provenance.get("recipe", {}).get("refit", "none")
-    solved = bool(plan.finish.hashes) or any(step.solved.hashes for step in plan.steps)
-    files = f"`{PLAN}`" + (f" and `{tensors_path(Path(PLAN))}`" if solved else "")
-    if name not in REFITS.names() or not REFITS.get(name).active:
-        return "No training.", files
-    refit = REFITS.get(name)
-    trained = "Gradient steps were taken" if refit.batchwise else "No training"
-    return f"Refit `{name}`: {refit.source}. {trained}.", files

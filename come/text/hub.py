@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from come.errors import one_line
 from come.files import file_hash
 from come.text.base import TEXT, TextSource
+from come.text.rows import Document, row_document
 
 
 @TEXT.register
@@ -22,8 +24,8 @@ class Hub(TextSource):
         subset: configuration of the dataset.
         split: its split.
         revision: branch, tag or commit.
-        field: field of the text; several fields of a row are named with "+" between them, and
-            joined by newlines.
+        field: field of the text, or of the chat; several fields of a row are named with "+"
+            between them, and joined by newlines.
         data_files: files for a builder.
     """
 
@@ -46,7 +48,7 @@ class Hub(TextSource):
         self.subset = subset
         self.split = split or "train"
         self.revision = revision
-        self.fields = (field or "text").split("+")
+        self.field = field or "text"
         self.data_files = data_files
 
     @property
@@ -54,12 +56,21 @@ class Hub(TextSource):
         """Dataset, subset, split, revision and fields; of a local file its content."""
         file = Path(self.data_files or "")
         files = file_hash(file) if self.data_files and file.is_file() else self.data_files
-        fields = "+".join(self.fields)
-        parts = (self.dataset, self.subset, self.split, self.revision, fields, files)
+        parts = (self.dataset, self.subset, self.split, self.revision, self.field, files)
         return " ".join(str(part) for part in parts if part)
 
-    def documents(self) -> Iterator[str]:
-        """The text of every row, in order."""
+    def documents(self) -> Iterator[Document]:
+        """The text or chat of every row, in order."""
+        for row in self._rows():
+            try:
+                yield row_document(row, self.field)
+            except ValueError as error:
+                raise ValueError(
+                    f"dataset {self.identity}: {error}; calibration.field or eval.field names the "
+                    "field of the text"
+                ) from error
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
         from datasets import load_dataset
 
         try:
@@ -71,18 +82,10 @@ class Hub(TextSource):
                 data_files=self.data_files,
                 streaming=True,
             )
-            for row in rows:
-                yield self._text(row)
+            yield from rows
         except (OSError, RuntimeError, ConnectionError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
-                f"dataset {self.identity} cannot be read: {reason}. Without network take "
+                f"dataset {self.identity} cannot be read: {one_line(error)}. Without network take "
                 "calibration=pydocs, or a file of your own: calibration=text_file "
                 "calibration.path=FILE"
             ) from error
-
-    def _text(self, row: Mapping[str, Any]) -> str:
-        for field in self.fields:
-            if field not in row:
-                raise ValueError(f"no field {field!r} in a row; there are {', '.join(row)}")
-        return "\n".join(str(row[field]) for field in self.fields if row[field])

@@ -6,20 +6,23 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from come.files import file_hash
 from come.text.base import TEXT, TextSource
+from come.text.rows import Document, row_document
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 @TEXT.register
 class TextFile(TextSource):
-    """Text from a `.txt` file (one document), or from a field of `.jsonl` or `.parquet` rows.
+    """Text from a `.txt` file (one document), or from fields of `.jsonl` or `.parquet` rows.
 
     Args:
         path: the file.
-        field: the field that holds the text of a row.
+        field: the field that holds the text, or the chat, of a row; several are named with "+"
+            between them, and joined by newlines.
     """
 
     name = "text_file"
@@ -52,28 +55,39 @@ class TextFile(TextSource):
         if self.path.stat().st_size == 0:
             raise ValueError(f"text file {self.path} is empty")
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """The file's documents, in order."""
         self.check()
         try:
             if self.path.suffix == ".txt":
                 yield self.path.read_text(encoding="utf-8")
             elif self.path.suffix == ".jsonl":
-                with open(self.path, encoding="utf-8") as file:
-                    for line in file:
-                        if line.strip():
-                            yield str(json.loads(line)[self.field] or "")
+                yield from map(self._document, self._json_rows())
             else:
-                yield from self._parquet()
-        except KeyError as error:
-            raise ValueError(
-                f"text file {self.path} has a row without the field {error}; set calibration.field "
-                "or eval.field to the one that holds the text"
-            ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+                yield from filter(None, map(self._document, self._parquet_rows()))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"text file {self.path} cannot be read: {error}") from error
 
-    def _parquet(self) -> Iterator[str]:
+    def _document(self, row: Any) -> Document:
+        if not isinstance(row, dict):
+            raise ValueError(  # noqa: TRY004 - the file's fault, not the caller's
+                f"text file {self.path} cannot be read: a line is no JSON object"
+            )
+        try:
+            return row_document(row, self.field)
+        except ValueError as error:
+            raise ValueError(
+                f"text file {self.path}: {error}; calibration.field or eval.field names the field "
+                "of the text"
+            ) from error
+
+    def _json_rows(self) -> Iterator[Any]:
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                if line.strip():
+                    yield json.loads(line)
+
+    def _parquet_rows(self) -> Iterator[Any]:
         from pyarrow import ArrowInvalid, parquet
 
         try:
@@ -81,7 +95,6 @@ class TextFile(TextSource):
             names = table.schema_arrow.names
         except ArrowInvalid as error:
             raise ValueError(f"text file {self.path} is not parquet: {error}") from error
-        if self.field not in names:
-            raise KeyError(self.field)
-        for batch in table.iter_batches(columns=[self.field]):
-            yield from (str(text) for text in batch.column(0).to_pylist() if text)
+        own = [name for name in names if name in (self.field, *self.field.split("+"))]
+        for batch in table.iter_batches(columns=own or names):
+            yield from batch.to_pylist()

@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from come.text.base import TextSource
+from come.text.rows import document_text
 
 CALIBRATION_PART = (0.0, 0.6)
 EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
 _POOL_CHARS = 2_000_000
 _CHARS_PER_TOKEN = 16  # more than any tokenizer's
+_LINE_REACH = 20_000  # characters in which a cut looks for the end of its line
+_WORD_REACH = 1_000  # and, in a longer line, for the end of its word
 _DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
 
 
@@ -49,38 +52,55 @@ class TokenWindows:
         return digest.hexdigest()[:16]
 
 
-def corpus_text(source: TextSource, max_chars: int | None = None) -> str:
-    """The documents of a source joined by blank lines, cut at a line end behind `max_chars`.
+def corpus_text(
+    source: TextSource,
+    max_chars: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """The documents of a source joined by blank lines, cut at a line end after `max_chars`.
+
+    Args:
+        source: the corpus.
+        max_chars: characters after which nothing more is read; None for all.
+        tokenizer: its chat template renders documents that are chats.
 
     Raises:
-        ValueError: the source cannot be read or holds no text.
+        ValueError: the source cannot be read or holds no text, or a chat without a template.
     """
     documents: list[str] = []
     length = 0
     for document in source.documents():
-        documents.append(document)
-        length += len(document)
+        documents.append(document_text(document, tokenizer))
+        length += len(documents[-1])
         if max_chars is not None and length >= max_chars:
             break
     text = "\n\n".join(documents)
-    if max_chars is not None and len(text) > max_chars:
-        end = text.find("\n", max_chars)
-        text = text[: end + 1] if end >= 0 else text
+    if max_chars is not None:
+        text = text[: _cut(text, max_chars)]
     if not text.strip():
         raise ValueError(f"{source.name} ({source.identity}) holds no text")
     return text
 
 
 def text_part(text: str, part: tuple[float, float]) -> str:
-    """The part of a text between two shares of its length, cut at line ends."""
+    """The part of a text between two shares of its length, cut at line ends.
 
-    def cut(share: float) -> int:
-        if share in (0.0, 1.0):
-            return int(share * len(text))
-        end = text.find("\n", int(share * len(text)))
-        return len(text) if end < 0 else end + 1
+    Lines that are too long for that, as of a text on one line, are cut after a word.
+    """
+    begin, end = (
+        int(share * len(text)) if share in (0.0, 1.0) else _cut(text, int(share * len(text)))
+        for share in part
+    )
+    return text[begin:end]
 
-    return text[cut(part[0]) : cut(part[1])]
+
+def _cut(text: str, position: int) -> int:
+    """Where to cut a text from `position` on: after its line, or else after its word."""
+    for sign, reach in (("\n", _LINE_REACH), (" ", _WORD_REACH)):
+        end = text.find(sign, position, position + reach)
+        if end >= 0:
+            return end + 1
+    return min(position, len(text))
 
 
 def without_lines_of(text: str, held_out: str) -> tuple[str, int]:
@@ -125,12 +145,12 @@ def calibration_windows(
         ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
     """
     asked = num_samples * seq_len
-    text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked))
+    text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked), tokenizer)
     if source.always_split or any(_same(source, other) for other in held_out):
         text = text_part(text, CALIBRATION_PART)
     removed = 0
     for other in held_out:
-        text, lines = without_lines_of(text, _evaluation_text(other, source))
+        text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source))
         removed += lines
     tokens = tokenize(tokenizer, text, special=False)
     available = len(tokens) // seq_len
@@ -176,7 +196,7 @@ def evaluation_windows(
             f"{key}.part={list(source.part)}: calibration or training draws from the first "
             f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
         )
-    text = _evaluation_text(source, *others)
+    text = _evaluation_text(source, tokenizer, *others)
     if max_tokens:  # a large corpus is not tokenised for its first tokens
         text = text[: _CHARS_PER_TOKEN * max_tokens]
     tokens = tokenize(tokenizer, text, special=True)
@@ -200,12 +220,43 @@ def tokenize(
     return torch.tensor(ids, dtype=torch.long)
 
 
+def check_token_ids(
+    windows: Int[Tensor, "windows seq"],
+    rows: int,
+    what: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Checks that the model's embedding has a row for every token.
+
+    Args:
+        windows: token ids.
+        rows: rows of the embedding.
+        what: what the tokens are of, for the error.
+        tokenizer: names the token in the error.
+
+    Raises:
+        ValueError: a token without a row, as where tokens were added to a tokenizer and the model
+            was not resized.
+    """
+    largest = int(windows.max())
+    if largest >= rows or int(windows.min()) < 0:
+        name = f" {tokenizer.convert_ids_to_tokens(largest)!r}" if tokenizer else ""
+        raise ValueError(
+            f"{what} has the token{name} with id {largest}, and the model's embedding has {rows} "
+            f"rows (ids 0 to {rows - 1}): the tokenizer has tokens that the model was not resized "
+            "for. Remove the token from the text or the tokenizer, or resize the model "
+            "(resize_token_embeddings)"
+        )
+
+
 def _same(source: TextSource, other: TextSource) -> bool:
     return other.identity == source.identity
 
 
-def _evaluation_text(source: TextSource, *others: TextSource) -> str:
-    text = corpus_text(source)
+def _evaluation_text(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, *others: TextSource
+) -> str:
+    text = corpus_text(source, tokenizer=tokenizer)
     part = source.part or (EVALUATION_PART if _shared(source, *others) else None)
     return text_part(text, part) if part else text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,12 @@ class JSONL:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Appends the metrics with the time in seconds since the epoch."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
+        """Appends the metrics with the time in seconds since the epoch.
+
+        A number that is not finite, for which JSON has no form, becomes null.
+        """
+        finite = {key: _finite(value) for key, value in metrics.items()}
+        self._file.write(json.dumps({"time": round(time.time(), 3), **finite}) + "\n")
         self._file.flush()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -51,6 +56,10 @@ class JSONL:
     def finish(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Trackers:

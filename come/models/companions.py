@@ -1,0 +1,109 @@
+"""The files beside a checkpoint's weights and configuration: tokenizer, templates, generation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from come.files import file_hash
+
+TOKENIZER = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+GENERATION = "generation_config.json"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
+_CODE = "auto_map"  # where a configuration names Python files of the repository
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that a tokenizer may be read from, relative to `folder`, sorted."""
+    return _matching(folder, TOKENIZER)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Every file of a checkpoint that a copy needs beside weights and configuration.
+
+    Tokenizer, chat templates, generation configuration, licence, and the repository's Python files
+    where a configuration names some; relative to `folder`, sorted.
+    """
+    patterns = [*TOKENIZER, GENERATION, *LICENCES]
+    if _names_code(folder / "config.json") or _names_code(folder / "tokenizer_config.json"):
+        patterns.append("*.py")
+    return _matching(folder, patterns)
+
+
+def companions_hash(folder: Path) -> str:
+    """Hash of the content of all companion files and their names: equal for copies."""
+    digest = hashlib.sha256()
+    for name in companion_files(folder):
+        digest.update(f"{name.as_posix()} {file_hash(folder / name)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the companion files byte for byte.
+
+    A `generation_config.json` that only `folder` has is removed: readers then take the defaults
+    that they take for the source.
+    """
+    (folder / GENERATION).unlink(missing_ok=True)
+    for name in companion_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def without_missing_code(values: dict[str, object], folder: Path) -> dict[str, object]:
+    """A configuration without the `auto_map` entries whose Python files are not in `folder`.
+
+    Entries of the form "USER/NAME--module.Class" name another repository and stay.
+    """
+    entries = values.get(_CODE)
+    if not isinstance(entries, dict):
+        return values
+    kept = {key: value for key, value in entries.items() if _is_there(value, folder)}
+    rest = {key: value for key, value in values.items() if key != _CODE}
+    return rest | ({_CODE: kept} if kept else {})
+
+
+def _is_there(reference: object, folder: Path) -> bool:
+    names = reference if isinstance(reference, list) else [reference]
+    modules = [str(name).rpartition(".")[0] for name in names if name]
+    return all("--" in module or (folder / f"{module}.py").is_file() for module in modules)
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get(_CODE))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _matching(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
+    """Files of `folder`, or one folder below, whose relative path fits a pattern; no weights."""
+    found = [path.relative_to(folder) for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return sorted(
+        name
+        for name in found
+        if name.suffix not in _WEIGHTS
+        and any(
+            fnmatch(name.as_posix(), pattern) and name.as_posix().count("/") == pattern.count("/")
+            for pattern in patterns
+        )
+        and (folder / name).is_file()
+    )

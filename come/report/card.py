@@ -1,0 +1,145 @@
+"""The model card of a compressed model, which continues that of its base."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from come.distill.base import DISTILL
+from come.errors import one_line
+from come.merging.plan import Plan, tensors_path
+from come.merging.saving import PLAN
+from come.models.dialects import TESTED_TRANSFORMERS
+from come.operators.base import OPERATORS
+from come.refit.base import REFITS
+from come.result import DepthResult, Result
+
+log = logging.getLogger(__name__)
+
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> ModelCard:
+    """The card of one saved model.
+
+    Licence and language are those of the base model's card, where it has one. `base_model` is
+    the hub id that the model was loaded by, or `model.base_model`; without either it is left out.
+
+    Args:
+        result: what the job found.
+        depth: the model.
+        plan: its plan.
+        base: folder of the base model.
+    """
+    operator = OPERATORS.get(plan.operator)
+    given = _front_matter(base / "README.md")
+    base_model = _base_model(result)
+    named = given.get("model_name") or (base_model or result["model"]).rpartition("/")[2]
+    data = ModelCardData(
+        base_model=base_model,
+        model_name=f"{named}, {depth['layers']} layers ({result['method']})",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["come", "layer-merging", result["method"]],
+        **{key: given[key] for key in _INHERITED if key in given},
+    )
+    paper = f" ([arXiv {operator.paper}](https://arxiv.org/abs/{operator.paper}))"
+    found = depth["perplexity"]
+    quality = (
+        f"Perplexity {found['value']:.2f}, {found['ratio']:.3f} times the dense model's, on "
+        f"{found['tokens']} tokens of {result['eval_source']}."
+        if found
+        else "Not evaluated."
+    )
+    calibration = result["calibration"]
+    origin = (
+        f"{calibration['tokens']} tokens of {calibration['source']}"
+        if calibration
+        else "none, a given plan was applied"
+    )
+    what = "layers" if plan.block == "layer" else f"{plan.block} blocks"
+    action = f"dropping {what}" if operator.drops else f"merging adjacent {what}"
+    if plan.block != "layer":
+        action += (
+            f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are gone and "
+            "stay in the file as blocks that add nothing, so that any loader takes it"
+        )
+    healing, files = _healing(plan)
+    rebuilt = "the merged" if "distillation" in plan.provenance else "these"
+    origin_name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else named
+    licence = given.get("license_name") or given.get("license")
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {named}, {depth["layers"]} {what}
+
+{origin_name}, a model of {plan.base.num_layers} layers, compressed by
+{depth["sparsity"]:.1%} of its parameters by {action}: method
+`{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
+`{plan.norms}`. {healing}
+
+It is an ordinary checkpoint of the same architecture, with the tokenizer of the base model:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER OR HUB ID", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID")
+```
+
+Written with transformers {result["versions"]["transformers"]}; this form of checkpoint is tested
+with transformers {" and ".join(TESTED_TRANSFORMERS)}.
+
+{quality}
+
+Calibration: {origin}.
+
+Merge history (original layers behind every layer): `{plan.history}`
+
+Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} weights bit for bit.
+The licence is that of the base model{f" ({licence})" if licence else ""}.
+"""
+    return ModelCard(text)
+
+
+def _base_model(result: Result) -> str | None:
+    settings = result["settings"]["model"]
+    path = settings["path"] or ""
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    given: str | None = settings.get("base_model")
+    return given or (path if is_hub_id and not Path(path).exists() else None)
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The metadata of a model card; empty where there is no card, or none that can be read."""
+    try:
+        found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if path.is_file():
+            log.warning("the card of the base model is left out (%s)", one_line(error))
+        return {}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _healing(plan: Plan) -> tuple[str, str]:
+    """How the merged layers were repaired, and the files that hold the plan."""
+    if trained := plan.provenance.get("distillation"):
+        method = DISTILL.get(trained["method"])
+        return (
+            f"Then trained: `{method.name}` ({method.source}) on {trained['tokens']} tokens of "
+            f"{trained['source']}, {trained['trained_parameters']} parameters.",
+            f"`{PLAN}`",
+        )
+    name = plan.provenance.get("recipe", {}).get("refit", "none")
+    solved = bool(plan.finish.hashes) or any(step.solved.hashes for step in plan.steps)
+    files = f"`{PLAN}`" + (f" and `{tensors_path(Path(PLAN)).as_posix()}`" if solved else "")
+    if name not in REFITS.names() or not REFITS.get(name).active:
+        return "No training.", files
+    refit = REFITS.get(name)
+    trained = "Gradient steps were taken" if refit.batchwise else "No training"
+    return f"Refit `{name}`: {refit.source}. {trained}.", files

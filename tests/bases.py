@@ -1,0 +1,148 @@
+"""Small base models as people have them: folders in the form of transformers 4 or 5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import VOCAB, pico
+
+TEXT = "the layers of a model, merged in depth order"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+def byte_level(folder: Path, *, vocabulary: int = VOCAB) -> None:
+    """A byte-level BPE tokenizer, saved by the installed transformers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 20, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def sentencepieces(folder: Path) -> None:
+    """A sentencepiece tokenizer in the form of Llama 2's."""
+    text = folder / "text"
+    text.write_text("\n".join(f"{TEXT} {i}, line {i * i} of the text" for i in range(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    for name in ("text", "tokenizer.vocab"):
+        (folder / name).unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    edit(folder / "special_tokens_map.json", **special)
+    edit(
+        folder / "tokenizer_config.json",
+        **special,
+        tokenizer_class="LlamaTokenizer",
+        add_bos_token=True,
+        add_eos_token=False,
+        legacy=False,
+        model_max_length=512,
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def edit(path: Path, *without: str, **values: Any) -> None:
+    """Changes keys of a JSON file, which need not be there."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {key: value for key, value in found.items() if key not in without}
+    path.write_text(json.dumps(kept | values, indent=2) + "\n")
+
+
+def old_form(folder: Path) -> None:
+    """Brings a folder into the form that transformers 4 writes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", None)
+    if rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.44.0"
+    config["_name_or_path"] = "somebody/base"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = folder / "tokenizer_config.json"
+    if json.loads(tokenizer.read_text())["tokenizer_class"] == "TokenizersBackend":
+        edit(tokenizer, "backend", tokenizer_class="PreTrainedTokenizerFast")
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def saved(
+    folder: Path,
+    family: str,
+    *,
+    tokenizer: Callable[[Path], None] = byte_level,
+    old: bool = False,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    **config: Any,
+) -> Path:
+    """Writes a pico model with its tokenizer; weights vary in every part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer(folder)
+    pico(family, **config).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    if old:
+        old_form(folder)
+    return folder
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "LLaMA tied": lambda path: saved(path, "llama_tied", rope_parameters={
+        "rope_type": "default", "rope_theta": 77000.0}),
+    "LLaMA untied": lambda path: saved(path, "llama_gqa", old=True, rope_parameters={
+        "rope_type": "default", "rope_theta": 77000.0}),
+    "llama3 rope": lambda path: saved(path, "llama_gqa", old=True, rope_parameters=dict(LLAMA3)),
+    "llama3 rope, 5": lambda path: saved(path, "llama_gqa", rope_parameters=dict(LLAMA3)),
+    "yarn": lambda path: saved(path, "llama_tied", rope_parameters=dict(YARN)),
+    "linear": lambda path: saved(path, "llama_gqa", rope_parameters={
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "dynamic": lambda path: saved(path, "llama_gqa", rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 20000.0, "factor": 2.0}),
+    "sentencepiece": lambda path: saved(
+        path, "llama_gqa", tokenizer=sentencepieces, old=True, pad_token_id=None),
+    "Qwen2 bf16 sharded": lambda path: saved(
+        path, "qwen2_gqa", dtype=torch.bfloat16, shard="20KB", old=True),
+    "Mistral": lambda path: saved(path, "mistral_sliding", old=True),
+    "OPT": lambda path: saved(path, "opt", old=True),
+}  # fmt: skip
