@@ -213,7 +213,10 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     assert [sizes[0] - size for size in sizes] == [0, 2 * attention, 4 * attention]
     assert len(model.model.layers) == 24
     silent = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
-    assert sorted({*range(24)} - {*silent}) == Plan.load(folder / "model" / "come" / "plan.json").places
+    assert (
+        sorted({*range(24)} - {*silent})
+        == Plan.load(folder / "model" / "come" / "plan.json").places
+    )
     assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
 
 

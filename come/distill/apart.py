@@ -24,7 +24,7 @@ from come.distill.passes import passed
 from come.distill.progress import Progress
 from come.distill.trainer import make_accelerator, train
 
-Log = Callable[[int, Mapping[str, float]], None]
+Log = Callable[[int, Mapping[str, float | int]], None]
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def _train_one(
     job: str,
     *,
     accelerator: Accelerator,
-    log: Callable[[Mapping[str, float]], None],
+    log: Callable[[Mapping[str, float | int]], None],
     progress_bar: bool = True,
 ) -> tuple[Progress, dict[str, Tensor]]:
     """One layer's training, between two boundaries of all windows; validation ones come last."""

@@ -51,7 +51,7 @@ def train(
     accelerator: Accelerator,
     folder: Path,
     job: str,
-    log: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+    log: Callable[[Mapping[str, float | int]], None] = lambda metrics: None,
     progress_bar: bool = True,
     name: str = "distill",
 ) -> Progress:

@@ -93,7 +93,7 @@ def distill(
         len(validation),
     )  # fmt: skip
 
-    def record(prefix: str, losses: Mapping[str, float]) -> None:
+    def record(prefix: str, losses: Mapping[str, float | int]) -> None:
         trackers.log({f"distill/{prefix}{key}": value for key, value in losses.items()})
 
     if method.apart:

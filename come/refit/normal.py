@@ -145,7 +145,7 @@ def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
     if ratio == "auto":
         return "auto"
     if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf:
-        return ratio
+        return float(ratio)
     raise ValueError(f"{key}={ratio}: must be a number above 0, or auto")
 
 

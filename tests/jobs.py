@@ -1,0 +1,40 @@
+"""Whole jobs in this process: settings composed as on the command line, and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from come.config import CONF, to_settings
+from come.job import job_hash
+from come.pipeline import run
+from come.pipeline.prepare import prepare
+from come.settings import Settings
+from tests.commands import SMALL
+
+ONE_LAYER_LESS = ("merge=come", "merge.target_layers=5")
+
+
+def settings(*overrides: str) -> Settings:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return to_settings(compose("config", overrides=list(overrides)))
+
+
+def job_settings(base: Path, *overrides: str) -> Settings:
+    """Settings of a small job on a model of six layers."""
+    asked = settings("model=local", f'model.path="{base}"', *SMALL, *ONE_LAYER_LESS, *overrides)
+    asked.check()
+    return asked
+
+
+def start(base: Path, folder: Path, *overrides: str) -> Any:
+    """Runs a small job to its end; returns its result."""
+    return run(job_settings(base, *overrides), folder)
+
+
+def before_loading(base: Path, folder: Path, *overrides: str) -> Any:
+    """What a job finds out before any weight is loaded."""
+    asked = job_settings(base, *overrides)
+    return prepare(asked, folder, job_hash(asked))

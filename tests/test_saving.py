@@ -1,0 +1,273 @@
+"""A saved model folder: what is the base's stays the base's, and nothing names what is not there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from come.job import find_run
+from come.merging.apply import apply
+from come.merging.compress import base_model, compress
+from come.merging.plan import Plan
+from come.merging.recipe import Recipe
+from come.merging.saving import plan_path, save_model
+from come.models.adapter import ModelAdapter
+from come.models.companions import companion_files
+from come.models.dialects import both_dialects, tokenizer_for_both
+from come.models.loading import load_model
+from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
+from tests.conftest import VOCAB
+from tests.jobs import start
+
+QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def merged(base, folder, **how):
+    model, tokenizer = load_model(base)
+    windows = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
+    plan = compress(model, windows, Recipe(refit="ridge"), target_layers=5, progress=False)
+    return save_model(model, how.pop("tokenizer", tokenizer), folder, plan, **how)
+
+
+FILES = {
+    "tokenizer.json": b"\xff tokens",
+    "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer",   "odd" : 1}',
+    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
+    "tokenizer.model": b"\x00pieces",
+    "tokenizer.model.v3": b"\x01pieces",
+    "spiece.model": b"\x02",
+    "vocab.json": b"{}",
+    "merges.txt": b"a b",
+    "tekken.json": b"{}",
+    "qwen.tiktoken": b"x",
+    "chat_template.jinja": b"{{ 1 }}",
+    "chat_template.json": b"{}",
+    "additional_chat_templates/tools.jinja": b"{{ 2 }}",
+    "generation_config.json": b'{"temperature": 0.6}',
+    "LICENSE": b"mine",
+    "USE_POLICY.md": b"be good",
+}
+OTHERS = {
+    "README.md": b"card",
+    "optimizer.pt": b"",
+    "trainer_state.json": b"{}",
+    "tokenizer.bin": b"",
+    "notes.txt": b"years of work",
+    "data.jsonl": b"",
+    "modeling_mine.py": b"",
+    "refit.safetensors": b"",
+    "original/tokenizer.model": b"",
+}
+
+
+def test_files_of_the_tokenizer_are_copied_byte_for_byte(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    model, tokenizer = load_model(base)
+    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    for name, content in (FILES | OTHERS).items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(content)
+    folder = save_model(model, tokenizer, tmp_path / "out", plan, base=base)
+    for name, content in FILES.items():
+        assert (folder / name).read_bytes() == content, name
+    for name in OTHERS:
+        assert not (folder / name).exists(), name
+    top = {path.name for path in folder.iterdir()}
+    assert top == {name.partition("/")[0] for name in FILES} | {
+        "come",
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_only_what_the_merge_changed_differs_in_the_configuration(tmp_path):
+    base = saved(tmp_path / "base", "qwen2_gqa", old=True)
+    edit(base / "config.json", "layer_types", "head_dim", attn_pdrop=0.5, mine={"a": [1]})
+    before, after = config(base), config(merged(base, tmp_path / "out"))
+    changed = {key for key in before if after[key] != before[key]}
+    assert changed == {"num_hidden_layers", "max_window_layers"}
+    assert after["num_hidden_layers"] == 5
+    assert set(after) - set(before) == {"layer_types"}  # one entry a layer, which readers count
+    assert after["torch_dtype"] == "float32"
+    assert after["transformers_version"] == "4.44.0"  # some readers mend tokenizers by it
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}])
+def test_rope_parameters_stand_in_both_places(rope):
+    found = both_dialects({"rope_parameters": {"rope_theta": 5.0} | rope, "dtype": "bfloat16"})
+    theta = rope.get("rope_theta", 5.0)
+    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == theta
+    assert found["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
+    assert found["torch_dtype"] == found["dtype"] == "bfloat16"
+    own = {"rope_theta": 7.0, "rope_scaling": None, "torch_dtype": "float16"}
+    assert both_dialects(own) == own
+    kinds = {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}
+    assert both_dialects(kinds) == kinds
+
+
+def test_the_tokenizer_class_of_transformers_5():
+    given = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "x": 1}
+    assert tokenizer_for_both(given) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<a>"],
+        "x": 1,
+    }
+    known = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<a>"]}
+    assert tokenizer_for_both(known) == known
+
+
+def test_a_base_without_generation_configuration_has_none_after(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    (base / "generation_config.json").unlink()
+    assert not (merged(base, tmp_path / "out") / "generation_config.json").exists()
+
+
+def test_code_that_is_not_there_is_not_named(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    auto_map = {
+        "AutoConfig": "configuration_mine.MyConfig",
+        "AutoModel": "somebody/other--modeling.Model",
+    }
+    edit(base / "config.json", auto_map=auto_map)
+    found = config(merged(base, tmp_path / "out"))
+    assert found["auto_map"] == {"AutoModel": "somebody/other--modeling.Model"}
+    (base / "configuration_mine.py").write_text("raise SystemExit('code of a checkpoint has run')")
+    (base / "other.py").write_text("")
+    folder = merged(base, tmp_path / "again")
+    assert config(folder)["auto_map"] == auto_map
+    assert (folder / "configuration_mine.py").is_file()
+    assert (folder / "other.py").is_file()  # it may be imported by the first
+
+
+def test_the_result_loads_with_the_flags_of_the_base_in_a_fresh_folder(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa", tokenizer=sentencepieces, old=True)
+    start(base, tmp_path / "out", *QUICK)
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(tmp_path / "out" / "model", moved)
+    shutil.rmtree(base)
+    shutil.rmtree(tmp_path / "out")
+    for flags in ({}, {"dtype": "auto"}, {"use_safetensors": True}, {"trust_remote_code": False}):
+        assert AutoModelForCausalLM.from_pretrained(moved, **flags).config.num_hidden_layers == 5
+    tokenizer = AutoTokenizer.from_pretrained(moved)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    text = {path.name: path.read_text() for path in moved.glob("*.json")}
+    assert not [name for name, found in text.items() if str(tmp_path) in found]
+
+
+def test_a_tokenizer_that_was_changed_in_memory_is_written(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    _, tokenizer = load_model(base)
+    tokenizer.chat_template = "{{ 'mine' }}"
+    folder = merged(base, tmp_path / "out", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ 'mine' }}"
+    folder = merged(base, tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None
+
+
+def test_a_model_of_no_folder_is_saved_whole(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    model, tokenizer = load_model(base)
+    model.config._name_or_path = ""
+    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    folder = save_model(model, tokenizer, tmp_path / "out", plan)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert config(folder)["rope_theta"] == 10000.0
+    assert config(folder)["torch_dtype"] == "float32"
+
+
+def test_runs_of_earlier_versions_are_read(tmp_path):
+    """Their plan and its tensors lie beside the weights, and the configuration names the plan."""
+    base = saved(tmp_path / "base", "llama_gqa")
+    start(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
+    model = tmp_path / "old" / "model"
+    for path in (model / "come").iterdir():
+        path.rename(model / path.name)
+    (model / "come").rmdir()
+    edit(model / "config.json", come={"plan": "x", "merge_history": [[0]]})
+    plan = Plan.load(plan_path(model))
+    assert plan.num_layers == 5
+    assert find_run(str(tmp_path / "old")) == model
+
+    asked = [f"from_run={tmp_path / 'old'}", "merge=come_plus", "merge.target_layers=null"]
+    result = start(base, tmp_path / "new", *asked, *QUICK)
+    assert result["plan"] == plan.hash
+    again = tmp_path / "new" / "model"
+    assert Plan.load(again / "come" / "plan.json").hash == plan.hash
+    assert "come" not in config(again)
+    rebuilt, tokenizer = load_model(base)
+    apply(Plan.load(model / "plan.json"), rebuilt)
+    assert save_model(rebuilt, tokenizer, model, plan) == model  # replaces the old folder
+    assert sorted(path.name for path in model.glob("*.safetensors")) == ["model.safetensors"]
+    states = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (again, model)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_run_that_kept_no_weights_is_no_start(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    start(base, tmp_path / "out", "merge.refit=ridge", "merge.keep=false", *QUICK)
+    with pytest.raises(ValueError, match="no merged model with its come/plan.json there"):
+        find_run(str(tmp_path / "out"))
+
+
+CARD = """---
+license: other
+license_name: mine
+license_link: LICENSE
+language: [en, de]
+model_name: Base One
+base_model: somebody/older
+tags: [old]
+---
+# Base One
+"""
+
+
+def test_the_card_continues_the_base_models(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    (base / "README.md").write_text(CARD)
+    start(base, tmp_path / "out", "model.base_model=somebody/one", *QUICK)
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    for line in (
+        "base_model: somebody/one",
+        "license: other",
+        "license_name: mine",
+        "- de",
+        "model_name: Base One, 5 layers (come)",
+        'from_pretrained("FOLDER OR HUB ID"',
+        "tested\nwith transformers 4.57 and 5.23",
+        "The licence is that of the base model (mine).",
+    ):
+        assert line in card, line
+    assert "somebody/older" not in card
+
+
+def test_a_card_without_a_base_names_none(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    (base / "README.md").write_text("---\n: [no yaml\n---\n")
+    start(base, tmp_path / "out", *QUICK)
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "base_model" not in card
+    assert "license" not in card.partition("# base")[0]
+    assert "model_name: base, 5 layers (come)" in card
+
+
+@pytest.mark.parametrize("name", list(BASES))
+def test_a_copy_of_the_companions_is_the_bases_tokenizer(name, tmp_path):
+    base = BASES[name](tmp_path / "base")
+    folder = merged(base, tmp_path / "out")
+    for path in companion_files(base):
+        same = (folder / path).read_bytes() == (base / path).read_bytes()
+        old = "TokenizersBackend" not in (base / "tokenizer_config.json").read_text()
+        assert same or (path.name == "tokenizer_config.json" and not old)

@@ -1,0 +1,319 @@
+"""Every setting changes what it should, and nothing that it should not: whole jobs, end to end."""
+
+import hashlib
+import importlib
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from come.distill.base import DISTILL
+from come.evaluation.speed import Speed, Timing
+from come.job import job_hash
+from come.settings import Settings
+from tests.bases import saved
+from tests.jobs import job_settings
+from tests.test_zero_shot import TASK
+
+RUN = importlib.import_module("come.pipeline.run")
+EVALUATE = importlib.import_module("come.pipeline.evaluate")
+
+# What a job leaves, and what follows from what.
+MERGED = {"plan", "weights", "merged nll"}
+PLANNED = {"plan", "weights", "merged nll", "history"}
+TRAINED = {"trained", "trained nll"}
+CURVE = TRAINED | {"curve", "validation"}
+TASKS = {"dense tasks", "merged tasks"}
+NLL = {"dense nll", "merged nll"}
+
+# Where a setting has an effect: overrides of a job that the setting is then changed in.
+COME = ("merge=come",)
+FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # from the front on
+THREE = (*COME, "merge.target_layers=3")
+PAIRS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
+PLUS = ("merge=come_plus", "merge.m=2")
+SAMPLED = (*COME, "calibration=self_generated", "calibration.path=null")
+TRIALS = ("merge=come", "merge.selection=trial_kl", "merge.refit=ridge", "merge.retention=uniform")
+HEAL = (
+    "merge=come",
+    "distill=come_sp",
+    "distill.tokens=256",
+    "distill.seq_len=16",
+    "distill.batch_size=4",
+    "distill.micro_batch=2",
+    "distill.validation_samples=4",
+    "distill.validate_every=2",
+    "distill.checkpoint_every=2",
+)
+SPEED = ("merge=come", "eval.speed=true")
+ASKED = ("merge=come", "eval.include_path={tasks}", "eval.tasks=[a]")
+
+# (where, the setting, what it changes, whether the job has another name)
+CHANGES = [
+    (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
+    (COME, "model.name=other", {"label"}),
+    (COME, "model.base_model=me/mine", set()),
+    (COME, "tracking.project=other", set()),
+    (COME, "calibration.num_samples=7", MERGED),
+    (COME, "calibration.seq_len=17", MERGED),
+    (COME, "calibration.seed=1", PLANNED),
+    (COME, "calibration.path={other}", MERGED),
+    ((*COME, "calibration.begin=4"), "calibration.continued=2", MERGED),
+    ((*COME, "calibration.begin=4", "calibration.continued=2"), "calibration.begin=8", MERGED),
+    (COME, "calibration.store=disk", set()),
+    (SAMPLED, "calibration.temperature=0.5", MERGED),
+    (SAMPLED, "calibration.top_p=0.5", MERGED),
+    (SAMPLED, "calibration.keep=0.5", MERGED),
+    (COME, "merge.operator=average", MERGED),
+    (COME, "merge.sensitivity=magnitude", MERGED),
+    (FRONT, "merge.selection=reverse", MERGED),
+    (COME, "merge.retention=uniform", MERGED),
+    (COME, "merge.schedule=one_shot", set()),  # of one merge there is no order
+    (FRONT, "merge.schedule=one_shot", MERGED),
+    ((*COME, "merge.target_layers=4"), "merge.m=3", PLANNED),
+    (COME, "merge.p=50", MERGED),
+    (COME, "merge.tokens=all", MERGED),
+    (COME, "merge.norms=fold", MERGED),
+    (THREE, "merge.protect_first=1 merge.target_layers=4", {*PLANNED, "layers"}),
+    (COME, "merge.protect_last=3", PLANNED),
+    (COME, "merge.parts=[ffn]", {*MERGED, "history"}),
+    ((*COME, "merge.target_layers=4"), "merge.allow_remerge=true", PLANNED),
+    ((*COME, "merge.target_layers=null"), "merge.groups=[[0,1]]", PLANNED),
+    ((*COME, "merge.sensitivity=random"), "merge.seed=1", MERGED),
+    (COME, "merge.target_layers=4", {*PLANNED, "layers"}),
+    ((*COME, "merge.target_layers=null"), "merge.sparsity=0.35", {*PLANNED, "layers"}),
+    ((*COME, "merge.target_layers=4"), "merge.save_at=[5]", 
+     {"layers", "depths", "also", "continuations"}),
+    (COME, "merge.keep=false", {"files", "weights"}),
+    (COME, "merge.refit=ridge", MERGED),
+    ((*COME, "merge.refit=ridge"), "merge.refit_lambda=1", MERGED),
+    ((*COME, "merge.refit=ridge"), "merge.refit_parts=[ffn]", MERGED),
+    ((*COME, "merge.refit=ridge"), "merge.refit_weights=equal", MERGED),
+    ((*COME, "merge.refit=ridge", "merge.norms=fold"), "merge.align_lambda=0.5", MERGED),
+    ((*PAIRS, "merge.refit=ridge"), "merge.target=current", MERGED),
+    ((*PAIRS, "merge.refit=ridge"), "merge.finish_lambda=0.5", MERGED),
+    (PLUS, "merge.refit=ridge", MERGED),
+    (PLUS, "merge.align_lambda=1", MERGED),
+    (PLUS, "merge.retention=uniform", MERGED),
+    (TRIALS, "+merge.options.shortlist=1", {"candidates"}),
+    (TRIALS, "+merge.options.trial_windows=1", {"candidates"}),
+    (TRIALS, "+merge.options.judge_windows=1", {"candidates"}),
+    (TRIALS, "+merge.options.copying=0.5", {"candidates"}),
+    (HEAL, "distill=logits", CURVE),
+    (HEAL, "distill=lora", CURVE),
+    (HEAL, "distill.path={other}", CURVE),
+    (HEAL, "distill.tokens=320", CURVE),
+    (HEAL, "distill.seq_len=32", CURVE),
+    (HEAL, "distill.batch_size=8", CURVE),
+    (HEAL, "distill.validation_samples=6", CURVE),
+    (HEAL, "distill.loss=cosine", CURVE),
+    (HEAL, "distill.loss=kl", CURVE),
+    ((*HEAL, "distill.loss=kl"), "distill.temperature=2", CURVE),
+    ((*HEAL, "distill.loss=mix", "+distill.loss_weights={mse:1,kl:1}"),
+     "distill.loss_weights.kl=0.1", CURVE),
+    (HEAL, "distill.logit_weight=1", CURVE),
+    (HEAL, "distill.train=norms", CURVE),
+    (HEAL, "distill.train=outputs", CURVE),
+    (HEAL, "distill.train=lora", CURVE),
+    ((*HEAL, "distill.train=lora"), "distill.lora_rank=1", CURVE),
+    (HEAL, "distill.learning_rate=1e-4", CURVE),
+    (HEAL, "distill.warmup=0.5", CURVE),
+    (HEAL, "distill.weight_decay=10", CURVE),
+    (HEAL, "distill.clip=0.001", CURVE),
+    (HEAL, "distill.precision=bfloat16", CURVE),
+    (HEAL, "distill.seed=1", CURVE),
+    (HEAL, "distill.validate_every=1", {"validation"}),
+    (HEAL, "distill.gradient_checkpointing=true", set()),
+    (HEAL, "distill.checkpoint_every=1", set()),
+    ((*HEAL, "distill=come_mp"), "distill.workers=1", set()),
+    ((*HEAL, "distill.learning_rate=3"), "distill.patience=1", {"curve", "validation"}),
+    (COME, "eval.path={third}", {*NLL, "eval text"}),
+    (COME, "eval.max_tokens=256", NLL),
+    (COME, "eval.part=[0.5,1]", NLL),
+    (COME, "eval.seq_len=16", NLL),
+    (COME, "eval.perplexity=false", {*NLL, "eval text"}),
+    (COME, "+eval.also={a:{path:{third},max_tokens:128}}", {"also"}),
+    ((*COME, "+eval.also={a:{path:{third},max_tokens:128}}"), "eval.also.a.max_tokens=256",
+     {"also"}),
+    ((*COME, "+eval.also={a:{path:{third},max_tokens:128}}"), "+eval.also.a.part=[0.5,1]",
+     {"also"}),
+    (COME, "eval.continuation_tokens=3", {"continuations"}),
+    (COME, "eval.speed=true", {"speed", "prompt_tokens", "new_tokens", "batch", "repeats"}),
+    (SPEED, "eval.prompt_tokens=20", {"prompt_tokens"}),
+    (SPEED, "eval.new_tokens=7", {"new_tokens"}),
+    (SPEED, "eval.speed_batch=2", {"batch"}),
+    (SPEED, "eval.repeats=2", {"repeats"}),
+    (COME, "+eval.include_path={tasks} eval.tasks=[a]", TASKS),
+    (ASKED, "eval.tasks=[a,b]", TASKS),
+    (ASKED, "eval.limit=5", TASKS),
+    (ASKED, "eval.include_path={tasks2}", TASKS),
+]  # fmt: skip
+# Settings that change no number and not the job's name, since batches are rounded apart or since
+# they say where and how, not what.
+NAMELESS = {"model.name", "model.base_model", "tracking.project", "calibration.store",
+            "distill.gradient_checkpointing", "distill.checkpoint_every", "distill.workers"}  # fmt: skip
+# Settings that other tests look at: of parts that are computed otherwise, elsewhere, or not at all
+# on a machine without a hub, a GPU or an account.
+ELSEWHERE = {
+    "model.path", "model.revision", "model.device", "model.trust_remote_code",
+    "calibration.source", "calibration.dataset", "calibration.subset", "calibration.split",
+    "calibration.revision", "calibration.field", "calibration.data_files",
+    "calibration.batch_size", "eval.batch_tokens", "eval.task_batch", "distill.micro_batch",
+    "distill.source", "distill.dataset", "distill.subset", "distill.split", "distill.revision",
+    "distill.field", "distill.data_files", "distill.method",
+    "eval.source", "eval.dataset", "eval.subset", "eval.split", "eval.revision", "eval.field",
+    "eval.data_files", "eval.name", "merge.name", "merge.plan", "merge.options",
+    "tracking.backend", "tracking.mode", "tracking.group",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base model, texts and tasks."""
+    root = tmp_path_factory.mktemp("wiring")
+    saved(root / "base", "llama_gqa")
+    for number, name in enumerate(("text", "other", "third", "held_out")):
+        lines = [
+            f"Line {i} of {name} speaks of {i * (i + number)} layers in {i % 7} groups, "
+            f"{'merged' if i % (number + 2) else 'kept'} in depth order."
+            for i in range(300)
+        ]
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    for tasks, shift in (("tasks", 0), ("tasks2", 1)):
+        (root / tasks).mkdir()
+        for name in "ab":
+            data = root / tasks / f"{name}.jsonl"
+            rows = [
+                {
+                    "question": f"What is {i + ord(name) + shift} of the layers?",
+                    "choices": [f"the {i}", f"a group of {i * 7}", "depth order"],
+                    "answer": (i * i + shift) % 3,
+                }
+                for i in range(12)
+            ]
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (root / tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
+def digest(folder):
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        for name, tensor in sorted(load_file(path).items()):
+            found.update(name.encode() + tensor.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def fake_speed(models, **how):
+    """Speeds that tell what was asked for, and not how fast this machine is."""
+    timing = Timing(10, (1.0, 2.0))
+    fake_speed.how = how
+    return {label: Speed(timing, timing, 1, 1) for label in models}
+
+
+def observe(place, folder, overrides):
+    """What a job leaves, by name."""
+    words = [
+        word.replace("{tasks}", str(place / "tasks"))
+        .replace("{tasks2}", str(place / "tasks2"))
+        .replace("{other}", str(place / "other.txt"))
+        .replace("{third}", str(place / "third.txt"))
+        for override in overrides
+        for word in override.split(" ")
+    ]
+    asked = job_settings(
+        place / "base",
+        f"calibration.path={place / 'text.txt'}",
+        f"eval.path={place / 'held_out.txt'}",
+        "calibration.num_samples=6",
+        "calibration.seq_len=16",
+        "eval.seq_len=32",
+        "eval.max_tokens=128",
+        "eval.speed=false",
+        "eval.continuation_tokens=0",
+        *words,
+    )
+    fake_speed.how = None
+    result = RUN.run(asked, folder)
+    first, *others = result["depths"]
+    (*_, merged) = (depth for depth in others if depth["stage"] == "merged")
+    last = others[-1]
+    plan = json.loads((folder / "plan.json").read_text())
+    training = result["distillation"]
+    found = {
+        "plan": result["plan"],
+        "history": result["merge_history"],
+        "candidates": [[c["score"] for c in step["candidates"]] for step in plan["steps"]],
+        "layers": [d["layers"] for d in result["depths"]],
+        "depths": len(result["depths"]),
+        "label": result["model"],
+        "files": sorted(p.name for p in (folder / merged["folder"]).glob("*.safetensors")),
+        "weights": digest(folder / merged["folder"]),
+        "dense nll": first["perplexity"] and first["perplexity"]["nll"],
+        "merged nll": merged["perplexity"] and merged["perplexity"]["nll"],
+        "eval text": result["eval_source"],
+        "also": [[d["also"][name]["nll"] for name in d["also"]] for d in result["depths"]],
+        "continuations": [d["continuations"] for d in result["depths"]],
+        "speed": fake_speed.how is not None,
+        "dense tasks": first["zero_shot"] and first["zero_shot"]["tasks"],
+        "merged tasks": merged["zero_shot"] and merged["zero_shot"]["tasks"],
+        "dtype": json.loads((folder / merged["folder"] / "config.json").read_text())["dtype"],
+        **(fake_speed.how or {}),
+    }
+    if training:
+        found |= {
+            "trained": digest(folder / "model"),
+            "trained nll": last["perplexity"]["nll"],
+            "curve": training["curve"],
+            "validation": training["validation"],
+        }
+    return found, job_hash(asked)
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "changed"),
+    [
+        pytest.param(*row, id=f"{row[0][0]}-{row[1].split('{')[0]}-{i}")
+        for i, row in enumerate(CHANGES)
+    ],
+)
+def test_a_setting_changes_what_it_should(
+    where, change, changed, place, known, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COME_CACHE", str(place / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
+    monkeypatch.setattr(RUN, "write_report", lambda *args: {})
+    monkeypatch.setattr(EVALUATE, "compare_speed", fake_speed)
+    if where not in known:
+        known[where] = observe(place, tmp_path / "before", where)
+    before, name = known[where]
+    after, other = observe(place, tmp_path / "after", (*where, change))
+    differs = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    shown = f"{change} changes {', '.join(sorted(differs)) or 'nothing'}"
+    assert differs - {"candidates"} == changed - {"candidates"}, shown
+    assert "candidates" in differs or "candidates" not in changed
+    key = change.lstrip("+").partition("=")[0]
+    assert (other != name) == (key not in NAMELESS)
+
+
+def test_every_setting_is_looked_at():
+    """A new setting needs a row above, or its reason not to have one."""
+    changed = {row[1].lstrip("+").partition("=")[0] for row in CHANGES}
+    changed |= {word.partition("=")[0] for row in CHANGES for word in row[1].split(" ")}
+    every = set()
+    for group in fields(Settings):
+        kind = Settings.__dataclass_fields__[group.name].default_factory
+        if hasattr(kind, "__dataclass_fields__"):
+            every |= {f"{group.name}.{f.name}" for f in fields(kind)}
+    tops = {".".join(key.split(".")[:2]) for key in changed}
+    assert not every - tops - ELSEWHERE
+    assert not ELSEWHERE - every
+    assert {"come_sp", "come_mp", "logits", "lora", "none"} == set(DISTILL.names())
+    assert Path(RUN.__file__).name == "run.py"
