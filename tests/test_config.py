@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -163,15 +164,14 @@ def test_rules_between_settings(overrides, message):
         settings(*overrides).check()
 
 
-def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path):
+def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path, monkeypatch):
     local = ["model=local", f"model.path={pico_folder}", "merge=come"]
     base = job_hash(settings(*local))
     for same in (
         "calibration.store=disk",
-        "calibration.batch_size=2",
         "tracking=wandb",
         "model.name=other",
-        "eval.batch_tokens=512",
+        "model.base_model=me/mine",
     ):
         assert job_hash(settings(*local, same)) == base, same
     for other in (
@@ -185,8 +185,21 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
         "merge.save_at=[20]",
         f"eval.path={text_file}",
         "calibration=pydocs",
+        "calibration.batch_size=2",
+        "eval.batch_tokens=512",
+        "eval.task_batch=2",
+        "distill=come_sp",
     ):
         assert job_hash(settings(*local, other)) != base, other
+    for name, other in (
+        ("come.job.package_hash", lambda: "other code"),
+        ("come.job.version", lambda package: "other version"),
+        ("come.job.choose_device", lambda name: torch.device("cuda")),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(name, other)
+            assert job_hash(settings(*local)) != base, name
+    assert job_hash(settings(*local, "model.device=cpu")) == base
     copied = tmp_path / "elsewhere.txt"
     copied.write_text(text_file.read_text())
     paths = [job_hash(settings(*local, f"eval.path={path}")) for path in (text_file, copied)]

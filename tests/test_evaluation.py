@@ -8,9 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
+from come.evaluation.dense import evaluate_dense
 from come.evaluation.perplexity import Perplexity, perplexity
-from come.evaluation.speed import Timing, compare_speed
+from come.evaluation.speed import Speed, Timing, compare_speed
 from come.memory import PeakMemory
+from come.models.loading import load_tokenizer
+from come.pipeline.evaluate import _speed
+from come.text.windows import TokenWindows
 from tests.conftest import pico
 
 
@@ -85,3 +89,60 @@ def test_peak_memory_sees_what_is_gone_again():
         time.sleep(0.1)
         del block
     assert 250e6 < memory.peak < 400e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gone", "ratio", "realised"),
+    [((8.0, 4.0, 4.0), 0.25, 1.25, 0.8), ((5.0, 5.0), 0.2, 1.0, 0.0), ((2.0,), 0.5, 2.5, 1.2)],
+)
+def test_the_share_of_the_ideal_that_speed_realises(seconds, gone, ratio, realised):
+    """Share of the dense model's time that is saved, over the share of its layers that is gone."""
+    dense = Speed(Timing(10, (5.0,)), Timing(20, (40.0, 20.0, 30.0)), 7, 3)
+    own = Speed(Timing(10, seconds), Timing(20, (24.0,)), 5, 2)
+    found = _speed(own, dense, gone)
+    assert found["prompt_ratio"] == pytest.approx(ratio)
+    assert found["prompt_realised"] == pytest.approx(realised)
+    assert found["generation"] == pytest.approx(20 / 24)
+    assert found["generation_ratio"] == pytest.approx(30 / 24)
+    assert found["generation_realised"] == pytest.approx((1 - 24 / 30) / gone)
+    assert found["prompt_spread"] == [10 / max(seconds), 10 / min(seconds)]
+    assert (found["peak_bytes"], found["cache_bytes"]) == (5, 2)
+    assert _speed(dense, dense, 0.0)["prompt_realised"] == 0
+
+
+def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
+    windows, pico_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COME_CACHE", str(tmp_path))
+    tokenizer = load_tokenizer(pico_folder)
+    text = TokenWindows(windows, windows.numel(), "text")
+    loads = []
+
+    def measure(**changes):
+        how = {
+            "identity": "a",
+            "dtype": torch.float32,
+            "device": torch.device("cpu"),
+            "batch_tokens": 16,
+            "new_tokens": 0,
+        } | changes
+        found = how.pop("texts", {"": text})
+        return evaluate_dense(lambda: loads.append(1) or pico("llama_gqa"), tokenizer, found, **how)
+
+    first = measure()
+    assert measure() == first
+    assert len(loads) == 1
+    for changes in (
+        {"identity": "b"},
+        {"dtype": torch.bfloat16},
+        {"device": torch.device("meta")},
+        {"batch_tokens": 32},
+        {"texts": {"": TokenWindows(windows.flip(0), windows.numel(), "text")}},
+        {"texts": {"": text, "more": text}},
+    ):
+        before = len(loads)
+        measure(**changes)
+        assert len(loads) == before + 1, changes
+    monkeypatch.setattr("come.evaluation.dense.package_hash", lambda: "other code")
+    measure()
+    assert len(loads) == 8

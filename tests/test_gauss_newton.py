@@ -1,5 +1,7 @@
 """Input maps of the FFN behind a Gauss-Newton step: against plain float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ from come.merging.apply import apply
 from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.models.halves import attention_half, ffn_slopes
+from come.refit.gauss_newton import GaussNewton
 from come.refit.input_map import FLOOR, InputMap, conjugate_gradients
+from come.refit.ridge import Ridge
 from tests.conftest import LAYERS, pico
 from tests.methods import same
 from tests.reference import Reference
@@ -183,3 +187,19 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Recipe(refit="gauss_newton", **settings)
+
+
+def test_input_maps_are_solved_one_after_another_in_the_familys_order(goals):
+    """Gate before up: a map's step is taken on the maps before it as they were changed."""
+    found, pieces = goals("llama_gqa")
+    adapter = found.stream.adapter
+    solved = GaussNewton(0.1, input_lambda=1.0, steps=8).solve(found, pieces)
+    by_hand = Ridge(0.1).solve(found, pieces)
+    layer = adapter.scratch_layer(2, {**pieces.state, **by_hand})
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        problem = InputMap(found, layer, Plain(found, copy.deepcopy(layer)).middles, name)
+        by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))
+        layer.load_state_dict({**pieces.state, **by_hand})
+    assert solved.keys() == by_hand.keys()
+    for name, tensor in by_hand.items():
+        torch.testing.assert_close(solved[name], tensor, rtol=1e-4, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from come.merging.apply import apply
-from come.merging.compress import base_model, compress
+from come.merging.compress import compress
 from come.merging.recipe import Recipe
 from come.merging.saving import save_model
-from come.models.adapter import ModelAdapter
 from come.models.loading import load_model
-from come.pipeline.prepare import Job
-from tests.bases import BASES, TEMPLATE, edit, saved, sentencepieces
-from tests.commands import ROOT, finish
+from tests.bases import BASES
+from tests.commands import ROOT
 from tests.conftest import VOCAB
 
 FOUR = Path(sys.prefix) / "transformers4"

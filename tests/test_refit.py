@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from come.calibration.goals import Goals
 from come.calibration.statistics import StatisticsCollector
 from come.calibration.stream import LayerStream
 from come.merging.apply import apply
@@ -301,6 +302,11 @@ def test_dense_states_are_those_of_the_dense_model(windows):
         stream.advance(1, LAYERS - 1)
         assert torch.equal(stream.dense(4, slice(0, 2)), before)
         assert not torch.equal(stream.boundary(4, slice(0, 2)), before)
+        now = {"states": stream.boundary(2, slice(0, 2)), "output": stream.boundary(4, slice(0, 2))}
+        for target, output in (("dense", before), ("current", now["output"])):
+            goal = next(iter(Goals(stream, 2, 3, original=3, target=target)))
+            assert torch.equal(goal.output, output), target
+            assert torch.equal(goal.states, now["states"])
 
 
 @pytest.mark.parametrize("operator", ["concat", "drop"])

@@ -1,4 +1,4 @@
-"""A saved model folder: what is the base's stays the base's, and nothing names what is not there."""
+"""A saved model folder: what the base has stays, and nothing names what is not there."""
 
 import json
 import shutil

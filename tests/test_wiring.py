@@ -84,7 +84,7 @@ CHANGES = [
     ((*COME, "merge.sensitivity=random"), "merge.seed=1", MERGED),
     (COME, "merge.target_layers=4", {*PLANNED, "layers"}),
     ((*COME, "merge.target_layers=null"), "merge.sparsity=0.35", {*PLANNED, "layers"}),
-    ((*COME, "merge.target_layers=4"), "merge.save_at=[5]", 
+    ((*COME, "merge.target_layers=4"), "merge.save_at=[5]",
      {"layers", "depths", "also", "continuations"}),
     (COME, "merge.keep=false", {"files", "weights"}),
     (COME, "merge.refit=ridge", MERGED),
@@ -150,10 +150,11 @@ CHANGES = [
     (ASKED, "eval.limit=5", TASKS),
     (ASKED, "eval.include_path={tasks2}", TASKS),
 ]  # fmt: skip
-# Settings that change no number and not the job's name, since batches are rounded apart or since
-# they say where and how, not what.
-NAMELESS = {"model.name", "model.base_model", "tracking.project", "calibration.store",
-            "distill.gradient_checkpointing", "distill.checkpoint_every", "distill.workers"}  # fmt: skip
+# Settings that say where and how, not what: they change no number and not the job's name.
+NAMELESS = {
+    "model.name", "model.base_model", "tracking.project", "calibration.store",
+    "distill.gradient_checkpointing", "distill.checkpoint_every", "distill.workers",
+}  # fmt: skip
 # Settings that other tests look at: of parts that are computed otherwise, elsewhere, or not at all
 # on a machine without a hub, a GPU or an account.
 ELSEWHERE = {
@@ -317,3 +318,38 @@ def test_every_setting_is_looked_at():
     assert not ELSEWHERE - every
     assert {"come_sp", "come_mp", "logits", "lora", "none"} == set(DISTILL.names())
     assert Path(RUN.__file__).name == "run.py"
+
+
+def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, monkeypatch):
+    """Batches are rounded apart, so no number tells where a size went: what is called does."""
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
+    monkeypatch.setattr(RUN, "write_report", lambda *args: {})
+    calls = {}
+
+    def recorded(module, name):
+        whole = importlib.import_module(module)
+        function = getattr(whole, name)
+
+        def call(*args, **kwargs):
+            calls.setdefault(name, []).append((args, kwargs))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(whole, name, call)
+
+    recorded("come.pipeline.merge", "compress")
+    recorded("come.evaluation.dense", "perplexity")
+    recorded("come.pipeline.prepare", "load_tasks")
+    recorded("come.pipeline.distill", "train")
+    sizes = ("calibration.batch_size=3", "eval.batch_tokens=96", "eval.task_batch=5")
+    more = ("distill.micro_batch=3", "calibration.store=disk")
+    observe(place, tmp_path / "out", (*HEAL, *ASKED[1:], *sizes, *more))
+    ((_, merging),) = calls["compress"]
+    assert (merging["batch_size"], merging["store"]) == (3, "disk")
+    assert merging["folder"] == tmp_path / "out"
+    assert {how["batch_tokens"] for _, how in calls["perplexity"]} == {96}
+    assert len(calls["perplexity"]) == 3  # dense, merged, trained
+    assert calls["load_tasks"][0][1]["batch_size"] == 5
+    (((*_, course), training),) = calls["train"]
+    assert (course.micro_batch, course.batch_size, course.steps) == (3, 4, 4)
+    assert training["folder"] == tmp_path / "out" / "distill"

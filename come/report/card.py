@@ -16,6 +16,7 @@ from come.merging.saving import PLAN
 from come.models.dialects import TESTED_TRANSFORMERS
 from come.operators.base import OPERATORS
 from come.refit.base import REFITS
+from come.report.numbers import number
 from come.result import DepthResult, Result
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     paper = f" ([arXiv {operator.paper}](https://arxiv.org/abs/{operator.paper}))"
     found = depth["perplexity"]
     quality = (
-        f"Perplexity {found['value']:.2f}, {found['ratio']:.3f} times the dense model's, on "
+        f"Perplexity {number(found['value'], 2)}, {number(found['ratio'], 3)} times the dense "
+        "model's, on "
         f"{found['tokens']} tokens of {result['eval_source']}."
         if found
         else "Not evaluated."

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from come.cost import duration, megabytes
+from come.report.numbers import interval
 from come.result import DepthResult, Result
 
 _WIDTH = 150  # of the table where the output is not a terminal
@@ -95,9 +96,9 @@ def _row(depth: DepthResult) -> tuple[str, ...]:
         parameters += f" (-{depth['sparsity']:.1%})"
     quality, ratio, tasks, prompt, generation = "-", "-", "-", "-", "-"
     if found := depth["perplexity"]:
-        quality = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+        quality = interval(found["value"], found["low"], found["high"], 2)
         if depth["folder"]:
-            ratio = f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}]"
+            ratio = interval(found["ratio"], found["ratio_low"], found["ratio_high"], 3)
     if zero_shot := depth["zero_shot"]:
         tasks = f"{zero_shot['average']:.1%}"
         if depth["folder"]:

@@ -143,7 +143,8 @@ def draw_depth(result: Result, path: Path) -> None:
     layers = [layer for layer, _ in points]
     values = [found["value"] for _, found in points if found]
     low = [found["value"] - found["low"] for _, found in points if found]
-    high = [found["high"] - found["value"] for _, found in points if found]
+    longest = 100 * max(values, default=0.0)  # of a bar; some intervals end nowhere near
+    high = [min(found["high"] - found["value"], longest) for _, found in points if found]
     axis.errorbar(layers, values, yerr=[low, high], fmt="o-", capsize=4)
     for layer, value in zip(layers, values, strict=True):
         axis.annotate(f"{value:.1f}", (layer, value), (6, 4), textcoords="offset points", size=8)

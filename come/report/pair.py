@@ -13,6 +13,7 @@ from typing import cast
 from come.evaluation.paired import mean_difference, paired_difference
 from come.evaluation.perplexity import Perplexity
 from come.files import RESULT
+from come.report.numbers import number
 from come.report.tables import Table
 from come.result import DepthResult, PerplexityResult, Result, ZeroShotResult
 
@@ -72,8 +73,8 @@ def _check_windows(run: Result, other: Result) -> None:
 def _perplexity(own: PerplexityResult, its: PerplexityResult) -> list[str]:
     pair = [Perplexity(tuple(found["nll"]), found["tokens"], 0) for found in (own, its)]
     ratio = pair[0].ratio_to(pair[1])
-    gap = f"{ratio.value:.3f} x [{ratio.low:.3f}, {ratio.high:.3f}]"
-    return ["perplexity", f"{own['value']:.2f}", f"{its['value']:.2f}", gap, ""]
+    gap = f"{number(ratio.value, 3)} x [{number(ratio.low, 3)}, {number(ratio.high, 3)}]"
+    return ["perplexity", number(own["value"], 2), number(its["value"], 2), gap, ""]
 
 
 def _accuracies(own: ZeroShotResult, its: ZeroShotResult) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from come.report.numbers import number
 from come.report.points import PARAMETERS, Measured, Point
 
 
@@ -132,9 +133,10 @@ def _perplexity_cell(found: Sequence[Measured]) -> str:
     if not found:
         return ""
     ratios = [m.against for m in found]
-    spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(found) > 1 else ""
-    value = _number(_mean([m.value for m in found]), 1)
-    return f"{value}, {_number(_mean(ratios), 2)}{spread}"
+    ends = number(min(ratios), 2), number(max(ratios), 2)
+    spread = f" [{', '.join(ends)}]" if len(found) > 1 else ""
+    value = number(_mean([m.value for m in found]), 1)
+    return f"{value}, {number(_mean(ratios), 2)}{spread}"
 
 
 def _accuracy_cell(found: Sequence[Measured]) -> str:
@@ -147,8 +149,3 @@ def _accuracy_cell(found: Sequence[Measured]) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _number(value: float, digits: int) -> str:
-    """A number with so many decimals, or with an exponent where it is large."""
-    return f"{value:.{digits}f}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")

@@ -12,6 +12,7 @@ from come.merging.saving import plan_path
 from come.report.card import model_card
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
+from come.report.numbers import interval
 from come.result import DepthResult, Difference, Result
 
 _SPEED_COLUMNS = (
@@ -72,8 +73,8 @@ def _further_texts(result: Result) -> list[str]:
     lines += ["| layers | text | perplexity [95%] | x dense [95%] |", "|---:|---|---:|---:|"]
     for depth in result["depths"]:
         for name, found in depth["also"].items():
-            value = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-            ratio = f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}]"
+            value = interval(found["value"], found["low"], found["high"], 2)
+            ratio = interval(found["ratio"], found["ratio_low"], found["ratio_high"], 3)
             shown = ratio if depth["folder"] else ""
             lines.append(f"| {_place(depth)} | {name} | {value} | {shown} |")
     sources = [

@@ -66,6 +66,11 @@ class Posterior(RetentionRule):
                 if loss(nearest) >= loss(best):
                     break
                 best = nearest
+        if not math.isfinite(loss(best)):
+            raise ValueError(
+                "merge.retention=posterior: the loss of every split that was tried is not finite; "
+                "try model.dtype=float32 or bfloat16"
+            )
         return with_units([count / self.granularity for count in best], scores)
 
     def _start(self, size: int) -> tuple[int, ...]:

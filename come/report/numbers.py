@@ -1,0 +1,15 @@
+"""How numbers are written for people."""
+
+from __future__ import annotations
+
+_PLAIN = 10_000  # from here on with an exponent
+
+
+def number(value: float, digits: int) -> str:
+    """A number >= 0 with so many decimals, or with an exponent where it is large: "2e4"."""
+    return f"{value:.{digits}f}" if value < _PLAIN else f"{value:.0e}".replace("e+0", "e")
+
+
+def interval(value: float, low: float, high: float, digits: int) -> str:
+    """A number with its interval: "8.97 [7.38, 10.90]"."""
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
