@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -26,6 +27,27 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, 16 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def local_hash(path: str) -> str | None:
+    """Hash of the content behind a path: a file, a folder with all its files, or a pattern.
+
+    Returns:
+        16 hexadecimal digits, equal for copies; None where nothing is there.
+    """
+    root = Path(path).expanduser()
+    if root.is_file():
+        return file_hash(root)
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
+    names = [file.relative_to(root).as_posix() for file in files]
+    if not root.exists():
+        files = [Path(name) for name in sorted(glob(str(root), recursive=True))]
+        files = [file for file in files if file.is_file()]
+        names = [file.name for file in files]
+    if not files:
+        return None
+    parts = [f"{name} {file_hash(file)}" for name, file in zip(names, files, strict=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 @cache
@@ -81,7 +103,7 @@ def new_folder(path: Path, marks: Sequence[str]) -> Iterator[Path]:
     path = Path(path)
     check_replaceable(path, marks)
     partial = path.with_name(path.name + PARTIAL)
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(f"{path.name}.old{PARTIAL}")  # "model.old" may be somebody's copy
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

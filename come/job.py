@@ -35,7 +35,9 @@ _TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)  # their content co
 _CALIBRATION_KNOBS = (*_TEXT_KNOBS, "store")
 _DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
 _EVAL_KNOBS = (*_TEXT_KNOBS, "name", "include_path")
-_PACKAGES = ("torch", "transformers", "tokenizers")
+_PACKAGES = (
+    "torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "accelerate", "peft",
+)  # fmt: skip
 
 
 def model_identity(model: ModelSettings) -> str:
@@ -69,6 +71,9 @@ def job_hash(settings: Settings) -> str:
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
+    if settings.merge.active and settings.eval.perplexity:  # which part of a text is held out
+        calibrating = settings.calibration
+        parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
     if settings.eval.also:
         parts["eval_also"] = {
             name: [_text_identity(text), _without(asdict(text), _TEXT_KNOBS)]

@@ -39,6 +39,9 @@ def unit_scores(
 
     Returns:
         For each kind of unit one [units] float64 vector a layer.
+
+    Raises:
+        ValueError: a score that is not finite.
     """
     adapter = stream.adapter
     weight_gradient, path = {}, {}
@@ -62,6 +65,11 @@ def unit_scores(
                     path=path.get((index, unit)),
                 )
             )
+            if not columns.isfinite().all():
+                raise ValueError(
+                    f"merge.sensitivity={metric.name} gives no number for some channels of layers "
+                    f"{span[0]} to {span[-1]}; try model.dtype=float32 or bfloat16"
+                )
             per_unit = columns.cpu().double().view(-1, adapter.columns_per_unit(unit))
             scores[unit].append(per_unit.mean(dim=1))
     return scores

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from come.evaluation.continuations import generate_greedily
 from come.memory import PeakMemory
 
 
@@ -164,13 +165,7 @@ def _without_stderr() -> Iterator[None]:
 
 def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
     ids = _probe(model, batch, 16)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-    )
+    generate_greedily(model, ids, new_tokens, least=new_tokens)
 
 
 def _probe(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:

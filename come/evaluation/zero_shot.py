@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import logging
 import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.errors import one_line
-from come.files import file_hash
+from come.files import file_hash, local_hash
 from come.text.windows import check_token_ids
 
 # The harness takes seconds to import, so it is imported where it is used.
 
-_FILE = re.compile(r"[^\s\"'\[\],]+")  # what may be a file's name in a YAML
+_GENERATED = 256  # tokens that the harness generates where a task does not say
 _RESAMPLES = 1000  # of the standard errors that the harness has no formula for
 
 
@@ -95,17 +95,55 @@ def headline(metrics: Mapping[str, float]) -> str:
 def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | None) -> str:
     """Hash of the tasks' names, of all local files that may define them, and of the harness.
 
-    Files that a YAML names count by their content, wherever they are.
+    Files, folders and patterns that a YAML names count by their content, wherever they are.
     """
     parts = [*names, str(limit), version("lm-eval")]
     if include_path:
         folder = Path(include_path).expanduser()
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            content = file_hash(path)
-            if path.suffix in (".yaml", ".yml"):
-                content = _FILE.sub(_by_content, path.read_text())
+            is_yaml = path.suffix in (".yaml", ".yml")
+            content = " ".join(_contents(path)) if is_yaml else file_hash(path)
             parts += [str(path.relative_to(folder)), content]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
+    """What a task's YAML says, with the content of all that it names in place of paths."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _AnyTag)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return [file_hash(path)]
+    found = []
+    for word in _words(tree):
+        beside = [p for n in (word, f"{word}.yaml") if (p := path.parent / n).is_file()]
+        named = Path(word).expanduser().is_absolute() and local_hash(word)
+        if named:
+            found.append(named)
+        elif beside and beside[0].suffix in (".yaml", ".yml") and beside[0] not in seen:
+            found += _contents(beside[0], (*seen, path))
+        else:
+            found += [file_hash(beside[0])] if beside else [word]
+    return found
+
+
+def _words(tree: Any) -> Iterator[str]:
+    """Keys and values of a tree, as text."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield str(key)
+            yield from _words(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _words(value)
+    else:
+        yield str(tree)
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads a tag of the harness, such as `!function`, as the text behind it."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
 
 
 def load_tasks(
@@ -182,13 +220,14 @@ def zero_shot(
         tasks: from `load_tasks`.
 
     Raises:
-        ValueError: see `check_tokens`; or predictions or metrics that are not finite.
+        ValueError: see `check_tasks`; or predictions or metrics that are not finite.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     rows = model.get_input_embeddings().weight.shape[0]
-    check_tokens(tasks, tokenizer, rows)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    check_tasks(tasks, tokenizer, rows, longest)
     tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a padding token
     if (tokenizer.pad_token_id or 0) >= rows:
         tokenizer.pad_token_id = _prefix(tokenizer)
@@ -197,15 +236,21 @@ def zero_shot(
         if not sys.stderr.isatty():  # a line for every step of a bar fills a job's log
             for kind in ("loglikelihood", "generate_until"):
                 setattr(wrapped, kind, partial(getattr(wrapped, kind), disable_tqdm=True))
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=tasks.loaded,
-            task_manager=tasks.manager,
-            limit=tasks.limit,
-            batch_size=tasks.batch_size,
-            bootstrap_iters=_RESAMPLES,
-            log_samples=True,
-        )
+        try:
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=tasks.loaded,
+                task_manager=tasks.manager,
+                limit=tasks.limit,
+                batch_size=tasks.batch_size,
+                bootstrap_iters=_RESAMPLES,
+                log_samples=True,
+            )
+        except OverflowError as error:
+            raise ValueError(
+                f"zero-shot: a metric of {', '.join(tasks.names)} is too large for a number; leave "
+                "the task out, or measure text with eval=perplexity"
+            ) from error
     assert found is not None
     metrics: dict[str, dict[str, float]] = {}
     scores: dict[str, list[float] | None] = {}
@@ -213,9 +258,9 @@ def zero_shot(
     for name, samples in found["samples"].items():
         _check_answers(name, samples, model)
         metrics[name] = _plain(found["results"][name])
+        if not metrics[name]:
+            raise ValueError(f"zero-shot: no metric of {name} is a finite number")
         counts = headline(metrics[name])
-        if not math.isfinite(metrics[name][counts]):
-            raise ValueError(f"zero-shot: {counts} of {name} is not finite")
         only = samples[0].get("filter")  # of several filters the first counts
         ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
         documents[name] = len(ordered)
@@ -228,18 +273,42 @@ def zero_shot(
     return ZeroShot(metrics, scores, documents, values, tasks.members)
 
 
-def check_tokens(tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Checks that the model can read what the harness will give it, before anything is loaded.
+def check_tasks(
+    tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, rows: int, longest: int | None
+) -> None:
+    """Checks that the model can do the tasks, before anything is loaded.
 
     Args:
         tasks: from `load_tasks`.
         tokenizer: the model's tokenizer.
         rows: rows of the model's embedding.
+        longest: tokens that the model reads at most, if there is a limit.
 
     Raises:
         ValueError: no begin or end token, which the harness puts where a prompt is empty, or one
-            without a row in the embedding; or another token of a prompt without a row.
+            without a row in the embedding; another token of a prompt without a row; a task that
+            generates without an end token or longer than the model reads; or one that would run
+            code that the model writes.
     """
+    for name, task in tasks.tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
+            raise ValueError(
+                f"eval.tasks: {name} runs code that the model writes, which this project does not "
+                "do; lm-eval's own command line can, on the saved model folder"
+            )
+        if task.get_config("output_type") != "generate_until":
+            continue
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"eval.tasks: {name} generates up to an end token, and the tokenizer has none; "
+                "name one as eos_token in tokenizer_config.json"
+            )
+        generated = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", _GENERATED)
+        if longest is not None and generated >= longest:
+            raise ValueError(
+                f"eval.tasks: {name} generates {generated} tokens, and the model reads at most "
+                f"{longest} with the prompt; set max_gen_toks in the task's generation_kwargs"
+            )
     prefix = _prefix(tokenizer)
     if prefix is None or prefix >= rows:
         found = "has neither" if prefix is None else f"has one with id {prefix} (rows: {rows})"
@@ -285,27 +354,20 @@ def _scores(values: Sequence[Any], metric: float) -> list[float] | None:
     return scores if math.isclose(sum(scores) / len(scores), metric, abs_tol=1e-6) else None
 
 
-def _by_content(name: re.Match[str]) -> str:
-    path = Path(name[0])
-    return file_hash(path) if path.is_absolute() and path.is_file() else name[0]
-
-
 def _document(sample: Mapping[str, Any]) -> int:
     return sample["doc_id"]
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by plain names, of several filters the first: "acc_stderr,none" -> "acc_stderr"."""
+    """Metrics by plain names, of several filters the first: "acc_stderr,none" -> "acc_stderr".
+
+    What is not a finite number, as the standard error of one document, is left out.
+    """
     plain: dict[str, float] = {}
     for key, value in result.items():
-        if "," in key and isinstance(value, int | float) and not _is_lost(key, value):
+        if "," in key and isinstance(value, int | float) and math.isfinite(value):
             plain.setdefault(key.partition(",")[0], float(value))
     return plain
-
-
-def _is_lost(key: str, value: float) -> bool:
-    """Whether this is a standard error that the harness has no number for, as of one document."""
-    return "_stderr," in key and not math.isfinite(value)
 
 
 @contextmanager

@@ -307,7 +307,7 @@ class _Compression:
         return self._number(score, first, last)
 
     def _number(self, score: float, first: int, last: int) -> float:
-        if math.isnan(score):
+        if not math.isfinite(score):
             raise ValueError(
                 f"merge.selection={self.recipe.selection} gives no number for layers {first} to "
                 f"{last}; try model.dtype=float32 or bfloat16"

@@ -284,6 +284,12 @@ class Recipe:
         return towards_dense or self.finish_lambda is not None
 
     @property
+    def least_windows(self) -> int:
+        """Calibration windows that the method needs."""
+        parts = SELECTION.get(self.selection), RETENTION.get(self.retention)
+        return max(part.min_windows for part in parts)
+
+    @property
     def remerges(self) -> bool:
         """Whether a layer may be part of several groups."""
         return self.allow_remerge or OPERATORS.get(self.operator).drops

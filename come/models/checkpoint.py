@@ -76,6 +76,14 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
+    try:
+        is_object = isinstance(json.loads((folder / "config.json").read_text("utf-8")), dict)
+    except ValueError as error:
+        raise ValueError(
+            f"model folder {folder}: config.json cannot be read: {one_line(error)}"
+        ) from error
+    if not is_object:
+        raise ValueError(f"model folder {folder}: config.json holds no configuration")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
@@ -103,10 +111,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, or only pickles.
     """
-    single = folder / "model.safetensors"
-    if single.is_file():
+    named = _named_weights(folder)
+    single = folder / (named or "model.safetensors")
+    if single.is_file() and single.suffix == ".safetensors":
         return [single]
-    index = folder / "model.safetensors.index.json"
+    index = folder / (named or "model.safetensors.index.json")
     if index.is_file():
         try:
             shards = json.loads(index.read_text())["weight_map"].values()
@@ -126,11 +135,20 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _named_weights(folder: Path) -> str | None:
+    """The file that `transformers_weights` of a configuration names, read before all others."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = named.get("transformers_weights") if isinstance(named, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def fingerprint(folder: Path) -> str:
     """Hash of a checkpoint's configuration and all of its weights: equal for copies.
 
-    A weights file is read once; its hash is kept in the cache under its path, size and time of
-    change.
+    A weights file is read once; its hash is kept in the cache under its path, size and times.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
@@ -168,7 +186,8 @@ def stored_tensor(folder: Path, name: str) -> Tensor | None:
 
 def _cached_hash(path: Path) -> str:
     status = path.stat()
-    key = f"{path} {status.st_size} {status.st_mtime_ns}"
+    # A copy can keep the time of its content, and not that of its inode.
+    key = f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     known = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if known.is_file():
         return known.read_text()

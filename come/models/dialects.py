@@ -17,6 +17,7 @@ TESTED_TRANSFORMERS = ("4.57", "5.23")
 
 # What a configuration object has that no file should: its own path, the writer's version.
 _OWN = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+_WEIGHTS = "transformers_weights"  # a name of the base's file, which the result's does not have
 _OLD_PLAN = "come"  # an entry of earlier versions, which outlived fine-tuning of the weights
 # Entries of rope_parameters that transformers 4 reads from the top of the file.
 _ROPE_TOP = ("rope_theta", "partial_rotary_factor")
@@ -36,9 +37,10 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     given: dict[str, Any] = json.loads((base / CONFIG).read_text(encoding="utf-8"))
     before, after = _plain(AutoConfig.from_pretrained(base)), _plain(config)
     changed = {key: after[key] for key in after if after[key] != before.get(key)}
-    for key in {*_OWN, _OLD_PLAN}:
+    for key in {*_OWN, _OLD_PLAN, _WEIGHTS}:
         changed.pop(key, None)
     given.pop(_OLD_PLAN, None)
+    given.pop(_WEIGHTS, None)
     dtype = str(config.dtype).removeprefix("torch.")
     named = [key for key in ("dtype", "torch_dtype") if key in given] or ["dtype"]
     return without_missing_code(given | changed | dict.fromkeys(named, dtype), folder)

@@ -74,7 +74,7 @@ def distill(
     parted = asked_to_shard(crew)
     if parted:
         model.cpu()  # no device needs to hold all of it
-    teacher = job.load("cpu" if parted else str(crew.device)).requires_grad_(False)
+    teacher = job.load(device="cpu" if parted else str(crew.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
@@ -132,7 +132,8 @@ def distill(
         method.settle(objective, pair)
         model.to(crew.device)
     result = _result(job, text, course, progress, memory, len(training), crew)
-    model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # and no buffer: rotary tables stay in float32
     crew.free_memory()
     if crew.is_main_process:
         told = {k: v for k, v in result.items() if k not in ("curve", "validation")}

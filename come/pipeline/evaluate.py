@@ -13,7 +13,6 @@ from come.evaluation.speed import Speed, compare_speed
 from come.evaluation.zero_shot import headline
 from come.merging.plan import Plan
 from come.models.checkpoint import identity
-from come.models.loading import load_weights
 from come.pipeline.prepare import Job
 from come.result import (
     DepthResult,
@@ -45,7 +44,7 @@ def evaluate_depths(
         job.tokenizer,
         job.held_out,
         job.tasks,
-        identity=identity(job.checkpoint),
+        identity=f"{identity(job.checkpoint)} {job.settings.model.trust_remote_code}",
         dtype=job.shape.dtype,
         device=model.device,
         batch_tokens=batch_tokens,
@@ -66,9 +65,7 @@ def evaluate_depths(
     for depth, stage, name in saved:
         at_depth = model
         if name != "model" and measures:
-            at_depth = load_weights(
-                job.folder / name, dtype=job.settings.model.dtype, device=str(model.device)
-            )
+            at_depth = job.load(job.folder / name, str(model.device))
         found = evaluate(
             at_depth,
             job.tokenizer,

@@ -27,7 +27,7 @@ from come.merging.saving import check_cache, plan_path, save_model
 from come.merging.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint, identity
-from come.models.loading import choose_device, load_weights
+from come.models.loading import choose_device
 from come.pipeline.prepare import Job
 from come.result import CalibrationResult, CompressionResult
 from come.text.generated import cached, continued_windows, self_generated_windows, unused_ids
@@ -67,6 +67,8 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     earlier = partial_plan(job.folder, job.hash)
     if SCHEDULES.get(recipe.schedule_name).restarts:
         earlier = None  # its choices rest on the dense model
+    if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
+        earlier = None  # of other weights: a branch of the hub moved on
     if earlier is not None:
         log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
@@ -145,6 +147,7 @@ def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> l
         package_hash(),
         str(model.dtype),
         model.device.type,
+        job.settings.model.trust_remote_code,
         str(job.settings.calibration.sampling),
         *settings,
         *(version(package) for package in ("torch", "transformers")),
@@ -206,7 +209,7 @@ def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
 
 def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     """A model that was merged before, with its plan, and what merging it cost if this job did."""
-    model = load_weights(folder, dtype=job.settings.model.dtype, device=job.settings.model.device)
+    model = job.load(folder)
     plan, cost = Plan.load(plan_path(folder)), job.folder / COST
     log.info("merged before, %d layers: %s", plan.num_layers, folder)
     compression = _no_cost(job, len(plan.steps))

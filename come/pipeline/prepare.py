@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.cost import compression_cost
 from come.evaluation.continuations import PROMPTS
-from come.evaluation.zero_shot import TaskSet, check_tokens, load_tasks
+from come.evaluation.zero_shot import TaskSet, check_tasks, load_tasks
 from come.files import check_replaceable
 from come.job import check_folder, find_run
 from come.merging.plan import Plan
@@ -21,6 +22,7 @@ from come.merging.saving import MARKS, plan_path
 from come.merging.schedules.base import SCHEDULES
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
+from come.operators.base import OPERATORS
 from come.settings import DEFAULT_SPARSITY, Settings
 from come.text.base import TextSource
 from come.text.windows import (
@@ -64,11 +66,11 @@ class Job:
         settings = self.settings.model
         return settings.name if settings.name != "local" else self.checkpoint.name
 
-    def load(self, device: str | None = None) -> PreTrainedModel:
-        """The dense model, on its own device or another."""
+    def load(self, folder: Path | None = None, device: str | None = None) -> PreTrainedModel:
+        """The dense model, or another in a folder, on the job's device or another."""
         model = self.settings.model
         return load_weights(
-            self.checkpoint,
+            folder or self.checkpoint,
             dtype=model.dtype,
             device=device or model.device,
             trust_remote_code=model.trust_remote_code,
@@ -122,6 +124,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     calibrating = settings.calibration
     if plan is None:
         _check_length("calibration.seq_len", calibrating.seq_len, shape)
+        least = settings.recipe().least_windows
+        if calibrating.windows < least:
+            raise ValueError(
+                f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
+                f"layers by one state a window, and needs at least {least} windows"
+            )
         if calibrating.store == "disk":
             needed += compression_cost(
                 shape,
@@ -208,7 +216,8 @@ def _tasks(
         limit=chosen.limit,
         batch_size=chosen.task_batch,
     )
-    check_tokens(tasks, tokenizer, shape.vocabulary)
+    longest = getattr(shape.config, "max_position_embeddings", None)
+    check_tasks(tasks, tokenizer, shape.vocabulary, longest)
     return tasks
 
 
@@ -224,7 +233,10 @@ def _held_out(
         _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
         _check_length("eval.new_tokens + 16", chosen.new_tokens + 16, shape)
     if chosen.continuation_tokens:
-        prompt = max(len(tokenizer(text)["input_ids"]) for text in PROMPTS)
+        prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+        prompt = max(map(len, prompts))
+        ids = torch.tensor([[i for words in prompts for i in words]])
+        check_token_ids(ids, shape.vocabulary, "eval.continuation_tokens: a prompt", tokenizer)
         _check_length(
             f"eval.continuation_tokens={chosen.continuation_tokens} after {prompt} of a prompt",
             prompt + chosen.continuation_tokens,
@@ -272,6 +284,7 @@ def _training(
         held_out=list(settings.eval.texts().values()),
         at_most=True,
         backwards=True,
+        what="training",
     )
     left = len(found.windows) - distill.validation_samples
     if left < distill.batch_size:
@@ -332,6 +345,15 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
 
 def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
     """Holds a plan against the model it is to be applied to."""
+    OPERATORS.get(plan.operator)
+    left = plan.base.num_layers
+    for number, step in enumerate(plan.steps, start=1):
+        if not 0 <= step.first < step.last < left:
+            raise ValueError(
+                f"the plan {given} merges layers {step.first} to {step.last} in step {number}, "
+                f"where the model has {left}"
+            )
+        left -= step.last - step.first
     base = plan.base
     if (base.model_type, base.num_layers) != (shape.config.model_type, shape.num_layers):
         raise ValueError(

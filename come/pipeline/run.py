@@ -16,7 +16,6 @@ from come.files import write_text
 from come.job import PARTIAL_PLAN, alone, finished_result, job_hash, write_result
 from come.merging.plan import Plan, tensors_path
 from come.merging.saving import plan_path
-from come.models.loading import load_weights
 from come.pipeline.distill import STATES, distill, processes
 from come.pipeline.evaluate import evaluate_depths
 from come.pipeline.merge import COST, calibration_result, merge, versions
@@ -83,7 +82,7 @@ def _tidy(folder: Path, result: Result) -> None:
     shutil.rmtree(folder / STATES, ignore_errors=True)
     if not result["settings"]["merge"]["keep"]:
         for depth in result["depths"][1:]:
-            for weights in (folder / depth["folder"]).glob("model*.safetensors"):
+            for weights in (folder / depth["folder"]).glob("model*.safetensors*"):
                 weights.unlink()
 
 
@@ -95,7 +94,7 @@ def _follow(settings: Settings, folder: Path, name: str, crew: Accelerator) -> R
     job = prepare(settings, folder, name)
     crew.wait_for_everyone()
     merged = job.folder / job.merged
-    model = load_weights(merged, dtype=job.settings.model.dtype, device=str(crew.device))
+    model = job.load(merged, str(crew.device))
     distill(job, model, Plan.load(plan_path(merged)), Trackers(), crew)
     return cast(Result, {})
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 512  # columns of a Gram matrix that are added at a time
+_LEAST = 1e-30  # of a mean square
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ class NormalEquations:
         return total
 
     def mean_square(self) -> float:
-        """Mean diagonal of the inputs' Gram matrix, to which a relative lambda refers."""
-        return self.gram.diagonal()[: self.width].mean().item()
+        """Mean diagonal of the inputs' Gram matrix, to which a relative lambda refers.
+
+        Above 0 also where all inputs are 0, so that a penalty on them leaves the prior.
+        """
+        return max(self.gram.diagonal()[: self.width].mean().item(), _LEAST)
 
     def columns(self, kept: Int[Tensor, " kept"]) -> NormalEquations:
         """The equations of some of the inputs; the constant stays."""

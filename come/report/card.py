@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from come.result import DepthResult, Result
 
 log = logging.getLogger(__name__)
 
+_METADATA = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -74,6 +76,8 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     rebuilt = "the merged" if "distillation" in plan.provenance else "these"
     origin_name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else named
     licence = given.get("license_name") or given.get("license")
+    if isinstance(licence, list):
+        licence = ", ".join(licence)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -118,14 +122,30 @@ def _base_model(result: Result) -> str | None:
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
-    """The metadata of a model card; empty where there is no card, or none that can be read."""
+    """What a model card's metadata says of name, licence and language.
+
+    Empty where there is no card, or none that can be read: a base's card never stops a run.
+    """
     try:
-        found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        if path.is_file():
-            log.warning("the card of the base model is left out (%s)", one_line(error))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return {}
-    return {key: value for key, value in found.items() if value is not None}
+    block = _METADATA.match(text)
+    try:
+        found = yaml.load(block[1], yaml.BaseLoader) if block else {}  # "no" is a language
+    except yaml.YAMLError as error:
+        log.warning("the card of the base model is left out (%s)", one_line(error))
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: value
+        for key, value in found.items()
+        if key in ("model_name", *_INHERITED)
+        and value
+        and (isinstance(value, str) or key in ("language", "license"))
+        and (isinstance(value, str) or all(isinstance(item, str) for item in value))
+    }
 
 
 def _healing(plan: Plan) -> tuple[str, str]:

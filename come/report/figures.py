@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from come.merging.plan import Plan
 from come.models.adapter import UNITS, UNITS_OF, Unit
+from come.report.numbers import label
 from come.result import Result
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
@@ -152,7 +153,7 @@ def draw_depth(result: Result, path: Path) -> None:
     axis.invert_xaxis()
     axis.set_xlabel("layers")
     axis.set_ylabel("perplexity")
-    axis.set_title(f"{result['model']}, {result['method']}", fontsize=10)
+    axis.set_title(label(f"{result['model']}, {result['method']}"), fontsize=10)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)

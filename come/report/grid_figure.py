@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from come.report.numbers import label as plain_label
 from come.report.points import PARAMETERS, Point
 
 _DPI = 110
@@ -51,7 +52,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         style = ["o-", "s--", "^:", "D-."][number // 20 % 4]
         axis.errorbar(
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
-            color=colours(number % 20), label=name,
+            color=colours(number % 20), label=plain_label(name),
         )  # fmt: skip
     level = points[0].dense[0] if len(texts) == 1 else 1.0
     axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
@@ -62,12 +63,12 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     if max(ratios) > _CUT:
         axis.set_ylim(level * 0.9, level * _CUT)
         axis.set_ylabel(f"{axis.get_ylabel()} (cut at {_CUT} x)")
-    axis.set_xlabel("parameters, millions" if x == PARAMETERS else x)
+    axis.set_xlabel("parameters, millions" if x == PARAMETERS else plain_label(x))
     if x == PARAMETERS:
         axis.invert_xaxis()
     elif numeric:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(title, fontsize=10)
+    axis.set_title(plain_label(title), fontsize=10)
     axis.grid(alpha=0.3, which="both")
     if len(lines) > _INSIDE:
         figure.set_figwidth(12)

@@ -10,6 +10,11 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value < _PLAIN else f"{value:.0e}".replace("e+0", "e")
 
 
+def label(text: str) -> str:
+    """A name in a figure as it is: matplotlib takes what stands between dollar signs for maths."""
+    return text.replace("$", r"\$")
+
+
 def interval(value: float, low: float, high: float, digits: int) -> str:
     """A number with its interval: "8.97 [7.38, 10.90]"."""
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"

@@ -21,6 +21,7 @@ class RetentionRule(ABC):
         source: where the formula stands, in words.
         needs_units: whether it has no meaning for operators without units.
         trials: whether it runs trial merges.
+        min_windows: calibration windows that it needs.
         uses_goals: whether it reads what the merged layer has to reproduce.
         uses_scores: whether it asks the sensitivity metric.
     """
@@ -31,6 +32,7 @@ class RetentionRule(ABC):
     needs_units: ClassVar[bool] = False
     trials: ClassVar[bool] = False
     uses_goals: ClassVar[bool] = False
+    min_windows: ClassVar[int] = 1
     uses_scores: ClassVar[bool] = True
 
     @abstractmethod

@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 from come.calibration.group import Group
-from come.calibration.manifold import diffusion_map, last_states, shared_information
+from come.calibration.manifold import MIN_WINDOWS, diffusion_map, last_states, shared_information
 from come.retention.base import RETENTION, RetentionRule
 
 
@@ -22,6 +22,7 @@ class MKA(RetentionRule):
     """
 
     name = "mka"
+    min_windows = MIN_WINDOWS
     paper = "2406.16330"
     source = "MKA, fusion ratios"
 

@@ -27,6 +27,7 @@ class GroupScore(ABC):
         source: where the formula stands, in words.
         local: whether a score depends on nothing behind the span, so that it holds as long as
             only layers behind it change.
+        min_windows: calibration windows that it needs.
         uses_goals: whether `refine` reads what the merged layer has to reproduce even without a
             refit.
         sampled_options: `merge.options` that `python run.py` adds where the calibration text is the
@@ -42,6 +43,7 @@ class GroupScore(ABC):
     source: ClassVar[str]
     local: ClassVar[bool] = True
     uses_goals: ClassVar[bool] = False
+    min_windows: ClassVar[int] = 1
     sampled_options: ClassVar[Mapping[str, float]] = {}
     shortlist: int = 0
 

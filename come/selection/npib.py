@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from come.calibration.manifold import diffusion_map, last_states, shared_information
+from come.calibration.manifold import MIN_WINDOWS, diffusion_map, last_states, shared_information
 from come.calibration.stream import LayerStream
 from come.selection.base import SELECTION, GroupScore
 
@@ -21,6 +21,7 @@ class NPIB(GroupScore):
 
     name = "npib"
     paper = "2406.16330"
+    min_windows = MIN_WINDOWS
     source = "MKA, normalised pairwise information bottleneck"
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:

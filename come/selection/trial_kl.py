@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -133,7 +134,8 @@ class TrialKL(GroupScore):
             if once == gaps.shape[1]:  # nothing is said twice
                 again = new
             total += ((1 - self.copying) * new + self.copying * again).sum().item()
-        return max(0.0, total / len(self._windows))  # rounding can leave it a little below
+        mean = total / len(self._windows)
+        return mean if math.isnan(mean) else max(0.0, mean)  # rounding can leave it a little below
 
 
 def said_twice(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
-from typing import Optional
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Optional
 
 from come.merging.recipe import Recipe
 from come.models.loading import check_dtype, choose_device
@@ -108,6 +109,7 @@ class Settings:
         Raises:
             ValueError: with the value, what is allowed, and the key.
         """
+        _check_numbers(asdict(self))
         for path in self.plugins:
             load_plugin(path)
         choose_device(self.model.device)
@@ -168,3 +170,15 @@ class Settings:
                 f"merge.parts={list(merge.parts)}: distillation trains whole layers; take "
                 "distill=none"
             )
+
+
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Raises ValueError, naming its key, for a setting that is not a finite number."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_numbers(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for value in values:
+            _check_numbers(value, key)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{key}={values}: must be a finite number")

@@ -32,6 +32,11 @@ class TextSource(ABC):
     def identity(self) -> str:
         """Equal for two sources that hold the same text; never a path."""
 
+    @property
+    def content(self) -> str:
+        """What two sources share that read one corpus, perhaps by other fields or loaders."""
+        return self.identity
+
     @abstractmethod
     def documents(self) -> Iterator[Document]:
         """The documents, in order: text, or chats for the tokenizer's template.

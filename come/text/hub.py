@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from come.errors import one_line
-from come.files import file_hash
+from come.files import local_hash
 from come.text.base import TEXT, TextSource
 from come.text.rows import Document, row_document
 
@@ -53,11 +52,17 @@ class Hub(TextSource):
 
     @property
     def identity(self) -> str:
-        """Dataset, subset, split, revision and fields; of a local file its content."""
-        file = Path(self.data_files or "")
-        files = file_hash(file) if self.data_files and file.is_file() else self.data_files
-        parts = (self.dataset, self.subset, self.split, self.revision, self.field, files)
+        """Dataset, subset, split, revision and field; of local files and folders their content."""
+        files = (self.data_files and local_hash(self.data_files)) or self.data_files
+        dataset = local_hash(self.dataset) or self.dataset
+        parts = (dataset, self.subset, self.split, self.revision, self.field, files)
         return " ".join(str(part) for part in parts if part)
+
+    @property
+    def content(self) -> str:
+        """Of a local file the hash of its content; else the dataset with its subset and split."""
+        files = local_hash(self.data_files) if self.data_files else None
+        return files or " ".join(filter(None, (self.dataset, self.subset, self.split)))
 
     def documents(self) -> Iterator[Document]:
         """The text or chat of every row, in order."""

@@ -89,16 +89,18 @@ def _document(value: Any) -> Document:
 
 
 def _message(item: Mapping[str, Any]) -> dict[str, str]:
-    for role, content in _ROLES:
-        if role in item and content in item:
-            text = item[content]
+    for role, content in _ROLES:  # a table's rows have all names, and null where one is not used
+        if isinstance(item.get(role), str):
+            text = item.get(content)
             if isinstance(text, Sequence) and not isinstance(text, str | bytes):
                 text = "".join(_part(part) for part in text)
             if text is None:
                 text = ""
             if not isinstance(text, str):
-                raise ValueError(f"has a message whose {content} is {_kind(text)}, not text")
-            return {"role": str(item[role]), "content": text}
+                raise ValueError(  # noqa: TRY004 - the data's fault, not the caller's
+                    f"has a message whose {content} is {_kind(text)}, not text"
+                )
+            return {"role": item[role], "content": text}
     raise ValueError(f"holds a list of records ({', '.join(map(str, item))}), which is no chat")
 
 

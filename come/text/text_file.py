@@ -40,9 +40,16 @@ class TextFile(TextSource):
 
     @cached_property
     def identity(self) -> str:
+        """Hash of the file's content, its kind, and of rows the field."""
+        self.check()
+        kind = "" if self.path.suffix == ".txt" else f" {self.path.suffix[1:]} {self.field}"
+        return f"file {file_hash(self.path)}{kind}"
+
+    @property
+    def content(self) -> str:
         """Hash of the file's content."""
         self.check()
-        return f"file {file_hash(self.path)} {self.field}"
+        return file_hash(self.path)
 
     def check(self) -> None:
         """Raises ValueError for a missing or empty file, or one of an unknown kind."""

@@ -121,6 +121,7 @@ def calibration_windows(
     held_out: Sequence[TextSource] = (),
     at_most: bool = False,
     backwards: bool = False,
+    what: str = "calibration",
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
@@ -138,6 +139,7 @@ def calibration_windows(
         seed: seeds the draw.
         held_out: the corpora of the evaluation texts.
         at_most: whether fewer windows will do, all that there are.
+        what: the text is for, for errors: "calibration" or "training".
         backwards: whether the draw begins at the end of the seed's order, so that its first windows
             are those that a draw of the same seed and length takes last.
 
@@ -155,11 +157,13 @@ def calibration_windows(
     tokens = tokenize(tokenizer, text, special=False)
     available = len(tokens) // seq_len
     if available < (1 if at_most else num_samples):
+        least = f"one of distill.seq_len={seq_len} is the least"
+        if not at_most:
+            least = f"calibration.num_samples={num_samples} asks for {asked} tokens. Lower "
+            least += "calibration.num_samples or calibration.seq_len"
         raise ValueError(
-            f"calibration text too short: {source.name} ({source.identity}) has {len(tokens)} "
-            f"tokens for calibration, {available} windows of {seq_len}; "
-            f"calibration.num_samples={num_samples} asks for {asked} tokens. Lower "
-            "calibration.num_samples or calibration.seq_len, or give more text"
+            f"{what} text too short: {source.name} ({source.identity}) has {len(tokens)} tokens "
+            f"for {what}, {available} windows of {seq_len}; {least}, or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(available, generator=generator)
@@ -250,7 +254,7 @@ def check_token_ids(
 
 
 def _same(source: TextSource, other: TextSource) -> bool:
-    return other.identity == source.identity
+    return other.content == source.content
 
 
 def _evaluation_text(
