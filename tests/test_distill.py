@@ -299,6 +299,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(windows, tmp_path):
     given = pair()
     decoder_layers(given.student.model)[1].mlp.down_proj.weight.data.mul_(1e38)
     objective = DISTILL.create("come_sp").objective(given)
+    with pytest.raises(ValueError, match="the validation loss is not finite after step 0; try"):
+        run(objective, windows[:4], windows[4:], tmp_path)
+    objective.validate = lambda ids: {"loss": torch.tensor(1.0)}
     with pytest.raises(ValueError, match="the loss is not finite at step 1; lower distill.learn"):
         run(objective, windows[:4], windows[4:], tmp_path)
 

@@ -137,6 +137,7 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
         {"dtype": torch.bfloat16},
         {"device": torch.device("meta")},
         {"batch_tokens": 32},
+        {"new_tokens": 2},
         {"texts": {"": TokenWindows(windows.flip(0), windows.numel(), "text")}},
         {"texts": {"": text, "more": text}},
     ):
@@ -145,4 +146,4 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
         assert len(loads) == before + 1, changes
     monkeypatch.setattr("come.evaluation.dense.package_hash", lambda: "other code")
     measure()
-    assert len(loads) == 8
+    assert len(loads) == 9

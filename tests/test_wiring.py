@@ -128,6 +128,7 @@ CHANGES = [
     (HEAL, "distill.gradient_checkpointing=true", set()),
     (HEAL, "distill.checkpoint_every=1", set()),
     ((*HEAL, "distill=come_mp"), "distill.workers=1", set()),
+    ((*HEAL, "distill=come_mp", "distill.loss=kl"), "distill.temperature=2", CURVE),
     ((*HEAL, "distill.learning_rate=3"), "distill.patience=1", {"curve", "validation"}),
     (COME, "eval.path={third}", {*NLL, "eval text"}),
     (COME, "eval.max_tokens=256", NLL),

@@ -1,0 +1,314 @@
+"""Wiring that no result of a whole job tells apart: which value reaches which part."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from come.calibration.stream import LayerStream
+from come.distill.base import DISTILL
+from come.distill.course import Course
+from come.distill.trainer import train
+from come.evaluation.paired import mean_difference
+from come.evaluation.speed import Speed, Timing, compare_speed
+from come.job import _training_identity
+from come.merging.plan import Plan
+from come.merging.saving import plan_path
+from come.models.adapter import ModelAdapter
+from come.models.companions import companion_files
+from come.models.loading import load_tokenizer
+from come.refit import ridge
+from come.refit.normal import NormalEquations
+from come.text.generated import cached
+from come.text.text_file import TextFile
+from come.text.windows import TokenWindows, calibration_windows
+from tests.bases import edit, saved
+from tests.conftest import LAYERS, pico
+from tests.jobs import before_loading, settings, start
+from tests.test_distill import pair
+
+QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
+HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
+RUN = importlib.import_module("come.pipeline.run")
+EVALUATE = importlib.import_module("come.pipeline.evaluate")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    return saved(tmp_path / "base", "llama_gqa")
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A text of 3000 lines, each with its number."""
+    path = tmp_path / "numbered.txt"
+    path.write_text("".join(f"This is line {i} of the text.\n" for i in range(3000)))
+    return path
+
+
+def numbers(tokenizer, windows):
+    """Line numbers of four digits that stand whole in some windows."""
+    words = " ".join(tokenizer.decode(row[1:-1]) for row in windows).split()
+    return {int(word) for word in words if len(word) == 4 and word.isdigit()}
+
+
+# Texts
+
+
+def test_training_text_is_parted_from_held_out_text(base, numbered, tmp_path):
+    asked = (*HEAL, f"distill.path={numbered}", f"eval.path={numbered}", "distill.tokens=8192")
+    job = before_loading(base, tmp_path / "out", *asked)
+    tokenizer = load_tokenizer(base)
+    assert max(numbers(tokenizer, job.training.windows)) < 0.61 * 3000
+    assert min(numbers(tokenizer, job.held_out[""].windows)) > 0.79 * 3000
+
+
+def test_held_out_text_is_parted_from_what_a_plan_was_calibrated_on(base, numbered, tmp_path):
+    texts = (f"calibration.path={numbered}", f"eval.path={numbered}")
+    start(base, tmp_path / "out", *texts, *QUICK)
+    plan = ("merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}")
+    job = before_loading(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
+    assert min(numbers(load_tokenizer(base), job.held_out[""].windows)) > 0.79 * 3000
+
+
+def test_calibration_is_parted_from_every_held_out_text(base, numbered, text_file):
+    tokenizer = load_tokenizer(base)
+    held_out = [TextFile(str(text_file)), TextFile(str(numbered))]
+    drawn = calibration_windows(
+        tokenizer, TextFile(str(numbered)), num_samples=300, seq_len=64, held_out=held_out
+    )
+    assert max(numbers(tokenizer, drawn.windows)) < 0.61 * 3000
+
+
+def test_the_first_training_windows_validate(base, numbered, tmp_path, monkeypatch):
+    """The last ones are those that a calibration of the same seed draws first."""
+    asked = (*HEAL, f"distill.path={numbered}", "distill.validation_samples=3")
+    text = before_loading(base, tmp_path / "out", *asked).training.windows
+    module = importlib.import_module("come.pipeline.distill")
+    whole, seen = module.train, {}
+
+    def watched(objective, windows, count, held_out, held_out_count, *args, **kwargs):
+        seen["training"] = windows(torch.arange(count))[0]
+        seen["validation"] = held_out(torch.arange(held_out_count))[0]
+        return whole(objective, windows, count, held_out, held_out_count, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", watched)
+    start(base, tmp_path / "out", *asked, *QUICK)
+    assert torch.equal(seen["validation"], text[:3])
+    assert torch.equal(seen["training"], text[3:])
+
+
+def test_windows_come_back_from_the_cache_as_they_were_made():
+    made = TokenWindows(torch.arange(12).view(3, 4), 99, "somewhere", 7)
+    assert cached(["key"], lambda: made) is made
+    again = cached(["key"], lambda: pytest.fail("made twice"))
+    assert (again.corpus_tokens, again.source, again.removed_lines) == (99, "somewhere", 7)
+    assert torch.equal(again.windows, made.windows)
+
+
+def test_the_training_texts_identity_is_that_of_the_text_that_trains(numbered, text_file):
+    found = [
+        _training_identity(settings("distill=come_sp", *words))
+        for words in (
+            [f"calibration.path={numbered}"],
+            [f"calibration.path={text_file}"],
+            [f"calibration.path={text_file}", f"distill.path={numbered}"],
+            ["calibration.temperature=0.5"],
+            ["calibration.keep=0.5"],
+            [],
+        )
+    ]
+    assert found[0] == found[2]
+    assert len({json.dumps(identity) for identity in found}) == 5
+
+
+def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
+    edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+    (base / "tokenization_x.py").write_text("")
+    assert "tokenization_x.py" in {path.name for path in companion_files(base)}
+
+
+# Settings
+
+
+def test_options_that_were_asked_for_stay_with_text_from_the_model():
+    """The selection's own options for such text fill in what was not."""
+    assert settings().recipe().options["copying"] == 0.2
+    assert settings("+merge.options.copying=0.7").recipe().options["copying"] == 0.7
+    assert "copying" not in settings("calibration=pydocs").recipe().options
+
+
+def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
+    module = importlib.import_module("come.pipeline.merge")
+    whole, seen = module.compress, []
+
+    def watched(*args, **kwargs):
+        seen.append(kwargs["stops"])
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(module, "compress", watched)
+    start(base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]", *QUICK)
+    assert seen == [[5]]
+    texts = {}
+    for name in ("model", "model-5"):
+        folder = tmp_path / "out" / name
+        texts[name] = (folder / "README.md").read_text()
+        plan = Plan.load(plan_path(folder))
+        assert f"Plan `{plan.hash}`" in texts[name]  # every card tells its own model's plan
+        assert f"`{plan.history}`" in texts[name]
+    assert texts["model"] != texts["model-5"]
+
+
+# Training
+
+
+def test_micro_batches_of_other_sizes_give_the_same_step(windows, tmp_path):
+    found = []
+    for micro in (3, 2, 1):
+        given = pair()
+        objective = DISTILL.create("come_sp").objective(given)
+        progress = training(objective, windows, tmp_path / str(micro), micro_batch=micro)
+        found.append((progress, [p.detach().clone() for p in objective.trained.values()]))
+    for progress, weights in found[1:]:
+        for mine, other in zip(weights, found[0][1], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+        losses = [[row["loss"] for row in p.curve] for p in (progress, found[0][0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def training(objective, windows, folder, log=lambda losses: None, **course):
+    how = {"steps": 2, "batch_size": 3, "micro_batch": 3, "learning_rate": 1e-3} | course
+    return train(
+        objective,
+        lambda rows: (windows[:4][rows],),
+        4,
+        lambda rows: (windows[4:][rows],),
+        1,
+        Course(**how),
+        accelerator=Accelerator(cpu=True),
+        folder=folder,
+        job="job",
+        log=log,
+        progress_bar=False,
+    )
+
+
+def test_a_step_takes_its_own_rate(windows, tmp_path):
+    """AdamW's first step changes a weight by the rate, whatever the gradient."""
+    objective = DISTILL.create("come_sp").objective(pair())
+    before = [p.detach().clone() for p in objective.trained.values()]
+    moved = []
+
+    def log(losses):
+        if losses.get("learning_rate"):
+            now = zip(objective.trained.values(), before, strict=True)
+            moved.append((max(float((p - b).abs().max()) for p, b in now), dict(losses)))
+
+    training(objective, windows, tmp_path, log, steps=8, warmup=0.5, learning_rate=1e-3)
+    first, losses = moved[0]
+    assert losses["learning_rate"] == pytest.approx(1e-3 / 4)
+    assert first == pytest.approx(1e-3 / 4, rel=0.02)
+
+
+def test_gradients_are_clipped(windows, tmp_path):
+    """Plain steps of a clipped gradient are no longer than the rate times the clip."""
+    objective = DISTILL.create("come_sp").objective(pair())
+    norms = []
+    training(objective, windows, tmp_path, lambda row: norms.append(row.get("gradient_norm")))
+    assert max(norm for norm in norms if norm) > 1e-3
+    lengths = []
+    whole = torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        grads = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        lengths.append(float(torch.cat(grads).norm()))
+        return whole(self, closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        objective = DISTILL.create("come_sp").objective(pair())
+        training(objective, windows, tmp_path / "clipped", clip=1e-4)
+    assert lengths == pytest.approx([1e-4, 1e-4], rel=1e-3)
+
+
+def test_layers_trained_apart_validate_on_held_out_windows(base, tmp_path):
+    """One merged layer behind layers that did not change has the same loss either way."""
+    found = []
+    for number, method in enumerate(("come_sp", "come_mp")):
+        asked = (*HEAL, f"distill={method}", "distill.validation_samples=3")
+        result = start(base, tmp_path / str(number), *asked, *QUICK)
+        found.append(result["distillation"]["validation"][0]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+# Numbers
+
+
+def test_speed_is_held_against_the_share_of_the_layers(base, tmp_path, monkeypatch):
+    def speeds(models, **how):
+        return {
+            label: Speed(Timing(10, (s,)), Timing(10, (s,)), 1, 1)
+            for label, s in zip(models, (2.0, 1.0))
+        }
+
+    monkeypatch.setattr(EVALUATE, "compare_speed", speeds)
+    result = start(base, tmp_path / "out", "eval.speed=true", "eval.continuation_tokens=0")
+    speed = result["depths"][1]["speed"]
+    assert speed["prompt_ratio"] == 2
+    assert speed["prompt_realised"] == pytest.approx((1 - 1 / 2) / (1 / 6))
+
+
+def test_generation_counts_the_tokens_of_every_prompt():
+    found = compare_speed(
+        {"model": pico("llama_gqa")}, prompt_tokens=8, new_tokens=3, batch=4, repeats=1,
+        progress=False,
+    )["model"]  # fmt: skip
+    assert (found.prompt.tokens, found.generation.tokens) == (8, 12)
+
+
+def test_documents_of_a_group_count_the_same():
+    """Constant differences have no spread: the interval is their mean over documents."""
+    small, large = ([0.5] * 2, [0.0] * 2), ([0.1] * 8, [0.0] * 8)
+    low, high = mean_difference([[small, large]])
+    assert low == pytest.approx(high) == pytest.approx((2 * 0.5 + 8 * 0.1) / 10)
+    low, high = mean_difference([[small], [large]])
+    assert low == pytest.approx(high) == pytest.approx((0.5 + 0.1) / 2)
+
+
+def test_what_lies_behind_a_merged_layer_must_be_computed_again(windows):
+    adapter = ModelAdapter(pico("llama_gqa"))
+    with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        adapter.replace(2, 3, adapter.layer_state(2))
+        stream.merged(2, 3)
+        stream.boundary(2, slice(0, 2))
+        assert stream.valid == 2
+        with pytest.raises(AssertionError):
+            stream.boundary(3, slice(0, 2))
+
+
+def test_lambda_is_judged_on_what_it_was_not_solved_on(goals, monkeypatch):
+    """Four windows of five solve, and one judges."""
+    found, pieces = goals("llama_gqa")
+    whole, seen = ridge.best_lambda, []
+
+    def watched(fit, held_out, prior, grid):
+        seen.append((energy(fit), energy(held_out)))
+        return whole(fit, held_out, prior, grid)
+
+    def energy(sums: NormalEquations):
+        return float(sums.gram.trace())
+
+    monkeypatch.setattr(ridge, "best_lambda", watched)
+    ridge.Ridge("auto").solve(found, pieces)
+    assert len(seen) == 2  # attention, then the FFN
+    for fit, held_out in seen:
+        assert fit > 2 * held_out > 0
