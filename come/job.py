@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from come.evaluation.zero_shot import tasks_identity
+from come.evaluation.tasks import tasks_identity
 from come.files import RESULT, file_hash, package_hash, write_text
 from come.merging.plan import Plan
 from come.merging.saving import PLAN, plan_path

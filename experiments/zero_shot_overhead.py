@@ -16,7 +16,8 @@ from pathlib import Path
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from come.evaluation.zero_shot import load_tasks, zero_shot
+from come.evaluation.tasks import load_tasks
+from come.evaluation.zero_shot import zero_shot
 from come.models.loading import load_model
 
 

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from come.models.loading import load_tokenizer
 from tests.conftest import VOCAB, pico
 
 TEXT = "the layers of a model, merged in depth order"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
 
-def byte_level(folder: Path, *, vocabulary: int = VOCAB) -> None:
+def byte_level(folder: Path, *, extra: Sequence[str] = ()) -> None:
     """A byte-level BPE tokenizer, saved by the installed transformers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCAB,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 20, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        **({"extra_special_tokens": list(extra)} if extra else {}),
     ).save_pretrained(folder)
 
 
@@ -92,6 +99,14 @@ def old_form(folder: Path) -> None:
         edit(tokenizer, "backend", tokenizer_class="PreTrainedTokenizerFast")
 
 
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a folder's single weights file in place."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -127,8 +142,19 @@ def saved(
     return folder
 
 
+def lone_token(base: Path, token: str = "<new>") -> tuple[str, int]:
+    """Adds a token to the tokenizer, and not to the model."""
+    tokenizer = load_tokenizer(base)
+    saved(base, "llama_gqa", vocab_size=len(tokenizer))
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(base)
+    return token, len(tokenizer) - 1
+
+
+EXTRA = partial(byte_level, extra=("<|extra|>",))
+
 BASES: dict[str, Callable[[Path], Path]] = {
-    "LLaMA tied": lambda path: saved(path, "llama_tied", rope_parameters={
+    "LLaMA tied": lambda path: saved(path, "llama_tied", tokenizer=EXTRA, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),
     "LLaMA untied": lambda path: saved(path, "llama_gqa", old=True, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),

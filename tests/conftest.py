@@ -80,6 +80,19 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
+PRINTED = "printed"
+"""Name of a test's property that is shown at the end, whichever process ran the test."""
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Shows what tests have to show."""
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == PRINTED and getattr(report, "when", "") == "call":
+                terminalreporter.write_sep("=", report.nodeid)
+                terminalreporter.write_line(text)
+
+
 def pico(family: str, seed: int = 0, **config: object) -> PreTrainedModel:
     """A random model with nothing at its default: norms, biases and weights all vary."""
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from come.pipeline import run
 from come.pipeline.prepare import prepare
 from come.settings import Settings
 from tests.commands import SMALL
+from tests.test_zero_shot import TASK
 
 ONE_LAYER_LESS = ("merge=come", "merge.target_layers=5")
+QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
+ONLY_TASKS = (
+    "eval.perplexity=false",
+    "eval.speed=false",
+    "eval.continuation_tokens=0",
+    "eval.task_batch=4",
+)
 
 
 def settings(*overrides: str) -> Settings:
@@ -38,3 +47,15 @@ def before_loading(base: Path, folder: Path, *overrides: str) -> Any:
     """What a job finds out before any weight is loaded."""
     asked = job_settings(base, *overrides)
     return prepare(asked, folder, job_hash(asked))
+
+
+def questions(folder: Path, task: str = TASK) -> list[str]:
+    """A local task of twenty questions, and the settings that ask it alone."""
+    folder.mkdir()
+    rows = [
+        {"question": f"What is {i}?", "choices": [f"{i}", f"a {i * 7}", "b"], "answer": i % 3}
+        for i in range(20)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "asked.yaml").write_text(task.format(name="asked", data=folder / "data.jsonl"))
+    return [f"eval.include_path={folder}", "eval.tasks=[asked]", *ONLY_TASKS]

@@ -2,21 +2,13 @@
 
 import json
 import math
-import os
-import shlex
 import shutil
 
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from come.config import _line
-from come.evaluation.continuations import continuations
-from come.evaluation.perplexity import perplexity
-from come.evaluation.zero_shot import tasks_identity
 from come.job import check_finite, job_hash, write_result
 from come.models.checkpoint import check_checkpoint
 from come.models.loading import inspect_model, load_model, load_tokenizer, load_weights
@@ -24,19 +16,10 @@ from come.text.generated import self_generated_windows, unused_ids
 from come.text.hub import Hub
 from come.text.text_file import TextFile
 from come.text.windows import calibration_windows, corpus_text, evaluation_windows
-from tests.bases import TEMPLATE, byte_level, edit, saved
-from tests.commands import finish
+from tests.bases import TEMPLATE, byte_level, change_weights, edit, lone_token, saved
 from tests.conftest import VOCAB
-from tests.jobs import before_loading, job_settings, start
+from tests.jobs import QUICK, before_loading, job_settings, questions, start
 from tests.test_zero_shot import TASK
-
-ONLY_TASKS = (
-    "eval.perplexity=false",
-    "eval.speed=false",
-    "eval.continuation_tokens=0",
-    "eval.task_batch=4",
-)
-QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
 
 
 @pytest.fixture(autouse=True)
@@ -48,25 +31,6 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def base(tmp_path):
     return saved(tmp_path / "base", "llama_gqa")
-
-
-def change_weights(folder, change):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def questions(folder, task=TASK):
-    """A local task whose questions have a begin token's worth of difference in their answers."""
-    folder.mkdir()
-    rows = [
-        {"question": f"What is {i}?", "choices": [f"{i}", f"a {i * 7}", "b"], "answer": i % 3}
-        for i in range(20)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "asked.yaml").write_text(task.format(name="asked", data=folder / "data.jsonl"))
-    return [f"eval.include_path={folder}", "eval.tasks=[asked]", *ONLY_TASKS]
 
 
 # Wrong, and silent
@@ -264,15 +228,6 @@ def test_a_metric_that_is_no_number_for_each_document(base, tmp_path):
     assert f"{merged['difference']:+.3f} |  |" in report
 
 
-def lone_token(base, token="<new>"):
-    """Adds a token to the tokenizer, and not to the model."""
-    tokenizer = load_tokenizer(base)
-    saved(base, "llama_gqa", vocab_size=len(tokenizer))
-    tokenizer.add_tokens([token])
-    tokenizer.save_pretrained(base)
-    return token, len(tokenizer) - 1
-
-
 @pytest.mark.parametrize("place", ["calibration", "eval", "distill"])
 def test_token_ids_beyond_the_embedding(base, tmp_path, text_file, place):
     token, index = lone_token(base)
@@ -388,50 +343,6 @@ def test_a_long_line_costs_no_more_than_lines(base, tmp_path):
     assert held_out.tokens == 640
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "/x/model (copy)",
-        "/x/a=b",
-        "/x/a#b",
-        "/x/modèl",
-        "/x/it's (a)",
-        '/x/a"(b',
-        "/x/{a}",
-        "/x/[a]b",
-        "/x/${a}(b)",
-        "/x/模型",
-    ],
-)
-def test_a_path_with_signs_is_told_how_to_be_quoted(value):
-    parser = OverridesParser.create()
-    with pytest.raises(OverrideParseException) as caught:
-        parser.parse_overrides([f"model.path={value}"])
-    line = _line(caught.value)
-    assert "\n" not in line
-    (word,) = shlex.split(line.rpartition("for Hydra: ")[2])
-    read = parser.parse_override(word)
-    assert read.key_or_group == "model.path"
-    assert read.value().replace("\\${", "${") == value
-
-
-def test_a_folder_with_signs_can_be_used(tmp_path):
-    base = saved(tmp_path / "model (copy), é=1", "llama_gqa")
-    assert before_loading(base, tmp_path / "out").checkpoint == base
-
-
-def test_messages_of_hydra_come_whole(command):
-    for override, parts in (
-        ("merge.m=two", ["merge.m", "'two'", "Integer"]),
-        ("merge=kome", ["merge/kome", "come_plus", "shortgpt"]),
-        ("merge.m=2,3", ["merge.m=2,3", "--multirun"]),
-    ):
-        code, _, errors = finish(command(override))
-        assert code == 1
-        assert len(errors.strip().splitlines()) == 1
-        assert all(part in errors for part in parts), errors
-
-
 def test_an_adapter_in_the_folder_is_named(base):
     (base / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge_and_un"):
@@ -490,274 +401,3 @@ def test_a_folder_without_weights_beside_the_tokenizer(tmp_path):
     byte_level(tmp_path)
     with pytest.raises(ValueError, match=r"has no config.json"):
         check_checkpoint(tmp_path)
-
-
-# More of the kinds, found by looking for them
-
-
-def test_a_trial_that_overflows_is_not_the_best_one(tmp_path):
-    """Logits that overflow on the calibration text alone: no trial has a divergence."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
-    change_weights(base, lambda t: t["lm_head.weight"][40:60].mul_(60000))
-    trials = ("merge.selection=trial_kl", "eval.perplexity=false", *QUICK)
-    with pytest.raises(ValueError, match="gives no number for layers"):
-        start(base, tmp_path / "out", "merge=come", *trials)
-
-
-def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
-
-    def silence(tensors):
-        for i in (4, 5):
-            tensors[f"model.layers.{i}.self_attn.v_proj.weight"].zero_()
-            tensors[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
-
-    change_weights(base, silence)
-    result = start(base, tmp_path / "out", "merge=come_plus", *QUICK)
-    assert result["depths"][1]["layers"] == 5
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "merge.finish_lambda=.inf",
-        "calibration.temperature=.inf",
-        "distill.learning_rate=.nan",
-        "+merge.options.threshold=.inf",
-    ],
-)
-def test_settings_are_finite_numbers(base, setting):
-    key = setting.lstrip("+").partition("=")[0]
-    with pytest.raises(ValueError, match=f"{key}=(inf|nan): must be a finite number"):
-        job_settings(base, setting.replace("=.", "="))
-
-
-def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
-    """Its rotary table stays in float32, as every reader makes it."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
-    heal = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
-    result = start(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
-    model = load_weights(tmp_path / "out" / "model")
-    job = before_loading(base, tmp_path / "again")
-    again = perplexity(model, job.held_out[""].windows, batch_tokens=2048, progress=False)
-    assert result["depths"][-1]["perplexity"]["nll"] == list(again.nll)
-
-
-def test_the_part_of_a_text_that_is_held_out_counts(base, text_file, tmp_path):
-    """With a plan, calibration text only decides which part of the same text is held out."""
-    start(base, tmp_path / "out", *QUICK)
-    plan = ["merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}"]
-    asked = [*plan, "merge.target_layers=null", f"eval.path={text_file}"]
-    apart = job_hash(job_settings(base, *asked))
-    assert job_hash(job_settings(base, *asked, f"calibration.path={text_file}")) != apart
-
-
-def test_identities_of_texts_are_their_content(tmp_path):
-    rows = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3))
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text(rows)
-    (tmp_path / "a.txt").write_text(rows)
-    sources = [
-        lambda: Hub(dataset="json", data_files=str(folder / "*.jsonl")),
-        lambda: Hub(dataset="json", data_files=str(folder / "a.jsonl")),
-        lambda: Hub(dataset=str(folder)),
-        lambda: TextFile(str(folder / "a.jsonl")),
-        lambda: TextFile(str(tmp_path / "a.txt")),
-    ]
-    before = [make().identity for make in sources]
-    assert len(set(before)) == len(before)
-    assert Hub(dataset="x/y", revision="a").identity != Hub(dataset="x/y", revision="b").identity
-    one, other = sources[1](), sources[3]()
-    assert one.content == other.content  # one corpus, so that its parts are kept apart
-    (folder / "a.jsonl").write_text(rows + "{}\n")
-    (tmp_path / "a.txt").write_text(rows + "x")
-    after = [make().identity for make in sources]
-    assert not set(before) & set(after)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        "dataset_kwargs: {{data_files: {{test: {data}}}}}",
-        "dataset_kwargs:\n  data_files: {folder}/*.jsonl",
-        'dataset_kwargs:\n  data_files: "{data}"',
-        "dataset_path: {folder}",
-        "include: common",
-        "include: common.yaml",
-        "process_docs: !function helper.process",
-    ],
-)
-def test_data_that_a_task_names_count(tmp_path, form):
-    folder, elsewhere = tmp_path / "tasks", tmp_path / "some where"
-    folder.mkdir()
-    elsewhere.mkdir()
-    data = elsewhere / "rows.jsonl"
-    data.write_text("{}\n")
-    (tmp_path / "common.yaml").write_text("")
-    (folder / "helper.py").write_text("")
-    (folder / "common.yaml").write_text(f"dataset_kwargs:\n  data_files: {data}\n")
-    (folder / "a.yaml").write_text("task: a\n" + form.format(data=data, folder=elsewhere) + "\n")
-    before = tasks_identity(["a"], str(folder), None)
-    assert tasks_identity(["a"], str(folder), None) == before
-    data.write_text("{} \n")
-    assert tasks_identity(["a"], str(folder), None) != before
-
-
-GENERATES = """task: asked
-dataset_path: json
-dataset_kwargs:
-  data_files: {data}
-test_split: train
-output_type: generate_until
-doc_to_text: "Question: {{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs:
-  max_gen_toks: {tokens}
-  until: ["x"]
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
-def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
-    for number, (tokens, change, message) in enumerate(
-        (
-            (512, {}, "asked generates 512 tokens, and the model reads at most 512"),
-            (4, {"without": "eos_token"}, "asked generates up to an end token, and the tokenizer"),
-            (4, {"more": "unsafe_code: true\n"}, "asked runs code that the model writes"),
-        )
-    ):
-        task = GENERATES.format(data="{data}", tokens=tokens).replace("{{", "{{{{")
-        task = task.replace("}}", "}}}}") + change.get("more", "")
-        asked = questions(tmp_path / f"tasks{number}", task)
-        if "without" in change:
-            written = (base / "tokenizer_config.json").read_text()
-            edit(base / "tokenizer_config.json", change["without"])
-        with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "out", *asked)
-        if "without" in change:
-            (base / "tokenizer_config.json").write_text(written)
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        "---\nlicense: [mit, apache-2.0]\nmodel-index: [{results: [{source: 'https://x'}]}]\n---\n",
-        "---\n1: 2\nlanguage: no\n---\n",
-        "---\nlicense: {a: b}\n---\n",
-        "no metadata",
-        "---\n- a\n---\n",
-    ],
-)
-def test_a_base_with_any_card(base, tmp_path, card):
-    (base / "README.md").write_text(card)
-    start(base, tmp_path / "out", "eval.perplexity=false", *QUICK)
-    found = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert ("language: 'no'" in found) == ("language: no" in card)
-    assert ("base model (mit, apache-2.0)" in found) == ("apache" in card)
-
-
-def test_names_with_dollar_signs_are_drawn(tmp_path):
-    base = saved(tmp_path / "a$x_{$ b", "llama_gqa")
-    start(base, tmp_path / "out", "eval.speed=false", "eval.continuation_tokens=0")
-    assert (tmp_path / "out" / "perplexity.png").is_file()
-
-
-def test_the_prompts_of_the_report_are_held_against_the_embedding(base, tmp_path):
-    lone_token(base, "capital")
-    with pytest.raises(ValueError, match=r"a prompt has the token 'capital'"):
-        before_loading(base, tmp_path / "out")
-
-
-def test_continuations_are_greedy_whatever_the_generation_configuration(base):
-    model, tokenizer = load_model(base)
-    plain = continuations(model, tokenizer, new_tokens=12)
-    model.generation_config.num_beams = 3
-    model.generation_config.repetition_penalty = 5.0
-    assert continuations(model, tokenizer, new_tokens=12) == plain
-
-
-def test_weights_that_the_configuration_names(base, tmp_path):
-    shutil.copy(base / "model.safetensors", base / "other.safetensors")
-    edit(base / "config.json", transformers_weights="other.safetensors")
-    before = job_hash(job_settings(base))
-    tensors = load_file(base / "other.safetensors")
-    tensors["lm_head.weight"] *= 2
-    save_file(tensors, base / "other.safetensors", metadata={"format": "pt"})
-    assert job_hash(job_settings(base)) != before
-    (base / "model.safetensors").unlink()
-    start(base, tmp_path / "out", *QUICK)
-    assert torch.equal(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").lm_head.weight,
-        tensors["lm_head.weight"],
-    )
-
-
-def test_weights_changed_behind_an_old_time(base):
-    before, path = job_hash(job_settings(base)), base / "model.safetensors"
-    status, content = path.stat(), bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert job_hash(job_settings(base)) != before
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "3"])
-def test_a_configuration_that_is_cut(base, text):
-    (base / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config.json (cannot be read|holds no configuration)"):
-        inspect_model(base)
-
-
-def test_a_short_training_text_is_named(base, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("a few words")
-    with pytest.raises(ValueError, match=r"training text too short: .* distill.seq_len=256"):
-        before_loading(base, tmp_path / "out", "distill=come_sp", f"distill.path={short}")
-
-
-def test_rows_with_both_names_of_a_message(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    mixed = {"role": None, "content": None, "from": "human", "value": "hello"}
-    path.write_text(json.dumps({"text": [mixed]}) + "\n")
-    (document,) = TextFile(str(path)).documents()
-    assert document == [{"role": "human", "content": "hello"}]
-
-
-def test_methods_that_need_windows_say_so_at_once(base, tmp_path):
-    with pytest.raises(ValueError, match=r"num_samples=4: .* needs at least 5 windows"):
-        before_loading(base, tmp_path / "out", "merge=mka", "calibration.num_samples=4")
-
-
-def test_plans_that_fit_no_model_are_refused_at_once(base, tmp_path):
-    start(base, tmp_path / "out", *QUICK)
-    path = tmp_path / "out" / "plan.json"
-    plan = json.loads(path.read_text())
-    asked = ("merge=from_plan", "merge.target_layers=null", f"merge.plan={path}")
-    for change, message in (
-        (lambda p: p.update(operator="glue"), "'glue': unknown merge operator"),
-        (lambda p: p["steps"][0].update(last=9), "merges layers 4 to 9 in step 1, where the model"),
-    ):
-        changed = json.loads(json.dumps(plan))
-        change(changed)
-        path.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "again", *asked)
-
-
-def test_a_neighbour_with_old_in_its_name_stays(base, tmp_path):
-    (tmp_path / "out" / "model.old").mkdir(parents=True)
-    (tmp_path / "out" / "model.old" / "thesis.txt").write_text("years of work")
-    for _ in range(2):
-        start(base, tmp_path / "out", *QUICK)
-        (tmp_path / "out" / "result.json").unlink()
-    assert (tmp_path / "out" / "model.old" / "thesis.txt").read_text() == "years of work"
-
-
-def test_no_index_of_weights_that_were_not_kept(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("come.merging.saving.MAX_SHARD_SIZE", "20KB")
-    start(base, tmp_path / "out", "merge.keep=false", *QUICK)
-    assert not list((tmp_path / "out" / "model").glob("model*"))

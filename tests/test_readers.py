@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from come.merging.apply import apply
 from come.merging.compress import compress
+from come.merging.plan import Plan
 from come.merging.recipe import Recipe
 from come.merging.saving import save_model
 from come.models.loading import load_model
 from tests.bases import BASES
 from tests.commands import ROOT
-from tests.conftest import VOCAB
+from tests.conftest import PRINTED, VOCAB
 
 FOUR = Path(sys.prefix) / "transformers4"
 TOP = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
@@ -28,7 +29,7 @@ TOP = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Folders of every base and of what the default merge makes of it."""
+    """Folders of every base, and of the base with two of its layers merged."""
     root = tmp_path_factory.mktemp("readers")
     windows = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(3))
     found = {}
@@ -127,20 +128,12 @@ def by_transformers4(base, result, own):
 def by_transformers5(base, result, own):
     """As the model was in memory when it was merged."""
     found = own["5"][str(result)]
-    model, tokenizer = load_model(base)
-    apply_plan(result, model)
-    ids = torch.tensor([found["ids"]])
-    assert tokenizer(tokenizer.decode(ids[0], skip_special_tokens=True)) is not None
-    with torch.no_grad():
-        logits = model.float()(ids).logits[0, -40:, :40]
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-4, atol=1e-4)
-    assert found["dtype"] == str(load_model(base)[0].dtype)
-
-
-def apply_plan(result, model):
-    from come.merging.plan import Plan
-
+    model, _ = load_model(base)
+    assert found["dtype"] == str(model.dtype)
     apply(Plan.load(result / "come" / "plan.json"), model)
+    with torch.no_grad():
+        logits = model.float()(torch.tensor([found["ids"]])).logits[0, -40:, :40]
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-4, atol=1e-4)
 
 
 READERS = {
@@ -151,7 +144,7 @@ READERS = {
 }
 
 
-def test_every_reader_sees_the_same_model(results, readings, capsys):
+def test_every_reader_sees_the_same_model(results, readings, record_property):
     lines, failed = [], []
     for name, (base, result) in results.items():
         cells = []
@@ -163,7 +156,6 @@ def test_every_reader_sees_the_same_model(results, readings, capsys):
                 cells.append("DIFFERS")
                 failed.append(f"{name}, {reader}: {error}")
         lines.append("".join(f"{cell:<24}" for cell in (name, *cells)))
-    with capsys.disabled():
-        print("\n" + "".join(f"{cell:<24}" for cell in ("", *READERS)))
-        print("\n".join(lines))
+    head = "".join(f"{cell:<24}" for cell in ("", *READERS))
+    record_property(PRINTED, "\n".join([head, *lines]))
     assert not failed, "\n".join(failed)

@@ -19,9 +19,7 @@ from come.models.dialects import both_dialects, tokenizer_for_both
 from come.models.loading import load_model
 from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
 from tests.conftest import VOCAB
-from tests.jobs import start
-
-QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
+from tests.jobs import QUICK, start
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +122,13 @@ def test_the_tokenizer_class_of_transformers_5():
         "additional_special_tokens": ["<a>"],
         "x": 1,
     }
-    known = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<a>"]}
+    known = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image": "<a>"}}
     assert tokenizer_for_both(known) == known
+    listed = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<a>"]}
+    assert tokenizer_for_both(listed) == {
+        "tokenizer_class": "LlamaTokenizer",
+        "additional_special_tokens": ["<a>"],
+    }
 
 
 def test_a_base_without_generation_configuration_has_none_after(tmp_path):

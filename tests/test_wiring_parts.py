@@ -26,10 +26,9 @@ from come.text.text_file import TextFile
 from come.text.windows import TokenWindows, calibration_windows
 from tests.bases import edit, saved
 from tests.conftest import LAYERS, pico
-from tests.jobs import before_loading, settings, start
+from tests.jobs import QUICK, before_loading, settings, start
 from tests.test_distill import pair
 
-QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
 HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
 RUN = importlib.import_module("come.pipeline.run")
 EVALUATE = importlib.import_module("come.pipeline.evaluate")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from come.evaluation.paired import paired_difference
-from come.evaluation.zero_shot import load_tasks, tasks_identity, zero_shot
+from come.evaluation.tasks import load_tasks, tasks_identity
+from come.evaluation.zero_shot import zero_shot
 from come.models.loading import load_model
 from tests.commands import finish
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.evaluation.continuations import PROMPTS, continuations
 from come.evaluation.perplexity import Perplexity, perplexity
-from come.evaluation.zero_shot import TaskSet, ZeroShot, zero_shot
+from come.evaluation.tasks import TaskSet
+from come.evaluation.zero_shot import ZeroShot, zero_shot
 from come.files import cache_folder, package_hash, write_text
 from come.text.windows import TokenWindows
 

@@ -49,9 +49,10 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def companions_hash(folder: Path) -> str:
-    """Hash of the content of all companion files and their names: equal for copies."""
+    """Hash of the companion files that are read, by content and name: equal for copies."""
     digest = hashlib.sha256()
-    for name in companion_files(folder):
+    licences = _matching(folder, LICENCES)
+    for name in (name for name in companion_files(folder) if name not in licences):
         digest.update(f"{name.as_posix()} {file_hash(folder / name)}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -68,18 +68,19 @@ def both_dialects(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_for_both(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer configuration whose class, and list of special tokens, transformers 4 knows.
+    """A tokenizer configuration without what transformers 4 cannot read.
 
     `TokenizersBackend` is what transformers 5 calls `PreTrainedTokenizerFast`, and still reads
-    under that name. All others come back as they are.
+    under that name; a list of `extra_special_tokens` was `additional_special_tokens`. All that
+    transformers 4 may have written comes back as it is.
     """
-    if config.get("tokenizer_class") != "TokenizersBackend":
-        return config
-    found = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    found = dict(config)
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = found.get("extra_special_tokens")
     if isinstance(extra, list):  # transformers 4 wants names for these
         del found["extra_special_tokens"]
-        found["additional_special_tokens"] = extra
+        found.setdefault("additional_special_tokens", extra)
     return found
 
 

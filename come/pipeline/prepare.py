@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from come.cost import compression_cost
 from come.evaluation.continuations import PROMPTS
-from come.evaluation.zero_shot import TaskSet, check_tasks, load_tasks
+from come.evaluation.tasks import TaskSet, check_tasks, load_tasks
 from come.files import check_replaceable
 from come.job import check_folder, find_run
 from come.merging.plan import Plan

@@ -1,0 +1,56 @@
+"""Overrides that Hydra cannot read: one line says which, and how it is written."""
+
+import shlex
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from come.config import _line
+from tests.bases import saved
+from tests.commands import finish
+from tests.jobs import before_loading
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/x/model (copy)",
+        "/x/a=b",
+        "/x/a#b",
+        "/x/modèl",
+        "/x/it's (a)",
+        '/x/a"(b',
+        "/x/{a}",
+        "/x/[a]b",
+        "/x/${a}(b)",
+        "/x/模型",
+    ],
+)
+def test_a_path_with_signs_is_told_how_to_be_quoted(value):
+    parser = OverridesParser.create()
+    with pytest.raises(OverrideParseException) as caught:
+        parser.parse_overrides([f"model.path={value}"])
+    line = _line(caught.value)
+    assert "\n" not in line
+    (word,) = shlex.split(line.rpartition("for Hydra: ")[2])
+    read = parser.parse_override(word)
+    assert read.key_or_group == "model.path"
+    assert read.value().replace("\\${", "${") == value
+
+
+def test_a_folder_with_signs_can_be_used(tmp_path):
+    base = saved(tmp_path / "model (copy), é=1", "llama_gqa")
+    assert before_loading(base, tmp_path / "out").checkpoint == base
+
+
+def test_messages_of_hydra_come_whole(command):
+    for override, parts in (
+        ("merge.m=two", ["merge.m", "'two'", "Integer"]),
+        ("merge=kome", ["merge/kome", "come_plus", "shortgpt"]),
+        ("merge.m=2,3", ["merge.m=2,3", "--multirun"]),
+    ):
+        code, _, errors = finish(command(override))
+        assert code == 1
+        assert len(errors.strip().splitlines()) == 1
+        assert all(part in errors for part in parts), errors
