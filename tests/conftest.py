@@ -27,12 +27,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import come.config
 from come.calibration.goals import Goals
 from come.calibration.statistics import StatisticsCollector
 from come.calibration.stream import LayerStream
 from come.merging.apply import merged_pieces
 from come.models.adapter import ModelAdapter
 from come.operators.base import OPERATORS
+from come.pipeline import run
 from tests.commands import ROOT, SMALL
 
 torch.set_num_threads(1)
@@ -183,6 +185,28 @@ def command(pico_folder, tmp_path):
         )
 
     return start
+
+
+@pytest.fixture
+def command_line(pico_folder, tmp_path, monkeypatch, capfd):
+    """Runs the command line in this process: exit code and stderr. For what ends before work."""
+
+    def run_here(*overrides):
+        monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("come.config._said", set())
+        words = ["run.py", f"model.path={pico_folder}", "model=local", "merge=come", *SMALL]
+        given = {word.partition("=")[0] for word in overrides}
+        words = [word for word in words if word.partition("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", [*words, *overrides])
+        capfd.readouterr()
+        try:
+            code = come.config.main(run)
+        except SystemExit as ended:
+            code = ended.code
+        return code, "\n".join(capfd.readouterr())
+
+    return run_here
 
 
 @pytest.fixture

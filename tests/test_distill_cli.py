@@ -167,9 +167,9 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
         (["from_run=/no/run"], "from_run=/no/run: no merged model with its come/plan.json there"),
     ],
 )
-def test_bad_settings_cost_one_line(overrides, message, command, tmp_path):
-    code, _, errors = finish(command(*overrides, f"hydra.run.dir={tmp_path / 'out'}"))
+def test_bad_settings_cost_one_line(overrides, message, command_line, tmp_path):
+    code, printed = command_line(*overrides, f"hydra.run.dir={tmp_path / 'out'}")
     assert code == 1
-    assert message in errors
-    assert len([line for line in errors.splitlines() if line.startswith("error:")]) == 1
+    assert message in printed
+    assert len([line for line in printed.splitlines() if line.startswith("error:")]) == 1
     assert not (tmp_path / "out" / "result.json").exists()

@@ -63,6 +63,8 @@ CHANGES = [
     ((*COME, "calibration.begin=4"), "calibration.continued=2", MERGED),
     ((*COME, "calibration.begin=4", "calibration.continued=2"), "calibration.begin=8", MERGED),
     (COME, "calibration.store=disk", set()),
+    (SAMPLED, "calibration.seed=1", PLANNED),
+    (SAMPLED, "calibration.num_samples=7", MERGED),
     (SAMPLED, "calibration.temperature=0.5", MERGED),
     (SAMPLED, "calibration.top_p=0.5", MERGED),
     (SAMPLED, "calibration.keep=0.5", MERGED),

@@ -145,11 +145,11 @@ def test_a_run_with_tasks(tasks, command, tmp_path):
     assert any("eval/layers_value" in line for line in lines)
 
 
-def test_a_bad_task_name_costs_one_line(command, tasks, tmp_path):
+def test_a_bad_task_name_costs_one_line(command_line, tasks, tmp_path):
     words = ["eval=zero_shot", f"eval.include_path={tasks}", "eval.tasks=[modles]"]
-    code, _, errors = finish(command(*words, f"hydra.run.dir={tmp_path / 'out'}"))
+    code, printed = command_line(*words, f"hydra.run.dir={tmp_path / 'out'}")
     assert code == 1
-    assert "error: eval.tasks has 'modles': no such task" in errors
+    assert "error: eval.tasks has 'modles': no such task" in printed
 
 
 def test_a_paired_difference_is_that_of_the_documents():

@@ -73,14 +73,17 @@ def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
         return [file_hash(path)]
     found = []
     for word in _words(tree):
-        beside = [p for n in (word, f"{word}.yaml") if (p := path.parent / n).is_file()]
-        named = Path(word).expanduser().is_absolute() and local_hash(word)
-        if named:
-            found.append(named)
-        elif beside and beside[0].suffix in (".yaml", ".yml") and beside[0] not in seen:
-            found += _contents(beside[0], (*seen, path))
+        if Path(word).expanduser().is_absolute():
+            found.append(local_hash(word) or word)
+            continue
+        beside = [path.parent / name for name in (word, f"{word}.yaml")]
+        named = next((p for p in beside if p.is_file() and p not in (path, *seen)), None)
+        if named is None:
+            found.append(word)
+        elif named.suffix in ("", ".yaml", ".yml"):
+            found += _contents(named, (*seen, path))
         else:
-            found += [file_hash(beside[0])] if beside else [word]
+            found.append(file_hash(named))
     return found
 
 
