@@ -35,12 +35,13 @@ def local_hash(path: str) -> str | None:
     Returns:
         16 hexadecimal digits, equal for copies; None where nothing is there.
     """
-    root = Path(path).expanduser()
-    if root.is_file():
+    root = Path(os.path.expanduser(path))
+    if os.path.isfile(root):
         return file_hash(root)
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    names = [file.relative_to(root).as_posix() for file in files]
-    if not root.exists():
+    if os.path.isdir(root):
+        files = sorted(found for found in root.rglob("*") if found.is_file())
+        names = [file.relative_to(root).as_posix() for file in files]
+    else:
         files = [Path(name) for name in sorted(glob(str(root), recursive=True))]
         files = [file for file in files if file.is_file()]
         names = [file.name for file in files]

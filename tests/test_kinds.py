@@ -119,6 +119,10 @@ def test_identities_of_texts_are_their_content(tmp_path):
         "dataset_kwargs:\n  data_files: {folder}/*.jsonl",
         'dataset_kwargs:\n  data_files: "{data}"',
         "dataset_path: {folder}",
+        "doc_to_text: '/"
+        + "a long prompt " * 400
+        + "'\ndoc_to_target: ~nobody\ndataset_path: {folder}",
+        "doc_to_text: " + "a long prompt " * 400 + "\ndataset_path: {folder}",
         "include: common",
         "include: common.yaml",
         "process_docs: !function helper.process",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,11 +74,12 @@ def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
         return [file_hash(path)]
     found = []
     for word in _words(tree):
-        if Path(word).expanduser().is_absolute():
+        if os.path.isabs(os.path.expanduser(word)):
             found.append(local_hash(word) or word)
             continue
         beside = [path.parent / name for name in (word, f"{word}.yaml")]
-        named = next((p for p in beside if p.is_file() and p not in (path, *seen)), None)
+        # os.path, since a word may be a whole prompt, which is no name of a file
+        named = next((p for p in beside if os.path.isfile(p) and p not in (path, *seen)), None)
         if named is None:
             found.append(word)
         elif named.suffix in ("", ".yaml", ".yml"):

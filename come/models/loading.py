@@ -205,6 +205,8 @@ def _tied(folder: Path) -> bool:
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
+        if not tensor.numel():
+            continue
         low, high = torch.aminmax(tensor.detach())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(

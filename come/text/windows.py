@@ -242,6 +242,8 @@ def check_token_ids(
         ValueError: a token without a row, as where tokens were added to a tokenizer and the model
             was not resized.
     """
+    if not windows.numel():
+        return
     largest = int(windows.max())
     if largest >= rows or int(windows.min()) < 0:
         name = f" {tokenizer.convert_ids_to_tokens(largest)!r}" if tokenizer else ""
