@@ -184,6 +184,7 @@ class Loud(SensitivityMetric):
     assert "loud.py fails with ModuleNotFoundError: No module named 'nonsense'" in errors
 
 
+@pytest.mark.slow
 def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
     folder = tmp_path / "out"
     where = (f"hydra.run.dir={folder}", "eval.speed=false")
@@ -220,6 +221,7 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
 
 
+@pytest.mark.slow
 def test_self_generated_calibration_needs_no_text(command, tmp_path):
     folder = tmp_path / "out"
     code, _, errors = finish(

@@ -100,7 +100,7 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
 }
 
 
-QUICK = {"smoke", "beyond", "distill"}  # the others run with the slow tests
+QUICK = {"smoke"}  # the others run with the slow tests
 
 
 @pytest.mark.parametrize(
