@@ -103,7 +103,7 @@ def test_the_default_method_is_better(killed_run, texts, tmp_path):
         "eval.speed=false",
         f"hydra.run.dir={tmp_path / 'job'}",
     )
-    _, errors = process.communicate(timeout=900)
+    _, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     result = json.loads((tmp_path / "job" / "result.json").read_text())
     assert result["method"] == "come_plus"
