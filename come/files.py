@@ -30,7 +30,7 @@ def file_hash(path: Path) -> str:
 
 
 def local_hash(path: str) -> str | None:
-    """Hash of the content behind a path: a file, a folder with all its files, or a pattern.
+    """Hash of the content at a path: a file, a folder with all its files, or a pattern.
 
     Returns:
         16 hexadecimal digits, equal for copies; None where nothing is there.

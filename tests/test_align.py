@@ -143,7 +143,7 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_units_are_chosen_as_the_alignment_will_leave_them(windows):
-    """Elimination that knows the alignment keeps the units that it misses least behind it."""
+    """The elimination scores units after their input maps are aligned."""
     kept = []
     for ratio in (None, 1e-3, 10.0):
         method = Recipe(

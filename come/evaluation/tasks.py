@@ -103,7 +103,7 @@ def _words(tree: Any) -> Iterator[str]:
 
 
 class _AnyTag(yaml.SafeLoader):
-    """Reads a tag of the harness, such as `!function`, as the text behind it."""
+    """Reads a tag of the harness, such as `!function`, as plain text."""
 
 
 _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
