@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-all report bench lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,7 +30,12 @@ test: $(READY) $(VENV)/transformers4  ## the fast tests
 test-slow: $(READY)  ## the tests on the real model and on many processes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-all: test test-slow  ## all tests
+test-shapes: $(READY)  ## tests of the method once more, every tensor held against its annotation
+	$(BIN)/python -m pytest -n 2 -m "not slow" --jaxtyping-packages=come,beartype.beartype \
+		tests/test_methods.py tests/test_refit.py tests/test_distill.py tests/test_evaluation.py \
+		tests/test_text.py tests/test_sensitivity.py $(ARGS)
+
+test-all: test test-shapes test-slow  ## all tests
 
 report: $(READY) ## tables and figure of a grid from what has finished (GRID=runs/grid-NAME)
 	$(BIN)/python -m come.report $(GRID) $(ARGS)
