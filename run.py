@@ -2,8 +2,7 @@
 
 import sys
 
-from come.config import main
-from come.pipeline import run
+from come.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main())

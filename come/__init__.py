@@ -1,20 +1,25 @@
 """come: compresses large language models by merging layers.
 
-The five calls that make a smaller model are exported here; everything else is in the subpackages.
+The calls that make a smaller model are exported here, imported at first use; everything else is in
+the subpackages.
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from come.evaluation.perplexity import perplexity
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.plan import Plan
-from come.merging.recipe import Recipe
-from come.merging.saving import save_model
-from come.models.loading import load_model
-from come.text.pydocs import PyDocs
-from come.text.text_file import TextFile
-from come.text.windows import calibration_windows, evaluation_windows
+if TYPE_CHECKING:
+    from come.data.sources.pydocs import PyDocs
+    from come.data.sources.text_file import TextFile
+    from come.data.windows import calibration_windows, evaluation_windows
+    from come.evaluate.perplexity import perplexity
+    from come.merge.apply import apply
+    from come.merge.loop import compress
+    from come.merge.plan import Plan
+    from come.merge.recipe import Recipe
+    from come.merge.saving import save_model
+    from come.models.loading import load_model
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Plan",
@@ -29,3 +34,24 @@ __all__ = [
     "perplexity",
     "save_model",
 ]
+
+_MODULES = {
+    "Plan": "merge.plan",
+    "PyDocs": "data.sources.pydocs",
+    "Recipe": "merge.recipe",
+    "TextFile": "data.sources.text_file",
+    "apply": "merge.apply",
+    "calibration_windows": "data.windows",
+    "compress": "merge.loop",
+    "evaluation_windows": "data.windows",
+    "load_model": "models.loading",
+    "perplexity": "evaluate.perplexity",
+    "save_model": "merge.saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports an exported name; torch and transformers take seconds, and a version needs none."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'come' has no attribute {name!r}")
+    return getattr(import_module(f"come.{_MODULES[name]}"), name)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from come.merging.apply import apply
-from come.merging.plan import Plan
+from come.merge.apply import apply
+from come.merge.plan import Plan
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
+from come.data.sources.pydocs import PyDocs
+from come.data.windows import calibration_windows
 from come.memory import PeakMemory
-from come.merging.compress import compress
-from come.merging.reach import layer_passes
-from come.merging.recipe import Recipe
+from come.merge.constraints import layer_passes
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.selection.trial_kl import TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.selection.trial_kl import TrialKL
-from come.text.pydocs import PyDocs
-from come.text.windows import calibration_windows
 
 COME_PLUS = Recipe.come_plus(options=TrialKL.sampled_options)  # as for text from the model
 METHODS = {"come": (Recipe(), 6, 1), "come_plus": (COME_PLUS, 15, 2)}

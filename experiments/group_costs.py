@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from come import Recipe, TextFile, compress, evaluation_windows
-from come.calibration.stream import LayerStream
+from come.data.sampling import self_generated_windows
+from come.data.sources.pydocs import PyDocs
+from come.merge.selection.angular import Angular
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.selection.angular import Angular
-from come.text.generated import self_generated_windows
-from come.text.pydocs import PyDocs
+from come.stream.stream import LayerStream
 
 HELD_OUT = 16
 LOWEST = {2: 14, 3: 11, 4: 9}  # groups tried, by size

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from come.merging.apply import apply
-from come.merging.plan import Plan
+from come.data.sources.text_file import TextFile
+from come.data.windows import evaluation_windows
+from come.merge.apply import apply
+from come.merge.plan import Plan
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.text.text_file import TextFile
-from come.text.windows import evaluation_windows
 
 
 def main() -> None:

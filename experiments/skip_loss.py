@@ -14,14 +14,14 @@ import time
 
 import torch
 
-from come.calibration.stream import LayerStream
+from come.data.sources.pydocs import PyDocs
+from come.data.windows import calibration_windows
+from come.merge.selection.skip_loss import SkipLoss
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
 from come.models.loss import window_nll
-from come.selection.skip_loss import SkipLoss
-from come.text.pydocs import PyDocs
-from come.text.windows import calibration_windows
+from come.stream.stream import LayerStream
 
 
 @torch.inference_mode()

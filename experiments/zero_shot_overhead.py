@@ -16,8 +16,8 @@ from pathlib import Path
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from come.evaluation.tasks import load_tasks
-from come.evaluation.zero_shot import zero_shot
+from come.evaluate.tasks import load_tasks
+from come.evaluate.zero_shot import zero_shot
 from come.models.loading import load_model
 
 

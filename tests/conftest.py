@@ -11,8 +11,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+import builtins
+
 import pytest
 import torch
+import transformers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,17 +30,21 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import come.config
-from come.calibration.goals import Goals
-from come.calibration.statistics import StatisticsCollector
-from come.calibration.stream import LayerStream
-from come.merging.apply import merged_pieces
+import come.cli
+from come.merge.apply import merged_pieces
+from come.merge.operators.base import OPERATORS
+from come.merge.reconstruction import Goals
 from come.models.adapter import ModelAdapter
-from come.operators.base import OPERATORS
-from come.pipeline import run
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
 from tests.commands import ROOT, SMALL
 
 torch.set_num_threads(1)
+
+# `make test-shapes` resolves annotations when it runs, and these are imported for type checkers
+# alone: transformers takes seconds.
+for name in ("PretrainedConfig", "PreTrainedModel", "PreTrainedTokenizerBase"):
+    setattr(builtins, name, getattr(transformers, name))
 
 LAYERS, VOCAB, WINDOWS, SEQ = 6, 300, 5, 16
 SHAPE = {
@@ -194,14 +201,14 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
     def run_here(*overrides):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("come.config._said", set())
+        monkeypatch.setattr("come.cli._said", set())
         words = ["run.py", f"model.path={pico_folder}", "model=local", "merge=come", *SMALL]
         given = {word.partition("=")[0] for word in overrides}
         words = [word for word in words if word.partition("=")[0] not in given]
         monkeypatch.setattr(sys, "argv", [*words, *overrides])
         capfd.readouterr()
         try:
-            code = come.config.main(run)
+            code = come.cli.main()
         except SystemExit as ended:
             code = ended.code
         return code, "\n".join(capfd.readouterr())

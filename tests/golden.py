@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
 from tests.conftest import FAMILIES, LAYERS, SEQ, VOCAB, WINDOWS, pico
 from tests.methods import recipe
 from tests.test_methods import PARTS, RECIPES

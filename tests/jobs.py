@@ -8,11 +8,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from come.config import CONF, to_settings
-from come.job import job_hash
-from come.pipeline import run
-from come.pipeline.prepare import prepare
-from come.settings import Settings
+from come.cli import CONF, to_settings
+from come.job.identity import job_hash
+from come.job.run import run
+from come.job.stages.prepare import prepare
+from come.schema import Settings
 from tests.commands import SMALL
 from tests.test_zero_shot import TASK
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from come.merging.recipe import Recipe
+from come.merge.recipe import Recipe
 from come.models.adapter import UNITS, ModelAdapter
-from come.settings import MergeSettings
+from come.schema import MergeSettings
 from tests.conftest import pico
 from tests.reference import Reference
 

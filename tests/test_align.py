@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.alignment import input_maps, read_through
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.refit.ridge import Ridge
 from come.models.adapter import ModelAdapter
-from come.refit.align import input_maps, read_through
-from come.refit.ridge import Ridge
 from tests.conftest import LAYERS, pico
 from tests.reference import Reference
 

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from come.job import check_finite, job_hash, write_result
+from come.data.sampling import self_generated_windows, unused_ids
+from come.data.sources.hub import Hub
+from come.data.sources.text_file import TextFile
+from come.data.windows import calibration_windows, corpus_text, evaluation_windows
+from come.job.folder import check_finite, write_result
+from come.job.identity import job_hash
 from come.models.checkpoint import check_checkpoint
 from come.models.loading import inspect_model, load_model, load_tokenizer, load_weights
-from come.text.generated import self_generated_windows, unused_ids
-from come.text.hub import Hub
-from come.text.text_file import TextFile
-from come.text.windows import calibration_windows, corpus_text, evaluation_windows
 from tests.bases import TEMPLATE, byte_level, change_weights, edit, lone_token, saved
 from tests.conftest import VOCAB
 from tests.jobs import QUICK, before_loading, job_settings, questions, start

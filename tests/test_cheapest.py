@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
-from come.merging.schedules.cheapest import Cheapest, cheapest_groups, estimate
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.schedules.optimal_partition import Cheapest, cheapest_groups, estimate
+from come.merge.selection.trial_kl import said_twice
 from come.models.loss import predictions, token_divergence
-from come.selection.trial_kl import said_twice
 from tests.conftest import pico
 
 METHOD = {"schedule": "cheapest", "selection": "trial_kl", "refit": "ridge", "m": 3}

@@ -9,7 +9,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from come.merging.plan import Plan
+from come.merge.plan import Plan
 from tests.commands import equal, finish
 
 
@@ -160,7 +160,7 @@ def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path
 
 
 def test_a_metric_of_ones_own_is_one_file(command, tmp_path):
-    code = """from come.sensitivity.base import SENSITIVITY, SensitivityMetric
+    code = """from come.merge.sensitivity.base import SENSITIVITY, SensitivityMetric
 
 @SENSITIVITY.register
 class Loud(SensitivityMetric):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.plan import Plan
-from come.merging.recipe import Recipe
-from come.merging.saving import check_cache
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.plan import Plan
+from come.merge.recipe import Recipe
+from come.merge.saving import check_cache
 from come.models.adapter import ModelAdapter
 from come.report.figures import puzzle_pieces
 from tests.conftest import LAYERS, pico

@@ -9,13 +9,14 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from come.config import CONF, to_settings
-from come.job import check_folder, finished_result, job_hash, write_result
-from come.merging.recipe import Recipe
-from come.operators.base import OPERATORS
-from come.pipeline.distill import sampled
-from come.pipeline.merge import with_samples
-from come.pipeline.prepare import prepare
+from come.cli import CONF, to_settings
+from come.job.folder import check_folder, finished_result, write_result
+from come.job.identity import job_hash
+from come.job.stages.distill import sampled
+from come.job.stages.merge import with_samples
+from come.job.stages.prepare import prepare
+from come.merge.operators.base import OPERATORS
+from come.merge.recipe import Recipe
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
 MODELS = (
@@ -192,9 +193,9 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     ):
         assert job_hash(settings(*local, other)) != base, other
     for name, other in (
-        ("come.job.package_hash", lambda: "other code"),
-        ("come.job.version", lambda package: "other version"),
-        ("come.job.choose_device", lambda name: torch.device("cuda")),
+        ("come.job.identity.package_hash", lambda: "other code"),
+        ("come.job.identity.version", lambda package: "other version"),
+        ("come.job.identity.choose_device", lambda name: torch.device("cuda")),
     ):
         with monkeypatch.context() as changed:
             changed.setattr(name, other)

@@ -9,17 +9,17 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from come.calibration.boundaries import make_store
-from come.distill.apart import teacher_boundaries, train_apart
 from come.distill.base import DISTILL, Pair
-from come.distill.course import Course
+from come.distill.config import Course
+from come.distill.hidden_states import passed
+from come.distill.layerwise import teacher_boundaries, train_apart
 from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
 from come.distill.memory import training_memory
-from come.distill.passes import passed
 from come.distill.trainer import train
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
+from come.stream.boundaries import make_store
 from tests.commands import ROOT
 from tests.conftest import LAYERS, pico
 from tests.methods import SOME, decoder_layers, loss, same

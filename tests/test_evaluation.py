@@ -8,13 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
-from come.evaluation.dense import evaluate_dense
-from come.evaluation.perplexity import Perplexity, perplexity
-from come.evaluation.speed import Speed, Timing, compare_speed
+from come.data.windows import TokenWindows
+from come.evaluate.dense import evaluate_dense
+from come.evaluate.perplexity import Perplexity, perplexity
+from come.evaluate.speed import Speed, Timing, compare_speed
+from come.job.stages.evaluate import _speed
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
-from come.pipeline.evaluate import _speed
-from come.text.windows import TokenWindows
 from tests.conftest import pico
 
 
@@ -144,6 +144,6 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
         before = len(loads)
         measure(**changes)
         assert len(loads) == before + 1, changes
-    monkeypatch.setattr("come.evaluation.dense.package_hash", lambda: "other code")
+    monkeypatch.setattr("come.evaluate.dense.package_hash", lambda: "other code")
     measure()
     assert len(loads) == 9

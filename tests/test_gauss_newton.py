@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
-from come.models.halves import attention_half, ffn_slopes
-from come.refit.gauss_newton import GaussNewton
-from come.refit.input_map import FLOOR, InputMap, conjugate_gradients
-from come.refit.ridge import Ridge
+from come.merge.apply import apply
+from come.merge.input_map import FLOOR, InputMap, conjugate_gradients
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.refit.gauss_newton import GaussNewton
+from come.merge.refit.ridge import Ridge
+from come.models.sublayers import attention_half, ffn_slopes
 from tests.conftest import LAYERS, pico
 from tests.methods import same
 from tests.reference import Reference

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from come.evaluation.paired import mean_difference
+from come.evaluate.paired import mean_difference
 from come.report.grid import read_grid
 from come.report.points import PARAMETERS, points
 from come.report.tables import zero_shot_table
@@ -90,7 +90,7 @@ def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher
 def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
-        """from come.selection.base import SELECTION, GroupScore
+        """from come.merge.selection.base import SELECTION, GroupScore
 
 
 @SELECTION.register

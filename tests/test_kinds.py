@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from come.evaluation.continuations import continuations
-from come.evaluation.perplexity import perplexity
-from come.evaluation.tasks import tasks_identity
-from come.job import job_hash
+from come.data.sources.hub import Hub
+from come.data.sources.text_file import TextFile
+from come.evaluate.continuations import continuations
+from come.evaluate.perplexity import perplexity
+from come.evaluate.tasks import tasks_identity
+from come.job.identity import job_hash
 from come.models.loading import inspect_model, load_model, load_weights
-from come.text.hub import Hub
-from come.text.text_file import TextFile
 from tests.bases import change_weights, edit, lone_token, saved
 from tests.jobs import QUICK, before_loading, job_settings, questions, start
 
@@ -298,6 +298,6 @@ def test_a_neighbour_with_old_in_its_name_stays(base, tmp_path):
 
 
 def test_no_index_of_weights_that_were_not_kept(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("come.merging.saving.MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr("come.merge.saving.MAX_SHARD_SIZE", "20KB")
     start(base, tmp_path / "out", "merge.keep=false", *QUICK)
     assert not list((tmp_path / "out" / "model").glob("model*"))

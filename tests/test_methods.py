@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.plan import Plan
-from come.merging.recipe import Recipe
-from come.merging.saving import check_cache
-from come.merging.schedules.base import SCHEDULES
-from come.operators.base import OPERATORS
-from come.retention.base import RETENTION
-from come.selection.base import SELECTION
-from come.sensitivity.base import SENSITIVITY
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.operators.base import OPERATORS
+from come.merge.plan import Plan
+from come.merge.recipe import Recipe
+from come.merge.retention.base import RETENTION
+from come.merge.saving import check_cache
+from come.merge.schedules.base import SCHEDULES
+from come.merge.selection.base import SELECTION
+from come.merge.sensitivity.base import SENSITIVITY
 from tests.conftest import LAYERS, pico
 from tests.methods import CONF, dropped, loss, read, recipe, same, without
 from tests.reference import Reference

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
-from come.merging.compress import base_model
-from come.merging.plan import Plan
-from come.merging.saving import check_cache, save_model
+from come.merge.loop import base_model
+from come.merge.plan import Plan
+from come.merge.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
 from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint

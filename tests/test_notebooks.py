@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from come.sensitivity.base import SENSITIVITY
+from come.merge.sensitivity.base import SENSITIVITY
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 

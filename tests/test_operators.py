@@ -5,15 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from come.calibration.group import Group
-from come.calibration.statistics import LayerStatistics
-from come.calibration.stream import LayerStream
-from come.merging.norms import fold_norms
+from come.merge.norms import fold_norms
+from come.merge.operators.average import Average
+from come.merge.operators.concat import Concat
+from come.merge.retention.bi_power import BIPower
+from come.merge.span import Group
+from come.merge.units import allocate_units, top_units
 from come.models.adapter import UNITS, ModelAdapter
-from come.operators.average import Average
-from come.operators.concat import Concat
-from come.retention.bi_power import BIPower
-from come.retention.units import allocate_units, top_units
+from come.statistics.layer_statistics import LayerStatistics
+from come.stream.stream import LayerStream
 from tests.conftest import pico
 
 ALL = {"kv_group": 0, "channel": 0}

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from come.config import _line
+from come.cli import _line
 from tests.bases import saved
 from tests.jobs import before_loading
 

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from come.calibration.statistics import StatisticsCollector
-from come.calibration.stream import LayerStream
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
-from come.merging.saving import check_cache
+from come.merge.loop import compress
+from come.merge.operators.base import OPERATORS
+from come.merge.recipe import Recipe
+from come.merge.saving import check_cache
+from come.merge.selection.base import SELECTION
 from come.models.adapter import UNITS, ModelAdapter
-from come.operators.base import OPERATORS
-from come.selection.base import SELECTION
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     SPANS,

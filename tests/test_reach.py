@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 from transformers import LlamaConfig
 
-from come.cost import Cost, duration
-from come.merging.reach import (
+from come.job.estimate import Cost, duration
+from come.merge.constraints import (
     GroupRules,
     check_target,
     depths,

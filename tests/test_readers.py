@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.plan import Plan
-from come.merging.recipe import Recipe
-from come.merging.saving import save_model
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.plan import Plan
+from come.merge.recipe import Recipe
+from come.merge.saving import save_model
 from come.models.loading import load_model
 from tests.bases import BASES
 from tests.commands import ROOT

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from come.distill.base import DISTILL
-from come.merging.schedules.base import SCHEDULES
-from come.operators.base import OPERATORS
-from come.refit.base import REFITS
-from come.retention.base import RETENTION
-from come.selection.base import SELECTION
-from come.sensitivity.base import SENSITIVITY, MapStatistics
+from come.merge.operators.base import OPERATORS
+from come.merge.refit.base import REFITS
+from come.merge.retention.base import RETENTION
+from come.merge.schedules.base import SCHEDULES
+from come.merge.selection.base import SELECTION
+from come.merge.sensitivity.base import SENSITIVITY, MapStatistics
 from tests.test_config import settings
 
 ROOT = Path(__file__).parents[1]

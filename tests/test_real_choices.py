@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from come.merging.compress import compress
+from come.data.sources.pydocs import PyDocs
+from come.data.windows import calibration_windows
+from come.merge.loop import compress
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.settings import MergeSettings
-from come.text.pydocs import PyDocs
-from come.text.windows import calibration_windows
+from come.schema import MergeSettings
 from tests.methods import decoder_layers, dropped, loss, read, recipe
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from come.text.windows import CALIBRATION_PART, EVALUATION_PART, text_part
+from come.data.windows import CALIBRATION_PART, EVALUATION_PART, text_part
 
 pytestmark = pytest.mark.slow
 

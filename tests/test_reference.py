@@ -6,16 +6,16 @@ from functools import partial
 import pytest
 import torch
 
-from come.calibration.group import Group
-from come.calibration.sensitivities import unit_scores
-from come.calibration.statistics import StatisticsCollector
-from come.calibration.stream import LayerStream
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.retention.bi_power import BIPower
+from come.merge.selection.sbi import SBI
+from come.merge.sensitivity.come import Come
+from come.merge.span import Group
+from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
-from come.retention.bi_power import BIPower
-from come.selection.sbi import SBI
-from come.sensitivity.come import Come
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.reference import Reference
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from come.calibration.goals import Goals
-from come.calibration.statistics import StatisticsCollector
-from come.calibration.stream import LayerStream
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.linalg.gram import BLOCK, Map, NormalEquations, best_lambda
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.reconstruction import Goals
+from come.merge.retention.adaptive import eliminate
 from come.models.adapter import ModelAdapter
-from come.models.halves import attention_half, ffn_half
-from come.refit.normal import BLOCK, Map, NormalEquations, best_lambda
-from come.retention.adaptive import eliminate
+from come.models.sublayers import attention_half, ffn_half
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import decoder_layers, same
 from tests.reference import Reference

@@ -2,13 +2,13 @@
 
 import pytest
 
-from come.merging.schedules.base import SCHEDULES
-from come.operators.base import OPERATORS
+from come.data.sources.base import TEXT
+from come.merge.operators.base import OPERATORS
+from come.merge.retention.base import RETENTION
+from come.merge.schedules.base import SCHEDULES
+from come.merge.selection.base import SELECTION
+from come.merge.sensitivity.base import SENSITIVITY
 from come.registry import Registry, load_plugin
-from come.retention.base import RETENTION
-from come.selection.base import SELECTION
-from come.sensitivity.base import SENSITIVITY
-from come.text.base import TEXT
 
 REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, TEXT]
 
@@ -46,7 +46,7 @@ def plugin(folder, name):
     path.write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
-        "from come.sensitivity.base import SENSITIVITY, SensitivityMetric\n"
+        "from come.merge.sensitivity.base import SENSITIVITY, SensitivityMetric\n"
         "@SENSITIVITY.register\n@dataclass\n"
         "class Own(SensitivityMetric):\n"
         f"    name = '{name}'\n    paper = ''\n    source = 'test'\n"
@@ -61,16 +61,16 @@ def test_a_plugin_does_not_take_a_name_of_the_package(tmp_path, monkeypatch):
     for _ in range(2):
         load_plugin(plugin(tmp_path, "mine_alone"))
     assert SENSITIVITY.get("mine_alone").__name__ == "Own"
-    taken = r"'wanda' is already registered by come.sensitivity.wanda.Wanda"
+    taken = r"'wanda' is already registered by come.merge.sensitivity.wanda.Wanda"
     with pytest.raises(ValueError, match=taken):
         load_plugin(plugin(tmp_path, "wanda"))
-    assert SENSITIVITY.get("wanda").__module__ == "come.sensitivity.wanda"
+    assert SENSITIVITY.get("wanda").__module__ == "come.merge.sensitivity.wanda"
     with pytest.raises(ValueError, match="which is not a file"):
         load_plugin(tmp_path / "nowhere.py")
 
 
 def test_a_class_without_provenance_is_refused():
-    registry = Registry("thing", "come.sensitivity", "merge.thing")
+    registry = Registry("thing", "come.merge.sensitivity", "merge.thing")
     with pytest.raises(TypeError, match="needs a class attribute 'paper'"):
 
         @registry.register
@@ -79,7 +79,7 @@ def test_a_class_without_provenance_is_refused():
 
 
 def test_a_required_setting_is_named():
-    registry = Registry("thing", "come.sensitivity", "merge.thing")
+    registry = Registry("thing", "come.merge.sensitivity", "merge.thing")
 
     @registry.register
     class Needy:

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.operators.base import OPERATORS
+from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
-from come.operators.base import OPERATORS
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     decoder_layers,

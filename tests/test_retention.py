@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from come.calibration.manifold import diffusion_map, shared_information
-from come.merging.apply import apply
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
 from come.models.adapter import UNITS
+from come.statistics.manifold import diffusion_map, shared_information
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     come_scores,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from come.job import find_run
-from come.merging.apply import apply
-from come.merging.compress import base_model, compress
-from come.merging.plan import Plan
-from come.merging.recipe import Recipe
-from come.merging.saving import plan_path, save_model
+from come.job.folder import find_run
+from come.merge.apply import apply
+from come.merge.loop import base_model, compress
+from come.merge.plan import Plan
+from come.merge.recipe import Recipe
+from come.merge.saving import plan_path, save_model
 from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.dialects import both_dialects, tokenizer_for_both

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from come.calibration.manifold import diffusion_map, shared_information
-from come.selection.base import SELECTION
+from come.merge.selection.base import SELECTION
+from come.statistics.manifold import diffusion_map, shared_information
 from tests.methods import (
     SPANS,
     decoder_layers,

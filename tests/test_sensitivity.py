@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from come.calibration.gradients import path_gradients
-from come.calibration.sensitivities import unit_scores
-from come.calibration.stream import LayerStream
+from come.merge.sensitivity.base import SENSITIVITY
+from come.merge.unit_scores import unit_scores
 from come.models.adapter import UNITS, ModelAdapter
-from come.sensitivity.base import SENSITIVITY
+from come.statistics.gradients import path_gradients
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import SOME, loss
 from tests.reference import Reference

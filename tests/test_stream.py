@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from come.calibration.stream import LayerStream
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.reference import Reference
 

@@ -5,20 +5,20 @@ import json
 import pytest
 import torch
 
-from come.models.loading import load_model, load_tokenizer
-from come.text.base import TEXT
-from come.text.generated import Sampling, cached, continued_windows, self_generated_windows
-from come.text.hub import Hub
-from come.text.mmlu import MMLU
-from come.text.pydocs import PyDocs
-from come.text.text_file import TextFile
-from come.text.windows import (
+from come.data.sampling import Sampling, cached, continued_windows, self_generated_windows
+from come.data.sources.base import TEXT
+from come.data.sources.hub import Hub
+from come.data.sources.mmlu import MMLU
+from come.data.sources.pydocs import PyDocs
+from come.data.sources.text_file import TextFile
+from come.data.windows import (
     calibration_windows,
     corpus_text,
     evaluation_windows,
     text_part,
     without_lines_of,
 )
+from come.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from come.calibration.goals import Goals
-from come.calibration.stream import LayerStream
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.joint_selection import unit_columns, wide_equations, wide_map
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
+from come.merge.reconstruction import Goals
+from come.merge.retention.leverage import leverage
 from come.models.adapter import ModelAdapter
-from come.refit.wide import unit_columns, wide_equations, wide_map
-from come.retention.leverage import leverage
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import decoder_layers, without
 from tests.reference import Reference

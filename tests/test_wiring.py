@@ -10,15 +10,15 @@ import pytest
 from safetensors.torch import load_file
 
 from come.distill.base import DISTILL
-from come.evaluation.speed import Speed, Timing
-from come.job import job_hash
-from come.settings import Settings
+from come.evaluate.speed import Speed, Timing
+from come.job.identity import job_hash
+from come.schema import Settings
 from tests.bases import saved
 from tests.jobs import job_settings
 from tests.test_zero_shot import TASK
 
-RUN = importlib.import_module("come.pipeline.run")
-EVALUATE = importlib.import_module("come.pipeline.evaluate")
+RUN = importlib.import_module("come.job.run")
+EVALUATE = importlib.import_module("come.job.stages.evaluate")
 
 # What a job leaves, and what follows from what.
 MERGED = {"plan", "weights", "merged nll"}
@@ -340,10 +340,10 @@ def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, 
 
         monkeypatch.setattr(whole, name, call)
 
-    recorded("come.pipeline.merge", "compress")
-    recorded("come.evaluation.dense", "perplexity")
-    recorded("come.pipeline.prepare", "load_tasks")
-    recorded("come.pipeline.distill", "train")
+    recorded("come.job.stages.merge", "compress")
+    recorded("come.evaluate.dense", "perplexity")
+    recorded("come.job.stages.prepare", "load_tasks")
+    recorded("come.job.stages.distill", "train")
     sizes = ("calibration.batch_size=3", "eval.batch_tokens=96", "eval.task_batch=5")
     more = ("distill.micro_batch=3", "calibration.store=disk")
     observe(place, tmp_path / "out", (*HEAL, *ASKED[1:], *sizes, *more))

@@ -7,31 +7,31 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from come.calibration.stream import LayerStream
+from come.data.sampling import cached
+from come.data.sources.text_file import TextFile
+from come.data.windows import TokenWindows, calibration_windows
 from come.distill.base import DISTILL
-from come.distill.course import Course
+from come.distill.config import Course
 from come.distill.trainer import train
-from come.evaluation.paired import mean_difference
-from come.evaluation.speed import Speed, Timing, compare_speed
-from come.job import _training_identity
-from come.merging.plan import Plan
-from come.merging.saving import plan_path
+from come.evaluate.paired import mean_difference
+from come.evaluate.speed import Speed, Timing, compare_speed
+from come.job.identity import _training_identity
+from come.linalg.gram import NormalEquations
+from come.merge.plan import Plan
+from come.merge.refit import ridge
+from come.merge.saving import plan_path
 from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
-from come.refit import ridge
-from come.refit.normal import NormalEquations
-from come.text.generated import cached
-from come.text.text_file import TextFile
-from come.text.windows import TokenWindows, calibration_windows
+from come.stream.stream import LayerStream
 from tests.bases import edit, saved
 from tests.conftest import LAYERS, pico
 from tests.jobs import QUICK, before_loading, settings, start
 from tests.test_distill import pair
 
 HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
-RUN = importlib.import_module("come.pipeline.run")
-EVALUATE = importlib.import_module("come.pipeline.evaluate")
+RUN = importlib.import_module("come.job.run")
+EVALUATE = importlib.import_module("come.job.stages.evaluate")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_the_first_training_windows_validate(base, numbered, tmp_path, monkeypat
     """The last ones are those that a calibration of the same seed draws first."""
     asked = (*HEAL, f"distill.path={numbered}", "distill.validation_samples=3")
     text = before_loading(base, tmp_path / "out", *asked).training.windows
-    module = importlib.import_module("come.pipeline.distill")
+    module = importlib.import_module("come.job.stages.distill")
     whole, seen = module.train, {}
 
     def watched(objective, windows, count, held_out, held_out_count, *args, **kwargs):
@@ -145,7 +145,7 @@ def test_options_that_were_asked_for_stay_with_text_from_the_model():
 
 
 def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
-    module = importlib.import_module("come.pipeline.merge")
+    module = importlib.import_module("come.job.stages.merge")
     whole, seen = module.compress, []
 
     def watched(*args, **kwargs):

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from come.evaluation.paired import paired_difference
-from come.evaluation.tasks import load_tasks, tasks_identity
-from come.evaluation.zero_shot import zero_shot
+from come.evaluate.paired import paired_difference
+from come.evaluate.tasks import load_tasks, tasks_identity
+from come.evaluate.zero_shot import zero_shot
 from come.models.loading import load_model
 from tests.commands import finish
 

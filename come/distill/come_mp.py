@@ -11,7 +11,7 @@ from torch import Tensor
 
 from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.losses import Loss, hidden_loss
-from come.distill.trained import check_train, choose_in_layer
+from come.distill.trainable import check_train, choose_in_layer
 from come.models.adapter import ModelAdapter
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from come.distill.base import DISTILL, Distillation, Objective, Pair
+from come.distill.hidden_states import passed
 from come.distill.losses import task_loss
-from come.distill.passes import passed
-from come.distill.trained import add_lora, check_rank, equal_rank, settle_lora
+from come.distill.trainable import add_lora, check_rank, equal_rank, settle_lora
 
 
 class TaskLoss(Objective):

@@ -6,38 +6,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from come.distill.base import Objective
-from come.distill.course import Course
+from come.distill.config import Course
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
 
 Batch = tuple[Tensor, ...]
 Windows = Callable[[Tensor], Batch]
 """Gives the tensors of some windows, by their numbers."""
-
-
-def make_accelerator(device: str, precision: str) -> Accelerator:
-    """Device, processes and precision of this process: alone, or one of several launched together.
-
-    Args:
-        device: kind of device, "cpu" or "cuda".
-        precision: "float32", or "bfloat16" for mixed precision.
-    """
-    AcceleratorState._reset_state()  # an earlier job of this process may have had another precision
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if precision == "bfloat16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
 
 
 def train(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from come.files import write_text
 from come.models.companions import without_missing_code
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TESTED_TRANSFORMERS = ("4.57", "5.23")
@@ -34,6 +36,8 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
         config: configuration of the model derived from it.
         folder: where the file will be; Python files that `auto_map` names must be in it.
     """
+    from transformers import AutoConfig
+
     given: dict[str, Any] = json.loads((base / CONFIG).read_text(encoding="utf-8"))
     before, after = _plain(AutoConfig.from_pretrained(base)), _plain(config)
     changed = {key: after[key] for key in after if after[key] != before.get(key)}

@@ -7,17 +7,9 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
 
 from come.errors import one_line
 from come.models.adapter import UNITS_OF, Block, ModelAdapter
@@ -28,6 +20,10 @@ from come.models.checkpoint import (
     stored_tensor,
     weights_dtype,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -115,6 +111,8 @@ def inspect_model(
     Raises:
         ValueError: an incomplete checkpoint, or an unsupported architecture.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds of its own
+
     check_checkpoint(folder)
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     check_model_type(model_type)
@@ -149,6 +147,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         ValueError: there is none that can be read.
     """
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -167,6 +167,9 @@ def load_weights(
             fit the configuration (which the loader itself would fill with random numbers), or
             weights that are not finite.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     if not sys.stderr.isatty():
         disable_progress_bar()  # the loader's own bar knows terminals only

@@ -12,13 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from come.distill.base import DISTILL
 from come.errors import one_line
-from come.merging.plan import Plan, tensors_path
-from come.merging.saving import PLAN
+from come.merge.operators.base import OPERATORS
+from come.merge.plan import Plan, tensors_path
+from come.merge.refit.base import REFITS
+from come.merge.saving import PLAN
 from come.models.dialects import TESTED_TRANSFORMERS
-from come.operators.base import OPERATORS
-from come.refit.base import REFITS
+from come.records import DepthResult, Result
 from come.report.numbers import number
-from come.result import DepthResult, Result
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from come.cost import duration, megabytes
-from come.report.numbers import interval
-from come.result import DepthResult, Result
+from come.records import DepthResult, Result
+from come.report.numbers import duration, interval, megabytes
 
 _WIDTH = 150  # of the table where the output is not a terminal
 COLUMNS = (
@@ -76,6 +72,9 @@ def summary_lines(result: Result) -> list[str]:
 
 def show(result: Result, folder: Path) -> None:
     """Prints the table, what it rests on, and where the result is."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)

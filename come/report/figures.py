@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from come.merging.plan import Plan
+from come.merge.plan import Plan
 from come.models.adapter import UNITS, UNITS_OF, Unit
+from come.records import Result
 from come.report.numbers import label
-from come.result import Result
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
 _DPI = 110

@@ -18,3 +18,14 @@ def label(text: str) -> str:
 def interval(value: float, low: float, high: float, digits: int) -> str:
     """A number with its interval: "8.97 [7.38, 10.90]"."""
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def megabytes(size: int) -> str:
+    """A size for people: "538 MB"."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: "2 min 05 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

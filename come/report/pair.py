@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from come.evaluation.paired import mean_difference, paired_difference
-from come.evaluation.perplexity import Perplexity
+from come.evaluate.paired import mean_difference, paired_difference
+from come.evaluate.perplexity import Perplexity
 from come.files import RESULT
+from come.records import DepthResult, PerplexityResult, Result, ZeroShotResult
 from come.report.numbers import number
 from come.report.tables import Table
-from come.result import DepthResult, PerplexityResult, Result, ZeroShotResult
 
 Scores = tuple[list[float], list[float]]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from come.cost import megabytes
-from come.evaluation.continuations import PROMPTS
+from come.evaluate.continuations import PROMPTS
 from come.files import write_text
-from come.merging.plan import Plan
-from come.merging.saving import plan_path
+from come.merge.plan import Plan
+from come.merge.saving import plan_path
+from come.records import DepthResult, Difference, Result
 from come.report.card import model_card
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
-from come.report.numbers import interval
-from come.result import DepthResult, Difference, Result
+from come.report.numbers import interval, megabytes
 
 _SPEED_COLUMNS = (
     "prompt, tokens/s",

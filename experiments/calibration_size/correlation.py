@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from come.calibration.sensitivities import unit_scores
-from come.calibration.statistics import StatisticsCollector
-from come.calibration.stream import LayerStream
+from come.data.sources.text_file import TextFile
+from come.data.windows import calibration_windows
 from come.files import write_text
+from come.merge.sensitivity.come import Come
+from come.merge.unit_scores import unit_scores
+from come.merge.units import top_units
 from come.models.adapter import UNITS, ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.retention.units import top_units
-from come.sensitivity.come import Come
-from come.text.text_file import TextFile
-from come.text.windows import calibration_windows
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
 
 
 def main() -> None:

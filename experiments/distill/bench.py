@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from come.data.sources.pydocs import PyDocs
+from come.data.windows import calibration_windows
 from come.distill.base import DISTILL, Pair
-from come.distill.course import Course
-from come.distill.passes import passed
+from come.distill.config import Course
+from come.distill.hidden_states import passed
 from come.distill.trainer import train
-from come.merging.compress import compress
-from come.merging.recipe import Recipe
+from come.merge.loop import compress
+from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.text.pydocs import PyDocs
-from come.text.windows import calibration_windows
 
 
 def bound_seconds(pair: Pair, ids: torch.Tensor) -> float:

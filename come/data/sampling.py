@@ -1,0 +1,284 @@
+"""Calibration text sampled from the model itself: no data needed, or a little carried further."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from come.data.windows import TokenWindows
+from come.files import cache_folder, write_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+SOURCE = "self_generated"
+_NUCLEUS = 2048  # tokens that top-p looks at, at most
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits, > 0.
+        top_p: of the likeliest tokens only those that make up this share of the probability (and at
+            most 2048) are drawn from; 1 for the whole vocabulary.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature}, top-p {self.top_p}"
+
+    def draw(
+        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
+    ) -> Int[Tensor, "batch 1"]:
+        """One token for every row."""
+        logits = logits / self.temperature
+        if self.top_p >= 1:
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        best, tokens = logits.topk(min(_NUCLEUS, logits.shape[-1]))
+        shares = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        before = shares.cumsum(dim=-1) - shares
+        shares = shares.masked_fill(before >= self.top_p, 0.0)
+        return tokens.gather(1, torch.multinomial(shares, 1, generator=generator))
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    starts: Int[Tensor, "windows begin"],
+    seq_len: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    banned: Sequence[int] = (),
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Int[Tensor, "windows seq"]:
+    """Windows that begin with `starts` and that the model goes on with, up to `seq_len` tokens.
+
+    Begin, end and padding tokens are never drawn, so that every window is full.
+
+    Args:
+        model: the model.
+        starts: first tokens of every window.
+        seq_len: tokens of a window.
+        sampling: how tokens are drawn.
+        generator: of the draws.
+        banned: more ids that are never drawn (see `unused_ids`).
+        batch_size: windows sampled side by side.
+        progress: whether to show a progress bar.
+    """
+    never = [*_special(model), *banned]
+    device = model.get_input_embeddings().weight.device
+    batches = []
+    with tqdm(
+        total=starts.shape[0] * seq_len,
+        desc="sampling text",
+        unit="token",
+        leave=False,
+        delay=2,
+        disable=None if progress else True,
+    ) as bar:
+        for ids in starts.split(batch_size):
+            ids, cache = ids[:, :seq_len], None
+            bar.update(ids.numel())
+            while ids.shape[1] < seq_len:
+                step = ids if cache is None else ids[:, -1:]
+                output = model(
+                    input_ids=step.to(device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = output.past_key_values
+                logits = output.logits[:, -1].float().cpu()
+                _check_finite(logits, model)
+                logits[:, never] = -torch.inf
+                ids = torch.cat([ids, sampling.draw(logits, generator)], dim=1)
+                bar.update(len(ids))
+            batches.append(ids)
+    return torch.cat(batches)
+
+
+def self_generated_windows(
+    model: PreTrainedModel,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    keep: float = 1.0,
+    banned: Sequence[int] = (),
+    batch_size: int = 32,
+    progress: bool = True,
+) -> TokenWindows:
+    """Samples windows from the model, each from the begin token and one random token.
+
+    Args:
+        model: the dense model.
+        num_samples: how many windows.
+        seq_len: tokens of a window.
+        seed: seeds all draws.
+        sampling: how tokens are drawn; None for the plain distribution.
+        keep: share of the sampled windows that is kept, those that the model itself finds the
+            likeliest (mean log-likelihood of a token).
+        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
+        batch_size: windows sampled side by side.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the model's predictions are not finite.
+    """
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.ones(_rows(model))
+    allowed[[*_special(model), *banned]] = 0
+    count = round(num_samples / keep)
+    starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
+    begin = model.config.bos_token_id
+    if begin is not None and begin >= _rows(model):
+        log.warning(
+            "config.bos_token_id=%d has no row in the embedding (%d rows): windows are sampled "
+            "without a begin token",
+            begin,
+            _rows(model),
+        )
+    elif begin is not None:
+        starts = torch.cat([torch.full_like(starts, begin), starts], dim=1)
+    windows = sample(
+        model,
+        starts,
+        seq_len,
+        sampling,
+        generator,
+        banned=banned,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if count > num_samples:
+        likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
+        windows = windows[likely.sort().values]
+    kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
+    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({sampling}{kept})")
+
+
+def continued_windows(
+    model: PreTrainedModel,
+    given: TokenWindows,
+    *,
+    count: int,
+    begin: int,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    banned: Sequence[int] = (),
+    progress: bool = True,
+) -> TokenWindows:
+    """The given windows, and `count` more that begin like them and that the model goes on with.
+
+    The beginnings are cut from the given windows in turn: from their first token on, then from one
+    window's share of the rest further on, so that no two are alike.
+
+    Args:
+        model: the dense model.
+        given: windows of real text.
+        count: how many windows more.
+        begin: tokens of real text at the beginning of each.
+        seed: seeds the draws.
+        sampling: how tokens are drawn; None for the plain distribution.
+        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the model's predictions are not finite.
+    """
+    sampling = sampling or Sampling()
+    number, seq_len = given.windows.shape
+    rounds = -(-count // number)
+    starts = []
+    for turn in range(rounds):
+        offset = (seq_len - begin) * turn // rounds
+        starts.append(given.windows[:, offset : offset + begin])
+    generator = torch.Generator().manual_seed(seed)
+    begun = torch.cat(starts)[:count]
+    more = sample(model, begun, seq_len, sampling, generator, banned=banned, progress=progress)
+    return replace(
+        given,
+        windows=torch.cat([given.windows, more]),
+        source=f"{given.source} + {count} windows continued from {begin} tokens each ({sampling})",
+    )
+
+
+def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows:
+    """What `make` gives, from the cache where it has been made before for the same key.
+
+    Args:
+        key: plain values that determine the windows: model, dtype, settings, versions.
+        make: samples the windows.
+    """
+    name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
+    path = cache_folder() / "generated" / f"{name}.safetensors"
+    about = path.with_suffix(".json")
+    if about.is_file():
+        windows = load_file(path)["windows"]
+        return TokenWindows(windows, **json.loads(about.read_text()))
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save({"windows": made.windows.contiguous()}))
+    told = {"corpus_tokens": made.corpus_tokens, "source": made.source}
+    write_bytes(about, json.dumps(told | {"removed_lines": made.removed_lines}).encode())
+    return made
+
+
+def unused_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Rows of the embedding that no text gives: padding of the vocabulary to a round size."""
+    return sorted(set(range(_rows(model))) - set(tokenizer.get_vocab().values()))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _special(model: PreTrainedModel) -> list[int]:
+    """Ids of the begin, end and padding tokens that the embedding has rows for."""
+    config = model.config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    named = {i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None}
+    return sorted(i for i in named if 0 <= i < _rows(model))
+
+
+def _check_finite(logits: Tensor, model: PreTrainedModel) -> None:
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the model's predictions are not finite in {model.dtype}, so no text can be sampled "
+            "from it; try model.dtype=float32 or bfloat16"
+        )
+
+
+@torch.no_grad()
+def _log_likelihood(
+    model: PreTrainedModel, windows: Int[Tensor, "windows seq"], batch_size: int
+) -> Float[Tensor, " windows"]:
+    """Mean log-likelihood of every token but the first, of every window."""
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for ids in windows.split(max(1, batch_size // 8)):
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+        chosen = logits.gather(-1, ids[:, 1:, None].to(device))[..., 0]
+        found.append((chosen - logits.logsumexp(dim=-1)).mean(dim=1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,96 @@
+"""A dataset of the Hugging Face hub, or local files through the same loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from come.data.rows import Document, row_document
+from come.data.sources.base import TEXT, TextSource
+from come.errors import one_line
+from come.files import local_hash
+
+
+@TEXT.register
+class Hub(TextSource):
+    """Rows of a dataset, read in order by `datasets`' streaming loader.
+
+    No script of the dataset is run. Local files work without network: `dataset=json`,
+    `text` or `parquet` with `data_files`.
+
+    Args:
+        dataset: hub id, or a builder's name.
+        subset: configuration of the dataset.
+        split: its split.
+        revision: branch, tag or commit.
+        field: field of the text, or of the chat; several fields of a row are named with "+"
+            between them, and joined by newlines.
+        data_files: files for a builder.
+    """
+
+    name = "hub"
+    paper = ""
+    source = "Hugging Face hub"
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        subset: str | None = None,
+        split: str | None = None,
+        revision: str | None = None,
+        field: str | None = None,
+        data_files: str | None = None,
+    ) -> None:
+        if not dataset:
+            raise ValueError("a hub source needs a dataset: calibration.dataset or eval.dataset")
+        self.dataset = dataset
+        self.subset = subset
+        self.split = split or "train"
+        self.revision = revision
+        self.field = field or "text"
+        self.data_files = data_files
+
+    @property
+    def identity(self) -> str:
+        """Dataset, subset, split, revision and field; of local files and folders their content."""
+        files = (self.data_files and local_hash(self.data_files)) or self.data_files
+        dataset = local_hash(self.dataset) or self.dataset
+        parts = (dataset, self.subset, self.split, self.revision, self.field, files)
+        return " ".join(str(part) for part in parts if part)
+
+    @property
+    def content(self) -> str:
+        """Of a local file the hash of its content; else the dataset with its subset and split."""
+        files = local_hash(self.data_files) if self.data_files else None
+        return files or " ".join(filter(None, (self.dataset, self.subset, self.split)))
+
+    def documents(self) -> Iterator[Document]:
+        """The text or chat of every row, in order."""
+        for row in self._rows():
+            try:
+                yield row_document(row, self.field)
+            except ValueError as error:
+                raise ValueError(
+                    f"dataset {self.identity}: {error}; calibration.field or eval.field names the "
+                    "field of the text"
+                ) from error
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(
+                self.dataset,
+                self.subset,
+                split=self.split,
+                revision=self.revision,
+                data_files=self.data_files,
+                streaming=True,
+            )
+            yield from rows
+        except (OSError, RuntimeError, ConnectionError, ValueError) as error:
+            raise ValueError(
+                f"dataset {self.identity} cannot be read: {one_line(error)}. Without network take "
+                "calibration=pydocs, or a file of your own: calibration=text_file "
+                "calibration.path=FILE"
+            ) from error

@@ -1,0 +1,275 @@
+"""Text to packed token windows: the calibration draw and the held-out text, kept disjoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from come.data.rows import document_text
+from come.data.sources.base import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+CALIBRATION_PART = (0.0, 0.6)
+EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
+_POOL_CHARS = 2_000_000
+_CHARS_PER_TOKEN = 16  # more than any tokenizer's
+_LINE_REACH = 20_000  # characters in which a cut looks for the end of its line
+_WORD_REACH = 1_000  # and, in a longer line, for the end of its word
+_DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Packed windows without padding, and how much text they come from.
+
+    Attributes:
+        windows: token ids, [windows, seq] int64.
+        corpus_tokens: tokens of the text that they were cut from ("in hand").
+        source: what the text is, in words.
+        removed_lines: lines left out of the text because the held-out text has them too.
+    """
+
+    windows: Int[Tensor, "windows seq"]
+    corpus_tokens: int
+    source: str
+    removed_lines: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows together."""
+        return self.windows.numel()
+
+    @property
+    def hash(self) -> str:
+        """Hash of the token ids and the shape."""
+        digest = hashlib.sha256(str(tuple(self.windows.shape)).encode())
+        digest.update(self.windows.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def corpus_text(
+    source: TextSource,
+    max_chars: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """The documents of a source joined by blank lines, cut at a line end after `max_chars`.
+
+    Args:
+        source: the corpus.
+        max_chars: characters after which nothing more is read; None for all.
+        tokenizer: its chat template renders documents that are chats.
+
+    Raises:
+        ValueError: the source cannot be read or holds no text, or a chat without a template.
+    """
+    documents: list[str] = []
+    length = 0
+    for document in source.documents():
+        documents.append(document_text(document, tokenizer))
+        length += len(documents[-1])
+        if max_chars is not None and length >= max_chars:
+            break
+    text = "\n\n".join(documents)
+    if max_chars is not None:
+        text = text[: _cut(text, max_chars)]
+    if not text.strip():
+        raise ValueError(f"{source.name} ({source.identity}) holds no text")
+    return text
+
+
+def text_part(text: str, part: tuple[float, float]) -> str:
+    """The part of a text between two shares of its length, cut at line ends.
+
+    Lines that are too long for that, as of a text on one line, are cut after a word.
+    """
+    begin, end = (
+        int(share * len(text)) if share in (0.0, 1.0) else _cut(text, int(share * len(text)))
+        for share in part
+    )
+    return text[begin:end]
+
+
+def _cut(text: str, position: int) -> int:
+    """Where to cut a text from `position` on: after its line, or else after its word."""
+    for sign, reach in (("\n", _LINE_REACH), (" ", _WORD_REACH)):
+        end = text.find(sign, position, position + reach)
+        if end >= 0:
+            return end + 1
+    return min(position, len(text))
+
+
+def without_lines_of(text: str, held_out: str) -> tuple[str, int]:
+    """`text` without the longer lines that `held_out` has too, and how many were left out."""
+    foreign = {line.strip() for line in held_out.splitlines() if len(line.strip()) > _DISTINCT_LINE}
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if line.strip() not in foreign]
+    return "".join(kept), len(lines) - len(kept)
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: TextSource,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    held_out: Sequence[TextSource] = (),
+    at_most: bool = False,
+    backwards: bool = False,
+    what: str = "calibration",
+) -> TokenWindows:
+    """Draws packed windows from a corpus, disjoint from the held-out text.
+
+    The corpus is tokenised as one stream without special tokens and cut into windows that do not
+    overlap, of which `num_samples` are drawn without replacement. Where a held-out text comes
+    from the same corpus, calibration takes its first 60% and the held-out text its last 20%; lines
+    that still stand in both are left out of the calibration text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        source: the corpus; of a very large one the first 2 million characters (more if asked
+            for many windows) are the pool to draw from.
+        num_samples: how many windows.
+        seq_len: tokens of a window.
+        seed: seeds the draw.
+        held_out: the corpora of the evaluation texts.
+        at_most: whether fewer windows will do, all that there are.
+        what: the text is for, for errors: "calibration" or "training".
+        backwards: whether the draw begins at the end of the seed's order, so that its first windows
+            are those that a draw of the same seed and length takes last.
+
+    Raises:
+        ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
+    """
+    asked = num_samples * seq_len
+    text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked), tokenizer)
+    if source.always_split or any(_same(source, other) for other in held_out):
+        text = text_part(text, CALIBRATION_PART)
+    removed = 0
+    for other in held_out:
+        text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source))
+        removed += lines
+    tokens = tokenize(tokenizer, text, special=False)
+    available = len(tokens) // seq_len
+    if available < (1 if at_most else num_samples):
+        least = f"one of distill.seq_len={seq_len} is the least"
+        if not at_most:
+            least = f"calibration.num_samples={num_samples} asks for {asked} tokens. Lower "
+            least += "calibration.num_samples or calibration.seq_len"
+        raise ValueError(
+            f"{what} text too short: {source.name} ({source.identity}) has {len(tokens)} tokens "
+            f"for {what}, {available} windows of {seq_len}; {least}, or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(available, generator=generator)
+    drawn = (order.flip(0) if backwards else order)[:num_samples]
+    windows = tokens[: available * seq_len].view(available, seq_len)[drawn]
+    return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})", removed)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: TextSource,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    others: Sequence[TextSource] = (),
+    key: str = "eval",
+) -> TokenWindows:
+    """Cuts held-out text, tokenised once, into consecutive windows that do not overlap.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        source: the corpus.
+        seq_len: tokens of a window.
+        max_tokens: only the first so many tokens; None for all.
+        others: the corpora that calibration and training use.
+        key: where its settings are, for errors.
+
+    Raises:
+        ValueError: the corpus cannot be read, or does not fill two windows, or its `part` is one
+            that calibration draws from.
+    """
+    if source.part and source.part[0] < CALIBRATION_PART[1] and _shared(source, *others):
+        raise ValueError(
+            f"{key}.part={list(source.part)}: calibration or training draws from the first "
+            f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
+        )
+    text = _evaluation_text(source, tokenizer, *others)
+    if max_tokens:  # a large corpus is not tokenised for its first tokens
+        text = text[: _CHARS_PER_TOKEN * max_tokens]
+    tokens = tokenize(tokenizer, text, special=True)
+    used = tokens[:max_tokens] if max_tokens else tokens
+    available = len(used) // seq_len
+    if available < 2:
+        raise ValueError(
+            f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
+            f"tokens, and two windows of eval.seq_len={seq_len} are the least for an interval. "
+            f"Lower eval.seq_len, raise {key}.max_tokens, or give more text"
+        )
+    windows = used[: available * seq_len].view(available, seq_len)
+    return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
+) -> Int[Tensor, " tokens"]:
+    """Token ids of a text, int64; `special` adds the tokenizer's begin token where it has one."""
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def check_token_ids(
+    windows: Int[Tensor, "windows seq"],
+    rows: int,
+    what: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Checks that the model's embedding has a row for every token.
+
+    Args:
+        windows: token ids.
+        rows: rows of the embedding.
+        what: what the tokens are of, for the error.
+        tokenizer: names the token in the error.
+
+    Raises:
+        ValueError: a token without a row, as where tokens were added to a tokenizer and the model
+            was not resized.
+    """
+    if not windows.numel():
+        return
+    largest = int(windows.max())
+    if largest >= rows or int(windows.min()) < 0:
+        name = f" {tokenizer.convert_ids_to_tokens(largest)!r}" if tokenizer else ""
+        raise ValueError(
+            f"{what} has the token{name} with id {largest}, and the model's embedding has {rows} "
+            f"rows (ids 0 to {rows - 1}): the tokenizer has tokens that the model was not resized "
+            "for. Remove the token from the text or the tokenizer, or resize the model "
+            "(resize_token_embeddings)"
+        )
+
+
+def _same(source: TextSource, other: TextSource) -> bool:
+    return other.content == source.content
+
+
+def _evaluation_text(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, *others: TextSource
+) -> str:
+    text = corpus_text(source, tokenizer=tokenizer)
+    part = source.part or (EVALUATION_PART if _shared(source, *others) else None)
+    return text_part(text, part) if part else text
+
+
+def _shared(source: TextSource, *others: TextSource) -> bool:
+    return source.always_split or any(_same(source, other) for other in others)

@@ -1,0 +1,187 @@
+"""Merged layers trained apart, one after another or side by side, from the teacher's boundaries."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+
+from come.distill.accelerator import make_accelerator
+from come.distill.base import Distillation, Objective, Pair
+from come.distill.come_mp import OneLayer
+from come.distill.config import Course
+from come.distill.hidden_states import passed
+from come.distill.memory import TrainingMemory, training_memory
+from come.distill.progress import Progress
+from come.distill.trainer import train
+from come.stream.boundaries import BoundaryStore, DiskStore, MappedStates, make_store
+
+Log = Callable[[int, Mapping[str, float | int]], None]
+
+
+@torch.no_grad()
+def teacher_boundaries(
+    pair: Pair, ids: Int[Tensor, "windows seq"], store: BoundaryStore, batch: int
+) -> dict[int, int]:
+    """Writes the teacher's states in front of and behind every merged layer's span into a store.
+
+    Boundary i is the input of the teacher's layer i. Only these are kept, so the memory (or, with
+    a disk store, the files) does not grow with the model's depth.
+
+    Returns:
+        The slot of every boundary.
+    """
+    spans = [pair.history[k] for k in pair.merged]
+    wanted = sorted({span[0] for span in spans} | {span[-1] + 1 for span in spans})
+    slots = {boundary: number for number, boundary in enumerate(wanted)}
+    for start in range(0, len(ids), batch):
+        rows = slice(start, start + batch)
+        states = passed(pair.teacher, ids[rows], wanted[-1] - 1, [b - 1 for b in wanted])
+        for boundary, number in slots.items():
+            store[number][rows] = states[boundary - 1]
+    return slots
+
+
+def train_apart(
+    method: Distillation,
+    pair: Pair,
+    training: Int[Tensor, "windows seq"],
+    validation: Int[Tensor, "held_out seq"],
+    course: Course,
+    *,
+    accelerator: Accelerator,
+    folder: Path,
+    job: str,
+    store: str,
+    workers: int,
+    log: Log,
+) -> tuple[dict[int, Progress], TrainingMemory]:
+    """Trains every merged layer by itself and writes it into the student.
+
+    Args:
+        method: gives each layer's objective.
+        pair: student and teacher.
+        training: training windows.
+        validation: validation windows.
+        course: steps, rates and sizes, the same for every layer.
+        accelerator: device and precision of the jobs that run one after another.
+        folder: where states are kept, a folder a layer; finished layers are not trained again.
+        job: names the job.
+        store: where the boundaries are kept, "memory" or "disk"; side by side always on disk.
+        workers: processes side by side; on CUDA machines each takes a device in turn.
+        log: called with the layer and its losses.
+
+    Returns:
+        The progress of every layer, and the memory of one job.
+    """
+    count = len(training)
+    shape = (count + len(validation), training.shape[1], pair.teacher.config.hidden_size)
+    dtype, kind = pair.teacher.model.dtype, pair.teacher.device.type
+    keep = make_store("disk" if workers > 1 else store, shape, dtype, folder, "teacher")
+    try:
+        slots = teacher_boundaries(
+            pair, torch.cat([training, validation]), keep, course.micro_batch
+        )
+        jobs = {}
+        for layer in pair.merged:
+            objective = method.objective(pair, layer)
+            assert isinstance(objective, OneLayer)
+            for size in _sizes(course, len(validation)):
+                objective.expect(pair.student, training[:1].expand(size, -1))
+            span = pair.history[layer]
+            ends = [
+                keep.mapped(slots[boundary])
+                if isinstance(keep, DiskStore)
+                else keep[slots[boundary]]
+                for boundary in (span[0], span[-1] + 1)
+            ]
+            jobs[layer] = partial(
+                _train_one, objective, ends, count, course, folder / f"layer-{layer}", job
+            )
+            memory = training_memory(objective)
+        if workers > 1:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                waiting = [
+                    pool.submit(_in_process, task, number, workers, kind, course.precision)
+                    for number, task in enumerate(jobs.values())
+                ]
+                for future in as_completed(waiting):
+                    future.result()
+        found: dict[int, Progress] = {}
+        for layer, task in jobs.items():  # what a worker has finished is only read here
+            found[layer], state = task(accelerator=accelerator, log=partial(log, layer))
+            pair.student.write(layer, state)
+            for losses in found[layer].curve if workers > 1 else ():
+                log(layer, losses)
+        return found, memory
+    finally:
+        keep.close()
+
+
+def _sizes(course: Course, held_out: int) -> set[int]:
+    """The numbers of windows that a forward pass may get."""
+    sizes = {course.micro_batch, course.batch_size % course.micro_batch}
+    return {*sizes, min(course.batch_size, course.micro_batch), held_out % course.micro_batch} - {0}
+
+
+def _train_one(
+    objective: Objective,
+    ends: Sequence[Tensor | MappedStates],
+    count: int,
+    course: Course,
+    folder: Path,
+    job: str,
+    *,
+    accelerator: Accelerator,
+    log: Callable[[Mapping[str, float | int]], None],
+    progress_bar: bool = True,
+) -> tuple[Progress, dict[str, Tensor]]:
+    """One layer's training, between two boundaries of all windows; validation ones come last."""
+    sides = [end.open() if isinstance(end, MappedStates) else end for end in ends]
+    held_out = len(sides[0]) - count
+    progress = train(
+        objective,
+        lambda rows: tuple(states[rows] for states in sides),
+        count,
+        lambda rows: tuple(states[rows + count] for states in sides),
+        held_out,
+        course,
+        accelerator=accelerator,
+        folder=folder,
+        job=job,
+        log=log,
+        progress_bar=progress_bar,
+        name=folder.name,
+    )
+    layer = objective.get_submodule("layer")
+    return progress, {name: t.detach().cpu() for name, t in layer.state_dict().items()}
+
+
+def _in_process(task: Callable, number: int, workers: int, kind: str, precision: str) -> None:
+    """Runs a job in a worker of its own, with its part of the cores or a device of its own.
+
+    The result stays on disk: tensors of a process that ends cannot be handed over.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if kind == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    accelerator = make_accelerator(kind, precision)
+    task(accelerator=accelerator, log=lambda losses: None, progress_bar=False)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone: a run started again must find no writer."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

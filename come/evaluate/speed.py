@@ -1,0 +1,191 @@
+"""Speed of prompt processing and generation, models alternating in one run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from come.evaluate.continuations import generate_greedily
+from come.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated timings of one piece of work.
+
+    Attributes:
+        tokens: tokens processed or generated in one repetition.
+        seconds: of every repetition, in order.
+    """
+
+    tokens: int
+    seconds: tuple[float, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the median seconds."""
+        return self.tokens / statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Slowest and fastest repetition, tokens/s."""
+        return self.tokens / max(self.seconds), self.tokens / min(self.seconds)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Prompt processing and generation of one model.
+
+    Attributes:
+        prompt: processing of the prompt.
+        generation: greedy generation.
+        peak_bytes: the model's weights, and the most that tensors took above them while it worked.
+        cache_bytes: keys and values of the prompt.
+    """
+
+    prompt: Timing
+    generation: Timing
+    peak_bytes: int
+    cache_bytes: int
+
+
+@torch.inference_mode()
+def compare_speed(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int = 1,
+    repeats: int = 3,
+    progress: bool = True,
+) -> dict[str, Speed]:
+    """Times the models in turn, A B A B ..., after one warm-up of each.
+
+    Turns share whatever the machine does meanwhile, so ratios of medians hold where absolute
+    times drift. Memory is measured beside the warm-up, not in the timed turns.
+
+    Args:
+        models: models by label.
+        prompt_tokens: length of the prompt (batch 1).
+        new_tokens: tokens generated greedily for each of `batch` prompts of 16 tokens.
+        batch: prompts generated for side by side.
+        repeats: counted repetitions of each.
+        progress: whether to show a progress bar.
+    """
+    found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}
+    caches: dict[str, int] = {}
+    peaks: dict[str, int] = {}
+    with tqdm(
+        total=(repeats + 1) * len(models),
+        desc="speed",
+        unit="turn",
+        leave=False,
+        delay=2,
+        disable=None if progress else True,
+    ) as bar:
+        for repeat in range(repeats + 1):
+            for label, model in models.items():
+                prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
+                generation = _seconds(model, partial(_generate, model, batch, new_tokens))
+                if repeat:
+                    found[label]["prompt"].append(prompt)
+                    found[label]["generation"].append(generation)
+                else:
+                    caches[label] = _cache_bytes(model, prompt_tokens)
+                    works = (
+                        partial(_prompt, model, prompt_tokens),
+                        partial(_generate, model, batch, new_tokens),
+                    )
+                    peaks[label] = max(_peak_bytes(model, work) for work in works)
+                bar.update()
+    return {
+        label: Speed(
+            Timing(prompt_tokens, tuple(times["prompt"])),
+            Timing(new_tokens * batch, tuple(times["generation"])),
+            peaks[label] + models[label].get_memory_footprint(),
+            caches[label],
+        )
+        for label, times in found.items()
+    }
+
+
+def _prompt(model: PreTrainedModel, tokens: int) -> Any:
+    return model(input_ids=_probe(model, 1, tokens), use_cache=True, logits_to_keep=1)
+
+
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of keys and values behind a prompt."""
+    layers = _prompt(model, tokens).past_key_values.layers
+    return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+
+
+def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
+    """The most bytes that tensors take above what there was before, whichever model runs first."""
+    device = _device(model)
+    if device.type == "cuda":
+        with PeakMemory(device) as memory:
+            work()
+        return memory.peak
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with _without_stderr(), watch as profiler:
+        work()
+    result = profiler.profiler
+    assert result is not None
+    level, peak = 0, 0
+    for event in result.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing reaches stderr: the profiler's own library writes lines there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
+    ids = _probe(model, batch, 16)
+    generate_greedily(model, ids, new_tokens, least=new_tokens)
+
+
+def _probe(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    limit = min(10_000, model.config.vocab_size)
+    ids = torch.arange(batch * length, device=_device(model)) * 37 % limit
+    return ids.view(batch, length)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _seconds(model: PreTrainedModel, work: Callable[[], object]) -> float:
+    cuda = _device(model).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

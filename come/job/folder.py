@@ -1,0 +1,137 @@
+"""A job's folder: its lock, and the files that say whether the job is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from come.files import RESULT, write_text
+from come.merge.plan import Plan
+from come.merge.saving import PLAN, plan_path
+
+log = logging.getLogger(__name__)
+
+PARTIAL_PLAN = "plan.partial.json"
+STATES = "distill"  # the folder of training checkpoints
+
+
+def find_run(path: str) -> Path:
+    """The model folder of a finished run, or of a path that is one itself.
+
+    Raises:
+        ValueError: there is no model with a plan.
+    """
+    folder = Path(path).expanduser()
+    for model in (folder / "model", folder):
+        if plan_path(model).is_file() and any(model.glob("model*.safetensors")):
+            return model
+    raise ValueError(
+        f"from_run={path}: no merged model with its {PLAN} there; give the folder of a finished "
+        "run that keeps its weights, or one of its model folders"
+    )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a job's folder, so that no second process works in it; waits for one that does.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    check_folder(folder, 0)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process runs this job; waiting for it: %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
+    """The result of a finished job, or None if it has not finished.
+
+    Raises:
+        ValueError: the folder holds the result of another job.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result.get("job") != job:
+        raise ValueError(
+            f"{folder} holds the result of another job ({result.get('job')}, this is {job}); "
+            "choose another hydra.run.dir or remove it"
+        )
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Writes `result.json`, the last file of a job, atomically.
+
+    Raises:
+        ValueError: a number that is not finite, by its place.
+    """
+    check_finite(result, RESULT)
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def check_finite(values: Any, place: str) -> None:
+    """Raises ValueError, naming its place, for a number in nested values that is not finite."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_finite(value, f"{place}: {key}" if place == RESULT else f"{place}.{key}")
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            check_finite(value, f"{place}[{index}]")
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{place} is {values}, which is no result; the models are kept")
+
+
+def partial_plan(folder: Path, job: str) -> Plan | None:
+    """The plan of an interrupted compression of the same job, or None."""
+    path = folder / PARTIAL_PLAN
+    if not path.is_file():
+        return None
+    plan = Plan.load(path)
+    return plan if plan.provenance.get("job") == job else None
+
+
+def check_folder(folder: Path, needed: int) -> None:
+    """Checks that a folder can be written and has room.
+
+    Args:
+        folder: the job's folder.
+        needed: bytes that the job will write.
+
+    Raises:
+        ValueError: it cannot be made or written, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"come")
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"output folder {folder} cannot be written ({error.strerror}); "
+            "choose another with hydra.run.dir=FOLDER"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"output folder {folder}: {free / 1e9:.2f} GB free, and the run writes about "
+            f"{needed / 1e9:.2f} GB; choose another disk with hydra.run.dir=FOLDER"
+        )

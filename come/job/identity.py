@@ -1,0 +1,112 @@
+"""A job's name, and the files that say whether it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from come.evaluate.tasks import tasks_identity
+from come.files import file_hash, package_hash
+from come.job.folder import find_run
+from come.merge.plan import Plan
+from come.merge.saving import plan_path
+from come.models.checkpoint import fingerprint, identity
+from come.models.loading import choose_device
+from come.schema import ModelSettings, Settings, TextSettings
+
+log = logging.getLogger(__name__)
+
+# What changes how a job runs or what its card says, but no number.
+_MODEL_KNOBS = ("name", "path", "device", "base_model")
+_TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)  # their content counts instead
+_CALIBRATION_KNOBS = (*_TEXT_KNOBS, "store")
+_DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
+_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "include_path")
+_PACKAGES = (
+    "torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "accelerate", "peft",
+)  # fmt: skip
+
+
+def model_identity(model: ModelSettings) -> str:
+    """What names a model whatever folder it is in: a hash of its files, or the hub id."""
+    folder = Path(model.path or "").expanduser()
+    if model.path and folder.is_dir():
+        try:
+            return identity(folder)
+        except (ValueError, OSError):
+            return f"unreadable {folder}"
+    return str(model.path)
+
+
+def job_hash(settings: Settings) -> str:
+    """Hash of everything that determines a job's result: 12 hexadecimal digits.
+
+    This package's own code counts, and that of plugins and of the packages that compute. Paths
+    count by their content. Batch sizes count, since sums over tokens are rounded by batches, and
+    so does the kind of device. Labels, stores and tracking do not count.
+    """
+    merge = _without(asdict(settings.merge), ("name", "plan"))
+    calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
+    evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
+    del evaluation["also"]
+    parts: dict[str, Any] = {
+        "code": [package_hash(), *(version(package) for package in _PACKAGES)],
+        "device": choose_device(settings.model.device).type,
+        "model": _without(asdict(settings.model), _MODEL_KNOBS),
+        "model_identity": model_identity(settings.model),
+        "merge": merge,
+        "eval": evaluation,
+        "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
+    }
+    if settings.merge.active and settings.eval.perplexity:  # which part of a text is held out
+        calibrating = settings.calibration
+        parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
+    if settings.eval.also:
+        parts["eval_also"] = {
+            name: [_text_identity(text), _without(asdict(text), _TEXT_KNOBS)]
+            for name, text in settings.eval.also.items()
+        }
+    if settings.eval.tasks:
+        asked = settings.eval
+        parts["tasks"] = tasks_identity(asked.tasks, asked.include_path, asked.limit)
+    if settings.plugins:
+        parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
+    if settings.distill.active:
+        own = _without(asdict(settings.distill), _DISTILL_KNOBS)
+        parts["distill"] = own | {"text": _training_identity(settings)}
+    if not settings.merge.active:
+        parts["merge"] = None
+    elif settings.from_run is not None:
+        start = find_run(settings.from_run)
+        parts["merge"] = [fingerprint(start), file_hash(plan_path(start)), settings.merge.keep]
+    elif settings.merge.plan is not None:
+        parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
+    else:
+        self_generated = settings.calibration.self_generated
+        text = "self_generated" if self_generated else _text_identity(settings.calibration)
+        parts |= {"calibration": calibration, "calibration_text": text}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+def _training_identity(settings: Settings) -> Any:
+    if settings.training_text is None:
+        calibration = settings.calibration
+        return ["self_generated", str(calibration.sampling), calibration.keep]
+    return _text_identity(settings.training)
+
+
+def _text_identity(text: TextSettings) -> str:
+    try:
+        return text.text_source().identity
+    except (ValueError, OSError):
+        return f"unreadable {text.path or text.source}"
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}

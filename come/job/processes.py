@@ -1,0 +1,36 @@
+"""This process's part in a job that `accelerate launch` started in several."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from come.distill.accelerator import make_accelerator
+from come.models.loading import choose_device
+from come.schema import Settings
+
+
+def processes(settings: Settings) -> Accelerator:
+    """This process's part in the run: alone, or one of several that `accelerate launch` started.
+
+    Raises:
+        ValueError: several processes, and a job that cannot be shared between them.
+    """
+    distill = settings.distill
+    device = choose_device(settings.model.device)
+    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
+        torch.cuda.set_device(device)
+    crew = make_accelerator(device.type, distill.course(device.type).precision)
+    count = crew.num_processes
+    if count > 1 and (not distill.active or distill.distillation().apart):
+        raise ValueError(
+            f"{count} processes were launched, and distill={distill.method} is for one; "
+            "start python run.py without accelerate launch"
+        )
+    if distill.batch_size % count:
+        raise ValueError(
+            f"distill.batch_size={distill.batch_size}: must be a multiple of the {count} processes"
+        )
+    return crew

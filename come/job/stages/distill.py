@@ -1,0 +1,190 @@
+"""The healing stage: trains the merged model against the dense one, and saves it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from come.data.sampling import cached, self_generated_windows, unused_ids
+from come.data.windows import TokenWindows
+from come.distill.base import Pair
+from come.distill.config import Course
+from come.distill.layerwise import train_apart
+from come.distill.memory import TrainingMemory, training_memory
+from come.distill.progress import Progress
+from come.distill.sharding import adopt, asked_to_shard, shard
+from come.distill.trainer import train
+from come.job.folder import STATES
+from come.job.stages.merge import sampling_key, save
+from come.job.stages.prepare import Job
+from come.merge.plan import Plan
+from come.models.adapter import ModelAdapter
+from come.records import DistillationResult
+from come.tracking.base import Trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
+
+APART = 1_000_003  # added to the seed of sampled text, or it would be calibration's
+
+
+def distill(
+    job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers, crew: Accelerator
+) -> tuple[PreTrainedModel, Plan, DistillationResult]:
+    """Trains the merged model and saves it as `model/`; the merged one stays in `model-merged/`."""
+    settings = job.settings.distill
+    settings.warn_unread()
+    method, course = settings.distillation(), settings.course(model.device.type)
+    dtype = model.dtype
+    model.float()  # AdamW on weights of half precision loses its small steps
+    parted = asked_to_shard(crew)
+    if parted:
+        model.cpu()  # no device needs to hold all of it
+    teacher = job.load(device="cpu" if parted else str(crew.device)).requires_grad_(False)
+    pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
+    if not pair.merged:
+        raise ValueError(
+            f"distill={settings.method}: no layer of the model stands for several, so there is "
+            "nothing to train"
+        )
+    with crew.main_process_first():  # the others find sampled text in the cache
+        text = job.training or sampled(job, teacher, course.steps * course.batch_size)
+    validation, training = text.windows.split(
+        [settings.validation_samples, len(text.windows) - settings.validation_samples]
+    )
+    folder = job.folder / STATES
+    log.info(
+        "distill: %s, %d steps of %d windows of %d tokens; %d windows in hand, %d held out",
+        settings.method, course.steps, course.batch_size, settings.seq_len, len(training),
+        len(validation),
+    )  # fmt: skip
+
+    def record(prefix: str, losses: Mapping[str, float | int]) -> None:
+        trackers.log({f"distill/{prefix}{key}": value for key, value in losses.items()})
+
+    if method.apart:
+        found, memory = train_apart(
+            method,
+            pair,
+            training,
+            validation,
+            course,
+            accelerator=crew,
+            folder=folder,
+            job=job.hash,
+            store=job.settings.calibration.store,
+            workers=settings.workers,
+            log=lambda layer, losses: record(f"layer_{layer}_", losses),
+        )
+        progress = _together(found)
+    else:
+        objective = method.objective(pair)
+        memory = training_memory(objective, [teacher] if method.uses_teacher else [])
+        working = shard(objective, pair, crew) if parted else objective
+        progress = train(
+            working,
+            lambda rows: (training[rows],),
+            len(training),
+            lambda rows: (validation[rows],),
+            len(validation),
+            course,
+            accelerator=crew,
+            folder=folder,
+            job=job.hash,
+            log=lambda losses: record("", losses),
+        )
+        if parted:
+            adopt(objective, working)
+        method.settle(objective, pair)
+        model.to(crew.device)
+    result = _result(job, text, course, progress, memory, len(training), crew)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # and no buffer: rotary tables stay in float32
+    crew.free_memory()
+    if crew.is_main_process:
+        told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
+        plan = replace(plan, provenance={**plan.provenance, "distillation": told})
+        save(job, model, "model", plan)
+        plan.save(job.folder / "plan.json")
+    return model.eval(), plan, result
+
+
+def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
+    """Training text sampled from the dense model, once, and not what the merge was solved on."""
+    settings, how = job.settings.distill, job.settings.calibration
+    seed = settings.seed + APART
+    count = windows + settings.validation_samples
+    sizes = [count, settings.seq_len, seed, how.keep]
+    return cached(
+        sampling_key(job, teacher, sizes),
+        lambda: self_generated_windows(
+            teacher,
+            num_samples=count,
+            seq_len=settings.seq_len,
+            seed=seed,
+            sampling=how.sampling,
+            keep=how.keep,
+            banned=unused_ids(teacher, job.tokenizer),
+        ),
+    )
+
+
+def _together(found: Mapping[int, Progress]) -> Progress:
+    """The layers' trainings as one: sums of losses, step by step; seconds added up."""
+    curves = [progress.curve for progress in found.values()]
+    validations = [progress.validation for progress in found.values()]
+    return Progress(
+        step=max(progress.step for progress in found.values()),
+        curve=[_sum(rows) for rows in zip(*curves, strict=False)],
+        validation=[_sum(rows) for rows in zip(*validations, strict=False)],
+        best_step=max(progress.best_step for progress in found.values()),
+        best_loss=sum(progress.best_loss for progress in found.values()),
+        seconds=sum(progress.seconds for progress in found.values()),
+        done=True,
+    )
+
+
+def _sum(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    return {"step": rows[0]["step"], "loss": sum(row["loss"] for row in rows)}
+
+
+def _result(
+    job: Job,
+    text: TokenWindows,
+    course: Course,
+    progress: Progress,
+    memory: TrainingMemory,
+    windows: int,
+    crew: Accelerator,
+) -> DistillationResult:
+    settings = job.settings.distill
+    a_step = course.batch_size * settings.seq_len
+    tokens = progress.step * a_step
+    return {
+        "method": settings.method,
+        "source": text.source,
+        "tokens": tokens,
+        "distinct_tokens": min(tokens, windows * settings.seq_len),
+        "validation_tokens": settings.validation_samples * settings.seq_len,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "processes": crew.num_processes,
+        "trained_parameters": memory.parameters,
+        "weight_bytes": memory.weights,
+        "gradient_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "seconds": progress.seconds,
+        "tokens_per_second": tokens / progress.seconds if progress.seconds else 0.0,
+        "curve": [[row["step"] * a_step, row["loss"]] for row in progress.curve],
+        "validation": [
+            {"tokens": row["step"] * a_step, **{k: v for k, v in row.items() if k != "step"}}
+            for row in progress.validation
+        ],
+    }

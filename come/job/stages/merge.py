@@ -1,0 +1,342 @@
+"""The merge stage: loads the dense model, merges it in place, saves every depth asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import come
+from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
+from come.data.windows import TokenWindows
+from come.files import package_hash, write_text
+from come.job.estimate import compression_cost
+from come.job.folder import PARTIAL_PLAN, partial_plan
+from come.job.stages.prepare import Job
+from come.memory import PeakMemory
+from come.merge.apply import apply
+from come.merge.loop import base_model, compress
+from come.merge.plan import MergeStep, Plan, SolvedTensors
+from come.merge.saving import check_cache, plan_path, save_model
+from come.merge.schedules.base import SCHEDULES
+from come.models.adapter import ModelAdapter
+from come.models.checkpoint import fingerprint, identity
+from come.models.loading import choose_device
+from come.records import CalibrationResult, CompressionResult
+from come.tracking.base import Trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
+
+COST = "compression.json"  # what the merge cost, for a session that distils later
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """Loads the dense model, merges it in place and saves it at every depth asked for.
+
+    A merged model that is there already is loaded: that of `from_run`, or, where a distillation
+    follows, the one that an earlier session of the job has finished. With `merge=none` the dense
+    model comes back as it is.
+    """
+    merged = job.folder / job.merged
+    if not job.settings.merge.active:
+        return _unmerged(job)
+    if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
+        return _load_merged(job, job.start or merged)
+    settings, method, recipe = job.settings, job.settings.merge, job.settings.recipe()
+    seq_len, num_samples = settings.calibration.seq_len, settings.calibration.windows
+    cost = compression_cost(
+        job.shape,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        target=job.target,
+        recipe=recipe,
+        store=settings.calibration.store,
+    )
+    log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
+    earlier = partial_plan(job.folder, job.hash)
+    if SCHEDULES.get(recipe.schedule_name).restarts:
+        earlier = None  # its choices rest on the dense model
+    if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
+        earlier = None  # of other weights: a branch of the hub moved on
+    if earlier is not None:
+        log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
+
+    with PeakMemory(choose_device(settings.model.device)) as memory:
+        model = job.load()
+        if job.plan is None:
+            job = replace(job, calibration=with_samples(job, model))
+        began = time.perf_counter()
+        spent = 0.0 if earlier is None else float(earlier.provenance.get("seconds", 0.0))
+
+        def seconds() -> float:
+            return spent + time.perf_counter() - began
+
+        def on_step(plan: Plan) -> None:
+            step = plan.steps[-1]
+            log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
+            passed = plan.num_layers in method.save_at and plan.num_layers != job.target
+            if passed and recipe.nested:
+                save(job, model, f"model-{plan.num_layers}", plan)
+            partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
+            if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
+                partial = replace(partial, finish=SolvedTensors({}))
+            partial.save(job.folder / PARTIAL_PLAN)
+            _log_step(trackers, plan)
+
+        if job.plan is not None:
+            plan = _apply_plan(job, model)
+            cost = replace(cost, boundary_bytes=0)
+        else:
+            for line in cost.lines():
+                log.info(line)
+            assert job.calibration is not None
+            plan = compress(
+                model,
+                job.calibration.windows,
+                recipe,
+                target_layers=job.target,
+                stops=method.save_at,
+                plan=earlier or _empty_plan(job, model),
+                on_step=on_step,
+                on_first_layer=lambda s: log.info(cost.estimate(s)),
+                batch_size=settings.calibration.batch_size,
+                store=settings.calibration.store,
+                folder=job.folder,
+            )
+            if not recipe.nested:
+                _compress_apart(job)
+        elapsed = seconds()
+    _check_cache(model)
+    plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
+    save(job, model, job.merged, plan)
+    plan.save(job.folder / "plan.json")
+    compression: CompressionResult = {
+        "seconds": elapsed,
+        "peak_bytes": memory.peak,
+        "weight_bytes": job.shape.weight_bytes,
+        "boundary_bytes": cost.boundary_bytes,
+        "layer_passes": 0.0 if job.plan else float(plan.provenance["layer_passes"]),
+        "resumed_at": len(earlier.steps) if earlier else 0,
+    }
+    trackers.log({f"compression/{key}": value for key, value in compression.items()})
+    if settings.distill.active:
+        write_text(job.folder / COST, json.dumps(compression))
+    return model, plan, job, compression
+
+
+def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:
+    """Saves a model as `name` in the job's folder, with the base's files beside its weights."""
+    save_model(model, job.tokenizer, job.folder / name, plan, base=job.checkpoint)
+
+
+def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
+    """What determines text that is sampled from the dense model, for the cache."""
+    return [
+        identity(job.checkpoint),
+        package_hash(),
+        str(model.dtype),
+        model.device.type,
+        job.settings.model.trust_remote_code,
+        str(job.settings.calibration.sampling),
+        *settings,
+        *(version(package) for package in ("torch", "transformers")),
+    ]
+
+
+def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
+    """The calibration windows, with those that are sampled from the model; each sampled once."""
+    given, settings = job.calibration, job.settings.calibration
+    if given is not None and not settings.continued:
+        return given
+    sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep]
+    continued = [given.hash if given else None, settings.continued, settings.begin]
+    key = sampling_key(job, model, [*sizes, *continued])
+    banned = unused_ids(model, job.tokenizer)
+
+    def make() -> TokenWindows:
+        if given is None:
+            return self_generated_windows(
+                model,
+                num_samples=settings.num_samples,
+                seq_len=settings.seq_len,
+                seed=settings.seed,
+                sampling=settings.sampling,
+                keep=settings.keep,
+                banned=banned,
+            )
+        return continued_windows(
+            model,
+            given,
+            count=settings.continued,
+            begin=settings.begin,
+            seed=settings.seed,
+            sampling=settings.sampling,
+            banned=banned,
+        )
+
+    return cached(key, make)
+
+
+def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """The dense model, and a plan that does nothing."""
+    model = job.load()
+    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    plan = Plan(base, "none", "none", provenance={"job": job.hash, "method": "none"})
+    return model, plan, job, _no_cost(job)
+
+
+def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
+    return {
+        "seconds": 0.0,
+        "peak_bytes": 0,
+        "weight_bytes": job.shape.weight_bytes,
+        "boundary_bytes": 0,
+        "layer_passes": 0.0,
+        "resumed_at": merges,
+    }
+
+
+def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+    """A model that was merged before, with its plan, and what merging it cost if this job did."""
+    model = job.load(folder)
+    plan, cost = Plan.load(plan_path(folder)), job.folder / COST
+    log.info("merged before, %d layers: %s", plan.num_layers, folder)
+    compression = _no_cost(job, len(plan.steps))
+    if job.start is None and cost.is_file():
+        compression = json.loads(cost.read_text())
+    if job.start is not None:
+        plan = replace(plan, provenance={**plan.provenance, "job": job.hash})
+        save(job, model, job.merged, plan)
+        plan.save(job.folder / "plan.json")
+    return model, plan, job, compression
+
+
+def _compress_apart(job: Job) -> None:
+    """Other depths of a method whose depths do not lie on one path, each from the dense model."""
+    settings = job.settings
+    assert job.calibration is not None
+    for depth in settings.merge.save_at:
+        folder = job.folder / f"model-{depth}"
+        if depth == job.target or _made_by(job, folder):
+            continue
+        model = job.load()
+        plan = compress(
+            model,
+            job.calibration.windows,
+            settings.recipe(),
+            target_layers=depth,
+            plan=_empty_plan(job, model),
+            batch_size=settings.calibration.batch_size,
+            store=settings.calibration.store,
+            folder=job.folder,
+        )
+        save(job, model, folder.name, plan)
+        del model
+
+
+def _made_by(job: Job, folder: Path) -> bool:
+    """Whether an earlier session of the same job left the whole model in this folder."""
+    path = plan_path(folder)
+    return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
+
+
+def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
+    merge, recipe = job.settings.merge, job.settings.recipe()
+    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    assert job.calibration is not None
+    provenance = {
+        "job": job.hash,
+        "method": merge.name,
+        "recipe": asdict(recipe),
+        "dtype": str(job.shape.dtype).removeprefix("torch."),
+        "calibration": calibration_result(job),
+        "versions": versions(),
+    }
+    return Plan(base, merge.operator, merge.norms, recipe.block, provenance=provenance)
+
+
+def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
+    """Applies the plan of `merge=from_plan`, saving the depths asked for on the way."""
+    plan = job.plan
+    assert plan is not None
+    apply(plan, model)
+    for depth in job.settings.merge.save_at:
+        if depth != job.target:
+            shallow = plan.truncated(depth)
+            save(job, apply(shallow, job.load()), f"model-{depth}", shallow)
+    return plan
+
+
+def _check_cache(model: PreTrainedModel) -> None:
+    difference = check_cache(model)
+    if model.dtype == torch.float32:
+        assert difference < 1e-3, f"cached and uncached logits differ by {difference:.2g}"
+    elif difference > 0.1:
+        log.warning("cached and uncached logits differ by %.2g of the largest", difference)
+
+
+def _log_step(trackers: Trackers, plan: Plan) -> None:
+    step = plan.steps[-1]
+    trackers.log(
+        {
+            "merge/step": len(plan.steps),
+            "merge/layers": plan.num_layers,
+            "merge/first": step.first,
+            "merge/last": step.last,
+            "merge/score": step.score,
+            "merge/share_first": step.shares[0],
+        }
+    )
+    if len(plan.steps) == 1:
+        for index, influence in enumerate(step.bi):
+            trackers.log({"layer_idx": index, "layer/bi": influence})
+
+
+def calibration_result(job: Job) -> CalibrationResult | None:
+    """What calibration text the job used; None where a plan was applied."""
+    windows = job.calibration
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "corpus_tokens": windows.corpus_tokens,
+        "tokens": windows.tokens,
+        "windows": len(windows.windows),
+        "removed_lines": windows.removed_lines,
+        "hash": windows.hash,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of the packages that the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "come": come.__version__,
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _deed(step: MergeStep) -> str:
+    """What a step did, in words."""
+    if step.keeper is not None:
+        gone = [_span(span) for i, span in enumerate(step.spans) if i != step.keeper]
+        return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.keeper])}"
+    return f"merged layers {'+'.join(_span(span) for span in step.spans)} into one"
+
+
+def _span(span: list[int]) -> str:
+    return str(span[0]) if len(span) == 1 else f"({span[0]}..{span[-1]})"

@@ -1,0 +1,382 @@
+"""Before anything is loaded: settings held against the checkpoint, the folder and the texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from come.data.sources.base import TextSource
+from come.data.windows import (
+    TokenWindows,
+    calibration_windows,
+    check_token_ids,
+    evaluation_windows,
+)
+from come.evaluate.continuations import PROMPTS
+from come.evaluate.tasks import TaskSet, check_tasks, load_tasks
+from come.files import check_replaceable
+from come.job.estimate import compression_cost
+from come.job.folder import check_folder, find_run
+from come.merge.constraints import check_target, layers_for_sparsity
+from come.merge.operators.base import OPERATORS
+from come.merge.plan import Plan
+from come.merge.recipe import groups_target
+from come.merge.saving import MARKS, plan_path
+from come.merge.schedules.base import SCHEDULES
+from come.models.checkpoint import find_checkpoint, fingerprint
+from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
+from come.schema import DEFAULT_SPARSITY, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose settings have been held against its model and texts; nothing is loaded yet."""
+
+    settings: Settings
+    folder: Path
+    hash: str
+    checkpoint: Path
+    shape: ModelShape
+    target: int
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan | None
+    calibration: TokenWindows | None
+    held_out: dict[str, TokenWindows] = field(default_factory=dict)
+    """Texts that perplexity is measured on; the main one is named ""."""
+    training: TokenWindows | None = None
+    tasks: TaskSet | None = None
+    start: Path | None = None
+    """A merged model to start from, with its plan beside it."""
+
+    @property
+    def merged(self) -> str:
+        """The folder of the merged model, inside the job's."""
+        return "model-merged" if self.settings.distill.active else "model"
+
+    @property
+    def label(self) -> str:
+        """Name of the model."""
+        settings = self.settings.model
+        return settings.name if settings.name != "local" else self.checkpoint.name
+
+    def load(self, folder: Path | None = None, device: str | None = None) -> PreTrainedModel:
+        """The dense model, or another in a folder, on the job's device or another."""
+        model = self.settings.model
+        return load_weights(
+            folder or self.checkpoint,
+            dtype=model.dtype,
+            device=device or model.device,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+def prepare(settings: Settings, folder: Path, name: str) -> Job:
+    """Everything that can go wrong early: checkpoint, target, output folder, texts.
+
+    Raises:
+        ValueError: see `run`.
+    """
+    source = settings.model
+    checkpoint = find_checkpoint(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    shape = inspect_model(
+        checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
+    )
+    merge = settings.merge
+    if not merge.active:
+        check_folder(folder, 0)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
+        return Job(
+            settings,
+            folder,
+            name,
+            checkpoint,
+            shape,
+            shape.num_layers,
+            tokenizer,
+            plan=None,
+            calibration=None,
+            tasks=_tasks(settings, shape, tokenizer),
+            held_out=_held_out(settings, shape, tokenizer, []),
+        )
+    start = find_run(settings.from_run) if settings.from_run is not None else None
+    given = str(plan_path(start)) if start else merge.plan
+    plan = Plan.load(Path(given)) if given is not None else None
+    if plan is not None:
+        _check_plan(plan, str(given), shape, checkpoint)
+        plan = plan.truncated(merge.target_layers) if merge.target_layers else plan
+        target = plan.num_layers
+        for depth in merge.save_at:
+            plan.truncated(depth)
+    else:
+        target = _target_layers(settings, shape)
+        _check_reachable(settings, shape, target)
+    copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
+    needed = shape.weight_bytes * copies
+    calibrating = settings.calibration
+    if plan is None:
+        _check_length("calibration.seq_len", calibrating.seq_len, shape)
+        least = settings.recipe().least_windows
+        if calibrating.windows < least:
+            raise ValueError(
+                f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
+                f"layers by one state a window, and needs at least {least} windows"
+            )
+        if calibrating.store == "disk":
+            needed += compression_cost(
+                shape,
+                num_samples=calibrating.windows,
+                seq_len=calibrating.seq_len,
+                target=target,
+                recipe=settings.recipe(),
+                store=calibrating.store,
+            ).boundary_bytes
+    if settings.distill.active:
+        if plan is not None and plan.block != "layer":
+            raise ValueError(
+                f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
+                "layers, and distillation trains whole layers; take distill=none"
+            )
+        _check_length("distill.seq_len", settings.distill.seq_len, shape)
+    check_folder(folder, needed)
+    for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
+        if (folder / output).resolve() == checkpoint.resolve():
+            raise ValueError(
+                f"model.path={source.path} is where the result would be written; "
+                "choose another hydra.run.dir"
+            )
+        check_replaceable(folder / output, MARKS)
+
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
+    tasks = _tasks(settings, shape, tokenizer)
+    calibration = None
+    known = None if settings.calibration.self_generated else settings.calibration.text_source()
+    text = known if plan is None else None
+    trained = settings.training_text if settings.distill.active else None
+    others = [source for source in (known, trained) if source is not None]
+    held_out = _held_out(settings, shape, tokenizer, others)
+    if text is not None:
+        calibration = calibration_windows(
+            tokenizer,
+            text,
+            num_samples=settings.calibration.num_samples,
+            seq_len=settings.calibration.seq_len,
+            seed=settings.calibration.seed,
+            held_out=list(settings.eval.texts().values()),
+        )
+        check_token_ids(
+            calibration.windows,
+            shape.vocabulary,
+            f"calibration text {calibration.source}",
+            tokenizer,
+        )
+        log.info(
+            "calibration: %s, %d tokens in hand, %d asked for%s",
+            calibration.source,
+            calibration.corpus_tokens,
+            calibration.tokens,
+            f", {calibration.removed_lines} lines left out that the held-out text has too"
+            if calibration.removed_lines
+            else "",
+        )
+    return Job(
+        settings,
+        folder,
+        name,
+        checkpoint,
+        shape,
+        target,
+        tokenizer,
+        plan,
+        calibration,
+        held_out,
+        _training(settings, shape, tokenizer),
+        tasks,
+        start,
+    )
+
+
+def _tasks(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
+) -> TaskSet | None:
+    chosen = settings.eval
+    if not chosen.tasks:
+        return None
+    tasks = load_tasks(
+        chosen.tasks,
+        include_path=chosen.include_path,
+        limit=chosen.limit,
+        batch_size=chosen.task_batch,
+    )
+    longest = getattr(shape.config, "max_position_embeddings", None)
+    check_tasks(tasks, tokenizer, shape.vocabulary, longest)
+    return tasks
+
+
+def _held_out(
+    settings: Settings,
+    shape: ModelShape,
+    tokenizer: PreTrainedTokenizerBase,
+    others: Sequence[TextSource],
+) -> dict[str, TokenWindows]:
+    """The texts that perplexity is measured on, apart from the others; the main one is ""."""
+    chosen = settings.eval
+    if chosen.speed:
+        _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
+        _check_length("eval.new_tokens + 16", chosen.new_tokens + 16, shape)
+    if chosen.continuation_tokens:
+        prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+        prompt = max(map(len, prompts))
+        ids = torch.tensor([[i for words in prompts for i in words]])
+        check_token_ids(ids, shape.vocabulary, "eval.continuation_tokens: a prompt", tokenizer)
+        _check_length(
+            f"eval.continuation_tokens={chosen.continuation_tokens} after {prompt} of a prompt",
+            prompt + chosen.continuation_tokens,
+            shape,
+        )
+    longest = getattr(shape.config, "max_position_embeddings", chosen.seq_len)
+    held_out = {
+        name: evaluation_windows(
+            tokenizer,
+            text,
+            seq_len=min(chosen.seq_len, longest),
+            max_tokens=chosen.also[name].max_tokens if name else chosen.max_tokens,
+            others=others,
+            key=f"eval.also.{name}" if name else "eval",
+        )
+        for name, text in chosen.texts().items()
+    }
+    for found in held_out.values():
+        check_token_ids(found.windows, shape.vocabulary, f"held-out text {found.source}", tokenizer)
+    return held_out
+
+
+def _training(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
+) -> TokenWindows | None:
+    """Training windows, disjoint from the held-out text; None without, or where they are sampled.
+
+    The first of them validate. Merging may have solved for the windows that it was calibrated on,
+    so these are the last that calibration would draw.
+
+    Raises:
+        ValueError: too little text for a step beside the validation windows.
+    """
+    distill, text = settings.distill, settings.training_text
+    if not distill.active or text is None:
+        return None
+    course = distill.course("cpu")
+    wanted = course.steps * course.batch_size + distill.validation_samples
+    found = calibration_windows(
+        tokenizer,
+        text,
+        num_samples=wanted,
+        seq_len=distill.seq_len,
+        seed=distill.seed,
+        held_out=list(settings.eval.texts().values()),
+        at_most=True,
+        backwards=True,
+        what="training",
+    )
+    left = len(found.windows) - distill.validation_samples
+    if left < distill.batch_size:
+        raise ValueError(
+            f"training text too short: {text.name} has {len(found.windows)} windows of "
+            f"{distill.seq_len} tokens, of which distill.validation_samples="
+            f"{distill.validation_samples} are held out; give more text, or lower that or "
+            f"distill.batch_size={distill.batch_size}"
+        )
+    check_token_ids(found.windows, shape.vocabulary, f"training text {found.source}", tokenizer)
+    return found
+
+
+def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
+    """Holds the target, and the groups given by hand, against the model's depth."""
+    merge = settings.merge
+    recipe = settings.recipe()
+    rules = recipe.rules(shape.num_layers, target)
+    if not recipe.groups:
+        check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
+        SCHEDULES.get(recipe.schedule).check_depths(shape.num_layers, [*merge.save_at, target])
+        return
+    sizes = [len(group) for group in recipe.groups]
+    passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
+    for depth in merge.save_at:
+        if depth not in passed:
+            raise ValueError(
+                f"merge.save_at has {depth}, and merge.groups passes through "
+                f"{', '.join(map(str, passed))}"
+            )
+
+
+def _target_layers(settings: Settings, shape: ModelShape) -> int:
+    merge = settings.merge
+    if merge.groups:
+        merge.recipe()
+        return groups_target(merge.groups, shape.num_layers)
+    if merge.target_layers is not None:
+        return merge.target_layers
+    if merge.sparsity is None and merge.save_at:
+        return min(merge.save_at)
+    sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
+    recipe = settings.recipe()
+    each = shape.block_parameters[recipe.block]
+    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
+    rules = recipe.rules(shape.num_layers, target)
+    least = rules.smallest_depth(shape.num_layers)
+    if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
+        largest = (shape.num_layers - least) * each / shape.parameters
+        raise ValueError(
+            f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
+            f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
+            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true (with "
+            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
+        )
+    return target
+
+
+def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
+    """Holds a plan against the model it is to be applied to."""
+    OPERATORS.get(plan.operator)
+    left = plan.base.num_layers
+    for number, step in enumerate(plan.steps, start=1):
+        if not 0 <= step.first < step.last < left:
+            raise ValueError(
+                f"the plan {given} merges layers {step.first} to {step.last} in step {number}, "
+                f"where the model has {left}"
+            )
+        left -= step.last - step.first
+    base = plan.base
+    if (base.model_type, base.num_layers) != (shape.config.model_type, shape.num_layers):
+        raise ValueError(
+            f"the plan {given} is for {base.name}, {base.num_layers} layers of "
+            f"{base.model_type}; the model has {shape.num_layers} of {shape.config.model_type}"
+        )
+    if base.fingerprint not in ("", fingerprint(checkpoint)):
+        log.warning("the plan was made for other weights, those of %s", base.name)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    if plan.provenance.get("dtype", dtype) != dtype:
+        log.warning(
+            "the plan was made in %s and is applied in %s: the weights will differ by rounding",
+            plan.provenance["dtype"],
+            dtype,
+        )
+
+
+def _check_length(key: str, tokens: int, shape: ModelShape) -> None:
+    longest = getattr(shape.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        shown = key if "=" in key else f"{key}={tokens}"
+        raise ValueError(f"{shown}: the model reads at most {longest} tokens")

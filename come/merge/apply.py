@@ -1,0 +1,122 @@
+"""Applies merges to a model: the only code that changes one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from come.merge.norms import check_norms, fold_norms
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
+from come.merge.plan import MergeStep, Plan
+from come.merge.span import Pieces
+from come.models.adapter import Block, LayerState, ModelAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def merged_pieces(
+    adapter: ModelAdapter,
+    layers: Sequence[int],
+    operator: MergeOperator,
+    norms: str,
+    shares: Sequence[float],
+    kept: KeptUnits,
+) -> Pieces:
+    """What the operator reads of `layers` of the model, and how it makes one layer of it.
+
+    The model is not changed.
+    """
+    states = [adapter.layer_state(index) for index in layers]
+    if check_norms(norms) == "fold":
+        states = [fold_norms(state, adapter.roles) for state in states]
+    return Pieces(states, lambda layers: operator.merge(layers, adapter.roles, shares, kept))
+
+
+@torch.no_grad()
+def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: MergeOperator) -> None:
+    """Merges one group of the model in place, as `step` says, the next one of `plan`."""
+    block, places = plan.block, plan.places[step.first : step.last + 1]
+    layers = range(step.first, step.last + 1) if block == "layer" else places
+    pieces = merged_pieces(adapter, layers, operator, plan.norms, step.shares, step.kept)
+    merged = pieces.state | step.solved.tensors
+    if block == "layer":
+        adapter.replace(step.first, step.last, merged)
+    else:
+        for place, state in block_states(adapter, places, step.keeper, merged, block).items():
+            adapter.write(place, state)
+    if step.output_scale != 1:
+        for index in range(step.first + 1, adapter.num_layers):
+            adapter.scale_outputs(index, step.output_scale)
+
+
+def block_states(
+    adapter: ModelAdapter,
+    places: Sequence[int],
+    keeper: int | None,
+    merged: LayerState,
+    block: Block,
+) -> dict[int, LayerState]:
+    """The tensors of all layers that change when blocks of the layers `places` become one.
+
+    A merged block goes into the first of its layers and is silenced in the others; a drop leaves
+    the block that it keeps where it is.
+    """
+    states = {place: adapter.silent(place, block) for place in places}
+    home = places[keeper or 0]
+    states[home] = adapter.layer_state(home)
+    if keeper is None:
+        states[home] |= {name: merged[name] for name in adapter.block_tensors(block)}
+    return states
+
+
+def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
+    """Rebuilds the merged model of a plan from its base model, bit for bit, in place.
+
+    Args:
+        plan: the plan of a finished or interrupted compression.
+        model: the dense base model, in the dtype of the compression; it is changed.
+
+    Returns:
+        `model`, merged.
+
+    Raises:
+        ValueError: the model is not of the plan's shape.
+    """
+    adapter = ModelAdapter(model)
+    found = (adapter.architecture.model_type, adapter.num_layers, dict(adapter.unit_counts))
+    wanted = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
+    if found != wanted:
+        raise ValueError(
+            f"the plan is for {plan.base.name} (type, layers, units: {wanted}); "
+            f"this model has {found}"
+        )
+    operator = OPERATORS.create(plan.operator)
+    done = replace(plan, steps=[])
+    for step in plan.steps:
+        apply_step(adapter, done, step, operator)
+        done = done.with_step(step)
+    write_finish(adapter, plan)
+    return model
+
+
+def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
+    """Writes what was solved for after the last merge into the merged model.
+
+    Returns:
+        What stood there before, by layer.
+    """
+    layers: dict[int, LayerState] = {}
+    for key, tensor in plan.finish.tensors.items():
+        place, _, name = key.partition("/")
+        layers.setdefault(int(place), {})[name] = tensor
+    before: dict[int, LayerState] = {}
+    for index, tensors in layers.items():
+        state = adapter.layer_state(index)
+        before[index] = {name: state[name].clone() for name in tensors}
+        adapter.write(index, tensors)
+    return before

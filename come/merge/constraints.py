@@ -1,0 +1,272 @@
+"""Which groups may be merged next, which depths can be reached, and what the passes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from come.models.surgery import Span
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def smallest_depth(num_layers: int, m: int, allow_remerge: bool, protected: int = 0) -> int:
+    """The smallest depth that groups of at most `m` can reach.
+
+    Without merging a layer twice floor(n/m) full groups fit into the n layers that are not
+    protected, and the last step may take fewer.
+    """
+    free = num_layers - protected
+    if allow_remerge:
+        return protected + min(1, free)
+    full, left = divmod(free, m)
+    return num_layers - full * (m - 1) - max(0, left - 1)
+
+
+def group_size(depth: int, target: int, m: int) -> int:
+    """Layers that the next merge takes: m, or fewer where the last step has to land exactly."""
+    return min(m, depth - target + 1)
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """Which groups are allowed.
+
+    Attributes:
+        m: the size of a group; a drop leaves m - 1 layers out.
+        mixes: whether a group may be smaller.
+        remerges: whether a merged layer may be merged again.
+        drops: whether the spans that are scored are dropped, not merged.
+        protect_first: layers at the front that stay as they are.
+        protect_last: layers at the end that stay as they are.
+    """
+
+    m: int = 2
+    remerges: bool = False
+    drops: bool = False
+    protect_first: int = 0
+    protect_last: int = 0
+    mixes: bool = False
+
+    @property
+    def protected(self) -> int:
+        """Layers that stay as they are."""
+        return self.protect_first + self.protect_last
+
+    def smallest_depth(self, num_layers: int) -> int:
+        """The smallest depth that can be reached."""
+        least = smallest_depth(num_layers, self.m, self.remerges, self.protected)
+        return max(1, self.protected) if self.drops else least
+
+    def spans(
+        self, history: Sequence[Span], target: int, stop: int | None = None
+    ) -> list[tuple[int, int]]:
+        """Spans (first, last) that may be merged, or dropped, so that `target` stays reachable.
+
+        Args:
+            history: original layers behind every layer of the current model.
+            target: the depth to reach, below the current one.
+            stop: where sizes mix, a depth on the way that must not be jumped over.
+        """
+        depth = len(history)
+        size = group_size(depth, target if stop is None else stop, self.m)
+        assert size >= 2
+        sizes = range(2, size + 1) if self.mixes else [size]
+        begin, end = self.protect_first, depth - self.protect_last
+        if self.drops:
+            return [(first, first + size - 2) for first in range(begin, end - size + 2)]
+        spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
+        if self.remerges:
+            return spans
+        closed = [len(h) > 1 or not begin <= i < end for i, h in enumerate(history)]
+        eligible = []
+        for first, last in spans:
+            if any(closed[first : last + 1]):
+                continue
+            after = [*closed[:first], True, *closed[last + 1 :]]
+            runs, excess = _runs(after), depth - (last - first) - target
+            if self.mixes:
+                reachable = sum(run - -(-run // self.m) for run in runs) >= excess
+            else:
+                reachable = _reachable(runs, excess, self.m)
+            if reachable:
+                eligible.append((first, last))
+        return eligible
+
+    def group(self, first: int, last: int) -> tuple[int, int, int | None]:
+        """The group of a span: its first and last layer, and which of them a drop keeps.
+
+        A drop keeps the layer in front of the span, or the one behind it if there is none.
+        """
+        if not self.drops:
+            return first, last, None
+        if first > 0:
+            return first - 1, last, 0
+        return first, last + 1, last + 1 - first
+
+
+def _runs(merged: Sequence[bool]) -> list[int]:
+    """Lengths of the stretches of layers that have not been merged."""
+    runs, length = [], 0
+    for flag in [*merged, True]:
+        if flag:
+            runs.append(length)
+            length = 0
+        else:
+            length += 1
+    return [run for run in runs if run >= 2]
+
+
+def _reachable(runs: Sequence[int], excess: int, m: int) -> bool:
+    """Whether groups of m, and one smaller group at the end, can remove `excess` more layers."""
+    full, rest = divmod(excess, m - 1)
+    if rest == 0:
+        return sum(run // m for run in runs) >= full
+    return any(
+        run >= rest + 1
+        and sum(other // m for j, other in enumerate(runs) if j != i) + (run - rest - 1) // m
+        >= full
+        for i, run in enumerate(runs)
+    )
+
+
+def depths(num_layers: int, target: int, m: int) -> list[int]:
+    """The depths after every merge on the way to `target`."""
+    result = []
+    depth = num_layers
+    while depth > target:
+        depth -= group_size(depth, target, m) - 1
+        result.append(depth)
+    return result
+
+
+def check_target(
+    num_layers: int,
+    target: int,
+    rules: GroupRules,
+    save_at: Iterable[int] = (),
+    nested: bool = True,
+) -> None:
+    """Checks a target depth against the model's.
+
+    Args:
+        num_layers: layers of the dense model.
+        target: the depth to reach.
+        rules: which groups are allowed.
+        save_at: other depths to keep.
+        nested: whether those have to lie on the way to the target.
+
+    Raises:
+        ValueError: m or the target does not fit the model, the target cannot be reached without
+            merging a layer twice, or a depth of `save_at` is not passed on the way.
+    """
+    if not 1 <= target < num_layers:
+        raise ValueError(
+            f"merge.target_layers={target}: the model has {num_layers} layers, so a target is "
+            f"from 1 to {num_layers - 1}"
+        )
+    if not 2 <= rules.m <= num_layers:
+        raise ValueError(
+            f"merge.m={rules.m}: a group has at least 2 layers and at most the model's {num_layers}"
+        )
+    protects = (
+        f"merge.protect_first={rules.protect_first} and merge.protect_last={rules.protect_last}"
+    )
+    if rules.protected >= num_layers:
+        raise ValueError(f"{protects} leave none of the model's {num_layers} layers to merge")
+    least = rules.smallest_depth(num_layers)
+    if target < least:
+        keeps = f" with {protects}" if rules.protected else ""
+        message = (
+            f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m}{keeps} "
+            f"unless a merged layer is merged again; the smallest depth that can is {least}. Ask "
+            f"for at least {least} layers, or set merge.allow_remerge=true (with "
+            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
+        )
+        if target < replace(rules, remerges=True).smallest_depth(num_layers):
+            message = (
+                f"{target} of {num_layers} layers cannot be reached{keeps}; the smallest depth "
+                f"that can is {least}"
+            )
+        raise ValueError(message)
+    stops = sorted({target, *(depth for depth in save_at if depth > target)}, reverse=True)
+    if (
+        rules.mixes
+        and not rules.remerges
+        and _layers_used(num_layers, stops, rules.m) > (num_layers - rules.protected)
+    ):
+        raise ValueError(
+            f"merge.save_at={list(save_at)} asks for more groups on the way to {target} layers "
+            f"than {num_layers - rules.protected} layers can make; leave depths out"
+        )
+    passed = depths(num_layers, target, rules.m)
+    for depth in save_at:
+        if nested and not rules.mixes and depth not in passed:
+            raise ValueError(
+                f"merge.save_at has {depth}, which is not a depth on the way to {target} layers "
+                f"with merge.m={rules.m}: {', '.join(map(str, passed))}"
+            )
+        if not target <= depth < num_layers:
+            raise ValueError(
+                f"merge.save_at has {depth}, which does not lie between the target {target} and "
+                f"the model's {num_layers} layers"
+            )
+
+
+def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
+    """Layers that stand in the fewest groups of at most `m` that meet all depths, in order."""
+    groups, depth = 0, num_layers
+    for stop in stops:
+        groups += -(-(depth - stop) // (m - 1))
+        depth = stop
+    return num_layers - stops[-1] + groups
+
+
+def layers_for_sparsity(
+    sparsity: float, config: PretrainedConfig, total: int, per_layer: int
+) -> int:
+    """The number of layers whose removal comes nearest to a share of all parameters.
+
+    Args:
+        sparsity: share of the model's parameters to remove, in (0, 1).
+        config: the model's configuration.
+        total: parameters of the model, tied ones once.
+        per_layer: parameters of one decoder layer.
+
+    Returns:
+        The target depth.
+
+    Raises:
+        ValueError: the share is so small that no layer goes, or larger than all layers but one.
+    """
+    layers = config.num_hidden_layers
+    removed = round(sparsity * total / per_layer)
+    if removed < 1:
+        raise ValueError(
+            f"merge.sparsity={sparsity} is less than half a layer; one layer of this model is "
+            f"{per_layer / total:.4f} of its parameters"
+        )
+    if removed >= layers:
+        raise ValueError(
+            f"merge.sparsity={sparsity} is more than merging can reach: with one layer left, "
+            f"{(layers - 1) * per_layer / total:.4f} of the parameters are gone"
+        )
+    return layers - removed
+
+
+def layer_passes(num_layers: int, steps: Sequence[tuple[int, int]]) -> int:
+    """Passes of all windows over one layer that a progressive run makes necessary.
+
+    One full pass, and after every merge but the last the merged layer and all behind it.
+
+    Args:
+        num_layers: layers of the dense model.
+        steps: (first, last) of every merged group, in positions of the model at that step.
+    """
+    passes, depth = num_layers, num_layers
+    for first, last in steps[:-1]:
+        depth -= last - first
+        passes += depth - first
+    return passes

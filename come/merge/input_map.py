@@ -1,0 +1,175 @@
+"""The least-squares problem of one input map of a layer's FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from come.merge.reconstruction import Goals
+from come.models.sublayers import States, ffn_half, ffn_slopes
+
+Matrix = Float[Tensor, "channels hidden"]
+
+FLOOR = 1e-4  # of the mean square of what the map reads, so that white coordinates exist
+HALVINGS = 4
+
+
+class InputMap:
+    """What a change Z of an input map W does to the error of a layer's output, to first order.
+
+        E(Z) = sum_t w_t | r_t - W_d (D_t * Z n_t) |^2
+
+    r: what the layer's output lacks; W_d: the FFN's output map; n and D as in `ffn_slopes`. Exact
+    where features are linear in W n, as in an up projection. Nothing is kept of the tokens but the
+    residual stream in front of the FFN: each product with the curvature is a pass of the FFN.
+
+    Args:
+        goals: of the layer.
+        layer: the layer beside the model; W is read from it, not changed.
+        middles: the residual stream behind its attention, [windows, seq, hidden].
+        name: of W in the layer.
+    """
+
+    def __init__(self, goals: Goals, layer: nn.Module, middles: States, name: str) -> None:
+        self.goals = goals
+        self.adapter = goals.stream.adapter
+        self.layer = layer
+        self.middles = middles
+        self.name = name
+        output = layer.get_parameter(f"{self.adapter.architecture.ffn_output}.weight").detach()
+        self.weight = layer.get_parameter(f"{name}.weight").detach()
+        self.output = output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def step(self, ratio: float, steps: int) -> Matrix:
+        """The change that truncated Gauss-Newton takes; 0 where no error falls.
+
+            min_Z E(Z) + mu (mean_t |Z n_t|^2 + floor |Z|^2)
+            mu = ratio mean_j sum_t w_t D_tj^2 |column j of W_d|^2
+
+        By conjugate gradients in coordinates where n is white, and halved until the true error is
+        below what it was, four times at most.
+
+        Args:
+            ratio: > 0.
+            steps: of conjugate gradients.
+
+        Returns:
+            Z, float64.
+        """
+        gram, pull, curvature, before = self._start()
+        gram.diagonal().add_(FLOOR * gram.diagonal().mean())
+        root = torch.linalg.cholesky(gram)
+        penalty = ratio * curvature
+
+        def colour(white: Matrix) -> Matrix:
+            return torch.linalg.solve_triangular(root, white, upper=False, left=False)
+
+        def whiten(gradient: Matrix) -> Matrix:
+            return torch.linalg.solve_triangular(root.T, gradient, upper=True, left=False)
+
+        def product(white: Matrix) -> Matrix:
+            bar.update()
+            return whiten(self.curved(colour(white))) + penalty * white
+
+        quiet = None if self.goals.stream.progress else True
+        with tqdm(total=steps, desc=self.name, leave=False, delay=2, disable=quiet) as bar:
+            change = colour(conjugate_gradients(product, whiten(pull), steps))
+        for _ in range(HALVINGS + 1):
+            if self.error(change) < before:
+                return change
+            change = change / 2
+        return torch.zeros_like(change)
+
+    def curved(self, change: Matrix) -> Matrix:
+        """Half the second derivative of E, applied to a change: float64."""
+        total = torch.zeros_like(change)
+        rows = change.to(self.output)
+        for middle, _, weights, keywords in self._batches():
+            read, slopes = self._slopes(middle, keywords)
+            moved = (slopes * (read @ rows.T)) @ self.output.T
+            total += self._back(moved * weights[:, None], read, slopes)
+        return total
+
+    def changed(self, change: Matrix) -> Tensor:
+        """W + change, in the dtype of W."""
+        return (self.weight.double() + change).to(self.weight.dtype)
+
+    def error(self, change: Matrix) -> float:
+        """sum_t w_t |wanted - output|^2 of the layer with W + change."""
+        kept = self.weight.clone()
+        self.weight.copy_(self.changed(change))
+        total = 0.0
+        for middle, wanted, weights, keywords in self._batches():
+            gap = self._gap(middle, wanted, keywords)
+            total += (gap.square().sum(dim=1) * weights).sum().item()
+        self.weight.copy_(kept)
+        return total
+
+    def _start(self) -> tuple[Tensor, Matrix, float, float]:
+        """mean_t n n^T, minus half the gradient of E at 0, its mean curvature, E(0); float64."""
+        channels, hidden = self.output.shape[1], self.output.shape[0]
+        gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
+        pull = self.output.new_zeros(channels, hidden, dtype=torch.float64)
+        squares = self.output.new_zeros(channels, dtype=torch.float64)
+        tokens, error = 0, 0.0
+        for middle, wanted, weights, keywords in self._batches():
+            read, slopes = self._slopes(middle, keywords)
+            gap = self._gap(middle, wanted, keywords)
+            error += (gap.square().sum(dim=1) * weights).sum().item()
+            pull += self._back(gap * weights[:, None], read, slopes)
+            gram += read.T @ read
+            squares += weights @ slopes.square()
+            tokens += len(read)
+        sizes = self.output.double().square().sum(dim=0)
+        return gram / tokens, pull, (squares * sizes).mean().item(), error
+
+    def _gap(self, middle: States, wanted: States, keywords: dict[str, Any]) -> Tensor:
+        """What the layer's output lacks, tokens by channels."""
+        output = ffn_half(self.adapter, self.layer, middle, keywords)[1]
+        return (wanted - output).flatten(0, 1).to(self.output)
+
+    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What W reads and the slopes, of a batch, tokens by columns."""
+        read, slopes = ffn_slopes(self.adapter, self.layer, middle, keywords, self.name)
+        return read.flatten(0, 1).to(self.output), slopes.flatten(0, 1).to(self.output)
+
+    def _back(self, gap: Tensor, read: Tensor, slopes: Tensor) -> Matrix:
+        return (((gap @ self.output) * slopes).T @ read).double()
+
+    def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
+        stream = self.goals.stream
+        for rows in stream.batches:
+            _, wanted, weights = self.goals.ends(rows)
+            middle = self.middles[rows].to(self.adapter.device)
+            keywords = stream.keywords(len(middle), self.goals.first)
+            yield middle, wanted, weights.to(self.output), keywords
+
+
+def conjugate_gradients(product: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> Tensor:
+    """`steps` steps towards the x with product(x) = wanted, from x = 0.
+
+    Args:
+        product: of a symmetric positive definite matrix with a tensor of the shape of `wanted`.
+        wanted: the right-hand side.
+        steps: at most; it stops where nothing is left.
+    """
+    found = torch.zeros_like(wanted)
+    rest = wanted.clone()
+    direction = rest.clone()
+    size = rest.square().sum()
+    start = size
+    for _ in range(steps):
+        if size <= 1e-30 * start:
+            break
+        curved = product(direction)
+        length = size / (direction * curved).sum()
+        found += length * direction
+        rest -= length * curved
+        last, size = size, rest.square().sum()
+        direction = rest + size / last * direction
+    return found

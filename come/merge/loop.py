@@ -1,0 +1,383 @@
+"""The loop of a compression: measure, choose a group, merge it, measure again what lies behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Int
+from torch import Tensor
+
+from come.merge.apply import apply, apply_step, block_states, merged_pieces, write_finish
+from come.merge.constraints import check_target
+from come.merge.downstream import finish
+from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
+from come.merge.recipe import Recipe, groups_target
+from come.merge.reconstruction import Goals, check_refit_target, check_weighting
+from come.merge.schedules.base import SCHEDULES, Search
+from come.merge.span import Group, Pieces, Split
+from come.merge.unit_scores import unit_scores
+from come.models.adapter import ModelAdapter
+from come.models.surgery import Span
+from come.statistics.influence import check_tokens
+from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
+from come.stream.stream import LayerStream, Route
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def base_model(adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> BaseModel:
+    """Describes a dense model for a plan."""
+    return BaseModel(
+        name=name or str(adapter.config.name_or_path),
+        fingerprint=fingerprint,
+        model_type=adapter.architecture.model_type,
+        num_layers=adapter.num_layers,
+        units=adapter.unit_counts,
+    )
+
+
+def compress(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows seq"],
+    recipe: Recipe | None = None,
+    *,
+    target_layers: int,
+    stops: Collection[int] = (),
+    plan: Plan | None = None,
+    on_step: Callable[[Plan], None] | None = None,
+    on_first_layer: Callable[[float], None] | None = None,
+    batch_size: int = 4,
+    store: str = "memory",
+    folder: Path | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Merges groups of layers, in place, until the model has `target_layers` layers.
+
+    Source: arXiv 2510.15304, the progressive strategy. By that schedule statistics are measured
+    again after every merge, on the model as it then is, for the merged layer and all behind it;
+    nothing in front of it can have changed.
+
+    Args:
+        model: the dense model, changed in place (also by an interrupted call).
+        windows: calibration windows, packed, without padding, int64.
+        recipe: the method; None for CoMe's.
+        target_layers: depth to reach.
+        stops: depths on the way that groups of mixed sizes do not jump over, and that get their
+            last refit too, for `on_step` alone.
+        plan: an empty plan that describes the base model, or one of an interrupted call: its
+            steps are applied first.
+        on_step: called with the plan after every merge, while the model is at that depth.
+        on_first_layer: called with the seconds that the first layer's pass took.
+        batch_size: windows in one batch.
+        store: where boundaries are kept, "memory" or "disk".
+        folder: where the disk store's files go.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The plan: every decision, and the merge history.
+
+    Raises:
+        ValueError: an unsupported model, a target that does not fit or cannot be reached, or
+            hidden states that are not finite.
+    """
+    recipe = recipe or Recipe()
+    adapter = ModelAdapter(model)
+    schedule = SCHEDULES.get(recipe.schedule_name)
+    if recipe.groups:
+        reached = groups_target(recipe.groups, adapter.num_layers)
+        if target_layers != reached:
+            raise ValueError(f"merge.groups lead to {reached} layers, not to {target_layers}")
+    else:
+        rules = recipe.rules(adapter.num_layers, target_layers)
+        check_target(adapter.num_layers, target_layers, rules, stops, recipe.nested)
+        schedule.check_depths(adapter.num_layers, [*stops, target_layers])
+    if plan is None:
+        plan = Plan(
+            base_model(adapter),
+            recipe.operator,
+            recipe.norms,
+            recipe.block,
+            provenance={"recipe": asdict(recipe)},
+        )
+    if schedule.restarts:
+        plan = replace(plan, steps=[])
+    if plan.num_layers > target_layers:
+        plan = replace(plan, finish=SolvedTensors({}))  # it was for that depth alone
+    spent = float(plan.provenance.get("layer_passes", 0.0))
+    stream = LayerStream(
+        adapter,
+        windows,
+        batch_size=batch_size,
+        store=store,
+        folder=folder,
+        progress=progress,
+        block=recipe.block,
+    )
+    with stream:
+        if recipe.wants_dense and plan.steps and plan.num_layers > target_layers:
+            stream.embed()
+            stream.advance(0, adapter.num_layers - 1)
+            stream.remember()
+        apply(plan, model)
+        search = _Compression(stream, recipe, [*stops, target_layers], on_first_layer)
+        steps: list[MergeStep] = []
+        merged = plan
+        while merged.num_layers > target_layers:
+            step = search.next_step(merged)
+            merged = merged.with_step(step)
+            steps.append(step)
+            if not schedule.remeasures and merged.num_layers > target_layers:
+                continue
+            for ready in steps:
+                repaired = search.refitted(plan, ready)
+                apply_step(adapter, plan, repaired, search.operator)
+                passes = spent + round(stream.layer_passes, 1)
+                plan = plan.with_step(repaired, layer_passes=passes)
+                search.merged(plan)
+                wanted = plan.num_layers == target_layers or plan.num_layers in stops
+                finished = search.finished(plan) if wanted else plan
+                before = write_finish(adapter, finished)
+                if on_step:
+                    on_step(finished)
+                if plan.num_layers > target_layers:
+                    for index, state in before.items():
+                        adapter.write(index, state)
+                else:
+                    plan = finished
+            steps.clear()
+    return plan
+
+
+class _Compression:
+    """What a compression knows between two merges."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        recipe: Recipe,
+        stops: Sequence[int],
+        on_first_layer: Callable[[float], None] | None,
+    ) -> None:
+        (
+            self.operator,
+            self.metric,
+            self.selection,
+            self.retention,
+            self.schedule,
+            self.refit,
+        ) = recipe.make()
+        self.stream = stream
+        self.recipe = recipe
+        self.target, self.stops = stops[-1], stops
+        self.rules = recipe.rules(stream.num_layers, self.target)
+        self.statistics: list[LayerStatistics] = []
+        self.scores: dict[tuple[int, int], float] = {}
+        self.origins: list[int] = []
+        self.start = 0  # the first layer that has to be measured
+        self._on_first_layer = on_first_layer
+        kinds = self.metric.moments if self.operator.uses_units else ()
+        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(recipe.tokens))
+
+    def next_step(self, plan: Plan) -> MergeStep:
+        """Measures what has to be, and decides the next merge of `plan`."""
+        if self.start < self.stream.num_layers:
+            self._measure()
+            whole = self.stream.block == "layer"
+            self.origins = list(range(self.stream.num_layers)) if whole else plan.places
+        history = plan.history
+        search = Search(
+            stream=self.stream,
+            history=history,
+            steps=plan.steps if self.recipe.same(plan.provenance.get("recipe")) else [],
+            origins=self.origins,
+            stops=sorted({d for d in self.stops if d < plan.num_layers}, reverse=True),
+            rules=self.rules,
+            score=self._score,
+            group=partial(self._group, history=history),
+            split=self._split,
+            refine=partial(self._refine, history),
+            shortlist=self.selection.shortlist,
+        )
+        choice = self.schedule.choose(search)
+        self.selection.release()
+        first, last = choice.first, choice.last
+        group = self._group(first, last, history)
+        split = self._split(group, choice.kept)
+        solution = self.operator.solve(group, split)
+        self.origins = [
+            *self.origins[:first],
+            self.origins[first + (choice.kept or 0)],
+            *self.origins[last + 1 :],
+        ]
+        return MergeStep(
+            first=first,
+            last=last,
+            spans=[list(span) for span in group.spans],
+            shares=split.shares,
+            kept=split.kept,
+            score=choice.score,
+            candidates=choice.candidates,
+            bi=[layer.bi for layer in self.statistics],
+            keeper=choice.kept,
+            solved=SolvedTensors(solution.tensors),
+            output_scale=solution.output_scale,
+        )
+
+    def refitted(self, plan: Plan, step: MergeStep) -> MergeStep:
+        """The step, its layer fitted to what the group does in the model as it now is."""
+        if not self.refit.active:
+            return step
+        self.stream.advance(self.stream.valid, step.last)
+        places = range(step.first, step.last + 1)
+        pieces = self._pieces(places, Split(step.shares, step.kept))
+        original = plan.history[step.last][-1]
+        goals = self._goals(step.first, step.last, original, self.stream)
+        solved = self.refit.solve(goals, pieces)
+        return replace(step, solved=SolvedTensors(solved))
+
+    def finished(self, plan: Plan) -> Plan:
+        """The plan with the last refit of all layers behind its first merge, if there is one."""
+        if self.recipe.finish_lambda is None:
+            return plan
+        weighting = check_weighting(self.recipe.refit_weights)
+        found = finish(self.stream, plan.history, self.recipe.finish_lambda, weighting)
+        tensors = {
+            f"{index}/{name}": tensor
+            for index, state in found.items()
+            for name, tensor in state.items()
+        }
+        return replace(plan, finish=SolvedTensors(tensors))
+
+    def _goals(self, first: int, last: int, original: int, stream: LayerStream) -> Goals:
+        return Goals(
+            stream,
+            first,
+            last,
+            original=original,
+            target=check_refit_target(self.recipe.target),
+            weighting=check_weighting(self.recipe.refit_weights),
+        )
+
+    def merged(self, plan: Plan) -> None:
+        """Takes note that the last step of `plan` has been applied to the model."""
+        step = plan.steps[-1]
+        if self.stream.block == "layer":
+            self.stream.merged(step.first, step.last)
+            self.start = step.first
+        else:
+            self.start = replace(plan, steps=plan.steps[:-1]).places[step.first]
+            self.stream.changed(self.start)
+
+    def _measure(self) -> None:
+        """Streams all layers whose statistics are not known."""
+        stream, last = self.stream, self.stream.num_layers - 1
+        if not self.statistics:
+            stream.embed()
+            began = time.perf_counter()
+            stream.advance(0, 0, self._collector)
+            if self._on_first_layer:
+                self._on_first_layer(time.perf_counter() - began)
+            stream.advance(1, last, self._collector)
+            if self.recipe.wants_dense and not stream.remembers:
+                stream.remember()
+        else:
+            stream.advance(self.start, last, self._collector)
+        found = self._collector.found
+        self.statistics[self.start :] = [found[i] for i in range(self.start, last + 1)]
+        _check_finite(self.statistics)
+        kept = self.scores.items() if self.selection.local else ()
+        self.scores = {span: value for span, value in kept if span[1] < self.start}
+        self.selection.prepare(stream)
+        self.start = stream.num_layers
+
+    def _score(self, first: int, last: int) -> float:
+        if (first, last) not in self.scores:
+            score = self.selection.score(self.stream, first, last)
+            self.scores[first, last] = self._number(score, first, last)
+        return self.scores[first, last]
+
+    def _refine(self, history: Sequence[Span], first: int, last: int) -> float:
+        first, last, kept = self.rules.group(first, last)
+        group = self._group(first, last, history, self.selection.trial_stream(self.stream))
+        score = self.selection.refine(group, self._split(group, kept), self.refit)
+        return self._number(score, first, last)
+
+    def _number(self, score: float, first: int, last: int) -> float:
+        if not math.isfinite(score):
+            raise ValueError(
+                f"merge.selection={self.recipe.selection} gives no number for layers {first} to "
+                f"{last}; try model.dtype=float32 or bfloat16"
+            )
+        return score
+
+    def _group(
+        self, first: int, last: int, history: Sequence[Span], stream: LayerStream | None = None
+    ) -> Group:
+        """The group of layers first..last of the plan so far, in places of the stream's model.
+
+        `stream`: the windows that its goals, losses and gradients are of, all unless given.
+        """
+        stream = stream or self.stream
+        places = self.origins[first : last + 1]
+        spans = history[first : last + 1]
+        statistics = [self.statistics[place] for place in places]
+        scores = None
+        if self.operator.uses_units:
+            scores = partial(unit_scores, stream, self.metric, statistics, spans, layers=places)
+        return Group(
+            stream=stream,
+            first=places[0],
+            last=places[-1],
+            spans=spans,
+            statistics=statistics,
+            pieces=partial(self._pieces, places),
+            trial=partial(self._trial, places),
+            scores=scores,
+            goals=partial(self._goals, places[0], places[-1], history[last][-1], stream),
+        )
+
+    def _pieces(self, places: Sequence[int], split: Split) -> Pieces:
+        return merged_pieces(
+            self.stream.adapter,
+            places,
+            self.operator,
+            self.recipe.norms,
+            split.shares,
+            split.kept,
+        )
+
+    def _trial(self, places: Sequence[int], split: Split) -> Route:
+        """Layers beside the model that are what the group would become."""
+        adapter, block = self.stream.adapter, self.stream.block
+        merged = self._pieces(places, split).state
+        if block == "layer":
+            return [(places[0], adapter.scratch_layer(places[0], merged))]
+        keeper = split.shares.index(1.0) if self.operator.drops else None
+        states = block_states(adapter, places, keeper, merged, block)
+        layers = {place: adapter.scratch_layer(place, state) for place, state in states.items()}
+        return [
+            (index, layers.get(index, adapter.layers[index]))
+            for index in range(places[0], places[-1] + 1)
+        ]
+
+    def _split(self, group: Group, kept: int | None) -> Split:
+        if kept is not None:
+            return Split([float(i == kept) for i in range(group.size)])
+        shares = self.operator.fixed_shares(group.size)
+        return Split(shares) if shares else self.retention.split(group)
+
+
+def _check_finite(statistics: list[LayerStatistics]) -> None:
+    for index, layer in enumerate(statistics):
+        if not math.isfinite(layer.bi):
+            raise ValueError(
+                f"the hidden states behind layer {index} are not finite; "
+                "try model.dtype=float32 or bfloat16"
+            )

@@ -1,0 +1,32 @@
+"""The weighted sum of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
+from come.models.adapter import LayerState, Role
+
+
+@OPERATORS.register
+class Average(MergeOperator):
+    """Every tensor is the share-weighted sum over the group, norms included.
+
+        theta = sum_i rho_i theta_i
+
+    Source: weighted layer averaging, the baseline of arXiv 2510.15304.
+    """
+
+    name = "average"
+    paper = "2510.15304"
+    source = "CoMe, the averaging baseline (WSLP)"
+
+    def merge(
+        self,
+        layers: Sequence[LayerState],
+        roles: Mapping[str, Role],
+        shares: Sequence[float],
+        kept: KeptUnits,
+    ) -> LayerState:
+        """The averaged layer; `kept` is not read."""
+        return {name: weighted_sum([layer[name] for layer in layers], shares) for name in roles}

@@ -1,0 +1,100 @@
+"""What a merge operator sees and gives; the registry of operators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from come.merge.span import Group, Split
+from come.models.adapter import LayerState, Role, Unit
+from come.registry import Registry
+
+KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
+"""For each kind of unit the kept indices of every layer of the group, ascending."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What an operator solves for on calibration data, beyond the merged weights.
+
+    Attributes:
+        tensors: tensors of the merged layer that take the place of the merged ones.
+        output_scale: factor on the output maps (and their biases) of all layers behind.
+    """
+
+    tensors: LayerState = field(default_factory=dict)
+    output_scale: float = 1.0
+
+
+class MergeOperator(ABC):
+    """Turns the tensors of a group of layers into the tensors of one layer of the same shape.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the source, or "".
+        source: where the formula stands, in words.
+        uses_units: whether it reads `kept`; if not, no units are chosen.
+        drops: whether it keeps one layer of the group and drops the others. Then the spans that
+            are scored are the dropped layers, and the layer in front of them is the kept one
+            (behind them, where they start at the first layer).
+        solves: whether it overrides `solve`.
+        needs_layer_before: whether a drop has to have a layer in front of it.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    uses_units: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
+    solves: ClassVar[bool] = False
+    needs_layer_before: ClassVar[bool] = False
+
+    @abstractmethod
+    def merge(
+        self,
+        layers: Sequence[LayerState],
+        roles: Mapping[str, Role],
+        shares: Sequence[float],
+        kept: KeptUnits,
+    ) -> LayerState:
+        """The merged layer.
+
+        Args:
+            layers: all tensors of every layer of the group, shallow first.
+            roles: what each tensor is made of.
+            shares: rho of every layer, summing to 1; of a drop, 1 for the kept layer.
+            kept: kept units of every layer, by kind; together as many as one layer has.
+
+        Returns:
+            All tensors of the new layer, of the shapes and dtypes of the old ones.
+        """
+
+    def fixed_shares(self, size: int) -> list[float] | None:
+        """What each of `size` layers counts for, where retention has no say; else None."""
+        return None
+
+    def solve(self, group: Group, split: Split) -> Solution:
+        """What calibration data says beyond `merge`; nothing, unless an operator overrides it."""
+        return Solution()
+
+
+OPERATORS: Registry[MergeOperator] = Registry(
+    "merge operator", "come.merge.operators", "merge.operator"
+)
+
+
+def weighted_sum(
+    tensors: Sequence[Shaped[Tensor, "*shape"]], weights: Sequence[float]
+) -> Shaped[Tensor, "*shape"]:
+    """sum_i weights_i tensors_i, computed in float32 or wider, in the tensors' dtype."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = torch.zeros_like(tensors[0], dtype=wide)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total += weight * tensor.to(wide)
+    return total.to(tensors[0].dtype)

@@ -1,0 +1,39 @@
+"""Layers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
+from come.models.adapter import LayerState, Role
+
+
+@OPERATORS.register
+class Drop(MergeOperator):
+    """One layer of the group as it is; the others are gone.
+
+    Which layers go is the selection score's and the schedule's choice: ShortGPT, UIDL, SLEB and
+    the baselines of Shortened LLaMA are recipes of this operator.
+
+    Source: arXiv 2403.03853 (ShortGPT), 2403.17887 (UIDL), 2402.09025 (SLEB), 2402.02834.
+    """
+
+    name = "drop"
+    paper = "2403.03853"
+    source = "layer removal"
+    drops = True
+
+    def merge(
+        self,
+        layers: Sequence[LayerState],
+        roles: Mapping[str, Role],
+        shares: Sequence[float],
+        kept: KeptUnits,
+    ) -> LayerState:
+        """The layer with the share 1."""
+        return dict(layers[kept_layer(shares)])
+
+
+def kept_layer(shares: Sequence[float]) -> int:
+    """Index of the layer that a drop keeps."""
+    return max(range(len(shares)), key=lambda i: shares[i])

@@ -1,0 +1,39 @@
+"""LaCo's merge, by the paper's formula."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
+from come.models.adapter import LayerState, Role
+
+
+@OPERATORS.register
+class LaCo(MergeOperator):
+    """Differences to the first layer, added up on it: every tensor, norms included.
+
+        theta = theta_a + sum_{k = 1..m-1} (theta_{a+k} - theta_a)
+
+    For two layers that is the second layer.
+
+    Source: arXiv 2402.11187, reserving differences while seeking common.
+    """
+
+    name = "laco"
+    paper = "2402.11187"
+    source = "LaCo, RDSC layer merge"
+
+    def fixed_shares(self, size: int) -> list[float] | None:
+        """Every layer counts alike."""
+        return [1 / size] * size
+
+    def merge(
+        self,
+        layers: Sequence[LayerState],
+        roles: Mapping[str, Role],
+        shares: Sequence[float],
+        kept: KeptUnits,
+    ) -> LayerState:
+        """The collapsed layer; shares and units are not read."""
+        weights = [2.0 - len(layers), *[1.0] * (len(layers) - 1)]
+        return {name: weighted_sum([layer[name] for layer in layers], weights) for name in roles}

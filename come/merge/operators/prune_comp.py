@@ -1,0 +1,44 @@
+"""Prune&Comp: a drop, and the gap in magnitude that it leaves, scaled away."""
+
+from __future__ import annotations
+
+import torch
+
+from come.merge.operators.base import OPERATORS, Solution
+from come.merge.operators.drop import Drop, kept_layer
+from come.merge.span import Group, Split
+
+
+@OPERATORS.register
+class PruneComp(Drop):
+    """Drops a span a..b and rescales by the magnitude that it would have given.
+
+        alpha = mean_tokens ||h_b|| / mean_tokens ||h_{a-1}||
+
+    Source: arXiv 2507.18212. Differs from the paper in where the factor goes: there everything in
+    front of the cut is multiplied by alpha, embeddings included; here the output maps behind it
+    are divided by alpha. Norms ignore the scale of their input, so both give the same logits, up to
+    the norms' epsilon, and this one leaves tied embeddings alone.
+    """
+
+    name = "prune_comp"
+    paper = "2507.18212"
+    source = "Prune&Comp, magnitude compensation"
+    solves = True
+
+    def solve(self, group: Group, split: Split) -> Solution:
+        """The factor 1 / alpha on all output maps behind the cut."""
+        keeper = kept_layer(split.shares)
+        before, after = (
+            (group.first + 1, group.last + 1) if keeper == 0 else (group.first, group.last)
+        )
+        sums = torch.zeros(2, dtype=torch.float64)
+        for inputs, outputs in group.stream.pairs(before, after):
+            for i, states in enumerate((inputs, outputs)):
+                sums[i] += states.double().norm(dim=-1).sum().cpu()
+        scale = (sums[0] / sums[1]).item()
+        tensors = {}
+        if keeper != 0:  # the kept layer lies behind the cut itself
+            merged, adapter = group.merge(split), group.stream.adapter
+            tensors = {name: merged[name] * scale for name in adapter.output_tensors()}
+        return Solution(tensors, output_scale=scale)

@@ -1,0 +1,72 @@
+"""ReplaceMe: a drop, and a linear map in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from come.merge.operators.base import OPERATORS, Solution
+from come.merge.operators.drop import Drop, kept_layer
+from come.merge.span import Group, Split
+
+
+@OPERATORS.register
+class ReplaceMe(Drop):
+    """Drops a span a..b and folds a least-squares map into the layer in front of it.
+
+        T = argmin || M T - (M + h_b - h_{a-1}) ||^2,   W_down <- T^T W_down,   bias <- T^T bias
+
+    M: [tokens, hidden], the FFN's output of layer a - 1. T = I is the plain drop. Both products
+    accumulate batch by batch in float64; where M does not span all channels, T - I is the smallest
+    solution.
+
+    Source: arXiv 2505.02819, the least-squares variant.
+    """
+
+    name = "replaceme"
+    paper = "2505.02819"
+    source = "ReplaceMe, least squares"
+    needs_layer_before = True
+    solves = True
+
+    def solve(self, group: Group, split: Split) -> Solution:
+        """The kept layer's down projection with T folded in."""
+        assert kept_layer(split.shares) == 0
+        stream, adapter = group.stream, group.stream.adapter
+        linear = adapter.output_map(group.first, "channel")
+        hidden = linear.out_features
+        gram = torch.zeros(hidden, hidden, dtype=torch.float64)
+        moment = torch.zeros(hidden, hidden, dtype=torch.float64)
+        outputs: list[Tensor] = []
+        keeper = stream.route(group.first, group.first)
+        targets = stream.pairs(group.first + 1, group.last + 1)
+        with _outputs(linear, outputs):
+            for _, (before, after) in zip(
+                stream.through(group.first, keeper), targets, strict=True
+            ):
+                m = outputs.pop().reshape(-1, hidden).double()
+                gap = after.flatten(0, 1).double() - before.flatten(0, 1).double()
+                gram += (m.T @ m).cpu()
+                moment += (m.T @ gap).cpu()
+        change = torch.linalg.lstsq(gram, moment, driver="gelsd").solution
+        transform = (torch.eye(hidden, dtype=torch.float64) + change).T
+        merged = group.merge(split)
+        return Solution(
+            {
+                name: (transform @ merged[name].double().cpu()).to(merged[name])
+                for name in adapter.output_tensors("channel")
+            }
+        )
+
+
+@contextmanager
+def _outputs(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    """Appends every output of `module` to `seen` while open."""
+    handle = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,22 @@
+"""No repair."""
+
+from __future__ import annotations
+
+from come.merge.reconstruction import Goals
+from come.merge.refit.base import REFITS, Refit
+from come.merge.span import Pieces
+from come.models.adapter import LayerState
+
+
+@REFITS.register
+class NoRefit(Refit):
+    """Leaves the layer as the operator made it."""
+
+    name = "none"
+    paper = ""
+    source = "no repair"
+    active = False
+
+    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+        """Nothing."""
+        return {}

@@ -1,0 +1,42 @@
+"""CoMe's retention rule: shares by a power of block influence."""
+
+from __future__ import annotations
+
+import math
+
+from come.merge.retention.base import RETENTION, RetentionRule
+from come.merge.span import Group
+
+
+@RETENTION.register
+class BIPower(RetentionRule):
+    """Shares proportional to a power of the layers' block influence.
+
+        rho_i = BI_i^p / sum_{j in group} BI_j^p
+
+    p = 0 shares equally; a large p leaves all to the most influential layer. Where all BI are
+    zero the shares are equal.
+
+    Source: arXiv 2510.15304.
+
+    Args:
+        p: the skewness exponent, >= 0.
+    """
+
+    name = "bi_power"
+    paper = "2510.15304"
+    source = "CoMe, retention ratio"
+
+    def __init__(self, p: float = 1.0) -> None:
+        if not (math.isfinite(p) and p >= 0):
+            raise ValueError(f"merge.p={p}: the skewness exponent must be a finite number >= 0")
+        self.p = p
+
+    def shares(self, group: Group) -> list[float]:
+        """rho, one a layer, summing to 1."""
+        influences = group.influences
+        largest = max(influences)
+        if largest == 0:
+            return [1 / group.size] * group.size
+        powers = [(bi / largest) ** self.p for bi in influences]  # no underflow at large p
+        return [power / sum(powers) for power in powers]

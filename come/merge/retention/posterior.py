@@ -1,0 +1,90 @@
+"""CoMe-P: the split with the lowest calibration loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from come.merge.retention.base import RETENTION, RetentionRule, with_units
+from come.merge.span import Group, Split
+
+
+@RETENTION.register
+class Posterior(RetentionRule):
+    """Tries splits of the group and keeps the one with the lowest calibration cross-entropy.
+
+        rho = argmin over { k / n : k in N^m, sum k = n } of L(merged by rho),   n = granularity
+
+    For m = 2 these are r = 0, 1/20, ..., 1, as in the paper. For m > 2 the simplex is searched from
+    the equal split: the best single move of one step between two layers is taken until none helps
+    (the paper does not say how). Splits that keep the same units are evaluated once. Of equal
+    losses the first tried is kept.
+
+    Source: arXiv 2510.15304, CoMe-P. Every trial runs the layers behind the group and the head:
+    about 20 forward passes' worth of suffixes at every merge.
+
+    Args:
+        granularity: steps from 0 to 1.
+    """
+
+    name = "posterior"
+    paper = "2510.15304"
+    source = "CoMe-P, posterior retention"
+    trials = True
+
+    def __init__(self, granularity: int = 20) -> None:
+        if granularity != int(granularity) or granularity < 1:
+            raise ValueError(
+                f"merge.options.granularity={granularity}: must be a whole number, at least 1"
+            )
+        self.granularity = granularity
+
+    def shares(self, group: Group) -> list[float]:
+        """The best shares found."""
+        return self.split(group).shares
+
+    def split(self, group: Group) -> Split:
+        """The best split found."""
+        scores = group.scores() if group.scores else None
+        losses: dict[str, float] = {}
+
+        def loss(counts: tuple[int, ...]) -> float:
+            split = with_units([count / self.granularity for count in counts], scores)
+            key = str(split.kept or split.shares)
+            if key not in losses:
+                found = group.loss(split)
+                losses[key] = math.inf if math.isnan(found) else found
+            return losses[key]
+
+        if group.size == 2:
+            splits = [(k, self.granularity - k) for k in range(self.granularity + 1)]
+            best: tuple[int, ...] = min(splits, key=loss)
+        else:
+            best = self._start(group.size)
+            while True:
+                nearest = min(_moves(best), key=loss)
+                if loss(nearest) >= loss(best):
+                    break
+                best = nearest
+        if not math.isfinite(loss(best)):
+            raise ValueError(
+                "merge.retention=posterior: the loss of every split that was tried is not finite; "
+                "try model.dtype=float32 or bfloat16"
+            )
+        return with_units([count / self.granularity for count in best], scores)
+
+    def _start(self, size: int) -> tuple[int, ...]:
+        """The most equal counts; the first layers take what is left over."""
+        each, left = divmod(self.granularity, size)
+        return tuple(each + (i < left) for i in range(size))
+
+
+def _moves(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All counts one step away: one unit moved from a layer to another."""
+    for source in range(len(counts)):
+        for target in range(len(counts)):
+            if source != target and counts[source] > 0:
+                moved = list(counts)
+                moved[source] -= 1
+                moved[target] += 1
+                yield tuple(moved)

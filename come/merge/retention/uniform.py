@@ -1,0 +1,19 @@
+"""Equal shares: the control of every comparison of retention rules."""
+
+from __future__ import annotations
+
+from come.merge.retention.base import RETENTION, RetentionRule
+from come.merge.span import Group
+
+
+@RETENTION.register
+class Uniform(RetentionRule):
+    """Every layer of the group keeps the same share: rho_i = 1/m."""
+
+    name = "uniform"
+    paper = ""
+    source = "control"
+
+    def shares(self, group: Group) -> list[float]:
+        """1/m for every layer."""
+        return [1 / group.size] * group.size

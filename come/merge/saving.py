@@ -1,0 +1,149 @@
+"""Saves a merged model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from come.files import new_folder
+from come.merge.plan import Plan
+from come.models.companions import copy_companions, tokenizer_files
+from come.models.dialects import derived_config, write_dialects
+from come.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MAX_SHARD_SIZE = "5GB"
+PLAN = "come/plan.json"
+"""Where a model folder keeps its plan. Inference servers take every `*.safetensors` at the top of
+a folder for weights, so the plan's tensors must not lie there."""
+_OLD_PLAN = "plan.json"
+MARKS = (PLAN, _OLD_PLAN)
+"""Either of these tells a model folder of this project from one of the user's."""
+
+
+def plan_path(folder: Path) -> Path:
+    """The plan of a model folder, also of one that an earlier version wrote; it may be missing."""
+    old = folder / _OLD_PLAN
+    return old if old.is_file() and not (folder / PLAN).is_file() else folder / PLAN
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    plan: Plan,
+    *,
+    base: Path | None = None,
+) -> Path:
+    """Writes weights (safetensors), configuration, generation configuration and tokenizer.
+
+    The folder has its name only when it is whole. Everything but the weights is the base model's:
+    `config.json` differs only in what the merge changed, and in keys that make transformers 4 and
+    5 read the same model; tokenizer, chat templates and generation configuration are copied byte
+    for byte. No code is needed to load the model.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: where to; a model that this function wrote there before is replaced.
+        plan: the plan that made the model, saved as `come/plan.json` in the folder.
+        base: folder of the model that this one was made from. Unless given it is the folder that
+            `model` was loaded from, and `tokenizer` is written anew if it was changed since.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: the folder holds something else.
+        OSError: the folder cannot be written, or its disk is full; nothing half-written is left.
+    """
+    folder = Path(folder)
+    source = base or _loaded_from(model)
+    with new_folder(folder, MARKS) as partial:
+        (partial / PLAN).parent.mkdir()
+        plan.save(partial / PLAN)
+        try:
+            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"weights cannot be written ({error})", str(folder)) from error
+        if source is not None:
+            copy_companions(source, partial)
+        if source is None or not (base or _is_tokenizer_of(source, tokenizer)):
+            tokenizer.save_pretrained(partial)
+        config = derived_config(source, model.config, partial) if source else None
+        write_dialects(partial, config)
+        _readable_by_group(partial)
+    return folder
+
+
+def _loaded_from(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was loaded from, if it was one and is still there."""
+    path = Path(model.config.name_or_path)
+    return path if model.config.name_or_path and (path / "config.json").is_file() else None
+
+
+def _is_tokenizer_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the folder holds this very tokenizer."""
+    if not tokenizer_files(folder):
+        return False
+    known = load_tokenizer(folder)
+    return (
+        known.get_vocab() == tokenizer.get_vocab()
+        and known.special_tokens_map == tokenizer.special_tokens_map
+        and known.chat_template == tokenizer.chat_template
+    )
+
+
+def _readable_by_group(folder: Path) -> None:
+    """Gives weights the user's ordinary permissions; safetensors writes them for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
+@torch.no_grad()
+def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 12) -> float:
+    """Largest difference of cached and uncached logits, relative to the largest logit.
+
+    Incremental decoding goes wrong, silently, where layer indices or per-layer configuration are
+    out of step with the layers.
+
+    Args:
+        model: the model.
+        vocab_limit: probe tokens are below this id.
+        length: tokens of the probe.
+
+    Returns:
+        The relative difference; rounding of the model's dtype if all is well.
+
+    Raises:
+        ValueError: the model's logits are not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    limit = min(vocab_limit, model.config.vocab_size)
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    probe = (torch.arange(length, device=device) * 37 % limit)[None]
+    whole = model(input_ids=probe, use_cache=False).logits.float()
+    if not whole.isfinite().all():
+        raise ValueError(
+            f"the merged model's predictions are not finite in {model.dtype}; try "
+            "model.dtype=float32 or bfloat16"
+        )
+    cache, steps = None, []
+    for position in range(length):
+        output = model(
+            input_ids=probe[:, position : position + 1], past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        steps.append(output.logits.float())
+    cached = torch.cat(steps, dim=1)
+    return ((cached - whole).abs().max() / whole.abs().max()).item()

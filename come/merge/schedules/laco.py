@@ -1,0 +1,102 @@
+"""LaCo's walk from the top: merge where the output hardly changes."""
+
+from __future__ import annotations
+
+import torch
+
+from come.merge.plan import GroupCandidate
+from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.statistics.influence import token_cosine
+
+
+@SCHEDULES.register
+class LaCo(Schedule):
+    """Walks down from the last layers; a merge is kept if the model's output stays similar.
+
+        at l: merge layers l .. l + m - 1 on trial;  s = mean_tokens cos(trial's h_L, dense h_L)
+        s > threshold: keep it, l <- l - interval;   else l <- l - 1
+
+    with l at most m below the end. h_L is in front of the final norm.
+
+    Source: arXiv 2402.11187, Algorithm 1. The paper fixes the threshold and takes the depth that
+    comes out; here the depth is given, so the walk stops there, its last group may be smaller, and
+    a walk that ends above it starts again with the threshold lowered by `relax`.
+
+    Args:
+        threshold: similarity above which a merge is kept.
+        interval: layers that the walk goes down after a merge.
+        relax: how much the threshold falls between walks.
+        trial_windows: calibration windows that a trial is judged by; the paper takes ten sentences.
+    """
+
+    name = "laco"
+    paper = "2402.11187"
+    source = "LaCo, Algorithm 1"
+    restarts = True
+    trials = True
+    nested = False
+    ranks = False
+
+    def __init__(
+        self,
+        threshold: float = 0.65,
+        interval: int = 2,
+        relax: float = 0.05,
+        trial_windows: int = 4,
+    ) -> None:
+        if interval < 1 or trial_windows < 1 or relax <= 0:
+            raise ValueError(
+                f"merge.options.interval={interval} and trial_windows={trial_windows} must be at "
+                f"least 1 and relax={relax} above 0"
+            )
+        self.threshold = threshold
+        self.interval = interval
+        self.relax = relax
+        self.trial_windows = trial_windows
+        self._dense: torch.Tensor | None = None
+        self._batches = 0
+        self._position: int | None = None
+
+    def choose(self, search: Search) -> Choice:
+        """The next group that passes the trial; candidates hold 1 - s of all that were tried."""
+        if self._dense is None:
+            depth = search.stream.num_layers
+            self._batches = -(-self.trial_windows // search.stream.batch_size)
+            states = search.stream.through(depth, [], self._batches)
+            self._dense = torch.cat([batch.cpu() for _, batch in states])[: self.trial_windows]
+        spans = search.rules.spans(search.history, search.target)
+        size = spans[0][1] - spans[0][0] + 1
+        tried: dict[tuple[int, int], float] = {}
+        while True:
+            top = len(search.history) - size
+            if self._position is None:
+                self._position = top
+            self._position = min(self._position, top)
+            while self._position >= 0:
+                span = (self._position, self._position + size - 1)
+                if span in spans:
+                    if span not in tried:
+                        tried[span] = self._similarity(search, *span)
+                    if tried[span] > self.threshold:
+                        self._position -= self.interval
+                        candidates = [GroupCandidate(*s, 1 - value) for s, value in tried.items()]
+                        return Choice(*search.rules.group(*span), 1 - tried[span], candidates)
+                self._position -= 1
+            self.threshold -= self.relax
+            if self.threshold < -1:
+                raise ValueError(
+                    "merge.schedule=laco: no trial gives hidden states that are finite; "
+                    "try model.dtype=float32 or bfloat16"
+                )
+            self._position = None
+
+    def _similarity(self, search: Search, first: int, last: int) -> float:
+        """Mean cosine of the trial's last hidden states and the dense model's."""
+        stream = search.stream
+        first, last, kept = search.rules.group(first, last)
+        group = search.group(first, last)
+        way = group.way(search.split(group, kept))
+        trial = stream.through(group.first, way, self._batches)
+        states = torch.cat([batch.cpu() for _, batch in trial])[: self.trial_windows]
+        assert self._dense is not None
+        return token_cosine(states, self._dense).mean().item()

@@ -1,0 +1,42 @@
+"""Groups of several sizes, the cheapest layer first."""
+
+from __future__ import annotations
+
+from come.merge.plan import GroupCandidate
+from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+
+
+@SCHEDULES.register
+class Mixed(Schedule):
+    """The group of 2 to `merge.m` layers whose score is the lowest for each layer that it saves.
+
+        argmin_{a, b}  score(a, b) / (b - a),    b - a + 1 in 2 .. m
+
+    of the model as it now is, one after the other. A group is no larger than the next depth of
+    `merge.save_at`, or the target, allows, so every such depth is met.
+
+    Source: this project.
+
+    Raises:
+        ValueError: the depths of `merge.save_at` leave no group.
+    """
+
+    name = "mixed"
+    paper = ""
+    source = "score for each layer saved"
+    mixes = True
+    ranks = False
+
+    def choose(self, search: Search) -> Choice:
+        """The eligible span with the lowest score for each layer that it saves."""
+        stop = search.stops[0]
+        spans = search.rules.spans(search.history, search.target, stop)
+        if not spans:
+            raise ValueError(
+                f"no group of layers is left that leads to {stop} and then {search.target} "
+                "layers; leave depths of merge.save_at out, or set merge.allow_remerge=true"
+            )
+        own = search.origins
+        return search.choose(
+            [GroupCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
+        )

@@ -1,0 +1,22 @@
+"""Measure, take the best group, measure again."""
+
+from __future__ import annotations
+
+from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+
+
+@SCHEDULES.register
+class Progressive(Schedule):
+    """The group with the lowest score of the model as it now is, one after the other.
+
+    Source: arXiv 2510.15304, the progressive strategy; SLEB (arXiv 2402.09025) is the same for
+    drops.
+    """
+
+    name = "progressive"
+    paper = "2510.15304"
+    source = "CoMe, progressive merging"
+
+    def choose(self, search: Search) -> Choice:
+        """The eligible span with the lowest score."""
+        return search.lowest(search.rules.spans(search.history, search.target))

@@ -1,0 +1,43 @@
+"""UIDL's score: angular distance across the span."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from come.merge.selection.base import SELECTION, GroupScore, token_mean
+from come.statistics.influence import TOKENS, check_tokens
+from come.stream.stream import LayerStream
+
+
+@SELECTION.register
+class Angular(GroupScore):
+    """Mean angle, as a share of pi, between the span's input and its output.
+
+        mean_tokens( arccos(cos(h_{a-1}, h_b)) / pi )
+
+    As `sbi`, but an angle beyond 90 degrees counts as what it is.
+
+    Source: arXiv 2403.17887 (UIDL), which reads the last token.
+
+    Args:
+        tokens: "all", or "last" for the last token of each window.
+    """
+
+    name = "angular"
+    paper = "2403.17887"
+    source = "UIDL, angular distance"
+
+    def __init__(self, tokens: TOKENS = "last") -> None:
+        self.tokens = check_tokens(tokens)
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """The distance, in [0, 1]."""
+        return token_mean(
+            stream,
+            first,
+            last,
+            self.tokens,
+            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
+        )

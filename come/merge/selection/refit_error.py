@@ -1,0 +1,62 @@
+"""The error that remains after the repair."""
+
+from __future__ import annotations
+
+import torch
+
+from come.merge.refit.base import Refit
+from come.merge.selection.angular import Angular
+from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.span import Group, Split
+from come.statistics.influence import TOKENS
+from come.stream.stream import LayerStream
+
+
+@SELECTION.register
+class RefitError(GroupScore):
+    """Merges a shortlist of groups on trial, with their refit, and takes the least error.
+
+        error = sum_t w_t | h_b - layer(h_{a-1}) |^2 / sum_t w_t | h_b |^2
+
+    so that the choice and the repair agree. The shortlist are the groups with the least mean angle
+    between input and output (`angular`). h_b and w as in `come.merge.reconstruction`.
+
+    Source: this project.
+
+    Args:
+        tokens: which tokens the angle reads, "all" or "last" of each window.
+        shortlist: how many groups are tried.
+    """
+
+    name = "refit_error"
+    paper = ""
+    source = "error behind the refitted layer"
+    uses_goals = True
+    shortlist = 4
+
+    def __init__(self, tokens: TOKENS = "last", shortlist: int = 4) -> None:
+        self.angle = Angular(tokens)
+        if shortlist < 1:
+            raise ValueError(f"merge.options.shortlist={shortlist}: must be at least 1")
+        self.shortlist = shortlist
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """Mean angle over pi, in [0, 1]: what makes the shortlist."""
+        return self.angle.score(stream, first, last)
+
+    @torch.no_grad()
+    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+        """The relative error, >= 0."""
+        assert group.goals is not None
+        goals, adapter = group.goals(), group.stream.adapter
+        pieces = group.pieces(split)
+        fitted = pieces.state | refit.solve(goals, pieces)
+        layer = adapter.scratch_layer(group.first, fitted)
+        missed, total = 0.0, 0.0
+        for goal in goals:
+            output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))
+            wanted = goal.output.flatten(0, 1).double()
+            gap = wanted - output.flatten(0, 1).double()
+            missed += (goal.weights * gap.square().sum(dim=1)).sum().item()
+            total += (goal.weights * wanted.square().sum(dim=1)).sum().item()
+        return missed / total

@@ -1,0 +1,22 @@
+"""From the back."""
+
+from __future__ import annotations
+
+from come.merge.selection.base import SELECTION, GroupScore
+from come.stream.stream import LayerStream
+
+
+@SELECTION.register
+class Reverse(GroupScore):
+    """Minus the position of the span's first layer: the deepest span goes first.
+
+    Source: a baseline of arXiv 2403.03853 and others.
+    """
+
+    name = "reverse"
+    paper = "2403.03853"
+    source = "control, from the last layer on"
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """-first."""
+        return -float(first)

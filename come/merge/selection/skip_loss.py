@@ -1,0 +1,27 @@
+"""SLEB's score: the loss without the span."""
+
+from __future__ import annotations
+
+from come.merge.selection.base import SELECTION, GroupScore
+from come.stream.stream import LayerStream
+
+
+@SELECTION.register
+class SkipLoss(GroupScore):
+    """Calibration loss of the model with the whole span left out.
+
+    Mean cross-entropy, nats a predicted token. Each score runs the layers behind the span, from the
+    boundary in front of it, and the head; every merge changes all scores.
+
+    Source: arXiv 2402.09025 (SLEB); there the span is one layer.
+    """
+
+    name = "skip_loss"
+    paper = "2402.09025"
+    source = "SLEB, metric of a block"
+    local = False
+
+    def score(self, stream: LayerStream, first: int, last: int) -> float:
+        """The loss, nats a token, >= 0."""
+        behind = stream.route(last + 1, stream.num_layers - 1)
+        return stream.loss(first, [*stream.without(first, last), *behind])

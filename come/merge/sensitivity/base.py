@@ -1,0 +1,66 @@
+"""What a channel metric sees and gives; the registry of channel metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from come.registry import Registry
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """One linear map `y = W x` of a layer and what calibration saw of its input.
+
+    Attributes:
+        weight: `W`, [d_out, d_in], the model's dtype.
+        tokens: calibration tokens behind the moments.
+        key: names the map ("3-4/channel": span of original layers, kind of unit).
+        abs_mean: E|x_j|, [d_in] float64; None unless the metric asks for the moment "abs".
+        square_mean: E[x_j^2], [d_in] float64; None unless it asks for "square".
+        mean: E[x_j], [d_in] float64; None unless it asks for "mean".
+        weight_gradient: dL/dW, [d_out, d_in] float32 or wider, L the mean loss over all calibration
+            tokens; None unless the metric asks for the gradient "weight".
+        path: integrated gradients of L for a scale on each channel, [d_in] float64, nats, signed;
+            None unless it asks for the gradient "path".
+    """
+
+    weight: Float[Tensor, "out in"]
+    tokens: int
+    key: str
+    abs_mean: Float[Tensor, " in"] | None = None
+    square_mean: Float[Tensor, " in"] | None = None
+    mean: Float[Tensor, " in"] | None = None
+    weight_gradient: Float[Tensor, "out in"] | None = None
+    path: Float[Tensor, " in"] | None = None
+
+
+class SensitivityMetric(ABC):
+    """Scores the input channels of a layer's two output maps; higher means kept first.
+
+    Class attributes:
+        name: the registry name, equal to the file's.
+        paper: arXiv id of the source, or "".
+        source: where the formula stands, in words.
+        moments: which of "abs", "square", "mean" of the inputs it needs.
+        gradient: "weight", "path", or "" for none; gradients cost backward passes of the stream.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    source: ClassVar[str]
+    moments: ClassVar[tuple[str, ...]] = ()
+    gradient: ClassVar[Literal["", "weight", "path"]] = ""
+
+    @abstractmethod
+    def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:
+        """Sensitivity of every input channel, [d_in] float64, any range, higher is kept first."""
+
+
+SENSITIVITY: Registry[SensitivityMetric] = Registry(
+    "sensitivity metric", "come.merge.sensitivity", "merge.sensitivity"
+)

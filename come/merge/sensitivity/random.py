@@ -1,0 +1,33 @@
+"""Random channel scores: the control of every comparison of metrics."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from come.merge.sensitivity.base import SENSITIVITY, MapStatistics, SensitivityMetric
+
+
+@SENSITIVITY.register
+class Random(SensitivityMetric):
+    """Uniform scores in [0, 1), the same for the same seed and map whatever came before.
+
+    Args:
+        seed: seeds every map's generator together with the map's name.
+    """
+
+    name = "random"
+    paper = ""
+    source = "control"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:
+        """Scores, [d_in] float64, uniform in [0, 1)."""
+        digest = hashlib.sha256(f"{self.seed}/{inputs.key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.rand(inputs.weight.shape[1], generator=generator, dtype=torch.float64)

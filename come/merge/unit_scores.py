@@ -1,0 +1,75 @@
+"""Unit scores of a group's layers: a channel metric applied to what calibration saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from come.merge.sensitivity.base import MapStatistics, SensitivityMetric
+from come.models.adapter import UNITS, Unit
+from come.models.surgery import Span
+from come.statistics.gradients import path_gradients, weight_gradients
+from come.statistics.layer_statistics import LayerStatistics
+from come.stream.stream import LayerStream
+
+UnitScores = Mapping[Unit, Sequence[Float[Tensor, " units"]]]
+"""For each kind of unit one vector of scores a layer, higher is kept first."""
+
+
+def unit_scores(
+    stream: LayerStream,
+    metric: SensitivityMetric,
+    statistics: Sequence[LayerStatistics],
+    spans: Sequence[Span],
+    layers: Sequence[int],
+) -> UnitScores:
+    """Sensitivity of every unit of some layers.
+
+    An FFN channel has its own score; a KV group has the mean over the head outputs of its query
+    heads. Gradients, where the metric needs them, are taken here, for these layers alone.
+
+    Args:
+        stream: all boundaries of the model as it is (for gradients).
+        metric: the channel metric.
+        statistics: of each layer, in depth order, with the moments that the metric asks for.
+        spans: original layers behind each layer, which names it in random choices.
+        layers: positions of the layers, ascending.
+
+    Returns:
+        For each kind of unit one [units] float64 vector a layer.
+
+    Raises:
+        ValueError: a score that is not finite.
+    """
+    adapter = stream.adapter
+    weight_gradient, path = {}, {}
+    if metric.gradient == "weight":
+        weight_gradient = weight_gradients(stream, layers)
+    elif metric.gradient == "path":
+        path = path_gradients(stream, layers)
+    scores: dict[Unit, list[Tensor]] = {unit: [] for unit in UNITS}
+    for index, layer, span in zip(layers, statistics, spans, strict=True):
+        for unit in UNITS:
+            moments = layer.moments[unit]
+            columns = metric.score(
+                MapStatistics(
+                    weight=adapter.output_map(index, unit).weight.detach(),
+                    tokens=moments.tokens,
+                    key=f"{span[0]}-{span[-1]}/{unit}",
+                    abs_mean=moments.mean("abs"),
+                    square_mean=moments.mean("square"),
+                    mean=moments.mean("mean"),
+                    weight_gradient=weight_gradient.get((index, unit)),
+                    path=path.get((index, unit)),
+                )
+            )
+            if not columns.isfinite().all():
+                raise ValueError(
+                    f"merge.sensitivity={metric.name} gives no number for some channels of layers "
+                    f"{span[0]} to {span[-1]}; try model.dtype=float32 or bfloat16"
+                )
+            per_unit = columns.cpu().double().view(-1, adapter.columns_per_unit(unit))
+            scores[unit].append(per_unit.mean(dim=1))
+    return scores

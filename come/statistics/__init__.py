@@ -1,0 +1,1 @@
+"""What calibration measures of every layer."""

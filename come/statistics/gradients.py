@@ -1,0 +1,167 @@
+"""Gradients of the calibration loss, layer by layer: the stream run backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from come.models.adapter import UNITS, ModelAdapter, Unit
+from come.models.loss import BLOCK, window_nll
+from come.stream.stream import LayerStream
+
+PATH_STEPS = 10
+
+
+def backward(
+    stream: LayerStream, first: int, leaves: Callable[[int], Sequence[Tensor]]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Gradients of the mean loss over all calibration tokens, from the last layer to `first`.
+
+    Every layer is computed once more from its input boundary, so the graph of one layer and one
+    batch is all that exists at a time, beside one boundary of gradients. Costs about three layer
+    passes for each layer, and the head.
+
+    Args:
+        stream: all boundaries of the model as it is.
+        first: the layer to stop at.
+        leaves: the tensors of layer `index` whose gradients are wanted; they must require them.
+
+    Yields:
+        index, and dL/dleaf of each leaf, in its shape, float32 or wider, nats per unit of it.
+    """
+    adapter = stream.adapter
+    gradient = _loss_gradient(stream)
+    for index in range(adapter.num_layers - 1, first - 1, -1):
+        wanted = list(leaves(index))
+        sums = [torch.zeros_like(leaf, dtype=_wide(leaf)) for leaf in wanted]
+        for rows, before in stream.through(index, []):
+            with torch.enable_grad():
+                inputs = before.detach().requires_grad_()
+                after = adapter.layers[index](inputs, **stream.keywords(len(inputs), index))
+                found = torch.autograd.grad(
+                    after, [inputs, *wanted], gradient[rows].to(after.device)
+                )
+            gradient[rows] = found[0].to(gradient)
+            for total, part in zip(sums, found[1:], strict=True):
+                total += part
+        yield index, sums
+
+
+def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
+    """dL/dh of the last boundary, in the model's dtype, in main memory.
+
+    The loss of a token depends on its own state alone, so one block of tokens has logits at a time.
+    """
+    adapter = stream.adapter
+    found = []
+    for rows, states in stream.through(adapter.num_layers, []):
+        ids = stream.windows[rows].to(states.device)
+        gradient = torch.zeros_like(states, device="cpu")
+        for window, tokens in enumerate(ids):
+            for start in range(0, len(tokens) - 1, BLOCK):
+                with torch.enable_grad():
+                    own = slice(start, start + BLOCK + 1)
+                    inputs = states[window : window + 1, own].detach().requires_grad_()
+                    nll = window_nll(adapter.head, adapter.final_norm(inputs), tokens[None, own])
+                    (part,) = torch.autograd.grad(nll.sum() / stream.predicted, [inputs])
+                gradient[window, own] += part[0].cpu()
+        found.append(gradient)
+    return torch.cat(found)
+
+
+def output_maps(adapter: ModelAdapter, index: int) -> list[Tensor]:
+    """Weights of a layer's two output maps, in the order of `UNITS`."""
+    return [adapter.output_map(index, unit).weight for unit in UNITS]
+
+
+def weight_gradients(
+    stream: LayerStream, layers: Sequence[int]
+) -> dict[tuple[int, Unit], Float[Tensor, "out in"]]:
+    """dL/dW of both output maps of some layers, float32 or wider."""
+    found: dict[tuple[int, Unit], Tensor] = {}
+
+    def leaves(index: int) -> list[Tensor]:
+        return output_maps(stream.adapter, index) if index in layers else []
+
+    with trainable(stream.adapter, layers):
+        for index, gradients in backward(stream, min(layers), leaves):
+            for unit, gradient in zip(UNITS, gradients, strict=False):
+                found[index, unit] = gradient.cpu()
+    return found
+
+
+def path_gradients(
+    stream: LayerStream, layers: Sequence[int], steps: int = PATH_STEPS
+) -> dict[tuple[int, Unit], Float[Tensor, " in"]]:
+    """Integrated gradients of the loss with respect to one scale on each input channel.
+
+        A_j = integral_0^1 dL/ds_j at s = (a, .., a) da, by the midpoint rule in `steps` steps
+
+    s_j multiplies channel j of an output map's input; all channels of all layers' maps go from 0
+    to 1 together, so that the A_j of the whole model add up to L(1) - L(0). Costs `steps` times a
+    forward pass and a backward pass down to the first of the layers, and boundaries of its own.
+
+    Returns:
+        For each map of the layers its A, [d_in], nats, signed.
+    """
+    adapter = stream.adapter
+    keys = [(index, unit) for index in range(adapter.num_layers) for unit in UNITS]
+    total: dict[tuple[int, Unit], Tensor] = {}
+    for step in range(steps):
+        scales: dict[tuple[int, Unit], Tensor] = {}
+        for index, unit in keys:
+            weight = adapter.output_map(index, unit).weight
+            scales[index, unit] = torch.full_like(weight[0], (step + 0.5) / steps)
+            scales[index, unit].requires_grad_()
+
+        def leaves(index: int, scales: dict[tuple[int, Unit], Tensor] = scales) -> list[Tensor]:
+            return [scales[index, unit] for unit in UNITS] if index in layers else []
+
+        with _scaled(adapter, scales), stream.beside() as scaled:
+            scaled.embed()
+            scaled.advance(0, adapter.num_layers - 1)
+            for index, gradients in backward(scaled, min(layers), leaves):
+                for unit, gradient in zip(UNITS, gradients, strict=False):
+                    part = gradient.double().cpu() / steps
+                    total[index, unit] = total.get((index, unit), 0) + part
+    return total
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@contextmanager
+def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
+    """Lets gradients flow to the parameters of some layers, and nowhere else."""
+    before = {p: p.requires_grad for p in adapter.model.parameters()}
+    try:
+        adapter.model.requires_grad_(False)
+        for index in layers:
+            adapter.layers[index].requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> Iterator[None]:
+    """Multiplies the input of every output map by its scale."""
+
+    def hook(scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        return lambda module, inputs: inputs[0] * scale
+
+    handles = [
+        adapter.output_map(index, unit).register_forward_pre_hook(hook(scale))
+        for (index, unit), scale in scales.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

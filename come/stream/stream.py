@@ -1,0 +1,377 @@
+"""The layer stream: all calibration windows through one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from come.models.adapter import Block, ModelAdapter
+from come.models.loss import window_nll
+from come.stream.boundaries import BoundaryStore, make_store
+
+Update = Callable[[Tensor, Tensor], None]
+Route = Sequence[tuple[int, nn.Module]]
+"""Layers to pass in turn: each with the index whose mask and positions it is given."""
+
+
+@runtime_checkable
+class LayerObserver(Protocol):
+    """Accumulates something while windows pass through a layer."""
+
+    def layer(self, index: int) -> AbstractContextManager[Update]:
+        """Open while all windows pass layer `index`.
+
+        The value is called with the layer's input and output, [batch, seq, hidden], after every
+        batch; hooks are installed on entry and removed on exit.
+        """
+        ...
+
+
+@dataclass
+class Meter:
+    """Counts passes of tokens over layers."""
+
+    tokens: int = 0
+
+
+class LayerStream:
+    """Hidden states of all windows at every layer boundary of a model that is being merged.
+
+    Boundary i is the input of layer i, so a group of layers a..b lies between boundaries a and
+    b + 1. After a merge only what lies behind the merged layer is computed again.
+
+    Args:
+        adapter: the model.
+        windows: packed token windows without padding, [windows, seq] int64.
+        batch_size: windows in one batch.
+        store: "memory", or "disk" for memory-mapped files.
+        folder: where the files of the disk store go; None for the system's temporary place.
+        progress: whether to show a progress bar.
+        block: what spans are made of: whole layers, or one part of each. For parts the states
+            between attention and FFN are kept too, which doubles what is kept.
+        name: of the files of the disk store.
+        meter: counts the passes; a new one unless given.
+
+    Use it as a context manager: leaving it frees the boundaries.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        windows: Int[Tensor, "windows seq"],
+        *,
+        batch_size: int = 4,
+        store: str = "memory",
+        folder: Path | None = None,
+        progress: bool = True,
+        block: Block = "layer",
+        name: str = "boundaries",
+        meter: Meter | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.block: Block = block
+        self.windows = windows
+        self.store = store
+        self.progress = progress
+        self.batch_size = batch_size
+        self._folder = folder
+        self._batches = [
+            slice(start, min(start + batch_size, len(windows)))
+            for start in range(0, len(windows), batch_size)
+        ]
+        shape = (*windows.shape, adapter.config.hidden_size)
+        self._store = make_store(store, shape, adapter.model.dtype, folder, name)
+        self._middle = self._store
+        if block != "layer":
+            self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
+        self._dense: BoundaryStore | None = None
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._meter = meter or Meter()
+        self._valid = -1  # the last boundary that belongs to the model as it is
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._store.close()
+        self._middle.close()
+        if self._dense is not None:
+            self._dense.close()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model as it is now."""
+        return self.adapter.num_layers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows together."""
+        return self.windows.numel()
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that the loss is a mean over: all but the first of each window."""
+        return len(self.windows) * (self.windows.shape[1] - 1)
+
+    @property
+    def layer_passes(self) -> float:
+        """Passes of all windows over one layer so far; backward passes are not counted."""
+        return self._meter.tokens / self.tokens
+
+    @property
+    def batches(self) -> Sequence[slice]:
+        """The rows of every batch, in order."""
+        return self._batches
+
+    @property
+    def valid(self) -> int:
+        """The last boundary that belongs to the model as it is."""
+        return self._valid
+
+    def boundary(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
+        """One batch of a boundary of the model as it is, on its device."""
+        assert 0 <= index <= self._valid
+        return self._store[index][rows].to(self.adapter.device)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are boundaries of the dense model to compare with."""
+        return self._dense is not None
+
+    def remember(self) -> None:
+        """Keeps a copy of all boundaries, as those of the dense model."""
+        assert self._valid == self.num_layers
+        shape, dtype = self._store.shape, self._store.dtype
+        self._dense = make_store(self.store, shape, dtype, self._folder, "dense")
+        for index in range(self.num_layers + 1):
+            self._dense[index].copy_(self._store[index])
+
+    def dense(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
+        """One batch of a boundary that was remembered."""
+        assert self._dense is not None
+        return self._dense[index][rows].to(self.adapter.device)
+
+    def embed(self) -> None:
+        """Computes boundary 0, and asks the model for every layer's keyword arguments."""
+        for rows in self._batches:
+            states, kwargs = self.adapter.layer_inputs(self.windows[rows])
+            self._store[0][rows] = states
+            self._kwargs[len(states)] = kwargs
+        self._valid = 0
+
+    @torch.no_grad()
+    def advance(self, first: int, last: int, observer: LayerObserver | None = None) -> None:
+        """Sends all windows through layers first..last, one layer after the other.
+
+        Computes boundaries first + 1 .. last + 1; boundary `first` must be there.
+        """
+        assert 0 <= first <= self._valid
+        assert last < self.num_layers
+        total = (last - first + 1) * len(self._batches)
+        with tqdm(
+            total=total, desc="layers", unit="batch", leave=False, delay=2, disable=self.quiet
+        ) as bar:
+            for index in range(first, last + 1):
+                bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
+                with observer.layer(index) if observer else nullcontext(_ignore) as update:
+                    for rows in self._batches:
+                        before = self._store[index][rows].to(self.adapter.device)
+                        keywords = self.keywords(len(before), index)
+                        with self._watch_middle(index, rows):
+                            after = self.adapter.layers[index](before, **keywords)
+                        self._meter.tokens += before.shape[:2].numel()
+                        self._store[index + 1][rows] = after
+                        update(before, after) if self.block == "layer" else update(
+                            *self._ends(index, index, rows)
+                        )
+                        bar.update()
+                self._valid = index + 1
+
+    def span(
+        self, first: int, last: int
+    ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
+        """Batches of the input and the output of the span of blocks of layers first..last.
+
+        For whole layers these are boundaries first and last + 1; an attention block ends, and an
+        FFN block begins, in the middle of its layer.
+        """
+        assert 0 <= first <= last < self._valid
+        for rows in self._batches:
+            yield self._ends(first, last, rows)
+
+    def without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
+        """The way from boundary `first` to boundary last + 1 without the blocks of these layers."""
+        if self.block == "layer":
+            return []
+        return [
+            (index, self.adapter.scratch_layer(index, self.adapter.silent(index, self.block)))
+            for index in range(first, last + 1)
+        ]
+
+    def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
+        begin = self._middle[first] if self.block == "ffn" else self._store[first]
+        end = self._middle[last] if self.block == "attention" else self._store[last + 1]
+        return begin[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
+
+    @contextmanager
+    def _watch_middle(self, index: int, rows: slice) -> Iterator[None]:
+        """Keeps the state between attention and FFN, where blocks are parts of layers."""
+        if self.block == "layer":
+            yield
+            return
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            slot = self._middle[index][rows]
+            slot.copy_(inputs[0].view(slot.shape))
+
+        handle = self.adapter.middle(index).register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def pairs(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
+        """Batches of (boundary `start`, boundary `stop`), in the model's dtype, on its device."""
+        assert 0 <= start <= stop <= self._valid
+        device = self.adapter.device
+        for rows in self._batches:
+            yield self._store[start][rows].to(device), self._store[stop][rows].to(device)
+
+    def keywords(self, batch: int, index: int) -> dict[str, Any]:
+        """Keyword arguments of layer `index` for a batch of `batch` windows."""
+        return self._kwargs[batch][index]
+
+    def beside(
+        self, windows: Int[Tensor, "windows seq"] | None = None, store: str | None = None
+    ) -> LayerStream:
+        """A second stream of the same model, with boundaries of its own.
+
+        Its passes count as this stream's.
+
+        Args:
+            windows: other windows than this stream's.
+            store: another place than this stream's.
+        """
+        return LayerStream(
+            self.adapter,
+            self.windows if windows is None else windows,
+            batch_size=self.batch_size,
+            store=store or self.store,
+            folder=self._folder,
+            progress=self.progress,
+            name="beside",
+            meter=self._meter,
+        )
+
+    def beginning(self, windows: int) -> LayerStream:
+        """This stream's first windows alone.
+
+        It shares the boundaries, and is good until they change; only this stream closes them.
+        """
+        assert windows > 0
+        view = copy(self)
+        view.windows = self.windows[:windows]
+        view._batches = [
+            slice(rows.start, min(rows.stop, windows))
+            for rows in self._batches
+            if rows.start < windows
+        ]
+        last = view._batches[-1]
+        if last.stop - last.start not in self._kwargs:
+            _, kwargs = self.adapter.layer_inputs(self.windows[last])
+            self._kwargs[last.stop - last.start] = kwargs
+        return view
+
+    @contextmanager
+    def spare(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
+        """Room for one more boundary, of the stream's kind of store, freed at the end."""
+        store = make_store(self.store, self._store.shape, self._store.dtype, self._folder, name)
+        try:
+            yield store[0]
+        finally:
+            store.close()
+
+    def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
+        """The model's own layers first..last, to be passed by `through`; may be empty."""
+        return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]
+
+    @torch.no_grad()
+    def through(
+        self, start: int, route: Route, batches: int | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "batch seq hidden"]]]:
+        """Boundary `start` sent through any layers, batch by batch; nothing is kept.
+
+        This is how a candidate is tried: with layers left out, or with a layer that is not in
+        the model, from the last boundary that it shares with the model.
+
+        Args:
+            start: a boundary that is there.
+            route: the layers to pass.
+            batches: how many batches; all unless given.
+
+        Yields:
+            The rows of the batch and the states behind the last layer of the route.
+        """
+        assert 0 <= start <= self._valid
+        for rows in self._batches[:batches]:
+            states = self._store[start][rows].to(self.adapter.device)
+            for index, layer in route:
+                states = layer(states, **self.keywords(len(states), index))
+                self._meter.tokens += states.shape[:2].numel()
+            yield rows, states
+
+    def loss(self, start: int, route: Route) -> float:
+        """Mean cross-entropy, nats a predicted token, if boundary `start` takes `route` to the end.
+
+        Args:
+            start: a boundary that is there.
+            route: the layers between it and the final norm.
+        """
+        total = 0.0
+        for rows, states in self.through(start, route):
+            ids = self.windows[rows].to(states.device)
+            with torch.no_grad():
+                normed = self.adapter.final_norm(states)
+                total += window_nll(self.adapter.head, normed, ids).sum().item()
+        return total / self.predicted
+
+    def merged(self, first: int, last: int) -> None:
+        """Takes note that layers first..last became one layer at `first`.
+
+        Boundary `first` stays; all behind it must be computed again.
+        """
+        for kwargs in self._kwargs.values():
+            del kwargs[first + 1 : last + 1]
+            assert len(kwargs) == self.num_layers
+        self._store.trim(self.num_layers + 1)
+        self._valid = first
+
+    def changed(self, index: int) -> None:
+        """Takes note that layer `index`, and perhaps layers behind it, have other weights."""
+        self._valid = min(self._valid, index)
+
+    @property
+    def quiet(self) -> bool | None:
+        """What a progress bar's `disable` is."""
+        return None if self.progress else True  # None: a bar only where there is a terminal
+
+
+def _ignore(before: Tensor, after: Tensor) -> None:
+    """The update of a pass that nobody observes."""
