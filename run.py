@@ -1,4 +1,4 @@
-"""Compresses a language model: `python run.py model=smollm2_135m merge=come`."""
+"""The command `come` from a clone: `python run.py model=smollm2_135m merge=come`."""
 
 import sys
 

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from come.distill.base import DISTILL, Pair
 from come.distill.config import Course
 from come.distill.hidden_states import passed
 from come.distill.layerwise import teacher_boundaries, train_apart
 from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
 from come.distill.memory import training_memory
+from come.distill.objectives.base import DISTILL, Pair
 from come.distill.trainer import train
 from come.merge.loop import compress
 from come.merge.recipe import Recipe

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from come.cli import _line
+from come.cli.errors import user_line
 from tests.bases import saved
 from tests.jobs import before_loading
 
@@ -30,7 +30,7 @@ def test_a_path_with_signs_is_told_how_to_be_quoted(value):
     parser = OverridesParser.create()
     with pytest.raises(OverrideParseException) as caught:
         parser.parse_overrides([f"model.path={value}"])
-    line = _line(caught.value)
+    line = user_line(caught.value)
     assert "\n" not in line
     (word,) = shlex.split(line.rpartition("for Hydra: ")[2])
     read = parser.parse_override(word)
@@ -45,9 +45,16 @@ def test_a_folder_with_signs_can_be_used(tmp_path):
 
 def test_messages_of_hydra_come_whole(command_line):
     for override, parts in (
-        ("merge.m=two", ["merge.m", "'two'", "Integer"]),
-        ("merge=kome", ["merge/kome", "come_plus", "shortgpt"]),
-        ("merge.m=2,3", ["merge.m=2,3", "--multirun"]),
+        ("merge.m=two", ["merge.m=two: must be a whole number"]),
+        ("merge.sparsity=much", ["merge.sparsity=much: must be a number"]),
+        ("merge.keep=maybe", ["merge.keep=maybe: must be true or false"]),
+        (
+            "merge.targt_layers=3",
+            ["merge.targt_layers: no such", "did you mean merge.target_layers"],
+        ),
+        ("mege=come", ["mege: no such setting", "did you mean merge", "come --cfg job"]),
+        ("merge=kome", ["merge=kome: no such choice", "did you mean come", "shortgpt"]),
+        ("merge.m=2,3", ["merge.m=2,3", "--multirun", "merge.m=[2,3]"]),
     ):
         code, printed = command_line(override)
         assert code == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from come.distill.base import DISTILL
+from come.distill.objectives.base import DISTILL
 from come.merge.operators.base import OPERATORS
 from come.merge.refit.base import REFITS
 from come.merge.retention.base import RETENTION

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from come.distill.base import DISTILL
+from come.distill.objectives.base import DISTILL
 from come.evaluate.speed import Speed, Timing
 from come.job.identity import job_hash
 from come.schema import Settings

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from come.data.sampling import cached
 from come.data.sources.text_file import TextFile
 from come.data.windows import TokenWindows, calibration_windows
-from come.distill.base import DISTILL
 from come.distill.config import Course
+from come.distill.objectives.base import DISTILL
 from come.distill.trainer import train
 from come.evaluate.paired import mean_difference
 from come.evaluate.speed import Speed, Timing, compare_speed

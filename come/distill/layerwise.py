@@ -16,11 +16,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.distill.accelerator import make_accelerator
-from come.distill.base import Distillation, Objective, Pair
-from come.distill.come_mp import OneLayer
 from come.distill.config import Course
 from come.distill.hidden_states import passed
 from come.distill.memory import TrainingMemory, training_memory
+from come.distill.objectives.base import Distillation, Objective, Pair
+from come.distill.objectives.come_mp import OneLayer
 from come.distill.progress import Progress
 from come.distill.trainer import train
 from come.stream.boundaries import BoundaryStore, DiskStore, MappedStates, make_store

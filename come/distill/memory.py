@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from come.distill.base import Objective
+from come.distill.objectives.base import Objective
 
 _MOMENTS = 2  # of AdamW, in the parameters' dtype
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from come.distill.base import Objective, Pair
+from come.distill.objectives.base import Objective, Pair
 
 
 def asked_to_shard(accelerator: Accelerator) -> bool:

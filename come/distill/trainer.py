@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from come.distill.base import Objective
 from come.distill.config import Course
+from come.distill.objectives.base import Objective
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
 

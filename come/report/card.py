@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from come.distill.base import DISTILL
+from come.distill.objectives.base import DISTILL
 from come.errors import one_line
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan, tensors_path

@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from come.distill.base import DISTILL, Distillation
 from come.distill.config import Course
+from come.distill.objectives.base import DISTILL, Distillation
 from come.schema.text import TextSettings
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.

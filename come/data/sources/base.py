@@ -53,4 +53,4 @@ class TextSource(ABC):
         """
 
 
-TEXT: Registry[TextSource] = Registry("text source", "come.data", "calibration.source")
+TEXT: Registry[TextSource] = Registry("text source", "come.data.sources", "calibration.source")

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from come.data.sampling import cached, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
-from come.distill.base import Pair
 from come.distill.config import Course
 from come.distill.layerwise import train_apart
 from come.distill.memory import TrainingMemory, training_memory
+from come.distill.objectives.base import Pair
 from come.distill.progress import Progress
 from come.distill.sharding import adopt, asked_to_shard, shard
 from come.distill.trainer import train

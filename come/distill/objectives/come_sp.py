@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.hidden_states import passed
 from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
+from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import check_rank, check_train, choose_parameters, settle_lora
 
 

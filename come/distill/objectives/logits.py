@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from come.distill.base import DISTILL
-from come.distill.come_sp import ComeSP
+from come.distill.objectives.base import DISTILL
+from come.distill.objectives.come_sp import ComeSP
 
 
 @DISTILL.register

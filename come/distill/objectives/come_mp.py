@@ -9,8 +9,8 @@ from typing import Any
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.losses import Loss, hidden_loss
+from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import check_train, choose_in_layer
 from come.models.adapter import ModelAdapter
 

@@ -1,86 +1,43 @@
-"""Hydra: composes conf/ into `Settings` and names the job's folder. The only module that does."""
+"""The command `come`: Hydra composes conf/ into `Settings`, and every job runs.
+
+No other package imports Hydra.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
-import shlex
 import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
-from hydra.errors import HydraException, OverrideParseException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from come.errors import one_line
-from come.files import AXES, LISTING, write_text
+from come.cli.errors import USER_ERRORS, user_line
+from come.cli.grid import GridReport
+from come.files import LISTING
 from come.job.identity import job_hash
-from come.report.listing import list_job, make_report
-from come.report.points import PARAMETERS
+from come.report.listing import make_report
 from come.schema import Settings
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-INVALID = "invalid"  # the folder name of settings that do not pass their checks
+_HERE = Path(__file__).resolve().parents[1]
+log = logging.getLogger(__name__)
 
-USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
+CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, or clone
+INVALID = "invalid"  # the folder name of settings that do not pass their checks
 
 
 class JobFailedError(Exception):
     """A job of a sweep ended with an error of the user's, whose line this is."""
-
-
-class GridReport(Callback):
-    """Hydra callback: lists the jobs of a sweep, and keeps its tables and figure up to date.
-
-    They stand in `runs/grid-NAME/`, NAME being the experiment's, whose sweeps share a table, or
-    "sweep"; `python -m come.report runs/grid-NAME` makes them again.
-
-    Args:
-        x: horizontal axis of the figure: "parameters", or a key that the jobs differ in.
-        title: of the figure.
-    """
-
-    running: ClassVar[Path | None] = None
-    """The folder of the sweep that this process runs."""
-
-    def __init__(self, x: str = PARAMETERS, title: str = "") -> None:
-        self.axes = {"x": x, "title": title}
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A sweep that is no experiment begins a list of its own."""
-        folder = GridReport.running = self._folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder.name == "grid-sweep":
-            (folder / LISTING).unlink(missing_ok=True)
-        write_text(folder / AXES, json.dumps(self.axes))
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Adds the job to the list and makes the tables and the figure anew."""
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
-        folder = self._folder(config)
-        entry = {
-            "folder": str(config.hydra.runtime.output_dir),
-            "overrides": list(config.hydra.overrides.task),
-        }
-        list_job(folder, entry)
-        make_report(folder)
-
-    def _folder(self, config: DictConfig) -> Path:
-        name = config.hydra.runtime.choices.get("experiment") or "sweep"
-        return Path(config.hydra.sweep.dir).absolute() / f"grid-{name}"
 
 
 def to_settings(config: DictConfig) -> Settings:
@@ -107,6 +64,7 @@ def main() -> int:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             settings = to_settings(config)
+            _warn_of_grid()
             settings.tracking.group = settings.tracking.group or _experiment()
             settings.check()
             from come.job.run import run  # slow to import; a wrong setting needs none of it
@@ -117,14 +75,14 @@ def main() -> int:
             if hydra_config.mode == RunMode.MULTIRUN:
                 _keep_traceback(folder / f"{hydra_config.job.name}.log")
                 if isinstance(error, USER_ERRORS):
-                    line = _say(f"job {hydra_config.job.num}: {_line(error)}")
+                    line = _say(f"job {hydra_config.job.num}: {user_line(error)}")
                     raise JobFailedError(line) from error
                 raise
             if not isinstance(error, USER_ERRORS):
                 raise
             if folder.name == INVALID:
                 _remove_if_empty(folder)
-            _say(_line(error))
+            _say(user_line(error))
             raise SystemExit(1) from None
 
     try:
@@ -143,7 +101,7 @@ def _guarded(job: Callable[[], Any]) -> int:
         _say(str(error))  # once, if it was said here when the job failed
         return 1
     except USER_ERRORS as error:
-        _say(_line(error))
+        _say(user_line(error))
         return 1
     except OSError as error:
         if error.filename is None:
@@ -157,23 +115,6 @@ def _guarded(job: Callable[[], Any]) -> int:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
     return 0
-
-
-def _line(error: Exception) -> str:
-    """An error in one line, with its cause where Hydra keeps that apart.
-
-    Of an override that cannot be read it shows the way to write it.
-    """
-    if not isinstance(error, OverrideParseException):
-        cause = error.__cause__ if isinstance(error, HydraException) else None
-        return " ".join(one_line(part) for part in (error, cause) if part is not None)
-    key, _, value = error.override.partition("=")
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
-    word = shlex.quote(f'{key}="{quoted}"')
-    return (
-        f"{error.override} cannot be read ({one_line(error)}); a value with spaces or signs is "
-        f"quoted twice, for the shell and for Hydra: {word}"
-    )
 
 
 _said: set[str] = set()
@@ -208,6 +149,18 @@ def _job_hash(*, _root_: DictConfig) -> str:
         return job_hash(settings)
     except USER_ERRORS:
         return INVALID
+
+
+def _warn_of_grid() -> None:
+    """Says that an experiment is a grid, where only its first configuration runs."""
+    hydra_config = HydraConfig.get()
+    params = hydra_config.sweeper.get("params") or {}
+    if hydra_config.mode == RunMode.RUN and params and _experiment():
+        over = " ".join(f"{key}={value}" for key, value in params.items())
+        log.warning(
+            "experiment=%s is a grid over %s; without -m only its base configuration runs",
+            _experiment(), over,
+        )  # fmt: skip
 
 
 def _experiment() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from come.distill.base import DISTILL, Distillation, Objective, Pair
+from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 
 
 @DISTILL.register

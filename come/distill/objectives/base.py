@@ -83,4 +83,6 @@ class Distillation(ABC):
         """Brings what was trained into the student as ordinary weights, where it is not yet."""
 
 
-DISTILL: Registry[Distillation] = Registry("distillation", "come.distill", "distill.method")
+DISTILL: Registry[Distillation] = Registry(
+    "distillation", "come.distill.objectives", "distill.method"
+)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from come.distill.base import DISTILL, Distillation, Objective, Pair
 from come.distill.hidden_states import passed
 from come.distill.losses import task_loss
+from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import add_lora, check_rank, equal_rank, settle_lora
 
 

@@ -1,0 +1,105 @@
+"""Errors of the user in one line: the setting, what is allowed, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from come.errors import one_line
+from come.schema import Settings
+
+USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
+
+_WANTED = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "a valid bool": "true or false",
+}
+
+
+def user_line(error: Exception) -> str:
+    """The message of an error of the user in one line."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(error, MissingConfigException):
+        return _no_such_choice(error)
+    cause = error.__cause__ if isinstance(error, HydraException) else None
+    text = " ".join(one_line(part) for part in (error, cause) if part is not None)
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        return _wrong_setting(text)
+    if text.startswith("Ambiguous value for argument"):
+        override = text.split("'")[1]
+        key, _, value = override.partition("=")
+        return (
+            f"{override}: several values are a sweep, which -m (--multirun) runs; one list is "
+            f"written {key}=[{value}]"
+        )
+    return text
+
+
+def near(name: str, names: list[str]) -> str:
+    """What was probably meant: "; did you mean 'x' or 'y'?", or nothing."""
+    found = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Keys of all settings, such as "merge.m"."""
+    hints = get_type_hints(cls)
+    for entry in fields(cls):
+        own = hints[entry.name]
+        if is_dataclass(own):
+            assert isinstance(own, type)
+            yield from setting_names(own, f"{prefix}{entry.name}.")
+        yield f"{prefix}{entry.name}"
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    """An override that Hydra cannot read, and how it is written."""
+    key, _, value = error.override.partition("=")
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    word = shlex.quote(f'{key}="{quoted}"')
+    return (
+        f"{error.override} cannot be read ({one_line(error)}); a value with spaces or signs is "
+        f"quoted twice, for the shell and for Hydra: {word}"
+    )
+
+
+def _no_such_choice(error: MissingConfigException) -> str:
+    """A group without the choice asked for."""
+    group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+    names: list[str] = list(error.options or [])
+    if not group or not names:
+        return one_line(error)
+    return f"{group}={choice}: no such choice{near(choice, names)} Available: {', '.join(names)}"
+
+
+def _wrong_setting(text: str) -> str:
+    """A setting that is not there, or of the wrong type."""
+    key = re.search(r"full_key: (\S+)", text)
+    if key is None:
+        return text
+    name = key[1]
+    if " not in '" in text:
+        return (
+            f"{name}: no such setting{near(name, list(setting_names()))} "
+            "come --cfg job lists all of them"
+        )
+    wrong = re.search(
+        r"Value '(.*?)' .*?(converted to Integer|converted to Float|a valid bool)", text
+    )
+    if wrong is not None:
+        return f"{name}={wrong[1]}: must be {_WANTED[wrong[2]]}"
+    return text

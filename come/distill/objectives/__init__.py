@@ -1,0 +1,1 @@
+"""What merged layers are trained to: one file, one method."""
