@@ -37,8 +37,6 @@ def user_line(error: Exception) -> str:
         return _no_such_choice(error)
     cause = error.__cause__ if isinstance(error, HydraException) else None
     text = " ".join(one_line(part) for part in (error, cause) if part is not None)
-    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
-        return _wrong_setting(text)
     if text.startswith("Ambiguous value for argument"):
         override = text.split("'")[1]
         key, _, value = override.partition("=")
@@ -46,6 +44,8 @@ def user_line(error: Exception) -> str:
             f"{override}: several values are a sweep, which -m (--multirun) runs; one list is "
             f"written {key}=[{value}]"
         )
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        return _wrong_setting(text)
     return text
 
 
