@@ -33,7 +33,7 @@ from transformers import (
 import come.cli
 from come.merge.apply import merged_pieces
 from come.merge.operators.base import OPERATORS
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
@@ -227,13 +227,13 @@ def goals(windows):
         opened.append(stream)
         stream.embed()
         stream.advance(0, LAYERS - 1)
-        stream.remember()
+        stream.snapshot_dense()
         counts = adapter.unit_counts
         kept = {unit: [[*range(n // 2)], [*range(n // 2, n)]] for unit, n in counts.items()}
         pieces = merged_pieces(
             adapter, [2, 3], OPERATORS.create("concat"), "fold", [0.5, 0.5], kept
         )
-        return Goals(stream, 2, 3, original=3), pieces
+        return ReconstructionTargets(stream, 2, 3, original=3), pieces
 
     yield make
     for stream in opened:

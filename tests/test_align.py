@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from come.merge.alignment import input_maps, read_through
+from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.recipe import Recipe
@@ -29,7 +29,7 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, goals, windows)
         windows = torch.cat([torch.full_like(windows[:, :1], 5), windows[:, 1:]], dim=1)
     goals, pieces = goals(family, windows)
     adapter = goals.stream.adapter
-    layers = [adapter.scratch_layer(2, state) for state in pieces.layers]
+    layers = [adapter.copy_layer(2, state) for state in pieces.layers]
     maps = input_maps(goals, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
 
     dense = Reference(pico(family), windows)
@@ -55,7 +55,7 @@ def test_only_rows_behind_the_norm_read_through(goals):
     goals, pieces = goals("llama_bias")
     adapter, state = goals.stream.adapter, pieces.layers[1]
     change = torch.randn(32, 32, dtype=torch.float64)
-    found = read_through(adapter, "channel", state, change)
+    found = fold_input_transform(adapter, "channel", state, change)
     touched = {name for name in state if not torch.equal(state[name], found[name])}
     assert touched == {f"mlp.{kind}_proj.weight" for kind in ("gate", "up")}
     states = torch.randn(5, 32)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.hidden_states import passed
-from come.distill.layerwise import teacher_boundaries, train_apart
+from come.distill.layerwise import teacher_boundaries, train_layerwise
 from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
 from come.distill.memory import training_memory
 from come.distill.objectives.base import DISTILL, Pair
@@ -37,15 +37,15 @@ def pair(family="llama_gqa", groups=GROUPS):
     return Pair(ModelAdapter(student), ModelAdapter(teacher.requires_grad_(False)), plan.history)
 
 
-def run(objective, windows, held_out, folder, job="job", **course):
-    settings = {"steps": 6, "batch_size": 2, "micro_batch": 1, "validate_every": 3} | course
+def run(objective, windows, held_out, folder, job="job", **train_config):
+    settings = {"steps": 6, "batch_size": 2, "micro_batch": 1, "validate_every": 3} | train_config
     return train(
         objective,
         lambda rows: (windows[rows],),
         len(windows),
         lambda rows: (held_out[rows],),
         len(held_out),
-        Course(**settings),
+        TrainConfig(**settings),
         accelerator=Accelerator(cpu=True),
         folder=folder,
         job=job,
@@ -178,12 +178,12 @@ def test_mp_trains_each_layer_alone(workers, windows, tmp_path):
     before = copy.deepcopy(given.student.model)
     method = DISTILL.create("come_mp", {"loss": "mse"})
     told = []
-    found, memory = train_apart(
+    found, memory = train_layerwise(
         method,
         given,
         windows[:4],
         windows[:4],
-        Course(steps=5, batch_size=2, micro_batch=2, learning_rate=3e-3),
+        TrainConfig(steps=5, batch_size=2, micro_batch=2, learning_rate=3e-3),
         accelerator=Accelerator(cpu=True),
         folder=tmp_path,
         job="job",
@@ -206,12 +206,12 @@ def test_one_after_another_is_side_by_side(windows, tmp_path):
     models = []
     for workers in (1, 2):
         given = pair()
-        train_apart(
+        train_layerwise(
             DISTILL.create("come_mp"),
             given,
             windows[:4],
             windows[4:],
-            Course(steps=3, batch_size=2, micro_batch=2, learning_rate=1e-3),
+            TrainConfig(steps=3, batch_size=2, micro_batch=2, learning_rate=1e-3),
             accelerator=Accelerator(cpu=True),
             folder=tmp_path / str(workers),
             job="job",
@@ -268,8 +268,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
             raise EnoughError
         return (windows[:4][rows],)
 
-    course = Course(steps=6, batch_size=2, micro_batch=1, validate_every=3, checkpoint_every=2)
-    arguments = (4, lambda rows: (windows[4:][rows],), 1, course)
+    train_config = TrainConfig(
+        steps=6, batch_size=2, micro_batch=1, validate_every=3, checkpoint_every=2
+    )
+    arguments = (4, lambda rows: (windows[4:][rows],), 1, train_config)
     shared = {
         "accelerator": Accelerator(cpu=True),
         "folder": tmp_path / "cut",
@@ -327,8 +329,8 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
     objective = DISTILL.create("come_sp").objective(given)
-    course = {"steps": 40, "learning_rate": 1.0, "validate_every": 2, "patience": 3}
-    progress = run(objective, windows[:4], windows[4:], tmp_path, **course)
+    train_config = {"steps": 40, "learning_rate": 1.0, "validate_every": 2, "patience": 3}
+    progress = run(objective, windows[:4], windows[4:], tmp_path, **train_config)
     assert progress.best_step == 0
     assert progress.step == 6
     assert same(given.student.model, before)
@@ -348,16 +350,16 @@ def test_micro_batches_add_up(windows, tmp_path):
 
 
 def test_every_window_comes_once_an_epoch():
-    course = Course(steps=10, batch_size=3, seed=5)
-    rows = torch.cat([course.rows(step, 6) for step in range(10)]).tolist()
+    train_config = TrainConfig(steps=10, batch_size=3, seed=5)
+    rows = torch.cat([train_config.rows(step, 6) for step in range(10)]).tolist()
     for epoch in range(5):
         assert sorted(rows[6 * epoch : 6 * epoch + 6]) == list(range(6))
     assert rows[:6] != rows[6:12]
 
 
 def test_the_rate_rises_and_falls():
-    course = Course(steps=100, learning_rate=2.0, warmup=0.1)
-    rates = [course.rate(step) for step in range(100)]
+    train_config = TrainConfig(steps=100, learning_rate=2.0, warmup=0.1)
+    rates = [train_config.lr_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0, abs=0.02)

@@ -12,7 +12,7 @@ from come.merge.loop import compress
 from come.merge.recipe import Recipe
 from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
-from come.models.sublayers import attention_half, ffn_slopes
+from come.models.sublayers import activation_derivative, run_attention
 from tests.conftest import LAYERS, pico
 from tests.methods import same
 from tests.reference import Reference
@@ -42,7 +42,7 @@ class Plain:
         )
         self.middles = torch.cat(
             [
-                attention_half(
+                run_attention(
                     stream.adapter,
                     layer,
                     states[rows],
@@ -98,8 +98,8 @@ def problem(request, goals):
     """Gives goals, the layer beside the model, the same in float64, and its input maps' names."""
     found, pieces = goals(request.param)
     adapter = found.stream.adapter
-    plain = Plain(found, adapter.scratch_layer(2, pieces.state))
-    layer = adapter.scratch_layer(2, pieces.state)
+    plain = Plain(found, adapter.copy_layer(2, pieces.state))
+    layer = adapter.copy_layer(2, pieces.state)
     return found, layer, plain, adapter.architecture.ffn_inputs
 
 
@@ -107,7 +107,7 @@ def test_slopes_are_the_derivatives_of_features(problem):
     goals, layer, plain, names = problem
     for name in names:
         rows, keywords = plain.middles[:2], goals.stream.keywords(2, 2)
-        read, slopes = ffn_slopes(goals.stream.adapter, layer, rows, keywords, name)
+        read, slopes = activation_derivative(goals.stream.adapter, layer, rows, keywords, name)
         linear = plain.layer.get_submodule(name)
         given = linear(read.double()).detach().requires_grad_(True)
         features = features_of(plain.layer, name, given, read.double())
@@ -141,8 +141,8 @@ def test_nothing_changes_where_nothing_is_lacking(goals):
     goals, _ = goals("llama_gqa")
     goals.last = 2  # layer 2 is asked for what it does
     goals.target = "current"
-    layer = goals.stream.adapter.scratch_layer(2, goals.stream.adapter.layer_state(2))
-    middles = Plain(goals, goals.stream.adapter.scratch_layer(2, layer.state_dict())).middles
+    layer = goals.stream.adapter.copy_layer(2, goals.stream.adapter.layer_state(2))
+    middles = Plain(goals, goals.stream.adapter.copy_layer(2, layer.state_dict())).middles
     change = InputMap(goals, layer, middles, "mlp.up_proj").step(1.0, 5)
     assert change.norm() < 1e-4
 
@@ -195,7 +195,7 @@ def test_input_maps_are_solved_one_after_another_in_the_familys_order(goals):
     adapter = found.stream.adapter
     solved = GaussNewton(0.1, input_lambda=1.0, steps=8).solve(found, pieces)
     by_hand = Ridge(0.1).solve(found, pieces)
-    layer = adapter.scratch_layer(2, {**pieces.state, **by_hand})
+    layer = adapter.copy_layer(2, {**pieces.state, **by_hand})
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         problem = InputMap(found, layer, Plain(found, copy.deepcopy(layer)).middles, name)
         by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))

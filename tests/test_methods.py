@@ -91,7 +91,7 @@ def test_recipes_name_what_the_registries_hold():
     [
         *({"selection": name, "allow_remerge": True} for name in SELECTION.names()),
         *({"schedule": name} for name in ("one_shot", "block", "laco")),
-        {"schedule": "cheapest", "selection": "trial_kl", "refit": "ridge"},
+        {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge"},
         {"schedule": "one_shot", "selection": "trial_kl"},
         {"parts": ("ffn",), "selection": "trial_kl"},
         {"operator": "drop", "selection": "trial_kl", "refit": "ridge"},

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from come.job.estimate import Cost, duration
 from come.merge.constraints import (
-    GroupRules,
+    SpanConstraints,
     check_target,
     depths,
     group_size,
@@ -60,49 +60,49 @@ def test_eligible_groups_leave_the_target_in_reach(m, merged):
             fits = reachable(tuple(runs), depth - size + 1 - target, m)
             if fits and not set(merged) & set(group):
                 expected.append((first, first + size - 1))
-        assert GroupRules(m).spans(history, target) == expected
+        assert SpanConstraints(m).spans(history, target) == expected
 
 
 def test_remerging_makes_every_group_eligible():
     history = [[0, 1], [2], [3]]
-    assert GroupRules(2, remerges=True).spans(history, 1) == [(0, 1), (1, 2)]
-    assert GroupRules(3, remerges=True).spans(history, 1) == [(0, 2)]
+    assert SpanConstraints(2, remerges=True).spans(history, 1) == [(0, 1), (1, 2)]
+    assert SpanConstraints(3, remerges=True).spans(history, 1) == [(0, 2)]
 
 
 def test_protected_layers_are_in_no_span():
     history = [[i] for i in range(8)]
-    merges = GroupRules(2, protect_first=2, protect_last=1)
+    merges = SpanConstraints(2, protect_first=2, protect_last=1)
     assert merges.spans(history, 6) == [(2, 3), (3, 4), (4, 5), (5, 6)]
     assert merges.spans(history, 7)[0] == (2, 3)
     assert merges.smallest_depth(8) == 8 - 2
-    drops = GroupRules(3, remerges=True, drops=True, protect_first=2, protect_last=1)
+    drops = SpanConstraints(3, remerges=True, drops=True, protect_first=2, protect_last=1)
     assert drops.spans(history, 4) == [(2, 3), (3, 4), (4, 5), (5, 6)]
     assert drops.smallest_depth(8) == 3
 
 
 def test_a_drop_keeps_the_layer_in_front_or_else_the_one_behind():
-    drops = GroupRules(3, remerges=True, drops=True)
+    drops = SpanConstraints(3, remerges=True, drops=True)
     assert drops.group(2, 3) == (1, 3, 0)
     assert drops.group(0, 1) == (0, 2, 2)
-    assert GroupRules(3).group(2, 4) == (2, 4, None)
+    assert SpanConstraints(3).group(2, 4) == (2, 4, None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((30, 14, GroupRules(2)), "smallest depth that can is 15"),
-        ((30, 9, GroupRules(3)), r"smallest depth that can is 10.*merge.allow_remerge=true"),
-        ((30, 30, GroupRules(2)), "merge.target_layers=30: the model has 30 layers"),
+        ((30, 14, SpanConstraints(2)), "smallest depth that can is 15"),
+        ((30, 9, SpanConstraints(3)), r"smallest depth that can is 10.*merge.allow_remerge=true"),
+        ((30, 30, SpanConstraints(2)), "merge.target_layers=30: the model has 30 layers"),
         (
-            (4, 2, GroupRules(5)),
+            (4, 2, SpanConstraints(5)),
             "merge.m=5: a group .* and at most the model's 4",
         ),
-        ((30, 25, GroupRules(3), [26, 27]), "merge.save_at has 27, .* merge.m=3: 28, 26, 25"),
+        ((30, 25, SpanConstraints(3), [26, 27]), "merge.save_at has 27, .* merge.m=3: 28, 26, 25"),
         (
-            (30, 3, GroupRules(2, True, True, 4, 2)),
+            (30, 3, SpanConstraints(2, True, True, 4, 2)),
             "30 layers cannot .* with merge.protect_first=4 .* is 6",
         ),
-        ((30, 20, GroupRules(11), [19], False), "save_at has 19, which does not lie between"),
+        ((30, 20, SpanConstraints(11), [19], False), "save_at has 19, which does not lie between"),
     ],
 )
 def test_targets_that_do_not_fit(arguments, message):
@@ -153,7 +153,7 @@ def completes(layers, target, m):
 @pytest.mark.parametrize("merged", [(), (2,), (0, 4)])
 def test_mixed_groups_are_those_from_which_the_target_can_be_reached(m, merged):
     history = [[i, 9] if i in merged else [i] for i in range(7)]
-    layers, rules = [i not in merged for i in range(7)], GroupRules(m, mixes=True)
+    layers, rules = [i not in merged for i in range(7)], SpanConstraints(m, variable_size=True)
     for target in range(2, 7):
         for stop in range(target, 7):
             expected = [
@@ -167,14 +167,14 @@ def test_mixed_groups_are_those_from_which_the_target_can_be_reached(m, merged):
 
 
 def test_a_target_of_mixed_groups_needs_no_full_groups():
-    rules = GroupRules(4, mixes=True)
+    rules = SpanConstraints(4, variable_size=True)
     check_target(30, 21, rules, [27, 26, 23])
     with pytest.raises(ValueError, match="smallest depth that can is 8"):
         check_target(30, 7, rules)
 
 
 def test_depths_on_the_way_that_leave_too_few_layers():
-    rules = GroupRules(4, mixes=True)
+    rules = SpanConstraints(4, variable_size=True)
     check_target(30, 8, rules, [29])
     check_target(30, 8, rules, [27])
     with pytest.raises(ValueError, match=r"merge.save_at=\[29, 28\] asks for more groups"):

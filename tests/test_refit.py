@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from come.linalg.gram import BLOCK, Map, NormalEquations, best_lambda
+from come.linalg.gram import BLOCK, Gram, Map, best_lambda
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.recipe import Recipe
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import eliminate
 from come.models.adapter import ModelAdapter
-from come.models.sublayers import attention_half, ffn_half
+from come.models.sublayers import run_attention, run_mlp
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
@@ -42,7 +42,7 @@ def problem(request):
     )
     weights = torch.rand(50, generator=generator).double()
     prior = Map(start, bias if request.param else None)
-    sums = NormalEquations(8, 3, bias=request.param)
+    sums = Gram(8, 3, bias=request.param)
     for rows in torch.arange(50).split(7):
         sums.add(features[rows], targets[rows], weights[rows])
     return features, targets, weights, prior, sums
@@ -55,7 +55,7 @@ def residual(found, features, targets, weights):
 
 def test_normal_equations_solve_the_weighted_ridge_problem(problem):
     features, targets, weights, prior, sums = problem
-    penalty = 0.3 * sums.mean_square()
+    penalty = 0.3 * sums.mean_diagonal()
     found = sums.solve(prior, penalty)
     weight, bias = plain_ridge(features, targets, weights, prior.weight, prior.bias, penalty)
     torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=1e-6)
@@ -68,7 +68,7 @@ def test_normal_equations_solve_the_weighted_ridge_problem(problem):
 
 def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
     features = torch.randn(40, 2 * BLOCK + 3, generator=torch.Generator().manual_seed(0)).double()
-    sums = NormalEquations(features.shape[1], 2, bias=False)
+    sums = Gram(features.shape[1], 2, bias=False)
     for rows in torch.arange(40).split(20):
         sums.add(features[rows], torch.zeros(len(rows), 2), torch.full((len(rows),), 0.5))
         expected = 0.5 * features[: rows[-1] + 1].T @ features[: rows[-1] + 1]
@@ -79,12 +79,12 @@ def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
 
 def test_lambda_is_the_best_on_what_is_held_out(problem):
     features, targets, weights, prior, sums = problem
-    held_out = NormalEquations(8, 3, bias=prior.bias is not None)
+    held_out = Gram(8, 3, bias=prior.bias is not None)
     held_out.add(features[:10] * 1.1, targets[:10] + 0.5, weights[:10])
     grid = (0.01, 1.0, 100.0)
     errors = {
         ratio: residual(
-            sums.solve(prior, ratio * sums.mean_square()),
+            sums.solve(prior, ratio * sums.mean_diagonal()),
             features[:10] * 1.1,
             targets[:10] + 0.5,
             weights[:10],
@@ -97,7 +97,7 @@ def test_lambda_is_the_best_on_what_is_held_out(problem):
 @pytest.mark.parametrize("size", [1, 2])
 def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
     features, targets, weights, prior, sums = problem
-    penalty = 0.1 * sums.mean_square()
+    penalty = 0.1 * sums.mean_diagonal()
 
     def least(units):
         """The least penalised error with the other units' columns at zero."""
@@ -123,8 +123,8 @@ def test_the_halves_of_a_layer_are_the_layer(family, windows):
     layer = adapter.layers[0]
     with torch.no_grad():
         expected = layer(states, **keywords[0])
-    heads, middle = attention_half(adapter, layer, states, keywords[0])
-    channels, output = ffn_half(adapter, layer, middle, keywords[0])
+    heads, middle = run_attention(adapter, layer, states, keywords[0])
+    channels, output = run_mlp(adapter, layer, middle, keywords[0])
     torch.testing.assert_close(output, expected)
     for features, unit in ((heads, "kv_group"), (channels, "channel")):
         torch.testing.assert_close(
@@ -295,16 +295,16 @@ def test_dense_states_are_those_of_the_dense_model(windows):
     with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
         stream.embed()
         stream.advance(0, LAYERS - 1, StatisticsCollector(adapter))
-        stream.remember()
+        stream.snapshot_dense()
         before = stream.boundary(4, slice(0, 2)).clone()
         adapter.scale_outputs(1, 0.5)
-        stream.changed(1)
+        stream.invalidate_from(1)
         stream.advance(1, LAYERS - 1)
         assert torch.equal(stream.dense(4, slice(0, 2)), before)
         assert not torch.equal(stream.boundary(4, slice(0, 2)), before)
         now = {"states": stream.boundary(2, slice(0, 2)), "output": stream.boundary(4, slice(0, 2))}
         for target, output in (("dense", before), ("current", now["output"])):
-            goal = next(iter(Goals(stream, 2, 3, original=3, target=target)))
+            goal = next(iter(ReconstructionTargets(stream, 2, 3, original=3, target=target)))
             assert torch.equal(goal.output, output), target
             assert torch.equal(goal.states, now["states"])
 

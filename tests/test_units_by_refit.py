@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from come.merge.joint_selection import unit_columns, wide_equations, wide_map
+from come.merge.joint_selection import stacked_gram, stacked_map, unit_columns
 from come.merge.loop import compress
 from come.merge.recipe import Recipe
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.leverage import leverage
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
@@ -30,7 +30,7 @@ def streamed(windows):
         opened.append(stream)
         stream.embed()
         stream.advance(0, LAYERS - 1)
-        stream.remember()
+        stream.snapshot_dense()
         return stream
 
     yield make
@@ -42,7 +42,7 @@ def streamed(windows):
 @torch.no_grad()
 def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     """Layers 2 and 3 both read h_2: their moments from models in which each stands there."""
-    goals = Goals(streamed(family), 2, 3, original=3)
+    goals = ReconstructionTargets(streamed(family), 2, 3, original=3)
     dense = Reference(pico(family), windows)
     alone = Reference(without(pico(family), {2}), windows)  # layer 3 reads h_2
     weights = 1 / dense.h[4].flatten(0, 1).square().mean(dim=1)
@@ -51,9 +51,9 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
         return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
 
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
-    prior = wide_map(goals, "kv_group")
+    prior = stacked_map(goals, "kv_group")
     layers = list(goals.stream.adapter.layers)[2:4]
-    sums = wide_equations(goals, "kv_group", prior, layers)
+    sums = stacked_gram(goals, "kv_group", prior, layers)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -65,8 +65,8 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.T
     middle = middle if chosen.bias is None else middle + chosen.bias
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
-    prior = wide_map(goals, "channel")
-    sums = wide_equations(goals, "channel", prior, layers, (chosen, columns))
+    prior = stacked_map(goals, "channel")
+    sums = stacked_gram(goals, "channel", prior, layers, (chosen, columns))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -77,11 +77,11 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
-    goals = Goals(streamed(family), 1, 3, original=3)
+    goals = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = list(goals.stream.adapter.layers)[1:4]
-    sums = wide_equations(goals, "kv_group", wide_map(goals, "kv_group"), layers)
+    sums = stacked_gram(goals, "kv_group", stacked_map(goals, "kv_group"), layers)
     gram = sums.gram[: sums.width, : sums.width]
-    penalty = 0.1 * sums.mean_square()
+    penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)
     shrunk = vectors.eigenvalues / (vectors.eigenvalues + penalty)
     expected = (vectors.eigenvectors.square() * shrunk).sum(dim=1)

@@ -293,7 +293,7 @@ def test_a_setting_changes_what_it_should(
 ):
     monkeypatch.setenv("COME_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
-    monkeypatch.setattr(RUN, "write_report", lambda *args: {})
+    monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
     monkeypatch.setattr(EVALUATE, "compare_speed", fake_speed)
     if where not in known:
         known[where] = observe(place, tmp_path / "before", where)
@@ -327,7 +327,7 @@ def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, 
     """Batches are rounded apart, so no number tells where a size went: what is called does."""
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
-    monkeypatch.setattr(RUN, "write_report", lambda *args: {})
+    monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
     calls = {}
 
     def recorded(module, name):
@@ -353,6 +353,6 @@ def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, 
     assert {how["batch_tokens"] for _, how in calls["perplexity"]} == {96}
     assert len(calls["perplexity"]) == 3  # dense, merged, trained
     assert calls["load_tasks"][0][1]["batch_size"] == 5
-    (((*_, course), training),) = calls["train"]
-    assert (course.micro_batch, course.batch_size, course.steps) == (3, 4, 4)
+    (((*_, train_config), training),) = calls["train"]
+    assert (train_config.micro_batch, train_config.batch_size, train_config.steps) == (3, 4, 4)
     assert training["folder"] == tmp_path / "out" / "distill"

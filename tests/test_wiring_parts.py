@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from come.data.sampling import cached
 from come.data.sources.text_file import TextFile
 from come.data.windows import TokenWindows, calibration_windows
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.objectives.base import DISTILL
 from come.distill.trainer import train
 from come.evaluate.paired import mean_difference
 from come.evaluate.speed import Speed, Timing, compare_speed
 from come.job.identity import _training_identity
-from come.linalg.gram import NormalEquations
+from come.linalg.gram import Gram
 from come.merge.plan import Plan
 from come.merge.refit import ridge
 from come.merge.saving import plan_path
@@ -182,15 +182,15 @@ def test_micro_batches_of_other_sizes_give_the_same_step(windows, tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def training(objective, windows, folder, log=lambda losses: None, **course):
-    how = {"steps": 2, "batch_size": 3, "micro_batch": 3, "learning_rate": 1e-3} | course
+def training(objective, windows, folder, log=lambda losses: None, **train_config):
+    how = {"steps": 2, "batch_size": 3, "micro_batch": 3, "learning_rate": 1e-3} | train_config
     return train(
         objective,
         lambda rows: (windows[:4][rows],),
         4,
         lambda rows: (windows[4:][rows],),
         1,
-        Course(**how),
+        TrainConfig(**how),
         accelerator=Accelerator(cpu=True),
         folder=folder,
         job="job",
@@ -303,7 +303,7 @@ def test_lambda_is_judged_on_what_it_was_not_solved_on(goals, monkeypatch):
         seen.append((energy(fit), energy(held_out)))
         return whole(fit, held_out, prior, grid)
 
-    def energy(sums: NormalEquations):
+    def energy(sums: Gram):
         return float(sums.gram.trace())
 
     monkeypatch.setattr(ridge, "best_lambda", watched)

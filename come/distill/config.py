@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainConfig:
     """The settings of a training; everything but the objective and the text.
 
     Attributes:
@@ -42,7 +42,7 @@ class Course:
     seed: int = 0
     precision: str = "float32"
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The learning rate of a step: a linear rise, then half a cosine down to zero."""
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.distill.accelerator import make_accelerator
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.hidden_states import passed
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.objectives.base import Distillation, Objective, Pair
@@ -51,12 +51,12 @@ def teacher_boundaries(
     return slots
 
 
-def train_apart(
+def train_layerwise(
     method: Distillation,
     pair: Pair,
     training: Int[Tensor, "windows seq"],
     validation: Int[Tensor, "held_out seq"],
-    course: Course,
+    config: TrainConfig,
     *,
     accelerator: Accelerator,
     folder: Path,
@@ -72,7 +72,7 @@ def train_apart(
         pair: student and teacher.
         training: training windows.
         validation: validation windows.
-        course: steps, rates and sizes, the same for every layer.
+        config: steps, rates and sizes, the same for every layer.
         accelerator: device and precision of the jobs that run one after another.
         folder: where states are kept, a folder a layer; finished layers are not trained again.
         job: names the job.
@@ -89,13 +89,13 @@ def train_apart(
     keep = make_store("disk" if workers > 1 else store, shape, dtype, folder, "teacher")
     try:
         slots = teacher_boundaries(
-            pair, torch.cat([training, validation]), keep, course.micro_batch
+            pair, torch.cat([training, validation]), keep, config.micro_batch
         )
         jobs = {}
         for layer in pair.merged:
             objective = method.objective(pair, layer)
             assert isinstance(objective, OneLayer)
-            for size in _sizes(course, len(validation)):
+            for size in _sizes(config, len(validation)):
                 objective.expect(pair.student, training[:1].expand(size, -1))
             span = pair.history[layer]
             ends = [
@@ -105,13 +105,13 @@ def train_apart(
                 for boundary in (span[0], span[-1] + 1)
             ]
             jobs[layer] = partial(
-                _train_one, objective, ends, count, course, folder / f"layer-{layer}", job
+                _train_one, objective, ends, count, config, folder / f"layer-{layer}", job
             )
             memory = training_memory(objective)
         if workers > 1:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 waiting = [
-                    pool.submit(_in_process, task, number, workers, kind, course.precision)
+                    pool.submit(_in_process, task, number, workers, kind, config.precision)
                     for number, task in enumerate(jobs.values())
                 ]
                 for future in as_completed(waiting):
@@ -127,17 +127,21 @@ def train_apart(
         keep.close()
 
 
-def _sizes(course: Course, held_out: int) -> set[int]:
+def _sizes(config: TrainConfig, held_out: int) -> set[int]:
     """The numbers of windows that a forward pass may get."""
-    sizes = {course.micro_batch, course.batch_size % course.micro_batch}
-    return {*sizes, min(course.batch_size, course.micro_batch), held_out % course.micro_batch} - {0}
+    sizes = {config.micro_batch, config.batch_size % config.micro_batch}
+    return {
+        *sizes,
+        min(config.batch_size, config.micro_batch),
+        held_out % config.micro_batch,
+    } - {0}
 
 
 def _train_one(
     objective: Objective,
     ends: Sequence[Tensor | MappedStates],
     count: int,
-    course: Course,
+    config: TrainConfig,
     folder: Path,
     job: str,
     *,
@@ -154,7 +158,7 @@ def _train_one(
         count,
         lambda rows: tuple(states[rows + count] for states in sides),
         held_out,
-        course,
+        config,
         accelerator=accelerator,
         folder=folder,
         job=job,

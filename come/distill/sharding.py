@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from come.distill.objectives.base import Objective, Pair
 
 
-def asked_to_shard(accelerator: Accelerator) -> bool:
+def wants_sharding(accelerator: Accelerator) -> bool:
     """Whether several processes were launched to hold the layers in parts.
 
     An accelerate config with `distributed_type: FSDP` asks for it; it sets ACCELERATE_USE_FSDP.
@@ -57,7 +57,7 @@ def sharded_layers(module: nn.Module) -> list[FSDPModule]:
 
 
 @torch.no_grad()
-def adopt(objective: Objective, sharded: Objective) -> None:
+def export_to_student(objective: Objective, sharded: Objective) -> None:
     """Brings the trained parameters of a sharded copy back. All processes must call it."""
     found = sharded.trained
     for name, parameter in objective.trained.items():

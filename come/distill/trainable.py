@@ -107,7 +107,7 @@ def add_lora(student: ModelAdapter, layers: Iterable[int], rank: int, seed: int)
         inject_adapter_in_model(config, student.model)
 
 
-def settle_lora(student: ModelAdapter) -> None:
+def merge_lora(student: ModelAdapter) -> None:
     """Adds the adapters to the weights and takes them away, in place."""
     from peft.tuners.lora import LoraLayer
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.objectives.base import Objective
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
@@ -29,7 +29,7 @@ def train(
     count: int,
     held_out: Windows,
     held_out_count: int,
-    course: Course,
+    config: TrainConfig,
     *,
     accelerator: Accelerator,
     folder: Path,
@@ -40,8 +40,8 @@ def train(
 ) -> Progress:
     """Minimises an objective with AdamW; the parameters end at their best by validation.
 
-    The rate rises and falls by `Course.rate`. The first validation comes before the first step, so
-    the result is never worse on held-out windows than the start. Every process takes an equal part
+    The learning rate follows `TrainConfig.lr_at`. The first validation runs before the first
+    step, so the result is never worse on held-out windows than the start. Every process takes an equal part
     of each step's windows, so the gradient is that of one process.
 
     Args:
@@ -50,7 +50,7 @@ def train(
         count: how many there are.
         held_out: the validation windows.
         held_out_count: how many there are.
-        course: steps, rates and sizes.
+        config: steps, rates and sizes.
         accelerator: device, processes and precision.
         folder: where the state is kept; a state of the same job in it is gone on from.
         job: names the job.
@@ -64,12 +64,12 @@ def train(
     Raises:
         ValueError: the loss is not finite.
     """
-    share = course.batch_size // accelerator.num_processes
-    assert share * accelerator.num_processes == course.batch_size
+    share = config.batch_size // accelerator.num_processes
+    assert share * accelerator.num_processes == config.batch_size
     trained, parted = objective.trained, bool(sharded_layers(objective))
     main = accelerator.is_main_process
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=course.learning_rate, weight_decay=course.weight_decay
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     restored = load_progress(folder, job, trained, optimizer)
     progress, best = restored or (Progress(), {})
@@ -79,18 +79,18 @@ def train(
     objective.eval()  # no dropout: the teacher has none either
     model = objective if parted else accelerator.prepare_model(objective)
     bar = tqdm(
-        total=course.steps, initial=progress.step, desc=name, unit="step", leave=False,
+        total=config.steps, initial=progress.step, desc=name, unit="step", leave=False,
         disable=None if progress_bar and main else True,
     )  # fmt: skip
 
     def validate() -> None:
         """Validates, and keeps the weights if they are the best so far."""
-        found = _validation(objective, held_out, held_out_count, course, accelerator)
+        found = _validation(objective, held_out, held_out_count, config, accelerator)
         if not math.isfinite(found["loss"]):
             raise ValueError(
                 f"{name}: the validation loss is not finite after step {progress.step}; try "
                 "distill.precision=float32, or lower distill.learning_rate="
-                f"{course.learning_rate}"
+                f"{config.learning_rate}"
             )
         progress.validation.append({"step": progress.step, **found})
         if found["loss"] < progress.best_loss:
@@ -101,21 +101,21 @@ def train(
     def goes_on() -> bool:
         """Whether there is a step left, and patience."""
         since = [v for v in progress.validation if v["step"] > progress.best_step]
-        patient = not course.patience or len(since) < course.patience
-        return patient and progress.step < course.steps
+        patient = not config.patience or len(since) < config.patience
+        return patient and progress.step < config.steps
 
     with bar:
         if not progress.validation:
             validate()
         while goes_on():
             began = time.perf_counter()
-            rows = course.rows(progress.step, count)
+            rows = config.rows(progress.step, count)
             own = rows[accelerator.process_index * share :][:share]
-            losses = _step(model, optimizer, windows, own, course, progress.step, accelerator)
+            losses = _step(model, optimizer, windows, own, config, progress.step, accelerator)
             if not math.isfinite(losses["loss"]):
                 raise ValueError(
                     f"{name}: the loss is not finite at step {progress.step + 1}; lower "
-                    f"distill.learning_rate={course.learning_rate} or distill.clip={course.clip}"
+                    f"distill.learning_rate={config.learning_rate} or distill.clip={config.clip}"
                 )
             progress.step += 1
             progress.seconds += time.perf_counter() - began
@@ -123,9 +123,9 @@ def train(
             log(progress.curve[-1])
             bar.update()
             bar.set_postfix(loss=f"{losses['loss']:.4g}")
-            if progress.step % course.validate_every == 0 or progress.step == course.steps:
+            if progress.step % config.validate_every == 0 or progress.step == config.steps:
                 validate()
-            if progress.step % course.checkpoint_every == 0 and (main or parted):
+            if progress.step % config.checkpoint_every == 0 and (main or parted):
                 save_progress(folder, job, progress, trained, best, optimizer, write=main)
     progress.done = True
     _restore(trained, best)
@@ -139,14 +139,14 @@ def _step(
     optimizer: torch.optim.Optimizer,
     windows: Windows,
     rows: Tensor,
-    course: Course,
+    config: TrainConfig,
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """One optimiser step on the windows `rows` of this process; the losses over all processes."""
     for group in optimizer.param_groups:
-        group["lr"] = course.rate(step)
-    parts, layers = rows.split(course.micro_batch), sharded_layers(model)
+        group["lr"] = config.lr_at(step)
+    parts, layers = rows.split(config.micro_batch), sharded_layers(model)
     total: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -161,21 +161,25 @@ def _step(
         for key, value in losses.items():
             total[key] = total.get(key, 0) + value.detach().float() * weight
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, course.clip))
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {key: accelerator.reduce(value, "mean") for key, value in total.items()}
     found = {key: float(value) for key, value in means.items()}
-    return {**found, "gradient_norm": float(norm), "learning_rate": course.rate(step)}
+    return {**found, "gradient_norm": float(norm), "learning_rate": config.lr_at(step)}
 
 
 @torch.no_grad()
 def _validation(
-    objective: Objective, windows: Windows, count: int, course: Course, accelerator: Accelerator
+    objective: Objective,
+    windows: Windows,
+    count: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Mean losses over all held-out windows."""
     total: dict[str, float] = {}
-    for part in torch.arange(count).split(course.micro_batch):
+    for part in torch.arange(count).split(config.micro_batch):
         batch = tuple(tensor.to(accelerator.device) for tensor in windows(part))
         with accelerator.autocast():
             losses = objective.validate(*batch)

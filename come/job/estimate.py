@@ -67,7 +67,7 @@ def compression_cost(
         fewest = most = [target] * len(recipe.groups)
     elif schedule.remeasures:
         fewest = depths(layers, target, rules.m)
-        most = depths(layers, target, 2) if rules.mixes else fewest
+        most = depths(layers, target, 2) if rules.variable_size else fewest
     extra = {
         f"merge.selection={recipe.selection}": not selection.local or selection.shortlist > 0,
         f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),

@@ -22,7 +22,7 @@ def processes(settings: Settings) -> Accelerator:
     device = choose_device(settings.model.device)
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)
-    crew = make_accelerator(device.type, distill.course(device.type).precision)
+    crew = make_accelerator(device.type, distill.train_config(device.type).precision)
     count = crew.num_processes
     if count > 1 and (not distill.active or distill.distillation().apart):
         raise ValueError(

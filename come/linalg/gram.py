@@ -23,7 +23,7 @@ class Map:
     bias: Float[Tensor, " out"] | None = None
 
 
-class NormalEquations:
+class Gram:
     """Weighted second moments of a map's inputs and of its targets, summed over tokens.
 
         G = sum_t w_t f_t f_t^T    C = sum_t w_t f_t y_t^T    Y = sum_t w_t |y_t|^2
@@ -79,31 +79,27 @@ class NormalEquations:
         self.moment += features.T @ targets
         self.energy += targets.double().square().sum().item()
 
-    def __add__(self, other: NormalEquations) -> NormalEquations:
+    def __add__(self, other: Gram) -> Gram:
         """The equations of both sets of tokens."""
-        total = NormalEquations(
-            self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device
-        )
+        total = Gram(self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device)
         total._upper = self.gram + other.gram
         total.moment = self.moment + other.moment
         total.energy = self.energy + other.energy
         return total
 
-    def mean_square(self) -> float:
+    def mean_diagonal(self) -> float:
         """Mean diagonal of the inputs' Gram matrix, to which a relative lambda refers.
 
         Above 0 also where all inputs are 0, so that a penalty on them leaves the prior.
         """
         return max(self.gram.diagonal()[: self.width].mean().item(), _LEAST)
 
-    def columns(self, kept: Int[Tensor, " kept"]) -> NormalEquations:
+    def columns(self, kept: Int[Tensor, " kept"]) -> Gram:
         """The equations of some of the inputs; the constant stays."""
         rows = kept
         if self.bias:
             rows = torch.cat([kept, kept.new_tensor([self.width])])
-        chosen = NormalEquations(
-            len(kept), self.moment.shape[1], bias=self.bias, device=self.moment.device
-        )
+        chosen = Gram(len(kept), self.moment.shape[1], bias=self.bias, device=self.moment.device)
         chosen._upper = self.gram[rows][:, rows]
         chosen.moment = self.moment[rows]
         chosen.energy = self.energy
@@ -153,11 +149,9 @@ def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
     raise ValueError(f"{key}={ratio}: must be a number above 0, or auto")
 
 
-def best_lambda(
-    fit: NormalEquations, held_out: NormalEquations, prior: Map, grid: Sequence[float]
-) -> float:
+def best_lambda(fit: Gram, held_out: Gram, prior: Map, grid: Sequence[float]) -> float:
     """The relative lambda whose solution on `fit` has the least error on `held_out`."""
-    scale = fit.mean_square()
+    scale = fit.mean_diagonal()
     return min(grid, key=lambda ratio: held_out.error(fit.solve(prior, ratio * scale)))
 
 

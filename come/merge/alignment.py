@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.linalg.gram import Map, NormalEquations
-from come.merge.reconstruction import Goal, Goals
+from come.linalg.gram import Gram, Map
+from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.models.adapter import LayerState, ModelAdapter, Unit
 from come.models.sublayers import States
 
 
 @torch.no_grad()
 def input_maps(
-    goals: Goals,
+    goals: ReconstructionTargets,
     unit: Unit,
     merged: nn.Module,
     sources: Sequence[nn.Module],
-    reads: Callable[[Goal], States],
+    reads: Callable[[TargetBatch], States],
     ratio: float,
 ) -> list[Float[Tensor, "hidden hidden"]]:
     """What each layer of a group would have read, from what the merged layer reads.
@@ -52,7 +52,7 @@ def input_maps(
     adapter, hidden = goals.stream.adapter, goals.stream.adapter.config.hidden_size
     name = adapter.norm(unit)
     norm, own = merged.get_submodule(name), [layer.get_submodule(name) for layer in sources]
-    sums = NormalEquations(hidden, hidden * len(own), bias=False, device=adapter.device)
+    sums = Gram(hidden, hidden * len(own), bias=False, device=adapter.device)
     begins = goals.stream.windows[:, 0]
     first = goals.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
     for goal in goals:
@@ -62,11 +62,11 @@ def input_maps(
         counts[:, 0] = first
         sums.add(norm(reads(goal)).flatten(0, 1), targets, counts.flatten())
     prior = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(own), 1))
-    found = sums.solve(prior, ratio * sums.mean_square()).weight
+    found = sums.solve(prior, ratio * sums.mean_diagonal()).weight
     return list(found.split(hidden))
 
 
-def read_through(
+def fold_input_transform(
     adapter: ModelAdapter, unit: Unit, state: LayerState, change: Float[Tensor, "hidden hidden"]
 ) -> LayerState:
     """A layer whose rows behind a norm read it through `change`: W P in place of W."""

@@ -11,7 +11,7 @@ import torch
 from come.merge.norms import check_norms, fold_norms
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
 from come.merge.plan import MergeStep, Plan
-from come.merge.span import Pieces
+from come.merge.span import SourceLayers
 from come.models.adapter import Block, LayerState, ModelAdapter
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def merged_pieces(
     norms: str,
     shares: Sequence[float],
     kept: KeptUnits,
-) -> Pieces:
+) -> SourceLayers:
     """What the operator reads of `layers` of the model, and how it makes one layer of it.
 
     The model is not changed.
@@ -34,7 +34,7 @@ def merged_pieces(
     states = [adapter.layer_state(index) for index in layers]
     if check_norms(norms) == "fold":
         states = [fold_norms(state, adapter.roles) for state in states]
-    return Pieces(states, lambda layers: operator.merge(layers, adapter.roles, shares, kept))
+    return SourceLayers(states, lambda layers: operator.merge(layers, adapter.roles, shares, kept))
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def block_states(
     A merged block goes into the first of its layers and is silenced in the others; a drop leaves
     the block that it keeps where it is.
     """
-    states = {place: adapter.silent(place, block) for place in places}
+    states = {place: adapter.zeroed(place, block) for place in places}
     home = places[keeper or 0]
     states[home] = adapter.layer_state(home)
     if keeper is None:

@@ -31,12 +31,12 @@ def group_size(depth: int, target: int, m: int) -> int:
 
 
 @dataclass(frozen=True)
-class GroupRules:
+class SpanConstraints:
     """Which groups are allowed.
 
     Attributes:
         m: the size of a group; a drop leaves m - 1 layers out.
-        mixes: whether a group may be smaller.
+        variable_size: whether a group may be smaller.
         remerges: whether a merged layer may be merged again.
         drops: whether the spans that are scored are dropped, not merged.
         protect_first: layers at the front that stay as they are.
@@ -48,7 +48,7 @@ class GroupRules:
     drops: bool = False
     protect_first: int = 0
     protect_last: int = 0
-    mixes: bool = False
+    variable_size: bool = False
 
     @property
     def protected(self) -> int:
@@ -73,7 +73,7 @@ class GroupRules:
         depth = len(history)
         size = group_size(depth, target if stop is None else stop, self.m)
         assert size >= 2
-        sizes = range(2, size + 1) if self.mixes else [size]
+        sizes = range(2, size + 1) if self.variable_size else [size]
         begin, end = self.protect_first, depth - self.protect_last
         if self.drops:
             return [(first, first + size - 2) for first in range(begin, end - size + 2)]
@@ -87,7 +87,7 @@ class GroupRules:
                 continue
             after = [*closed[:first], True, *closed[last + 1 :]]
             runs, excess = _runs(after), depth - (last - first) - target
-            if self.mixes:
+            if self.variable_size:
                 reachable = sum(run - -(-run // self.m) for run in runs) >= excess
             else:
                 reachable = _reachable(runs, excess, self.m)
@@ -145,7 +145,7 @@ def depths(num_layers: int, target: int, m: int) -> list[int]:
 def check_target(
     num_layers: int,
     target: int,
-    rules: GroupRules,
+    rules: SpanConstraints,
     save_at: Iterable[int] = (),
     nested: bool = True,
 ) -> None:
@@ -183,7 +183,7 @@ def check_target(
             f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m}{keeps} "
             f"unless a merged layer is merged again; the smallest depth that can is {least}. Ask "
             f"for at least {least} layers, or set merge.allow_remerge=true (with "
-            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
+            "merge.schedule=mixed merge.selection=angular in place of optimal_partition)"
         )
         if target < replace(rules, remerges=True).smallest_depth(num_layers):
             message = (
@@ -193,7 +193,7 @@ def check_target(
         raise ValueError(message)
     stops = sorted({target, *(depth for depth in save_at if depth > target)}, reverse=True)
     if (
-        rules.mixes
+        rules.variable_size
         and not rules.remerges
         and _layers_used(num_layers, stops, rules.m) > (num_layers - rules.protected)
     ):
@@ -203,7 +203,7 @@ def check_target(
         )
     passed = depths(num_layers, target, rules.m)
     for depth in save_at:
-        if nested and not rules.mixes and depth not in passed:
+        if nested and not rules.variable_size and depth not in passed:
             raise ValueError(
                 f"merge.save_at has {depth}, which is not a depth on the way to {target} layers "
                 f"with merge.m={rules.m}: {', '.join(map(str, passed))}"

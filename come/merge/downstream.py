@@ -10,7 +10,7 @@ from torch import Tensor
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import Weighting, token_weights
 from come.models.adapter import LayerState
-from come.models.sublayers import attention_half, ffn_half
+from come.models.sublayers import run_attention, run_mlp
 from come.models.surgery import Span
 from come.stream.stream import LayerStream
 
@@ -40,7 +40,7 @@ def finish(
     """
     start = min(index for index, span in enumerate(history) if len(span) > 1)
     found: dict[int, LayerState] = {}
-    with stream.spare("finish") as states:
+    with stream.scratch_boundary("finish") as states:
         for rows, batch in stream.through(start, stream.route(start, start)):
             states[rows] = batch
         for index in range(start + 1, len(history)):
@@ -63,8 +63,8 @@ def _refitted(
     for rows in stream.batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
-        _, middle = attention_half(adapter, layer, before, keywords)
-        features, _ = ffn_half(adapter, layer, middle, keywords)
+        _, middle = run_attention(adapter, layer, before, keywords)
+        features, _ = run_mlp(adapter, layer, middle, keywords)
         output = stream.dense(original + 1, rows)
         sums.add(
             features.flatten(0, 1),
@@ -72,9 +72,9 @@ def _refitted(
             token_weights(output, weighting),
         )
     state = adapter.layer_state(index)
-    solved = sums.solve(prior, ratio * sums.mean_square())
+    solved = sums.solve(prior, ratio * sums.mean_diagonal())
     tensors = as_tensors(adapter, "channel", solved, state)
-    layer = adapter.scratch_layer(index, {**state, **tensors})
+    layer = adapter.copy_layer(index, {**state, **tensors})
     for rows in stream.batches:
         before = states[rows].to(adapter.device)
         states[rows] = layer(before, **stream.keywords(len(before), index))

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from come.merge.reconstruction import Goals
-from come.models.sublayers import States, ffn_half, ffn_slopes
+from come.merge.reconstruction import ReconstructionTargets
+from come.models.sublayers import States, activation_derivative, run_mlp
 
 Matrix = Float[Tensor, "channels hidden"]
 
@@ -24,9 +24,9 @@ class InputMap:
 
         E(Z) = sum_t w_t | r_t - W_d (D_t * Z n_t) |^2
 
-    r: what the layer's output lacks; W_d: the FFN's output map; n and D as in `ffn_slopes`. Exact
-    where features are linear in W n, as in an up projection. Nothing is kept of the tokens but the
-    residual stream in front of the FFN: each product with the curvature is a pass of the FFN.
+    r: the residual of the layer's output; W_d: the output projection of the MLP; n and D as in
+    `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
+    projection. Only the MLP's input is stored per token: each curvature product runs the MLP again.
 
     Args:
         goals: of the layer.
@@ -35,7 +35,9 @@ class InputMap:
         name: of W in the layer.
     """
 
-    def __init__(self, goals: Goals, layer: nn.Module, middles: States, name: str) -> None:
+    def __init__(
+        self, goals: ReconstructionTargets, layer: nn.Module, middles: States, name: str
+    ) -> None:
         self.goals = goals
         self.adapter = goals.stream.adapter
         self.layer = layer
@@ -130,12 +132,12 @@ class InputMap:
 
     def _gap(self, middle: States, wanted: States, keywords: dict[str, Any]) -> Tensor:
         """What the layer's output lacks, tokens by channels."""
-        output = ffn_half(self.adapter, self.layer, middle, keywords)[1]
+        output = run_mlp(self.adapter, self.layer, middle, keywords)[1]
         return (wanted - output).flatten(0, 1).to(self.output)
 
     def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What W reads and the slopes, of a batch, tokens by columns."""
-        read, slopes = ffn_slopes(self.adapter, self.layer, middle, keywords, self.name)
+        read, slopes = activation_derivative(self.adapter, self.layer, middle, keywords, self.name)
         return read.flatten(0, 1).to(self.output), slopes.flatten(0, 1).to(self.output)
 
     def _back(self, gap: Tensor, read: Tensor, slopes: Tensor) -> Matrix:
@@ -144,7 +146,7 @@ class InputMap:
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.goals.stream
         for rows in stream.batches:
-            _, wanted, weights = self.goals.ends(rows)
+            _, wanted, weights = self.goals.input_output(rows)
             middle = self.middles[rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.goals.first)
             yield middle, wanted, weights.to(self.output), keywords

@@ -8,26 +8,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from come.linalg.gram import Map, NormalEquations
-from come.merge.alignment import input_maps, read_through
+from come.linalg.gram import Gram, Map
+from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.output_map import equations, output_map
-from come.merge.reconstruction import Goal, Goals
-from come.merge.span import Group, Split
+from come.merge.reconstruction import ReconstructionTargets, TargetBatch
+from come.merge.span import Group, UnitAllocation
 from come.models.adapter import UNITS, Unit
-from come.models.sublayers import States, attention_half, ffn_half
+from come.models.sublayers import States, run_attention, run_mlp
 
 Chosen = tuple[Map, Tensor]
 """An attention map, and the columns of the wide one that it reads."""
 
-Choose = Callable[[NormalEquations, Map, int, int], list[int]]
+Choose = Callable[[Gram, Map, int, int], list[int]]
 """(equations, map of all units, how many to keep, columns of a unit) -> kept units, ascending."""
 
-Drive = Callable[[NormalEquations, Map, Tensor], Map]
+Drive = Callable[[Gram, Map, Tensor], Map]
 """(equations, the kept units' map, their columns) -> the map through which they drive."""
 
 
 @torch.no_grad()
-def wide_split(group: Group, choose: Choose, drive: Drive, align: float | None = None) -> Split:
+def select_units_jointly(
+    group: Group, choose: Choose, drive: Drive, align: float | None = None
+) -> UnitAllocation:
     """The units of a group that `choose` keeps: KV groups, then FFN channels behind them.
 
     Args:
@@ -41,20 +43,22 @@ def wide_split(group: Group, choose: Choose, drive: Drive, align: float | None =
     """
     assert group.goals is not None
     goals, adapter = group.goals(), group.stream.adapter
-    undecided = Split([1 / group.size] * group.size)  # what the operator reads hangs on no split
+    undecided = UnitAllocation(
+        [1 / group.size] * group.size
+    )  # what the operator reads hangs on no split
     states = list(group.pieces(undecided).layers)
-    layers = [adapter.scratch_layer(group.first, state) for state in states]
+    layers = [adapter.copy_layer(group.first, state) for state in states]
     kept: dict[Unit, list[list[int]]] = {}
     attention: Chosen | None = None
     for unit in UNITS:
-        prior = wide_map(goals, unit)
+        prior = stacked_map(goals, unit)
         if align is not None:
             reads = partial(_read, goals, layers, attention)
             maps = input_maps(goals, unit, layers[0], layers, reads, align)
             for i, change in enumerate(maps):
-                states[i] = read_through(adapter, unit, states[i], change)
+                states[i] = fold_input_transform(adapter, unit, states[i], change)
                 layers[i].load_state_dict(states[i])
-        sums = wide_equations(goals, unit, prior, layers, attention)
+        sums = stacked_gram(goals, unit, prior, layers, attention)
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         units = choose(sums, prior, count, size)
         kept[unit] = by_layer(units, count, group.size)
@@ -63,10 +67,10 @@ def wide_split(group: Group, choose: Choose, drive: Drive, align: float | None =
             own = Map(prior.weight[:, columns], prior.bias)
             attention = drive(sums, own, columns), columns
     total = adapter.unit_counts["channel"]
-    return Split([len(layer) / total for layer in kept["channel"]], kept)
+    return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
 
 
-def wide_map(goals: Goals, unit: Unit) -> Map:
+def stacked_map(goals: ReconstructionTargets, unit: Unit) -> Map:
     """The output maps of the group's layers side by side, W = [W_1 ... W_m]; biases are added."""
     adapter = goals.stream.adapter
     layers = range(goals.first, goals.last + 1)
@@ -79,19 +83,19 @@ def wide_map(goals: Goals, unit: Unit) -> Map:
 
 
 @torch.no_grad()
-def wide_equations(
-    goals: Goals,
+def stacked_gram(
+    goals: ReconstructionTargets,
     unit: Unit,
     prior: Map,
     layers: Sequence[nn.Module],
     attention: Chosen | None = None,
-) -> NormalEquations:
+) -> Gram:
     """Normal equations of all units of one kind of the group, on the input of the group.
 
     Args:
         goals: of the group.
         unit: the kind of unit.
-        prior: `wide_map` of these units.
+        prior: `stacked_map` of these units.
         layers: of the group, as the operator reads them.
         attention: for FFN channels, the attention in front of them.
 
@@ -108,24 +112,27 @@ def wide_equations(
             middle = _read(goals, layers, attention, goal)
             keywords = stream.keywords(len(middle), goals.first)
             features = torch.cat(
-                [ffn_half(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
+                [run_mlp(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
             )
             wanted = goal.output - middle
         sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
     return sums
 
 
-def _heads(goals: Goals, layers: Sequence[nn.Module], goal: Goal) -> Tensor:
+def _heads(goals: ReconstructionTargets, layers: Sequence[nn.Module], goal: TargetBatch) -> Tensor:
     """Head outputs of all layers side by side, on the group's input."""
     adapter = goals.stream.adapter
     keywords = goals.stream.keywords(len(goal.states), goals.first)
     return torch.cat(
-        [attention_half(adapter, layer, goal.states, keywords)[0] for layer in layers], dim=-1
+        [run_attention(adapter, layer, goal.states, keywords)[0] for layer in layers], dim=-1
     )
 
 
 def _read(
-    goals: Goals, layers: Sequence[nn.Module], attention: Chosen | None, goal: Goal
+    goals: ReconstructionTargets,
+    layers: Sequence[nn.Module],
+    attention: Chosen | None,
+    goal: TargetBatch,
 ) -> States:
     """The residual stream in front of the block: the group's input, and what `attention` adds."""
     if attention is None:

@@ -18,9 +18,9 @@ from come.merge.constraints import check_target
 from come.merge.downstream import finish
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.recipe import Recipe, groups_target
-from come.merge.reconstruction import Goals, check_refit_target, check_weighting
+from come.merge.reconstruction import ReconstructionTargets, check_refit_target, check_weighting
 from come.merge.schedules.base import SCHEDULES, Search
-from come.merge.span import Group, Pieces, Split
+from come.merge.span import Group, SourceLayers, UnitAllocation
 from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
 from come.models.surgery import Span
@@ -124,7 +124,7 @@ def compress(
         if recipe.wants_dense and plan.steps and plan.num_layers > target_layers:
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)
-            stream.remember()
+            stream.snapshot_dense()
         apply(plan, model)
         search = _Compression(stream, recipe, [*stops, target_layers], on_first_layer)
         steps: list[MergeStep] = []
@@ -236,7 +236,7 @@ class _Compression:
             return step
         self.stream.advance(self.stream.valid, step.last)
         places = range(step.first, step.last + 1)
-        pieces = self._pieces(places, Split(step.shares, step.kept))
+        pieces = self._pieces(places, UnitAllocation(step.shares, step.kept))
         original = plan.history[step.last][-1]
         goals = self._goals(step.first, step.last, original, self.stream)
         solved = self.refit.solve(goals, pieces)
@@ -255,8 +255,10 @@ class _Compression:
         }
         return replace(plan, finish=SolvedTensors(tensors))
 
-    def _goals(self, first: int, last: int, original: int, stream: LayerStream) -> Goals:
-        return Goals(
+    def _goals(
+        self, first: int, last: int, original: int, stream: LayerStream
+    ) -> ReconstructionTargets:
+        return ReconstructionTargets(
             stream,
             first,
             last,
@@ -273,7 +275,7 @@ class _Compression:
             self.start = step.first
         else:
             self.start = replace(plan, steps=plan.steps[:-1]).places[step.first]
-            self.stream.changed(self.start)
+            self.stream.invalidate_from(self.start)
 
     def _measure(self) -> None:
         """Streams all layers whose statistics are not known."""
@@ -285,8 +287,8 @@ class _Compression:
             if self._on_first_layer:
                 self._on_first_layer(time.perf_counter() - began)
             stream.advance(1, last, self._collector)
-            if self.recipe.wants_dense and not stream.remembers:
-                stream.remember()
+            if self.recipe.wants_dense and not stream.has_dense:
+                stream.snapshot_dense()
         else:
             stream.advance(self.start, last, self._collector)
         found = self._collector.found
@@ -343,7 +345,7 @@ class _Compression:
             goals=partial(self._goals, places[0], places[-1], history[last][-1], stream),
         )
 
-    def _pieces(self, places: Sequence[int], split: Split) -> Pieces:
+    def _pieces(self, places: Sequence[int], split: UnitAllocation) -> SourceLayers:
         return merged_pieces(
             self.stream.adapter,
             places,
@@ -353,25 +355,25 @@ class _Compression:
             split.kept,
         )
 
-    def _trial(self, places: Sequence[int], split: Split) -> Route:
+    def _trial(self, places: Sequence[int], split: UnitAllocation) -> Route:
         """Layers beside the model that are what the group would become."""
         adapter, block = self.stream.adapter, self.stream.block
         merged = self._pieces(places, split).state
         if block == "layer":
-            return [(places[0], adapter.scratch_layer(places[0], merged))]
+            return [(places[0], adapter.copy_layer(places[0], merged))]
         keeper = split.shares.index(1.0) if self.operator.drops else None
         states = block_states(adapter, places, keeper, merged, block)
-        layers = {place: adapter.scratch_layer(place, state) for place, state in states.items()}
+        layers = {place: adapter.copy_layer(place, state) for place, state in states.items()}
         return [
             (index, layers.get(index, adapter.layers[index]))
             for index in range(places[0], places[-1] + 1)
         ]
 
-    def _split(self, group: Group, kept: int | None) -> Split:
+    def _split(self, group: Group, kept: int | None) -> UnitAllocation:
         if kept is not None:
-            return Split([float(i == kept) for i in range(group.size)])
+            return UnitAllocation([float(i == kept) for i in range(group.size)])
         shares = self.operator.fixed_shares(group.size)
-        return Split(shares) if shares else self.retention.split(group)
+        return UnitAllocation(shares) if shares else self.retention.split(group)
 
 
 def _check_finite(statistics: list[LayerStatistics]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from come.linalg.gram import Map, NormalEquations
+from come.linalg.gram import Gram, Map
 from come.models.adapter import LayerState, ModelAdapter, Unit
 
 
@@ -15,10 +15,10 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
     return Map(weight, bias[0] if bias else None)
 
 
-def equations(prior: Map, adapter: ModelAdapter) -> NormalEquations:
+def equations(prior: Map, adapter: ModelAdapter) -> Gram:
     """Empty equations for a map of this shape."""
     out, width = prior.weight.shape
-    return NormalEquations(width, out, bias=prior.bias is not None, device=adapter.device)
+    return Gram(width, out, bias=prior.bias is not None, device=adapter.device)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from come.linalg.gram import check_lambda
-from come.merge.constraints import GroupRules
+from come.merge.constraints import SpanConstraints
 from come.merge.norms import check_norms
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.reconstruction import check_refit_target, check_weighting
@@ -22,7 +22,7 @@ from come.statistics.influence import check_tokens
 
 COME_PLUS: dict[str, Any] = {
     "operator": "concat",
-    "schedule": "cheapest",
+    "schedule": "optimal_partition",
     "m": 4,
     "selection": "trial_kl",
     "retention": "adaptive",
@@ -159,7 +159,7 @@ class Recipe:
                 "merge.allow_remerge=true is not possible with it; choose merge.schedule=mixed "
                 "merge.selection=angular"
             )
-        if SCHEDULES.get(self.schedule_name).mixes and operator.drops:
+        if SCHEDULES.get(self.schedule_name).variable_size and operator.drops:
             raise ValueError(
                 f"merge.schedule={self.schedule} weighs sizes of merged groups, and "
                 f"merge.operator={self.operator} drops layers; choose merge.schedule=progressive"
@@ -299,15 +299,15 @@ class Recipe:
         """Whether one run passes through all depths on the way to its target."""
         return SCHEDULES.get(self.schedule_name).nested
 
-    def rules(self, num_layers: int, target: int) -> GroupRules:
+    def rules(self, num_layers: int, target: int) -> SpanConstraints:
         """Which groups are allowed on the way from `num_layers` to `target` layers."""
-        return GroupRules(
+        return SpanConstraints(
             m=num_layers - target + 1 if SCHEDULES.get(self.schedule_name).whole else self.m,
             remerges=self.remerges,
             drops=OPERATORS.get(self.operator).drops,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
-            mixes=SCHEDULES.get(self.schedule_name).mixes,
+            variable_size=SCHEDULES.get(self.schedule_name).variable_size,
         )
 
     @property

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.models.adapter import Unit
-from come.models.sublayers import States, attention_half
+from come.models.sublayers import States, run_attention
 from come.stream.stream import LayerStream
 
 Target = Literal["dense", "current"]
@@ -19,7 +19,7 @@ Weighting = Literal["relative", "equal"]
 
 
 @dataclass(frozen=True)
-class Goal:
+class TargetBatch:
     """A batch: what goes into the layer, and what is wanted behind its two blocks.
 
     Attributes:
@@ -40,7 +40,7 @@ class Goal:
     entering: Mapping[Unit, Sequence[States]]
 
 
-class Goals:
+class ReconstructionTargets:
     """The goals of a group of layers a..b of the model as it is.
 
         middle = h_{a-1} + sum_i Attention_i(h_{i-1})      what the group's attention adds
@@ -75,25 +75,25 @@ class Goals:
         self.target: Target = target
         self.weighting: Weighting = weighting
 
-    def __iter__(self) -> Iterator[Goal]:
+    def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of all windows, in order."""
         stream, layers = self.stream, range(self.first, self.last + 1)
         for rows in stream.batches:
-            states, output, weights = self.ends(rows)
+            states, output, weights = self.input_output(rows)
             middle = states.clone()
             entering: dict[Unit, list[States]] = {"kv_group": [], "channel": []}
             for index in layers:
                 before = stream.boundary(index, rows)
                 keywords = stream.keywords(len(before), index)
                 layer = stream.adapter.layers[index]
-                between = attention_half(stream.adapter, layer, before, keywords)[1]
+                between = run_attention(stream.adapter, layer, before, keywords)[1]
                 middle += between - before
                 entering["kv_group"].append(before)
                 entering["channel"].append(between)
             windows = torch.arange(rows.start, rows.stop)
-            yield Goal(states, middle, output, weights, windows, entering)
+            yield TargetBatch(states, middle, output, weights, windows, entering)
 
-    def ends(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
+    def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
         """Of one batch the layer's input, the output that is wanted, and the tokens' weights."""
         if self.target == "dense":
             output = self.stream.dense(self.original + 1, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.unit_scores import UnitScores
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
@@ -14,7 +14,7 @@ from come.stream.stream import LayerStream, Route
 
 
 @dataclass(frozen=True)
-class Split:
+class UnitAllocation:
     """How much of each layer of a group is kept, and which units.
 
     Attributes:
@@ -27,7 +27,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SourceLayers:
     """The layers of a group as the operator reads them, and how it makes one of them.
 
     Attributes:
@@ -65,10 +65,10 @@ class Group:
     last: int
     spans: Sequence[Span]
     statistics: Sequence[LayerStatistics]
-    pieces: Callable[[Split], Pieces]
-    trial: Callable[[Split], Route]
+    pieces: Callable[[UnitAllocation], SourceLayers]
+    trial: Callable[[UnitAllocation], Route]
     scores: Callable[[], UnitScores] | None = None
-    goals: Callable[[], Goals] | None = None
+    goals: Callable[[], ReconstructionTargets] | None = None
 
     @property
     def size(self) -> int:
@@ -80,18 +80,18 @@ class Group:
         """Block influence of every layer."""
         return [layer.bi for layer in self.statistics]
 
-    def merge(self, split: Split) -> LayerState:
+    def merge(self, split: UnitAllocation) -> LayerState:
         """The tensors of the merged layer."""
         return self.pieces(split).state
 
-    def loss(self, split: Split) -> float:
+    def loss(self, split: UnitAllocation) -> float:
         """Calibration loss, nats a predicted token, if the group were merged by `split`.
 
         Only what lies behind the group is computed, from the boundary in front of it.
         """
-        return self.stream.loss(self.first, self.way(split))
+        return self.stream.loss(self.first, self.full_route(split))
 
-    def way(self, split: Split) -> Route:
+    def full_route(self, split: UnitAllocation) -> Route:
         """All layers from the boundary in front of the group to the end, if merged by `split`."""
         behind = self.stream.route(self.last + 1, self.stream.num_layers - 1)
         return [*self.trial(split), *behind]

@@ -142,7 +142,7 @@ class ModelAdapter:
         tensors = dict(self.layers[index].named_parameters())
         return [tensors[name] for name in self.block_tensors(block) if tensors[name].dim() == 2]
 
-    def middle(self, index: int) -> nn.Module:
+    def mlp_norm_module(self, index: int) -> nn.Module:
         """The norm of layer `index` whose input is the state between attention and FFN."""
         return self.layers[index].get_submodule(self.architecture.ffn_norm)
 
@@ -151,7 +151,7 @@ class ModelAdapter:
         arch = self.architecture
         return arch.attention_norm if unit == "kv_group" else arch.ffn_norm
 
-    def silent(self, index: int, block: Block) -> LayerState:
+    def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index` with a block that adds nothing to the residual stream."""
         state = self.layer_state(index)
         silenced = self.output_tensors(*UNITS_OF[block])
@@ -198,7 +198,7 @@ class ModelAdapter:
         """The map from normed hidden states to logits."""
         return self.model.get_output_embeddings()
 
-    def scratch_layer(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+    def copy_layer(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         """A layer beside the model, like layer `index` but with the tensors `state`."""
         layer = copy.deepcopy(self.layers[index])
         layer.load_state_dict(dict(state))

@@ -21,7 +21,7 @@ class _EnoughError(Exception):
 
 
 @torch.no_grad()
-def attention_half(
+def run_attention(
     adapter: ModelAdapter, layer: nn.Module, states: States, keywords: Mapping[str, Any]
 ) -> tuple[Features, States]:
     """Runs a layer up to the middle, where the FFN begins.
@@ -55,7 +55,7 @@ def attention_half(
 
 
 @torch.no_grad()
-def ffn_half(
+def run_mlp(
     adapter: ModelAdapter, layer: nn.Module, middle: States, keywords: Mapping[str, Any]
 ) -> tuple[Features, States]:
     """Runs a layer's FFN on a residual stream, its attention left out.
@@ -79,7 +79,7 @@ def ffn_half(
     return seen[0].view(*middle.shape[:2], -1), after
 
 
-def ffn_slopes(
+def activation_derivative(
     adapter: ModelAdapter,
     layer: nn.Module,
     middle: States,

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.objectives.base import DISTILL, Distillation
 from come.schema.text import TextSettings
 
@@ -81,16 +81,16 @@ class DistillSettings(TextSettings):
         """The method, made from the settings."""
         return DISTILL.create(self.method, {f.name: getattr(self, f.name) for f in fields(self)})
 
-    def course(self, device: str) -> Course:
+    def train_config(self, device: str) -> TrainConfig:
         """How training runs on a device type."""
         precision = self.precision
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" else "float32"
-        names = {f.name for f in fields(Course)} - {"steps", "precision"}
+        names = {f.name for f in fields(TrainConfig)} - {"steps", "precision"}
         steps = max(1, self.tokens // (self.batch_size * self.seq_len))
         own = {name: getattr(self, name) for name in names}
         own["micro_batch"] = min(self.micro_batch, self.batch_size)
-        return Course(steps=steps, precision=precision, **own)
+        return TrainConfig(steps=steps, precision=precision, **own)
 
     def check(self) -> None:
         """Raises ValueError for a value out of range."""

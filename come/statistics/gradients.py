@@ -121,7 +121,7 @@ def path_gradients(
         def leaves(index: int, scales: dict[tuple[int, Unit], Tensor] = scales) -> list[Tensor]:
             return [scales[index, unit] for unit in UNITS] if index in layers else []
 
-        with _scaled(adapter, scales), stream.beside() as scaled:
+        with _scaled(adapter, scales), stream.fork() as scaled:
             scaled.embed()
             scaled.advance(0, adapter.num_layers - 1)
             for index, gradients in backward(scaled, min(layers), leaves):

@@ -149,11 +149,11 @@ class LayerStream:
         return self._store[index][rows].to(self.adapter.device)
 
     @property
-    def remembers(self) -> bool:
+    def has_dense(self) -> bool:
         """Whether there are boundaries of the dense model to compare with."""
         return self._dense is not None
 
-    def remember(self) -> None:
+    def snapshot_dense(self) -> None:
         """Keeps a copy of all boundaries, as those of the dense model."""
         assert self._valid == self.num_layers
         shape, dtype = self._store.shape, self._store.dtype
@@ -214,12 +214,12 @@ class LayerStream:
         for rows in self._batches:
             yield self._ends(first, last, rows)
 
-    def without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
+    def route_without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
         """The way from boundary `first` to boundary last + 1 without the blocks of these layers."""
         if self.block == "layer":
             return []
         return [
-            (index, self.adapter.scratch_layer(index, self.adapter.silent(index, self.block)))
+            (index, self.adapter.copy_layer(index, self.adapter.zeroed(index, self.block)))
             for index in range(first, last + 1)
         ]
 
@@ -239,7 +239,7 @@ class LayerStream:
             slot = self._middle[index][rows]
             slot.copy_(inputs[0].view(slot.shape))
 
-        handle = self.adapter.middle(index).register_forward_pre_hook(keep)
+        handle = self.adapter.mlp_norm_module(index).register_forward_pre_hook(keep)
         try:
             yield
         finally:
@@ -258,7 +258,7 @@ class LayerStream:
         """Keyword arguments of layer `index` for a batch of `batch` windows."""
         return self._kwargs[batch][index]
 
-    def beside(
+    def fork(
         self, windows: Int[Tensor, "windows seq"] | None = None, store: str | None = None
     ) -> LayerStream:
         """A second stream of the same model, with boundaries of its own.
@@ -280,7 +280,7 @@ class LayerStream:
             meter=self._meter,
         )
 
-    def beginning(self, windows: int) -> LayerStream:
+    def head(self, windows: int) -> LayerStream:
         """This stream's first windows alone.
 
         It shares the boundaries, and is good until they change; only this stream closes them.
@@ -300,7 +300,7 @@ class LayerStream:
         return view
 
     @contextmanager
-    def spare(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
+    def scratch_boundary(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
         """Room for one more boundary, of the stream's kind of store, freed at the end."""
         store = make_store(self.store, self._store.shape, self._store.dtype, self._folder, name)
         try:
@@ -363,7 +363,7 @@ class LayerStream:
         self._store.trim(self.num_layers + 1)
         self._valid = first
 
-    def changed(self, index: int) -> None:
+    def invalidate_from(self, index: int) -> None:
         """Takes note that layer `index`, and perhaps layers behind it, have other weights."""
         self._valid = min(self._valid, index)
 

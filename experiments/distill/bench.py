@@ -21,9 +21,9 @@ from accelerate import Accelerator
 
 from come.data.sources.pydocs import PyDocs
 from come.data.windows import calibration_windows
-from come.distill.base import DISTILL, Pair
-from come.distill.config import Course
+from come.distill.config import TrainConfig
 from come.distill.hidden_states import passed
+from come.distill.objectives.base import DISTILL, Pair
 from come.distill.trainer import train
 from come.merge.loop import compress
 from come.merge.recipe import Recipe
@@ -67,7 +67,9 @@ def main() -> None:
     teacher = load_weights(checkpoint, dtype="float32").requires_grad_(False)
     pair = Pair(ModelAdapter(student), ModelAdapter(teacher), plan.history)
     objective = DISTILL.create("come_sp").objective(pair)
-    course = Course(steps=1, batch_size=len(ids), micro_batch=len(ids), warmup=0, validate_every=2)
+    train_config = TrainConfig(
+        steps=1, batch_size=len(ids), micro_batch=len(ids), warmup=0, validate_every=2
+    )
     shares = []
     for turn in range(arguments.turns):
         bound = bound_seconds(pair, ids)
@@ -78,7 +80,7 @@ def main() -> None:
                 len(ids),
                 lambda rows: (ids[:1, :8],),
                 1,
-                course,
+                train_config,
                 accelerator=Accelerator(cpu=True),
                 folder=Path(folder),
                 job="bench",

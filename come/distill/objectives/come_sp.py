@@ -11,7 +11,7 @@ from torch import Tensor
 from come.distill.hidden_states import passed
 from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
-from come.distill.trainable import check_rank, check_train, choose_parameters, settle_lora
+from come.distill.trainable import check_rank, check_train, choose_parameters, merge_lora
 
 
 class MatchedStates(Objective):
@@ -164,4 +164,4 @@ class ComeSP(Distillation):
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
         """Adapters become weights."""
-        settle_lora(pair.student)
+        merge_lora(pair.student)

@@ -9,7 +9,7 @@ from torch import Tensor
 from come.distill.hidden_states import passed
 from come.distill.losses import task_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
-from come.distill.trainable import add_lora, check_rank, equal_rank, settle_lora
+from come.distill.trainable import add_lora, check_rank, equal_rank, merge_lora
 
 
 class TaskLoss(Objective):
@@ -70,4 +70,4 @@ class Lora(Distillation):
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
         """Adapters become weights."""
-        settle_lora(pair.student)
+        merge_lora(pair.student)

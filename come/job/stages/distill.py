@@ -11,12 +11,12 @@ from accelerate import Accelerator
 
 from come.data.sampling import cached, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
-from come.distill.config import Course
-from come.distill.layerwise import train_apart
+from come.distill.config import TrainConfig
+from come.distill.layerwise import train_layerwise
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.objectives.base import Pair
 from come.distill.progress import Progress
-from come.distill.sharding import adopt, asked_to_shard, shard
+from come.distill.sharding import export_to_student, shard, wants_sharding
 from come.distill.trainer import train
 from come.job.folder import STATES
 from come.job.stages.merge import sampling_key, save
@@ -41,10 +41,10 @@ def distill(
     """Trains the merged model and saves it as `model/`; the merged one stays in `model-merged/`."""
     settings = job.settings.distill
     settings.warn_unread()
-    method, course = settings.distillation(), settings.course(model.device.type)
+    method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
     model.float()  # AdamW on weights of half precision loses its small steps
-    parted = asked_to_shard(crew)
+    parted = wants_sharding(crew)
     if parted:
         model.cpu()  # no device needs to hold all of it
     teacher = job.load(device="cpu" if parted else str(crew.device)).requires_grad_(False)
@@ -55,27 +55,27 @@ def distill(
             "nothing to train"
         )
     with crew.main_process_first():  # the others find sampled text in the cache
-        text = job.training or sampled(job, teacher, course.steps * course.batch_size)
+        text = job.training or sampled(job, teacher, train_config.steps * train_config.batch_size)
     validation, training = text.windows.split(
         [settings.validation_samples, len(text.windows) - settings.validation_samples]
     )
     folder = job.folder / STATES
     log.info(
         "distill: %s, %d steps of %d windows of %d tokens; %d windows in hand, %d held out",
-        settings.method, course.steps, course.batch_size, settings.seq_len, len(training),
-        len(validation),
+        settings.method, train_config.steps, train_config.batch_size, settings.seq_len,
+        len(training), len(validation),
     )  # fmt: skip
 
     def record(prefix: str, losses: Mapping[str, float | int]) -> None:
         trackers.log({f"distill/{prefix}{key}": value for key, value in losses.items()})
 
     if method.apart:
-        found, memory = train_apart(
+        found, memory = train_layerwise(
             method,
             pair,
             training,
             validation,
-            course,
+            train_config,
             accelerator=crew,
             folder=folder,
             job=job.hash,
@@ -94,17 +94,17 @@ def distill(
             len(training),
             lambda rows: (validation[rows],),
             len(validation),
-            course,
+            train_config,
             accelerator=crew,
             folder=folder,
             job=job.hash,
             log=lambda losses: record("", losses),
         )
         if parted:
-            adopt(objective, working)
+            export_to_student(objective, working)
         method.settle(objective, pair)
         model.to(crew.device)
-    result = _result(job, text, course, progress, memory, len(training), crew)
+    result = _result(job, text, train_config, progress, memory, len(training), crew)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # and no buffer: rotary tables stay in float32
     crew.free_memory()
@@ -158,14 +158,14 @@ def _sum(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 def _result(
     job: Job,
     text: TokenWindows,
-    course: Course,
+    train_config: TrainConfig,
     progress: Progress,
     memory: TrainingMemory,
     windows: int,
     crew: Accelerator,
 ) -> DistillationResult:
     settings = job.settings.distill
-    a_step = course.batch_size * settings.seq_len
+    a_step = train_config.batch_size * settings.seq_len
     tokens = progress.step * a_step
     return {
         "method": settings.method,

@@ -277,8 +277,8 @@ def _training(
     distill, text = settings.distill, settings.training_text
     if not distill.active or text is None:
         return None
-    course = distill.course("cpu")
-    wanted = course.steps * course.batch_size + distill.validation_samples
+    train_config = distill.train_config("cpu")
+    wanted = train_config.steps * train_config.batch_size + distill.validation_samples
     found = calibration_windows(
         tokenizer,
         text,
@@ -342,7 +342,7 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
             f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
             f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
             f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true (with "
-            "merge.schedule=mixed merge.selection=angular in place of cheapest)"
+            "merge.schedule=mixed merge.selection=angular in place of optimal_partition)"
         )
     return target
 

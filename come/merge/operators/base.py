@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.models.adapter import LayerState, Role, Unit
 from come.registry import Registry
 
@@ -79,7 +79,7 @@ class MergeOperator(ABC):
         """What each of `size` layers counts for, where retention has no say; else None."""
         return None
 
-    def solve(self, group: Group, split: Split) -> Solution:
+    def solve(self, group: Group, split: UnitAllocation) -> Solution:
         """What calibration data says beyond `merge`; nothing, unless an operator overrides it."""
         return Solution()
 

@@ -6,7 +6,7 @@ import torch
 
 from come.merge.operators.base import OPERATORS, Solution
 from come.merge.operators.drop import Drop, kept_layer
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 
 
 @OPERATORS.register
@@ -26,7 +26,7 @@ class PruneComp(Drop):
     source = "Prune&Comp, magnitude compensation"
     solves = True
 
-    def solve(self, group: Group, split: Split) -> Solution:
+    def solve(self, group: Group, split: UnitAllocation) -> Solution:
         """The factor 1 / alpha on all output maps behind the cut."""
         keeper = kept_layer(split.shares)
         before, after = (

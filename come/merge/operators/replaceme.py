@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from come.merge.operators.base import OPERATORS, Solution
 from come.merge.operators.drop import Drop, kept_layer
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 
 
 @OPERATORS.register
@@ -32,7 +32,7 @@ class ReplaceMe(Drop):
     needs_layer_before = True
     solves = True
 
-    def solve(self, group: Group, split: Split) -> Solution:
+    def solve(self, group: Group, split: UnitAllocation) -> Solution:
         """The kept layer's down projection with T folded in."""
         assert kept_layer(split.shares) == 0
         stream, adapter = group.stream, group.stream.adapter

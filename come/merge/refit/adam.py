@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import PARTS, Ridge
-from come.merge.span import Pieces
+from come.merge.span import SourceLayers
 from come.models.adapter import LayerState
 
 
@@ -59,18 +59,18 @@ class Adam(Refit):
         self.steps = steps
         self.learning_rate = learning_rate
 
-    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """All tensors of the layer, fitted."""
         stream, index, state = goals.stream, goals.first, pieces.state
         start = {**state, **self.ridge.solve(goals, pieces)}
-        layer = stream.adapter.scratch_layer(index, start).float().requires_grad_(True)
+        layer = stream.adapter.copy_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         steps = tqdm(range(self.steps), desc="adam", leave=False, delay=2, disable=stream.quiet)
         with torch.enable_grad():
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]
-                states, wanted, weights = goals.ends(rows)
+                states, wanted, weights = goals.input_output(rows)
                 keywords = as_float(stream.keywords(len(states), index))
                 output = layer(states.float(), **keywords)
                 gap = (wanted.float() - output).flatten(0, 1)
@@ -85,7 +85,7 @@ class Adam(Refit):
         return {name: found[name].detach().to(tensor.dtype) for name, tensor in state.items()}
 
     @property
-    def stand_in(self) -> Refit:
+    def surrogate(self) -> Refit:
         """The ridge regression alone."""
         return self.ridge
 

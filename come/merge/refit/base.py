@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from come.merge.reconstruction import Goals
-from come.merge.span import Pieces
+from come.merge.reconstruction import ReconstructionTargets
+from come.merge.span import SourceLayers
 from come.models.adapter import LayerState
 from come.registry import Registry
 
@@ -29,7 +29,7 @@ class Refit(ABC):
     batchwise: ClassVar[bool] = False
 
     @abstractmethod
-    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """The tensors that change.
 
         Args:
@@ -41,7 +41,7 @@ class Refit(ABC):
         """
 
     @property
-    def stand_in(self) -> Refit:
+    def surrogate(self) -> Refit:
         """A cheaper one for trial merges, which have to tell groups apart and no more."""
         return self
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from come.merge.input_map import InputMap
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import PARTS, Ridge
-from come.merge.span import Pieces
+from come.merge.span import SourceLayers
 from come.models.adapter import LayerState
-from come.models.sublayers import attention_half
+from come.models.sublayers import run_attention
 
 
 @REFITS.register
@@ -64,16 +64,16 @@ class GaussNewton(Refit):
         self.steps = steps
 
     @torch.no_grad()
-    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """The output maps' new tensors, and the FFN's input maps."""
         stream, adapter = goals.stream, goals.stream.adapter
         found = self.ridge.solve(goals, pieces)
-        layer = adapter.scratch_layer(goals.first, {**pieces.state, **found})
-        with stream.spare("refit") as middles:
+        layer = adapter.copy_layer(goals.first, {**pieces.state, **found})
+        with stream.scratch_boundary("refit") as middles:
             for rows in stream.batches:
-                states, _, _ = goals.ends(rows)
+                states, _, _ = goals.input_output(rows)
                 keywords = stream.keywords(len(states), goals.first)
-                middles[rows] = attention_half(adapter, layer, states, keywords)[1]
+                middles[rows] = run_attention(adapter, layer, states, keywords)[1]
             for name in adapter.architecture.ffn_inputs:
                 problem = InputMap(goals, layer, middles, name)
                 change = problem.step(self.ratio, self.steps)
@@ -82,6 +82,6 @@ class GaussNewton(Refit):
         return found
 
     @property
-    def stand_in(self) -> Refit:
+    def surrogate(self) -> Refit:
         """The ridge regression alone."""
         return self.ridge

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from come.merge.reconstruction import Goals
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
-from come.merge.span import Pieces
+from come.merge.span import SourceLayers
 from come.models.adapter import LayerState
 
 
@@ -17,6 +17,6 @@ class NoRefit(Refit):
     source = "no repair"
     active = False
 
-    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """Nothing."""
         return {}

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from come.linalg.gram import Map, NormalEquations, best_lambda, check_lambda
-from come.merge.alignment import input_maps, input_tensors, read_through
+from come.linalg.gram import Gram, Map, best_lambda, check_lambda
+from come.merge.alignment import fold_input_transform, input_maps, input_tensors
 from come.merge.output_map import as_tensors, equations, output_map
-from come.merge.reconstruction import Goal, Goals
+from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
-from come.merge.span import Pieces
+from come.merge.span import SourceLayers
 from come.models.adapter import LayerState, Unit
-from come.models.sublayers import States, attention_half, ffn_half
+from come.models.sublayers import States, run_attention, run_mlp
 
 PARTS = ("attention", "ffn")
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -62,10 +62,10 @@ class Ridge(Refit):
         self.parts = refit_parts
         self.align = align_lambda
 
-    def solve(self, goals: Goals, pieces: Pieces) -> LayerState:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """The output maps' new tensors, and those of the input maps where they are aligned."""
         adapter, index, state = goals.stream.adapter, goals.first, pieces.state
-        layer = adapter.scratch_layer(index, state)
+        layer = adapter.copy_layer(index, state)
         found: LayerState = {}
         units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
         for part, unit in units:
@@ -78,10 +78,10 @@ class Ridge(Refit):
             fit, held_out = equations(prior, adapter), equations(prior, adapter)
             for goal in goals:
                 keywords = goals.stream.keywords(len(goal.states), index)
-                features, middle = attention_half(adapter, layer, goal.states, keywords)
+                features, middle = run_attention(adapter, layer, goal.states, keywords)
                 wanted = goal.middle - goal.states
                 if unit == "channel":
-                    features, _ = ffn_half(adapter, layer, middle, keywords)
+                    features, _ = run_mlp(adapter, layer, middle, keywords)
                     wanted = goal.output - middle
                 apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.ratio == "auto")
                 for sums, chosen in ((fit, ~apart), (held_out, apart)):
@@ -96,27 +96,32 @@ class Ridge(Refit):
             layer.load_state_dict({**state, **found})
         return found
 
-    def _aligned(self, goals: Goals, pieces: Pieces, layer: nn.Module, unit: Unit) -> LayerState:
+    def _aligned(
+        self, goals: ReconstructionTargets, pieces: SourceLayers, layer: nn.Module, unit: Unit
+    ) -> LayerState:
         """The input maps of a kind of unit, each layer's rows reading through its own map."""
         adapter, index = goals.stream.adapter, goals.first
         assert self.align is not None
 
-        def reads(goal: Goal) -> States:
+        def reads(goal: TargetBatch) -> States:
             if unit == "kv_group":
                 return goal.states
             keywords = goals.stream.keywords(len(goal.states), index)
-            return attention_half(adapter, layer, goal.states, keywords)[1]
+            return run_attention(adapter, layer, goal.states, keywords)[1]
 
-        sources = [adapter.scratch_layer(index, piece) for piece in pieces.layers]
+        sources = [adapter.copy_layer(index, piece) for piece in pieces.layers]
         maps = input_maps(goals, unit, layer, sources, reads, self.align)
         joined = pieces.join(
-            [read_through(adapter, unit, s, m) for s, m in zip(pieces.layers, maps, strict=True)]
+            [
+                fold_input_transform(adapter, unit, s, m)
+                for s, m in zip(pieces.layers, maps, strict=True)
+            ]
         )
         return {name: joined[name] for name in input_tensors(adapter, unit)}
 
-    def _solve(self, fit: NormalEquations, held_out: NormalEquations, prior: Map) -> Map:
+    def _solve(self, fit: Gram, held_out: Gram, prior: Map) -> Map:
         both = fit + held_out
         ratio = self.ratio
         if isinstance(ratio, str):
             ratio = best_lambda(fit, held_out, prior, GRID) if held_out.energy else 0.1
-        return both.solve(prior, ratio * both.mean_square())
+        return both.solve(prior, ratio * both.mean_diagonal())

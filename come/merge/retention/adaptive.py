@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come.linalg.gram import Map, NormalEquations
-from come.merge.joint_selection import unit_columns, wide_split
+from come.linalg.gram import Gram, Map
+from come.merge.joint_selection import select_units_jointly, unit_columns
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 
 
 @RETENTION.register
@@ -62,21 +62,21 @@ class Adaptive(RetentionRule):
         """Share of the kept FFN channels of every layer."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> Split:
+    def split(self, group: Group) -> UnitAllocation:
         """The units that are left."""
 
-        def choose(sums: NormalEquations, prior: Map, count: int, size: int) -> list[int]:
+        def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
             rate = self.rate if size == 1 else 0.0
-            return eliminate(sums, prior, self.ratio * sums.mean_square(), count, size, rate)
+            return eliminate(sums, prior, self.ratio * sums.mean_diagonal(), count, size, rate)
 
-        def solve(sums: NormalEquations, own: Map, columns: Tensor) -> Map:
-            return sums.columns(columns).solve(own, self.ratio * sums.mean_square())
+        def solve(sums: Gram, own: Map, columns: Tensor) -> Map:
+            return sums.columns(columns).solve(own, self.ratio * sums.mean_diagonal())
 
-        return wide_split(group, choose, solve, self.align)
+        return select_units_jointly(group, choose, solve, self.align)
 
 
 def eliminate(
-    sums: NormalEquations, prior: Map, penalty: float, keep: int, size: int, rate: float
+    sums: Gram, prior: Map, penalty: float, keep: int, size: int, rate: float
 ) -> list[int]:
     """Backward elimination of units of `size` adjacent columns until `keep` are left.
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.merge.unit_scores import UnitScores
 from come.merge.units import choose_units
 from come.registry import Registry
@@ -39,7 +39,7 @@ class RetentionRule(ABC):
     def shares(self, group: Group) -> list[float]:
         """Share rho_i of every layer of the group, in depth order; >= 0, summing to 1."""
 
-    def split(self, group: Group) -> Split:
+    def split(self, group: Group) -> UnitAllocation:
         """The shares, and inside each layer the most sensitive units, as many as its share.
 
         A rule that ranks the units of several layers together overrides this.
@@ -47,9 +47,9 @@ class RetentionRule(ABC):
         return with_units(self.shares(group), group.scores() if group.scores else None)
 
 
-def with_units(shares: Sequence[float], scores: UnitScores | None) -> Split:
+def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:
     """The split by shares with the most sensitive units of each layer; none without scores."""
-    return Split(list(shares), choose_units(scores, shares) if scores else {})
+    return UnitAllocation(list(shares), choose_units(scores, shares) if scores else {})
 
 
 RETENTION: Registry[RetentionRule] = Registry(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.merge.units import top_units
 from come.models.adapter import Unit
 
@@ -34,7 +34,7 @@ class Joint(RetentionRule):
         """Share of the kept units of every layer."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> Split:
+    def split(self, group: Group) -> UnitAllocation:
         """The highest of all units of the group."""
         assert group.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}
@@ -48,4 +48,4 @@ class Joint(RetentionRule):
             ]
         counted = kept["kv_group" if group.stream.block == "attention" else "channel"]
         total = sum(map(len, counted))
-        return Split([len(layer) / total for layer in counted], kept)
+        return UnitAllocation([len(layer) / total for layer in counted], kept)

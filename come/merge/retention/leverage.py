@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come.linalg.gram import Map, NormalEquations
-from come.merge.joint_selection import wide_split
+from come.linalg.gram import Gram, Map
+from come.merge.joint_selection import select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.merge.units import top_units
 
 
@@ -45,17 +45,17 @@ class Leverage(RetentionRule):
         """Share of the kept FFN channels of every layer."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> Split:
+    def split(self, group: Group) -> UnitAllocation:
         """The units with the highest leverage."""
 
-        def choose(sums: NormalEquations, prior: Map, count: int, size: int) -> list[int]:
-            scores = leverage(sums, self.ratio * sums.mean_square())
+        def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
+            scores = leverage(sums, self.ratio * sums.mean_diagonal())
             return top_units(scores.view(-1, size).sum(dim=1), count)
 
-        return wide_split(group, choose, lambda sums, own, columns: own)
+        return select_units_jointly(group, choose, lambda sums, own, columns: own)
 
 
-def leverage(sums: NormalEquations, penalty: float) -> Tensor:
+def leverage(sums: Gram, penalty: float) -> Tensor:
     """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; a constant input is left out."""
     gram = sums.gram[: sums.width, : sums.width]
     ridge = penalty * torch.eye(sums.width).to(gram)

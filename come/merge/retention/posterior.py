@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from come.merge.retention.base import RETENTION, RetentionRule, with_units
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 
 
 @RETENTION.register
@@ -43,7 +43,7 @@ class Posterior(RetentionRule):
         """The best shares found."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> Split:
+    def split(self, group: Group) -> UnitAllocation:
         """The best split found."""
         scores = group.scores() if group.scores else None
         losses: dict[str, float] = {}

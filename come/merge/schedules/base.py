@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from come.merge.constraints import GroupRules
+from come.merge.constraints import SpanConstraints
 from come.merge.plan import GroupCandidate, MergeStep
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.models.surgery import Span
 from come.registry import Registry
 from come.stream.stream import LayerStream
@@ -61,10 +61,10 @@ class Search:
     steps: Sequence[MergeStep]
     origins: Sequence[int]
     stops: Sequence[int]
-    rules: GroupRules
+    rules: SpanConstraints
     score: Callable[[int, int], float]
     group: Callable[[int, int], Group]
-    split: Callable[[Group, int | None], Split]
+    split: Callable[[Group, int | None], UnitAllocation]
     refine: Callable[[int, int], float]
     shortlist: int = 0
 
@@ -113,7 +113,7 @@ class Schedule(ABC):
             through all depths; if not, every depth is found from the dense model.
         ranks: whether the spans' scores decide; if not, a shortlist of them has no meaning.
         whole: whether one group takes all layers that have to go, whatever `merge.m` is.
-        mixes: whether groups may be smaller than `merge.m`.
+        variable_size: whether groups may be smaller than `merge.m`.
         remerges: whether it can merge a merged layer again.
     """
 
@@ -126,7 +126,7 @@ class Schedule(ABC):
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
     whole: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
+    variable_size: ClassVar[bool] = False
     remerges: ClassVar[bool] = True
 
     @classmethod  # noqa: B027 - most schedules can plan all depths

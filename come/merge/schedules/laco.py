@@ -95,7 +95,7 @@ class LaCo(Schedule):
         stream = search.stream
         first, last, kept = search.rules.group(first, last)
         group = search.group(first, last)
-        way = group.way(search.split(group, kept))
+        way = group.full_route(search.split(group, kept))
         trial = stream.through(group.first, way, self._batches)
         states = torch.cat([batch.cpu() for _, batch in trial])[: self.trial_windows]
         assert self._dense is not None

@@ -24,7 +24,7 @@ class Mixed(Schedule):
     name = "mixed"
     paper = ""
     source = "score for each layer saved"
-    mixes = True
+    variable_size = True
     ranks = False
 
     def choose(self, search: Search) -> Choice:

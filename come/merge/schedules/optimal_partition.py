@@ -18,7 +18,7 @@ LARGEST = 1 << 17  # states of the dynamic programming at one layer
 
 
 @SCHEDULES.register
-class Cheapest(Schedule):
+class OptimalPartition(Schedule):
     """All groups for all depths at once: the sets that cost least.
 
         argmin  sum_depths sum_{a..b merged at this depth} c(a, b)
@@ -41,10 +41,10 @@ class Cheapest(Schedule):
         ValueError: no set of groups leads to the depths, or there are too many.
     """
 
-    name = "cheapest"
+    name = "optimal_partition"
     paper = ""
     source = "least sum of the costs of groups"
-    mixes = True
+    variable_size = True
     remerges = False
 
     @classmethod
@@ -53,8 +53,8 @@ class Cheapest(Schedule):
         ahead = sorted(set(depths), reverse=True)
         if prod(a - b + 1 for a, b in pairwise([num_layers, *ahead])) > LARGEST:
             raise ValueError(
-                f"merge.schedule=cheapest plans all depths together, and merge.save_at has too "
-                f"many: {', '.join(map(str, ahead))}; leave some out, or choose "
+                "merge.schedule=optimal_partition plans all depths together, and merge.save_at has "
+                f"too many: {', '.join(map(str, ahead))}; leave some out, or choose "
                 "merge.schedule=mixed merge.selection=angular"
             )
 
@@ -90,7 +90,7 @@ class Cheapest(Schedule):
             def cost(first: int, last: int, of: Cost = estimated) -> float | None:
                 return of(own[first], own[last]) if all(free[first : last + 1]) else None
 
-            groups = cheapest_groups(cost, depth, rules.m, saved)
+            groups = optimal_partition(cost, depth, rules.m, saved)
             if groups is None:
                 missing = _ranked(search, waiting)[:count]
                 if not missing:
@@ -160,7 +160,7 @@ def estimate(costs: Mapping[Group, float]) -> Cost:
     return cost
 
 
-def cheapest_groups(
+def optimal_partition(
     cost: Cost, depth: int, m: int, saved: Sequence[int]
 ) -> list[list[Group]] | None:
     """The groups that lead from `depth` layers to one depth after the other, at the least cost.

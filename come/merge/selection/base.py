@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.merge.refit.base import Refit
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.registry import Registry
 from come.statistics.influence import TOKENS, chosen_tokens, token_cosine
 from come.stream.stream import LayerStream
@@ -61,7 +61,7 @@ class GroupScore(ABC):
         """The windows that trials are fitted to, all unless overridden."""
         return stream
 
-    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
         """What decides among the shortlist: the group, how it would be merged, and its repair."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ import torch
 from come.merge.refit.base import Refit
 from come.merge.selection.angular import Angular
 from come.merge.selection.base import SELECTION, GroupScore
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.statistics.influence import TOKENS
 from come.stream.stream import LayerStream
 
@@ -45,13 +45,13 @@ class RefitError(GroupScore):
         return self.angle.score(stream, first, last)
 
     @torch.no_grad()
-    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
         """The relative error, >= 0."""
         assert group.goals is not None
         goals, adapter = group.goals(), group.stream.adapter
         pieces = group.pieces(split)
         fitted = pieces.state | refit.solve(goals, pieces)
-        layer = adapter.scratch_layer(group.first, fitted)
+        layer = adapter.copy_layer(group.first, fitted)
         missed, total = 0.0, 0.0
         for goal in goals:
             output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))

@@ -24,4 +24,4 @@ class SkipLoss(GroupScore):
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The loss, nats a token, >= 0."""
         behind = stream.route(last + 1, stream.num_layers - 1)
-        return stream.loss(first, [*stream.without(first, last), *behind])
+        return stream.loss(first, [*stream.route_without(first, last), *behind])

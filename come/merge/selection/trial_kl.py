@@ -13,7 +13,7 @@ from torch import Tensor
 from come.merge.refit.base import Refit
 from come.merge.selection.angular import Angular
 from come.merge.selection.base import SELECTION, GroupScore
-from come.merge.span import Group, Split
+from come.merge.span import Group, UnitAllocation
 from come.models.loss import Predictions, predictions, token_divergence
 from come.statistics.influence import TOKENS
 from come.stream.stream import LayerStream
@@ -84,7 +84,7 @@ class TrialKL(GroupScore):
         """Sets the judging windows apart."""
         windows = stream.windows[-self._judging(stream) :]
         self._once = windows.shape[1] // 2 if self.copying else windows.shape[1]
-        self._windows = said_twice(windows) if self.copying else windows
+        self._windows = repeat_windows(windows) if self.copying else windows
         self.release()
 
     def release(self) -> None:
@@ -94,7 +94,7 @@ class TrialKL(GroupScore):
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without those that judge."""
         rest = len(stream.windows) - self._judging(stream)
-        return stream.beginning(max(1, min(self.trial_windows, rest)))
+        return stream.head(max(1, min(self.trial_windows, rest)))
 
     def _judging(self, stream: LayerStream) -> int:
         return min(self.judge_windows, -(-len(stream.windows) // 4))
@@ -104,19 +104,19 @@ class TrialKL(GroupScore):
         return self.angle.score(stream, first, last)
 
     @torch.no_grad()
-    def refine(self, group: Group, split: Split, refit: Refit) -> float:
+    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
         """The divergence, nats a token, >= 0."""
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
             assert group.goals is not None
             pieces = group.pieces(split)
-            fitted = pieces.state | refit.stand_in.solve(group.goals(), pieces)
-            layer = adapter.scratch_layer(group.first, fitted)
+            fitted = pieces.state | refit.surrogate.solve(group.goals(), pieces)
+            layer = adapter.copy_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
         else:
-            route = list(group.way(split))
+            route = list(group.full_route(split))
         if self._judge is None:
-            self._judge = stream.beside(self._windows, store="memory")
+            self._judge = stream.fork(self._windows, store="memory")
             self._judge.embed()
             self._judge.advance(0, stream.num_layers - 1)
             self._wanted = [
@@ -138,7 +138,7 @@ class TrialKL(GroupScore):
         return mean if math.isnan(mean) else max(0.0, mean)  # rounding can leave it a little below
 
 
-def said_twice(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
+def repeat_windows(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
     """The first half of every window, and once more but for its first token.
 
     That token may be the one that begins a text, and what stands before that is not looked back to.

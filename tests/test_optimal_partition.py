@@ -8,12 +8,12 @@ import torch
 
 from come.merge.loop import compress
 from come.merge.recipe import Recipe
-from come.merge.schedules.optimal_partition import Cheapest, cheapest_groups, estimate
-from come.merge.selection.trial_kl import said_twice
+from come.merge.schedules.optimal_partition import OptimalPartition, estimate, optimal_partition
+from come.merge.selection.trial_kl import repeat_windows
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
 
-METHOD = {"schedule": "cheapest", "selection": "trial_kl", "refit": "ridge", "m": 3}
+METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
 
 def sets_of_groups(depth, m):
@@ -36,7 +36,7 @@ def test_the_cheapest_sets_are_those_of_trying_all(seed, m, saved):
     costs = {(i, i + 1): draw.random() for i in range(depth - 1) if draw.random() < 0.9}
 
     best = least(estimate(costs), depth, m, saved)
-    assert cheapest_groups(estimate(costs), depth, m, saved) == best
+    assert optimal_partition(estimate(costs), depth, m, saved) == best
 
 
 def least(cost, depth, m, saved):
@@ -85,7 +85,7 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, 
     )
     dense = pico(family)
     ids = torch.cat([windows[-2:, :8], windows[-2:, 1:8]], dim=1)
-    assert torch.equal(said_twice(windows[-2:]), ids)
+    assert torch.equal(repeat_windows(windows[-2:]), ids)
     if not copying:
         ids = windows[-2:]
     wanted = dense.double()(ids).logits.log_softmax(-1)
@@ -170,7 +170,7 @@ def test_every_depth_on_the_way_is_planned_from_the_start():
         draw = random.Random(seed)
         costs = {(i, i + 1): draw.random() for i in range(11)}
         saved, depth = [2, 2, 3, 1], 12
-        found = cheapest_groups(estimate(costs), depth, 4, saved)
+        found = optimal_partition(estimate(costs), depth, 4, saved)
         assert [sum(b - a for a, b in part) for part in found] == saved
 
 
@@ -194,15 +194,18 @@ def test_depths_that_no_set_of_groups_meets_are_refused(windows):
 
 
 def test_too_many_depths_are_refused():
-    Cheapest.check_depths(32, range(16, 32))
+    OptimalPartition.check_depths(32, range(16, 32))
     with pytest.raises(ValueError, match="merge.save_at has too many: 79, 78, .*schedule=mixed"):
-        Cheapest.check_depths(80, range(50, 80))
+        OptimalPartition.check_depths(80, range(50, 80))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"allow_remerge": True}, "schedule=cheapest .*dense model.*merge.allow_remerge=true"),
+        (
+            {"allow_remerge": True},
+            "schedule=optimal_partition .*dense model.*merge.allow_remerge=true",
+        ),
         ({"operator": "drop", "refit": "none"}, "choose merge.schedule=progressive"),
         ({"options": {"shortlist": 0}}, "merge.options.shortlist=0: must be at least 1"),
         ({"options": {"judge_windows": 0}}, "merge.options.judge_windows=0: must be at least 1"),
