@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from come.evaluate.perplexity import perplexity
     from come.merge.apply import apply
     from come.merge.loop import compress
+    from come.merge.method import Method
     from come.merge.plan import Plan
-    from come.merge.recipe import Recipe
     from come.merge.saving import save_model
     from come.models.loading import load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Method",
     "Plan",
     "PyDocs",
-    "Recipe",
     "TextFile",
     "apply",
     "calibration_windows",
@@ -38,7 +38,7 @@ __all__ = [
 _MODULES = {
     "Plan": "merge.plan",
     "PyDocs": "data.sources.pydocs",
-    "Recipe": "merge.recipe",
+    "Method": "merge.method",
     "TextFile": "data.sources.text_file",
     "apply": "merge.apply",
     "calibration_windows": "data.windows",

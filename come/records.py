@@ -114,7 +114,7 @@ class DepthResult(TypedDict):
     stage: dense, merged or distilled.
     folder: where it is saved, relative to the run's folder; "" for the dense model.
     perplexity, speed, zero_shot: None where they were not measured.
-    also: perplexity on the further texts of eval.also, by their names.
+    also: perplexity on the further texts of eval.extra_texts, by their names.
     continuations: greedy continuations of the report's prompts.
     """
 

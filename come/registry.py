@@ -11,9 +11,13 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
+
+from come.setting import HasSettings
 
 T = TypeVar("T")
+
+
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
@@ -26,8 +30,9 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 class Registry(Generic[T]):
     """Maps a short name to one class of a kind; every file of `package` is imported at first use.
 
-    A registered class carries its provenance: `name` (the key), `paper` (arXiv id or ""),
-    and `source` (where the formula stands, in words).
+    A registered class has a `name` (the key) and says where it comes from: `paper` (arXiv id) and
+    `source` (where the formula is, in words), both empty unless given. `former` is a name that it
+    once had.
 
     Args:
         kind: what the entries are, as a message names it ("sensitivity metric").
@@ -46,12 +51,11 @@ class Registry(Generic[T]):
         """Class decorator: enters `cls` under `cls.name`.
 
         Raises:
-            TypeError: the class has no name or provenance.
+            TypeError: the class has no name.
             ValueError: the name is taken.
         """
-        for attribute in ("name", "paper", "source"):
-            if not isinstance(getattr(cls, attribute, None), str):
-                raise TypeError(f"{cls.__qualname__} needs a class attribute {attribute!r} (str)")
+        if not isinstance(getattr(cls, "name", None), str):
+            raise TypeError(f"{cls.__qualname__} needs a class attribute 'name' (str)")
         name: str = getattr(cls, "name")  # noqa: B009 - T carries no bound with `name`
         if not cls.__module__.startswith(self.package):
             self._discover()  # so that a name of the package's own is seen to be taken
@@ -76,6 +80,10 @@ class Registry(Generic[T]):
         """
         self._discover()
         if name not in self._entries:
+            for known in self._entries.values():
+                if name == getattr(known, "former", None):
+                    new = getattr(known, "name")  # noqa: B009 - T carries no bound with `name`
+                    raise ValueError(f"{self.config_key}={name} is now {self.config_key}={new}")
             near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
@@ -84,11 +92,43 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
+    def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
+        """Builds entry `name` with some of its settings.
+
+        Raises:
+            ValueError: an unknown name or setting, or a value that is not allowed.
+        """
+        cls = self.get(name)
+        known = cls.settings() if issubclass(cls, HasSettings) else {}
+        for key in settings or {}:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(
+                    f"{self.config_key}.{key}: {self.config_key}={name} has no such setting{hint} "
+                    f"It has {', '.join(known) or 'none'}"
+                )
+        return cls(**{known[key].name: value for key, value in (settings or {}).items()})
+
+    def build(self, given: Any) -> T:
+        """An entry from its name, from its name and settings as plain data, or as it is.
+
+        Raises:
+            ValueError: see `create`.
+        """
+        if isinstance(given, str):
+            return self.create(given)
+        if isinstance(given, Mapping):
+            return self.create(
+                given["name"], {key: value for key, value in given.items() if key != "name"}
+            )
+        return cast(T, given)
+
     def options(self, name: str) -> list[str]:
         """Names of the constructor's parameters of entry `name`."""
         return [p for p in inspect.signature(self.get(name)).parameters if p != "self"]
 
-    def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
+    def create_from(self, name: str, settings: Mapping[str, Any] = {}) -> T:
         """Builds entry `name` from those `settings` that its constructor takes.
 
         Raises:
@@ -96,7 +136,6 @@ class Registry(Generic[T]):
                 setting is not of the kind of the parameter's default.
         """
         cls = self.get(name)
-        settings = settings or {}
         chosen: dict[str, Any] = {}
         for parameter in inspect.signature(cls).parameters.values():
             if parameter.name in settings:

@@ -20,15 +20,19 @@ from come.data.windows import calibration_windows
 from come.memory import PeakMemory
 from come.merge.constraints import layer_passes
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
-from come.merge.selection.trial_kl import TrialKL
+from come.merge.method import Method
+from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
 
-COME_PLUS = Recipe.come_plus(options=TrialKL.sampled_options)  # as for text from the model
-METHODS = {"come": (Recipe(), 6, 1), "come_plus": (COME_PLUS, 15, 2)}
-"""Recipe, the ratio wanted, and how many sets of boundary states it keeps."""
+COME_PLUS = Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))  # as for text from the model
+PAPER = Method(
+    selection="sbi", retention="bi_power", schedule="progressive", refit="none",
+    m=2, tokens="last", norms="mean",
+)  # fmt: skip
+METHODS = {"come": (PAPER, 6, 1), "come_plus": (COME_PLUS, 15, 2)}
+"""Method, the ratio wanted, and how many sets of boundary states it keeps."""
 
 
 @torch.inference_mode()

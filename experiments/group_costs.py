@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from come import Recipe, TextFile, compress, evaluation_windows
+from come import Method, TextFile, compress, evaluation_windows
 from come.data.sampling import self_generated_windows
 from come.data.sources.pydocs import PyDocs
 from come.merge.selection.angular import Angular
@@ -70,7 +70,7 @@ def main() -> None:
         if (first, last) in done:
             continue
         merged = copy.deepcopy(model)
-        recipe = Recipe.come_plus(groups=[list(range(first, last + 1))])
+        recipe = Method(groups=[list(range(first, last + 1))])
         depth = model.config.num_hidden_layers - (last - first)
         compress(merged, calibration, recipe, target_layers=depth, progress=False)
         row = {"group": [first, last], "angle": angle}

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from tests.conftest import FAMILIES, LAYERS, SEQ, VOCAB, WINDOWS, pico
-from tests.methods import recipe
+from tests.methods import paper, recipe
 from tests.test_methods import PARTS, RECIPES
 
 FILE = Path(__file__).with_suffix(".json")
@@ -51,7 +50,7 @@ def cases():
     for family in ("llama_gqa", "qwen3_gqa", "opt", "opt_nobias"):
         for parts in PARTS:
             label = ",".join(f"{k}={v}" for k, v in parts.items())
-            yield f"{family}/{label}", family, lambda parts=parts: Recipe(**parts)
+            yield f"{family}/{label}", family, lambda parts=parts: paper(**parts)
 
 
 def main():

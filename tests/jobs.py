@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from come.cli import CONF, to_settings
+from come.cli.overrides import as_groups, load_plugins, register_parts
 from come.job.identity import job_hash
 from come.job.run import run
 from come.job.stages.prepare import prepare
@@ -27,8 +28,10 @@ ONLY_TASKS = (
 
 
 def settings(*overrides: str) -> Settings:
+    load_plugins(overrides)
+    register_parts()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return to_settings(compose("config", overrides=list(overrides)))
+        return to_settings(compose("config", overrides=as_groups(overrides)))
 
 
 def job_settings(base: Path, *overrides: str) -> Settings:

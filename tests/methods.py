@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from come.merge.recipe import Recipe
+from come.merge.method import PARTS, Method
 from come.models.adapter import UNITS, ModelAdapter
-from come.schema import MergeSettings
 from tests.conftest import pico
 from tests.reference import Reference
 
@@ -18,15 +17,51 @@ CONF = Path(__file__).parents[1] / "conf" / "merge"
 
 
 def read(name: str) -> dict:
-    """The settings of a recipe."""
-    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    """A recipe of conf/merge, its parts as plain data."""
+    data = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    parts = [entry for entry in data.pop("defaults") if entry != "_self_"]
+    for ((key, part),) in (entry.items() for entry in parts):
+        data[key] = {"name": part, **data.get(key, {})}
+    return data
 
 
-def recipe(name: str, **changes) -> Recipe:
-    settings = read(name)
+def method(base: dict, changes: dict) -> Method:
+    """A method with changes; a setting of a part is written without the part, or "refit_" first."""
+    data = {key: value for key, value in base.items() if key in Method.__dataclass_fields__}
+    changes = changes | changes.pop("options", {})
+    own = [key for key in changes if key in Method.__dataclass_fields__]
+    for key in [*own, *(key for key in changes if key not in own)]:
+        value = changes[key]
+        value = list(value) if isinstance(value, tuple) else value
+        if key in own:
+            data[key] = value
+            continue
+        short = key.removeprefix("refit_")
+        parts = ["refit"] if short != key else list(PARTS)
+        for part in parts:
+            given = data[part] if isinstance(data[part], dict) else {"name": data[part]}
+            if short in PARTS[part].get(given["name"]).settings():
+                data[part] = given | {short: value}
+                break
+        else:
+            raise AssertionError(f"no chosen part has {key}")
+    return Method(**data)
+
+
+def paper(**changes) -> Method:
+    """The paper's method, with changes."""
+    return method(read("come"), changes)
+
+
+def come_plus(**changes) -> Method:
+    """The default method, with changes."""
+    return method(read("come_plus"), changes)
+
+
+def recipe(name: str, **changes) -> Method:
     if name in ("magnitude_plus", "taylor_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
-    return MergeSettings(**settings | changes).recipe()
+    return method(read(name), changes)
 
 
 def same(a, b):

@@ -8,10 +8,10 @@ import torch
 from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.apply import apply
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.refit.ridge import Ridge
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
+from tests.methods import come_plus, paper
 from tests.reference import Reference
 
 FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
@@ -68,7 +68,7 @@ def test_only_rows_behind_the_norm_read_through(goals):
 def test_the_penalty_leads_back_to_the_rows_as_they_are(family, goals):
     goals, pieces = goals(family)
     plain = Ridge(0.1).solve(goals, pieces)
-    held = Ridge(0.1, align_lambda=1e9).solve(goals, pieces)
+    held = Ridge(0.1, align=1e9).solve(goals, pieces)
     assert set(held) > set(plain)
     for name, tensor in held.items():
         torch.testing.assert_close(
@@ -80,9 +80,7 @@ def test_the_penalty_leads_back_to_the_rows_as_they_are(family, goals):
 @pytest.mark.parametrize("operator", ["concat", "drop", "average", "laco"])
 def test_an_aligned_model_comes_back_from_its_plan(family, operator, windows, tmp_path):
     retention = "adaptive" if operator == "concat" else "bi_power"
-    method = Recipe(
-        operator=operator, retention=retention, norms="fold", refit="ridge", align_lambda=0.01
-    )
+    method = paper(operator=operator, retention=retention, norms="fold", refit="ridge", align=0.01)
     model = pico(family)
     plan = compress(model, windows, method, target_layers=4, progress=False)
     inputs = ModelAdapter(pico(family)).architecture.queries + ".weight"
@@ -97,9 +95,9 @@ def test_alignment_lowers_the_error_of_the_group(retention, windows):
     """Three layers in one, on the text that was solved on."""
     errors = []
     for ratio in (None, 1e-3):
-        method = Recipe(
+        method = paper(
             retention=retention, norms="fold", refit="ridge", refit_lambda=1e-3, m=3,
-            align_lambda=ratio, groups=[[2, 3, 4]],
+            align=ratio, groups=[[2, 3, 4]],
         )  # fmt: skip
         model = pico("llama_gqa")
         compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
@@ -111,7 +109,7 @@ def test_alignment_lowers_the_error_of_the_group(retention, windows):
 def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
     """The lowest angle for each layer saved, of 2 to 4 layers, and no depth is jumped over."""
     seen = []
-    method = Recipe.come_plus(m=4, schedule="mixed", selection="angular")
+    method = come_plus(m=4, schedule="mixed", selection="angular")
     plan = compress(
         pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
         on_step=lambda plan: seen.append(plan.num_layers),
@@ -131,23 +129,23 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"align_lambda": 0.0}, "merge.align_lambda=0.0: must be above 0, or null"),
-        ({"align_lambda": 0.01, "norms": "fold"}, "no effect: .*merge.refit=none; choose"),
-        ({"align_lambda": 0.01, "refit": "ridge"}, "merge.norms=mean.*choose merge.norms=fold"),
+        ({"align": 0.0}, "merge.align=0.0: must be above 0, or null"),
+        ({"align": 0.01, "norms": "fold"}, "no effect: .*merge.refit=none; choose"),
+        ({"align": 0.01, "refit": "ridge"}, "merge.norms=mean.*choose merge.norms=fold"),
         ({"schedule": "mixed", "operator": "drop"}, "choose merge.schedule=progressive"),
     ],
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**settings)
+        paper(**settings)
 
 
 def test_units_are_chosen_as_the_alignment_will_leave_them(windows):
     """The elimination scores units after their input maps are aligned."""
     kept = []
     for ratio in (None, 1e-3, 10.0):
-        method = Recipe(
-            retention="adaptive", norms="fold", refit="ridge", align_lambda=ratio, groups=[[2, 3]]
+        method = paper(
+            retention="adaptive", norms="fold", refit="ridge", align=ratio, groups=[[2, 3]]
         )
         plan = compress(
             pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False

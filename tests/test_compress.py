@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
-from come.merge.recipe import Recipe
 from come.merge.saving import check_cache
 from come.models.adapter import ModelAdapter
 from come.report.figures import puzzle_pieces
 from tests.conftest import LAYERS, pico
+from tests.methods import paper
 
 
 def weights(model):
@@ -30,7 +30,7 @@ def same(a, b):
 @pytest.mark.parametrize("norms", ["mean", "fold"])
 def test_merging_on_every_family(family, operator, sensitivity, norms, windows, tmp_path):
     model = pico(family)
-    recipe = Recipe(operator=operator, sensitivity=sensitivity, norms=norms)
+    recipe = paper(operator=operator, sensitivity=sensitivity, norms=norms)
     plan = compress(model, windows, recipe, target_layers=LAYERS - 2, progress=False)
     assert len(ModelAdapter(model).layers) == model.config.num_hidden_layers == LAYERS - 2
     assert [layer for span in plan.history for layer in span] == list(range(LAYERS))
@@ -50,7 +50,7 @@ def test_merging_on_every_family(family, operator, sensitivity, norms, windows, 
 def test_any_group_size_lands_on_the_target(m, windows):
     for target in (5, 4, 3):
         plan = compress(
-            pico("llama_gqa"), windows, Recipe(m=m), target_layers=target, progress=False
+            pico("llama_gqa"), windows, paper(m=m), target_layers=target, progress=False
         )
         assert plan.num_layers == len(plan.history) == target
         assert all(len(step.spans) <= m for step in plan.steps)
@@ -60,7 +60,7 @@ def test_any_group_size_lands_on_the_target(m, windows):
 def test_remerging_goes_below_what_single_merges_reach(windows):
     with pytest.raises(ValueError, match="smallest depth that can is 3"):
         compress(pico("llama_gqa"), windows, target_layers=2, progress=False)
-    recipe = Recipe(allow_remerge=True)
+    recipe = paper(allow_remerge=True)
     plan = compress(pico("llama_gqa"), windows, recipe, target_layers=1, progress=False)
     assert plan.history == [list(range(LAYERS))]
     pieces = puzzle_pieces(plan, "channel")
@@ -69,7 +69,7 @@ def test_remerging_goes_below_what_single_merges_reach(windows):
 
 def test_a_plan_survives_json_bit_for_bit(windows, tmp_path):
     model = pico("qwen3_gqa")
-    plan = compress(model, windows, Recipe(norms="fold"), target_layers=4, progress=False)
+    plan = compress(model, windows, paper(norms="fold"), target_layers=4, progress=False)
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded.steps == plan.steps
@@ -104,7 +104,7 @@ def test_random_sensitivity_depends_on_its_seed_alone(windows):
         compress(
             pico("llama_gqa"),
             windows,
-            Recipe(sensitivity="random", seed=seed),
+            paper(sensitivity="random", seed=seed),
             target_layers=4,
             progress=False,
         )
@@ -140,7 +140,7 @@ def test_puzzle_pieces_add_up(windows):
         for piece, span in zip(pieces, plan.history, strict=True):
             assert set(piece) <= set(span)
     average = compress(
-        pico("llama_gqa"), windows, Recipe(operator="average"), target_layers=4, progress=False
+        pico("llama_gqa"), windows, paper(operator="average"), target_layers=4, progress=False
     )
     step = average.steps[0]
     total = puzzle_pieces(average.truncated(5), "channel")[step.first]
@@ -160,13 +160,11 @@ def test_puzzle_pieces_add_up(windows):
 )
 def test_recipes_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**settings)
+        paper(**settings)
 
 
 @pytest.mark.parametrize("stop", [3, 6])
 def test_depths_that_are_not_on_the_way_are_refused(stop, windows):
     """Below the target, and where a depth is all that the model has."""
     with pytest.raises(ValueError, match=f"merge.save_at.*{stop}"):
-        compress(
-            pico("llama_gqa"), windows, Recipe(), target_layers=4, stops=[stop], progress=False
-        )
+        compress(pico("llama_gqa"), windows, paper(), target_layers=4, stops=[stop], progress=False)

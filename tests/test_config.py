@@ -16,7 +16,7 @@ from come.job.stages.distill import sampled
 from come.job.stages.merge import with_samples
 from come.job.stages.prepare import prepare
 from come.merge.operators.base import OPERATORS
-from come.merge.recipe import Recipe
+from tests.methods import come_plus
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
 MODELS = (
@@ -67,24 +67,24 @@ def test_the_default_is_the_main_job():
         None,
         None,
     )
-    own = Recipe.come_plus()
-    own = replace(own, parts=list(own.parts), refit_parts=list(own.refit_parts), groups=[])
+    own = come_plus()
+    own = replace(own, parts=list(own.parts), refit_sublayers=list(own.refit_parts), groups=[])
     assert default.merge.recipe() == own
-    assert default.recipe() == replace(own, options={"copying": 0.2})
+    assert default.recipe() == replace(own, options={"repeat_weight": 0.2})
 
 
 @pytest.mark.parametrize(
     ("overrides", "options"),
     [
         (["calibration=pydocs"], {}),
-        (["calibration=pydocs", "calibration.continued=4"], {"copying": 0.2}),
-        (["+merge.options.copying=0.5"], {"copying": 0.5}),
+        (["calibration=pydocs", "calibration.continued=4"], {"repeat_weight": 0.2}),
+        (["+merge.options.repeat_weight=0.5"], {"repeat_weight": 0.5}),
         (["merge.selection=angular", "merge.schedule=mixed"], {}),
         (["merge.groups=[[3,4]]"], {}),
         (["merge=come"], {}),
     ],
 )
-def test_copying_is_asked_for_where_text_from_the_model_judges_trials(overrides, options):
+def test_repeat_weight_is_asked_for_where_text_from_the_model_judges_trials(overrides, options):
     assert settings(*overrides).recipe().options == options
 
 

@@ -17,12 +17,11 @@ from come.distill.memory import training_memory
 from come.distill.objectives.base import DISTILL, Pair
 from come.distill.trainer import train
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.stream.boundaries import make_store
 from tests.commands import ROOT
 from tests.conftest import LAYERS, pico
-from tests.methods import SOME, decoder_layers, loss, same
+from tests.methods import SOME, decoder_layers, loss, paper, same
 from tests.reference import Reference
 
 WHOLE = ["come_sp", "logits", "lora"]
@@ -32,7 +31,7 @@ GROUPS = ((1, 2), (3, 4))  # the merged layers are 1 and 2 of four
 def pair(family="llama_gqa", groups=GROUPS):
     student, teacher = pico(family), pico(family)
     windows = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(1))
-    method = Recipe(groups=groups)
+    method = paper(groups=groups)
     plan = compress(student, windows, method, target_layers=LAYERS - len(groups), progress=False)
     return Pair(ModelAdapter(student), ModelAdapter(teacher.requires_grad_(False)), plan.history)
 

@@ -9,12 +9,11 @@ from torch import nn
 from come.merge.apply import apply
 from come.merge.input_map import FLOOR, InputMap, conjugate_gradients
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
 from come.models.sublayers import activation_derivative, run_attention
 from tests.conftest import LAYERS, pico
-from tests.methods import same
+from tests.methods import paper, same
 from tests.reference import Reference
 
 FAMILIES = ["llama_gqa", "llama_bias", "qwen3_gqa", "opt"]
@@ -163,7 +162,7 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
 
     def error(refit):
         model = pico(family)
-        method = Recipe(groups=((2, 3),), operator=operator, refit=refit)
+        method = paper(groups=((2, 3),), operator=operator, refit=refit)
         plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
         assert same(apply(plan, pico(family)), model)
         missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
@@ -179,14 +178,14 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refit_parts": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
+        ({"refit_sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
         ({"options": {"input_lambda": 0.0}}, "merge.options.input_lambda=0.0 must be above 0"),
         ({"options": {"steps": 0}}, "steps=0 at least 1"),
     ],
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(refit="gauss_newton", **settings)
+        paper(refit="gauss_newton", **settings)
 
 
 def test_input_maps_are_solved_one_after_another_in_the_familys_order(goals):

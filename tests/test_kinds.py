@@ -56,7 +56,7 @@ def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
 @pytest.mark.parametrize(
     "setting",
     [
-        "merge.finish_lambda=.inf",
+        "merge.downstream=.inf",
         "calibration.temperature=.inf",
         "distill.learning_rate=.nan",
         "+merge.options.threshold=.inf",

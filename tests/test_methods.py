@@ -10,14 +10,13 @@ from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
-from come.merge.recipe import Recipe
 from come.merge.retention.base import RETENTION
 from come.merge.saving import check_cache
 from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
 from tests.conftest import LAYERS, pico
-from tests.methods import CONF, dropped, loss, read, recipe, same, without
+from tests.methods import CONF, dropped, loss, paper, read, recipe, same, without
 from tests.reference import Reference
 
 RECIPES = sorted(
@@ -52,7 +51,7 @@ PARTS = [
     {"groups": ((3, 4), (0, 1)), "operator": "drop"},
     {"schedule": "progressive", "operator": "drop", "m": 3},
     *(
-        {"parts": (part,), **more}
+        {"sublayers": (part,), **more}
         for part in ("attention", "ffn")
         for more in (
             {},
@@ -65,14 +64,14 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
+@pytest.mark.parametrize("sublayers", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt", "opt_nobias"])
 def test_every_part_in_the_paper_s_recipe(family, parts, windows):
     model = pico(family)
-    plan = compress(model, windows, Recipe(**parts), target_layers=LAYERS - 2, progress=False)
+    plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)
     assert same(apply(plan, pico(family)), model)
     if family == "llama_gqa":
-        again = compress(pico(family), windows, Recipe(**parts), target_layers=4, progress=False)
+        again = compress(pico(family), windows, paper(**parts), target_layers=4, progress=False)
         assert again == plan
 
 
@@ -87,21 +86,21 @@ def test_recipes_name_what_the_registries_hold():
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "sublayers",
     [
         *({"selection": name, "allow_remerge": True} for name in SELECTION.names()),
         *({"schedule": name} for name in ("one_shot", "block", "laco")),
         {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge"},
         {"schedule": "one_shot", "selection": "trial_kl"},
-        {"parts": ("ffn",), "selection": "trial_kl"},
+        {"sublayers": ("ffn",), "selection": "trial_kl"},
         {"operator": "drop", "selection": "trial_kl", "refit": "ridge"},
         {"operator": "prune_comp"},
         {"operator": "replaceme", "protect_first": 1},
         {"groups": ((3, 4), (0, 1))},
-        {"parts": ("ffn",), "allow_remerge": True},
-        {"parts": ("attention",), "operator": "drop", "selection": "skip_loss"},
-        {"refit": "ridge", "finish_lambda": 0.5, "allow_remerge": True, "protect_last": 1},
-        {"refit": "gauss_newton", "finish_lambda": 0.5},
+        {"sublayers": ("ffn",), "allow_remerge": True},
+        {"sublayers": ("attention",), "operator": "drop", "selection": "skip_loss"},
+        {"refit": "ridge", "downstream": 0.5, "allow_remerge": True, "protect_last": 1},
+        {"refit": "gauss_newton", "downstream": 0.5},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
         {"refit": "ridge", "target": "current", "refit_lambda": "auto", "allow_remerge": True},
     ],
@@ -111,7 +110,7 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_
     class Interrupt(Exception):
         pass
 
-    whole, method = pico("llama_gqa"), Recipe(**parts)
+    whole, method = pico("llama_gqa"), paper(**parts)
     target = 4 if "groups" in parts else 3
     expected = compress(whole, windows, method, target_layers=target, progress=False)
     for done in range(1, len(expected.steps) + 1):
@@ -211,8 +210,8 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),
-        ({"parts": ("mlp",)}, r"merge.parts=\['mlp'\]: allowed are \[attention\]"),
-        ({"parts": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
+        ({"sublayers": ("mlp",)}, r"merge.parts=\['mlp'\]: allowed are \[attention\]"),
+        ({"sublayers": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
         ({"protect_first": -1}, "merge.protect_first=-1: must be at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
         (
@@ -223,4 +222,4 @@ def test_depths_of_a_block_method_are_found_apart(windows):
 )
 def test_recipes_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**settings)
+        paper(**settings)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.schedules.optimal_partition import OptimalPartition, estimate, optimal_partition
 from come.merge.selection.trial_kl import repeat_windows
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
+from tests.methods import paper
 
 METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
@@ -68,17 +68,22 @@ def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
-@pytest.mark.parametrize(("batch_size", "copying"), [(1, 0.5), (3, 0.5), (3, 0.1), (3, 0.0)])
+@pytest.mark.parametrize(("batch_size", "repeat_weight"), [(1, 0.5), (3, 0.5), (3, 0.1), (3, 0.0)])
 @torch.no_grad()
-def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, windows):
+def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, repeat_weight, windows):
     """KL of whole models: two layers merged alone, on the first windows, judged on the last.
 
-    Those are judged as they are, or, where copying weighs, their first half once and once more.
+    Those are judged as they are, or, where repeat_weight weighs, their first half once and once more.
     """
-    recipe = Recipe(
+    recipe = paper(
         **METHOD,
         retention="adaptive",
-        options={"shortlist": 2, "trial_windows": 2, "judge_windows": 2, "copying": copying},
+        options={
+            "shortlist": 2,
+            "trial_windows": 2,
+            "validation_windows": 2,
+            "repeat_weight": repeat_weight,
+        },
     )
     plan = compress(
         pico(family), windows, recipe, target_layers=5, batch_size=batch_size, progress=False
@@ -86,26 +91,26 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, copying, 
     dense = pico(family)
     ids = torch.cat([windows[-2:, :8], windows[-2:, 1:8]], dim=1)
     assert torch.equal(repeat_windows(windows[-2:]), ids)
-    if not copying:
+    if not repeat_weight:
         ids = windows[-2:]
     wanted = dense.double()(ids).logits.log_softmax(-1)
     assert len(plan.steps[0].candidates) == 2
     for c in plan.steps[0].candidates:
-        alone = Recipe(groups=((c.first, c.last),), refit="ridge", retention="adaptive")
+        alone = paper(groups=((c.first, c.last),), refit="ridge", retention="adaptive")
         merged = pico(family)
         compress(merged, windows[:2], alone, target_layers=5, progress=False)
         given = merged.double()(ids).logits.log_softmax(-1)
         kl = (wanted.exp() * (wanted - given)).sum(-1)
-        expected = (1 - copying) * kl[:, :8].mean() + copying * kl[:, 8:].mean()
-        if not copying:
+        expected = (1 - repeat_weight) * kl[:, :8].mean() + repeat_weight * kl[:, 8:].mean()
+        if not repeat_weight:
             expected = kl.mean()
         assert c.score == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_windows_too_short_to_say_anything_twice_are_judged_by_their_first(tokens, windows):
-    options = {"shortlist": 2, "copying": 0.2}
-    recipe = Recipe(**METHOD, retention="adaptive", options=options)
+    options = {"shortlist": 2, "repeat_weight": 0.2}
+    recipe = paper(**METHOD, retention="adaptive", options=options)
     plan = compress(pico("llama_gqa"), windows[:, :tokens], recipe, target_layers=5, progress=False)
     assert min(c.score for c in plan.steps[0].candidates) > 0
 
@@ -128,7 +133,7 @@ def test_a_divergence_needs_one_row_of_the_head_for_every_token(bias):
 def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
     """A second process goes on with the costs of the dense model that the plan holds."""
     plans = []
-    method = Recipe(**METHOD | {"selection": selection})
+    method = paper(**METHOD | {"selection": selection})
     compress(
         pico("llama_gqa"), windows, method, target_layers=2, stops=[4], progress=False,
         on_step=plans.append,
@@ -155,7 +160,7 @@ def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
 
 def test_pairs_that_were_not_tried_are_when_they_are_needed(windows):
     """One pair suffices for one layer; a deeper target finds the rest on the way."""
-    method = Recipe(**METHOD | {"m": 2}, options={"shortlist": 1})
+    method = paper(**METHOD | {"m": 2}, options={"shortlist": 1})
     plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
     assert len(plan.steps[0].candidates) == 2  # twice the layers that have to go
     model = pico("llama_gqa")
@@ -176,9 +181,9 @@ def test_every_depth_on_the_way_is_planned_from_the_start():
 
 def test_costs_of_another_recipe_are_not_known(windows):
     """A plan that began with angles goes on with trials of its own."""
-    began = Recipe(**METHOD | {"selection": "angular"})
+    began = paper(**METHOD | {"selection": "angular"})
     plan = compress(pico("llama_gqa"), windows, began, target_layers=5, progress=False)
-    method = Recipe(**METHOD)
+    method = paper(**METHOD)
     assert not method.same(plan.provenance["recipe"])
     assert began.same(plan.provenance["recipe"])
     plan = compress(pico("llama_gqa"), windows, method, target_layers=4, plan=plan, progress=False)
@@ -186,9 +191,9 @@ def test_costs_of_another_recipe_are_not_known(windows):
 
 
 def test_depths_that_no_set_of_groups_meets_are_refused(windows):
-    middle = Recipe(groups=((2, 3),))
+    middle = paper(groups=((2, 3),))
     plan = compress(pico("llama_gqa"), windows, middle, target_layers=5, progress=False)
-    method = Recipe(**METHOD | {"m": 4})
+    method = paper(**METHOD | {"m": 4})
     with pytest.raises(ValueError, match="no groups of layers are left that lead to 2"):
         compress(pico("llama_gqa"), windows, method, target_layers=2, plan=plan, progress=False)
 
@@ -208,14 +213,26 @@ def test_too_many_depths_are_refused():
         ),
         ({"operator": "drop", "refit": "none"}, "choose merge.schedule=progressive"),
         ({"options": {"shortlist": 0}}, "merge.options.shortlist=0: must be at least 1"),
-        ({"options": {"judge_windows": 0}}, "merge.options.judge_windows=0: must be at least 1"),
+        (
+            {"options": {"validation_windows": 0}},
+            "merge.options.validation_windows=0: must be at least 1",
+        ),
         ({"options": {"shortlist": "ten"}}, "shortlist='ten' must be a whole number"),
-        ({"options": {"judge_windows": 2.5}}, "judge_windows=2.5 must be a whole number"),
-        ({"options": {"judge_windows": True}}, "judge_windows=True must be a whole number"),
-        ({"options": {"copying": "half"}}, "merge.selection=trial_kl: copying='half' must be a n"),
-        ({"options": {"copying": 2.0}}, r"merge.options.copying=2.0: must be in \[0, 1\]"),
+        ({"options": {"validation_windows": 2.5}}, "validation_windows=2.5 must be a whole number"),
+        (
+            {"options": {"validation_windows": True}},
+            "validation_windows=True must be a whole number",
+        ),
+        (
+            {"options": {"repeat_weight": "half"}},
+            "merge.selection=trial_kl: repeat_weight='half' must be a n",
+        ),
+        (
+            {"options": {"repeat_weight": 2.0}},
+            r"merge.options.repeat_weight=2.0: must be in \[0, 1\]",
+        ),
     ],
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**METHOD | settings)
+        paper(**METHOD | settings)

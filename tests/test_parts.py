@@ -7,7 +7,6 @@ import torch
 
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
-from come.merge.recipe import Recipe
 from come.merge.saving import check_cache
 from come.merge.selection.base import SELECTION
 from come.models.adapter import UNITS, ModelAdapter
@@ -19,6 +18,7 @@ from tests.methods import (
     dropped,
     loss,
     output_names,
+    paper,
     plain_units,
     states,
 )
@@ -33,7 +33,7 @@ def test_units_of_parts_are_those_of_their_own_layers(windows):
         plan = compress(
             model,
             windows,
-            Recipe(parts=("ffn",), allow_remerge=True, selection="random", seed=seed),
+            paper(sublayers=("ffn",), allow_remerge=True, selection="random", seed=seed),
             target_layers=2,
             on_step=lambda plan, model=model, seen=snapshots: seen.append(
                 (plan, copy.deepcopy(model))
@@ -52,7 +52,7 @@ def test_units_of_parts_are_those_of_their_own_layers(windows):
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])
 def test_a_part_is_dropped_where_the_loss_misses_it_least(family, windows, part):
-    method = Recipe(operator="drop", selection="skip_loss", parts=(part,))
+    method = paper(operator="drop", selection="skip_loss", sublayers=(part,))
     model, dense = pico(family), pico(family).double()
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
     gone = []
@@ -110,7 +110,7 @@ def test_scores_of_parts_begin_and_end_inside_layers(family, windows, part):
 
 def test_a_merged_part_stands_in_its_first_layer(family, windows):
     for part in ("attention", "ffn"):
-        method = Recipe(parts=(part,), groups=((1, 2), (4, 5)))
+        method = paper(sublayers=(part,), groups=((1, 2), (4, 5)))
         model, whole = pico(family), pico(family)
         plan = compress(model, windows, method, target_layers=4, progress=False)
         assert plan.history == [[0], [1, 2], [3], [4, 5]]

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
-from come.merge.recipe import Recipe
 from come.merge.saving import save_model
 from come.models.loading import load_model
 from tests.bases import BASES
 from tests.commands import ROOT
 from tests.conftest import PRINTED, VOCAB
+from tests.methods import paper
 
 FOUR = Path(sys.prefix) / "transformers4"
 TOP = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
@@ -36,7 +36,7 @@ def results(tmp_path_factory):
     for number, (name, make) in enumerate(BASES.items()):
         base = make(root / f"base-{number}")
         model, tokenizer = load_model(base)
-        plan = compress(model, windows, Recipe(refit="ridge"), target_layers=5, progress=False)
+        plan = compress(model, windows, paper(refit="ridge"), target_layers=5, progress=False)
         found[name] = (base, save_model(model, tokenizer, root / f"result-{number}", plan))
     return found
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.retention.bi_power import BIPower
 from come.merge.selection.sbi import SBI
 from come.merge.sensitivity.come import Come
@@ -17,6 +16,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
+from tests.methods import paper
 from tests.reference import Reference
 
 
@@ -60,7 +60,7 @@ def test_merged_weights(family, windows, norms, m):
     plan = compress(
         model,
         windows,
-        Recipe(m=m, norms=norms),
+        paper(m=m, norms=norms),
         target_layers=LAYERS - m + 1,
         batch_size=2,
         progress=False,

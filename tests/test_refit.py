@@ -6,7 +6,6 @@ import torch
 from come.linalg.gram import BLOCK, Gram, Map, best_lambda
 from come.merge.apply import apply
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import eliminate
 from come.models.adapter import ModelAdapter
@@ -14,7 +13,7 @@ from come.models.sublayers import run_attention, run_mlp
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, same
+from tests.methods import decoder_layers, paper, same
 from tests.reference import Reference
 
 
@@ -146,7 +145,7 @@ def activations(layer, middle):
 def test_a_drop_is_refitted_as_the_formula_says(family, weighting, windows):
     """Layer 3 is refitted to what layers 3 and 4 did, in float64 from whole-model states."""
     model, reference = pico(family), Reference(pico(family), windows)
-    method = Recipe(
+    method = paper(
         operator="drop", groups=((3, 4),), refit="ridge", refit_lambda=0.2, refit_weights=weighting
     )
     compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
@@ -201,26 +200,28 @@ def behind(model, windows):
 
 
 @pytest.mark.parametrize("target", ["dense", "current"])
-@pytest.mark.parametrize("parts", OPERATORS, ids=lambda parts: "-".join(map(str, parts.values())))
+@pytest.mark.parametrize(
+    "sublayers", OPERATORS, ids=lambda parts: "-".join(map(str, parts.values()))
+)
 @pytest.mark.parametrize("family", ["llama_bias", "qwen3_gqa", "opt"])
 def test_every_operator_gains_by_the_refit(family, parts, target, windows):
     dense = behind(pico(family), windows)
 
     def distance(**more):
         model = pico(family)
-        method = Recipe(**parts, target=target, **more)
+        method = paper(**parts, target=target, **more)
         compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
         return float((behind(model, windows) - dense).square().mean())
 
     plain, refitted = distance(), distance(refit="ridge")
     assert refitted < 0.7 * plain
-    assert distance(refit="ridge", finish_lambda=0.1) <= refitted
+    assert distance(refit="ridge", downstream=0.1) <= refitted
 
 
 def test_a_strong_penalty_leaves_the_gathered_weights(windows):
     plain, held = pico("llama_bias"), pico("llama_bias")
-    compress(plain, windows, Recipe(), target_layers=4, progress=False)
-    method = Recipe(refit="ridge", refit_lambda=1e12)
+    compress(plain, windows, paper(), target_layers=4, progress=False)
+    method = paper(refit="ridge", refit_lambda=1e12)
     compress(held, windows, method, target_layers=4, progress=False)
     for layer, other in zip(decoder_layers(plain), decoder_layers(held), strict=True):
         torch.testing.assert_close(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
@@ -232,7 +233,7 @@ def test_adam_goes_beyond_the_closed_form(windows):
 
     def error(refit, **options):
         model = pico("llama_bias")
-        method = Recipe(groups=((2, 3),), refit=refit, options=options)
+        method = paper(groups=((2, 3),), refit=refit, options=options)
         plan = compress(model, windows, method, target_layers=5, progress=False)
         assert same(apply(plan, pico("llama_bias")), model)
         missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
@@ -244,7 +245,7 @@ def test_adam_goes_beyond_the_closed_form(windows):
 
 
 def test_the_disk_store_finds_the_same(windows, tmp_path):
-    method = Recipe(refit="gauss_newton", retention="adaptive", finish_lambda=0.3)
+    method = paper(refit="gauss_newton", retention="adaptive", downstream=0.3)
     plans = [
         compress(
             pico("llama_gqa"),
@@ -265,7 +266,7 @@ def test_only_the_parts_asked_for_are_refitted(windows):
     plan = compress(
         pico("llama_bias"),
         windows,
-        Recipe(refit="ridge", refit_parts=["ffn"]),
+        paper(refit="ridge", refit_sublayers=["ffn"]),
         target_layers=5,
         progress=False,
     )
@@ -273,7 +274,7 @@ def test_only_the_parts_asked_for_are_refitted(windows):
 
 
 def test_a_passed_depth_has_its_own_finish_and_leaves_no_trace(windows):
-    method = Recipe(refit="ridge", finish_lambda=0.3)
+    method = paper(refit="ridge", downstream=0.3)
     seen = {}
 
     def on_step(plan):
@@ -313,7 +314,7 @@ def test_dense_states_are_those_of_the_dense_model(windows):
 def test_refit_error_is_what_the_trial_leaves(operator, windows):
     """Each candidate's score is the error of a model in which that group alone is merged."""
     shared = {"operator": operator, "refit": "ridge", "protect_first": 1}
-    method = Recipe(selection="refit_error", options={"shortlist": 3}, **shared)
+    method = paper(selection="refit_error", options={"shortlist": 3}, **shared)
     plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
     step, dense = plan.steps[0], Reference(pico("llama_gqa"), windows)
     assert len(step.candidates) == 3
@@ -321,7 +322,7 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
     for candidate in step.candidates:
         first, last = candidate.first - (operator == "drop"), candidate.last
         model = pico("llama_gqa")
-        alone = Recipe(groups=((first, last),), operator=operator, refit="ridge")
+        alone = paper(groups=((first, last),), operator=operator, refit="ridge")
         compress(model, windows, alone, target_layers=5, progress=False)
         found, wanted = Reference(model, windows).h[first + 1], dense.h[last + 1]
         relative = (found - wanted).square().mean(dim=-1) / wanted.square().mean(dim=-1)
@@ -334,13 +335,16 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
         ({"refit": "rigde"}, "merge.refit='rigde': unknown refit; did you mean 'ridge'"),
         ({"refit": "ridge", "refit_lambda": 0}, "merge.refit_lambda=0: must be a number above 0"),
         ({"refit": "ridge", "refit_lambda": "best"}, "must be a number above 0, or auto"),
-        ({"refit": "ridge", "refit_parts": ["mlp"]}, r"merge.refit_parts=\['mlp'\]: allowed are"),
+        (
+            {"refit": "ridge", "refit_sublayers": ["mlp"]},
+            r"merge.refit_sublayers=\['mlp'\]: allowed are",
+        ),
         ({"refit": "ridge", "target": "teacher"}, "merge.target='teacher': allowed are dense, cur"),
         ({"refit_weights": "norm"}, "merge.refit_weights='norm': allowed are relative, equal"),
-        ({"finish_lambda": -1.0}, "merge.finish_lambda=-1.0: must be above 0, or null"),
+        ({"downstream": -1.0}, "merge.downstream=-1.0: must be above 0, or null"),
         ({"refit": "adam", "options": {"steps": 0}}, "merge.options.steps=0 must be at least 1"),
         ({"refit": "ridge", "operator": "prune_comp"}, "prune_comp solves for the layer itself"),
-        ({"finish_lambda": 1.0, "parts": ("ffn",)}, "merge.finish_lambda repairs whole layers"),
+        ({"downstream": 1.0, "sublayers": ("ffn",)}, "merge.finish_lambda repairs whole layers"),
         (
             {"retention": "adaptive", "options": {"rate": 0.0}},
             "merge.options.rate=0.0: must be above",
@@ -349,4 +353,4 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**settings)
+        paper(**settings)

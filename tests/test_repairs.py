@@ -7,11 +7,11 @@ import torch
 
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
-from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     decoder_layers,
+    paper,
     recipe,
     without,
 )
@@ -41,12 +41,12 @@ def test_a_drop_is_the_model_without_the_layers(family, windows):
     dense = pico(family)
     for groups, gone in ((((2, 3, 4),), (3, 4)), (((0, 1),), (1,))):
         model = pico(family)
-        method = Recipe(operator="drop", groups=groups)
+        method = paper(operator="drop", groups=groups)
         compress(model, windows, method, target_layers=LAYERS - len(gone), progress=False)
         expected = without(dense, gone)(windows, use_cache=False).logits
         torch.testing.assert_close(model(windows).logits.double(), expected, rtol=1e-3, atol=1e-4)
     model = pico(family)
-    method = Recipe(operator="drop", selection="reverse", protect_last=LAYERS - 2)
+    method = paper(operator="drop", selection="reverse", protect_last=LAYERS - 2)
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
     assert plan.history[0] == [0, 1, 2]  # nothing in front: the layer behind stays
     expected = without(dense, (0, 1))(windows, use_cache=False).logits
@@ -64,7 +64,7 @@ def test_prune_comp_equals_scaling_all_in_front(family, windows, span):
     expected = scaled(windows, use_cache=False).logits
     model, m = pico(family), 3
     protect = {"protect_first": first, "protect_last": LAYERS - 1 - last}
-    method = Recipe(operator="prune_comp", selection="bi_sum", m=m, **protect)
+    method = paper(operator="prune_comp", selection="bi_sum", m=m, **protect)
     compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
     found = model(windows).logits.double()
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
@@ -83,7 +83,7 @@ def test_replaceme_is_a_least_squares_map(family, windows):
     hook.remove()
     m, h = outputs[0], [state.flatten(0, 1) for state in reference.h]
     transform = torch.linalg.lstsq(m, m + h[4] - h[2]).solution
-    method = Recipe(operator="replaceme", groups=((1, 2, 3),))
+    method = paper(operator="replaceme", groups=((1, 2, 3),))
     model = pico(family)
     plan = compress(model, windows, method, target_layers=4, progress=False)
     old, new = ModelAdapter(dense), ModelAdapter(model)

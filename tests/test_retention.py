@@ -9,13 +9,13 @@ import torch
 
 from come.merge.apply import apply
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.models.adapter import UNITS
 from come.statistics.manifold import diffusion_map, shared_information
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     come_scores,
     loss,
+    paper,
     plain_units,
 )
 from tests.reference import Reference
@@ -24,7 +24,7 @@ from tests.reference import Reference
 @pytest.mark.parametrize("m", [2, 3])
 def test_posterior_takes_the_split_with_the_lowest_loss(windows, m):
     groups = (tuple(range(2, 2 + m)),)
-    method = Recipe(groups=groups, retention="posterior", options={"granularity": 4})
+    method = paper(groups=groups, retention="posterior", options={"granularity": 4})
     model = pico("llama_gqa")
     plan = compress(model, windows, method, target_layers=LAYERS - m + 1, progress=False)
     losses = {}
@@ -48,7 +48,7 @@ def test_posterior_takes_the_split_with_the_lowest_loss(windows, m):
 
 
 def test_joint_ranks_all_units_of_the_group(windows):
-    method = Recipe(groups=((1, 2, 3),), retention="joint")
+    method = paper(groups=((1, 2, 3),), retention="joint")
     plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
     scores = come_scores(windows, (1, 2, 3))
     for unit in UNITS:
@@ -65,7 +65,7 @@ def test_joint_ranks_all_units_of_the_group(windows):
 
 def test_mka_weights_are_a_sigmoid_of_mean_similarity(windows):
     windows = 3 + (windows.repeat(4, 1) + 11 * torch.arange(20)[:, None]) % 290
-    method = Recipe(operator="average", retention="mka", groups=((2, 3),))
+    method = paper(operator="average", retention="mka", groups=((2, 3),))
     model = pico("llama_gqa")
     maps = [diffusion_map(h[:, -1]) for h in Reference(model, windows).h[1:]]
     plan = compress(model, windows, method, target_layers=5, progress=False)

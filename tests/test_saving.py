@@ -11,7 +11,6 @@ from come.job.folder import find_run
 from come.merge.apply import apply
 from come.merge.loop import base_model, compress
 from come.merge.plan import Plan
-from come.merge.recipe import Recipe
 from come.merge.saving import plan_path, save_model
 from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
@@ -20,6 +19,7 @@ from come.models.loading import load_model
 from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
 from tests.conftest import VOCAB
 from tests.jobs import QUICK, start
+from tests.methods import paper
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def config(folder):
 def merged(base, folder, **how):
     model, tokenizer = load_model(base)
     windows = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
-    plan = compress(model, windows, Recipe(refit="ridge"), target_layers=5, progress=False)
+    plan = compress(model, windows, paper(refit="ridge"), target_layers=5, progress=False)
     return save_model(model, how.pop("tokenizer", tokenizer), folder, plan, **how)
 
 

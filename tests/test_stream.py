@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
+from tests.methods import paper
 from tests.reference import Reference
 
 
@@ -47,7 +47,7 @@ def test_stores_give_the_same_plan(windows, tmp_path):
         compress(
             pico("qwen2_gqa"),
             windows,
-            Recipe(tokens="all"),
+            paper(tokens="all"),
             target_layers=3,
             store=store,
             folder=tmp_path,

@@ -5,13 +5,12 @@ import torch
 
 from come.merge.joint_selection import stacked_gram, stacked_map, unit_columns
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.leverage import leverage
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, without
+from tests.methods import decoder_layers, paper, without
 from tests.reference import Reference
 from tests.test_refit import activations, plain_ridge
 
@@ -94,7 +93,7 @@ def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
 
 @pytest.mark.parametrize("retention", ["adaptive", "leverage"])
 def test_a_layers_worth_of_units_is_kept(family, retention, windows):
-    method = Recipe(retention=retention, norms="fold", m=3)
+    method = paper(retention=retention, norms="fold", m=3)
     plan = compress(pico(family), windows, method, target_layers=4, progress=False)
     counts = ModelAdapter(pico(family)).unit_counts
     for unit, layers in plan.steps[0].kept.items():
@@ -107,8 +106,8 @@ def test_a_layers_worth_of_units_is_kept(family, retention, windows):
 def test_a_drop_at_the_front_refits_the_layer_behind(family, windows):
     model, dense = pico(family), Reference(pico(family), windows)
     alone = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
-    method = Recipe(
-        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_parts=["attention"]
+    method = paper(
+        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_sublayers=["attention"]
     )
     plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].keeper) == (0, 1, 1)
@@ -130,9 +129,9 @@ def test_the_last_refit_is_a_regression_to_the_dense_states(family, windows):
     """Layers 3 and 4, behind a merge of 2 and 3: each on what the layers before it now give."""
     merged, finished = pico(family), pico(family)
     groups = ((2, 3),)
-    compress(merged, windows, Recipe(groups=groups), target_layers=5, progress=False)
+    compress(merged, windows, paper(groups=groups), target_layers=5, progress=False)
     plan = compress(
-        finished, windows, Recipe(groups=groups, finish_lambda=0.5), target_layers=5, progress=False
+        finished, windows, paper(groups=groups, downstream=0.5), target_layers=5, progress=False
     )
     assert {key.split("/")[0] for key in plan.finish.hashes} == {"3", "4"}
     dense = Reference(pico(family), windows)
@@ -157,7 +156,7 @@ def test_the_lambda_found_does_not_depend_on_the_batches(windows):
     found = []
     for batch_size in (1, 2, 5):
         model = pico("llama_bias")
-        method = Recipe(groups=((2, 3),), refit="ridge", refit_lambda="auto")
+        method = paper(groups=((2, 3),), refit="ridge", refit_lambda="auto")
         compress(model, windows, method, target_layers=5, batch_size=batch_size, progress=False)
         found.append(decoder_layers(model)[2].mlp.down_proj.weight)
     for other in found[1:]:
@@ -169,4 +168,4 @@ def test_the_lambda_found_does_not_depend_on_the_batches(windows):
 )
 def test_a_shortlist_without_a_choice_is_refused(choice):
     with pytest.raises(ValueError, match="selection=refit_error merges a shortlist on trial, and"):
-        Recipe(selection="refit_error", **choice)
+        paper(selection="refit_error", **choice)

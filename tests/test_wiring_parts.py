@@ -139,9 +139,9 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
 
 def test_options_that_were_asked_for_stay_with_text_from_the_model():
     """The selection's own options for such text fill in what was not."""
-    assert settings().recipe().options["copying"] == 0.2
-    assert settings("+merge.options.copying=0.7").recipe().options["copying"] == 0.7
-    assert "copying" not in settings("calibration=pydocs").recipe().options
+    assert settings().recipe().options["repeat_weight"] == 0.2
+    assert settings("+merge.options.repeat_weight=0.7").recipe().options["repeat_weight"] == 0.7
+    assert "repeat_weight" not in settings("calibration=pydocs").recipe().options
 
 
 def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):

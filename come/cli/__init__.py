@@ -12,9 +12,9 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,8 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from come.cli.errors import USER_ERRORS, user_line
 from come.cli.grid import GridReport
+from come.cli.overrides import as_groups, load_plugins, register_parts
+from come.data.sampling import SOURCE as SELF_GENERATED
 from come.files import LISTING
 from come.job.identity import job_hash
+from come.merge.selection.trial_kl import REPEAT_WEIGHT
+from come.registry import load_plugin
 from come.report.listing import make_report
 from come.schema import Settings
 
@@ -40,13 +44,27 @@ class JobFailedError(Exception):
     """A job of a sweep ended with an error of the user's, whose line this is."""
 
 
+def schema() -> dict[str, Any]:
+    """What conf/ is merged into: the groups' classes, whose fields give types and defaults."""
+    hints = get_type_hints(Settings)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    return {"plugins": [], "from_run": None} | {
+        name: OmegaConf.structured(group) for name, group in groups.items()
+    }
+
+
 def to_settings(config: DictConfig) -> Settings:
     """The typed settings of a composed configuration, interpolations resolved."""
-    own = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
+    types = schema()
+    own = OmegaConf.masked_copy(config, list(types))
     OmegaConf.resolve(own)
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), own))
-    assert isinstance(settings, Settings)
-    return settings
+    for path in own.plugins:
+        load_plugin(path)
+    merged: Any = OmegaConf.merge(types, own)
+    values: dict[str, Any] = {name: merged[name] for name in types}
+    for name, value in values.items():
+        values[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    return Settings(**values)
 
 
 def main() -> int:
@@ -85,8 +103,18 @@ def main() -> int:
             _say(user_line(error))
             raise SystemExit(1) from None
 
+    words = sys.argv[1:]
+
+    def start() -> None:
+        load_plugins(words)
+        register_parts()
+        sys.argv[1:] = as_groups(words)
+        if "--cfg" in words and "--resolve" not in words and "hydra" not in words:
+            sys.argv.append("--resolve")  # so that interpolations show what they will be
+        job()
+
     try:
-        return _guarded(job)
+        return _guarded(start)
     finally:
         if GridReport.running is not None:  # also behind a job that failed
             _finish_sweep(GridReport.running)
@@ -151,6 +179,13 @@ def _job_hash(*, _root_: DictConfig) -> str:
         return INVALID
 
 
+def _repeat_weight(*, _root_: DictConfig) -> float:
+    """The weight of repeated text in trial scores: above 0 where the model writes the text."""
+    text = _root_.calibration
+    sampled = (text.source == SELF_GENERATED and not text.path) or text.num_continuations > 0
+    return REPEAT_WEIGHT if sampled else 0.0
+
+
 def _warn_of_grid() -> None:
     """Says that an experiment is a grid, where only its first configuration runs."""
     hydra_config = HydraConfig.get()
@@ -175,5 +210,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 # Known to Hydra as soon as this module is, in the processes of parallel launchers too.
-ConfigStore.instance().store(name="schema", node=Settings)
+ConfigStore.instance().store(name="schema", node=schema())
 OmegaConf.register_new_resolver("job_hash", _job_hash, replace=True)
+OmegaConf.register_new_resolver("repeat_weight", _repeat_weight, replace=True)

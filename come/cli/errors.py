@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -18,6 +18,8 @@ from hydra.errors import (
 from omegaconf.errors import OmegaConfBaseException
 
 from come.errors import one_line
+from come.merge.method import PARTS
+from come.registry import Registry
 from come.schema import Settings
 
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
@@ -66,6 +68,26 @@ def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{entry.name}"
 
 
+def _part_of(name: str) -> str | None:
+    """What a setting of a method's part could have been; None for other settings."""
+    for part, registry in PARTS.items():
+        prefix = f"merge.{part}."
+        if name.startswith(prefix):
+            having = [n for n in registry.names() if name[len(prefix) :] in _settings(registry, n)]
+            own = f"; merge.{part}={' or '.join(having)} has it" if having else ""
+            known = sorted({key for n in registry.names() for key in _settings(registry, n)})
+            hint = own or near(name[len(prefix) :], known)
+            return (
+                f"{name}: the chosen merge.{part} has no such setting{hint} "
+                "(come --cfg job shows what is chosen)"
+            )
+    return None
+
+
+def _settings(registry: Registry[Any], name: str) -> list[str]:
+    return list(registry.get(name).settings())
+
+
 def _unreadable(error: OverrideParseException) -> str:
     """An override that Hydra cannot read, and how it is written."""
     key, _, value = error.override.partition("=")
@@ -83,7 +105,13 @@ def _no_such_choice(error: MissingConfigException) -> str:
     names: list[str] = list(error.options or [])
     if not group or not names:
         return one_line(error)
-    return f"{group}={choice}: no such choice{near(choice, names)} Available: {', '.join(names)}"
+    part = PARTS.get(group.removeprefix("merge/"))
+    if part is not None:
+        try:
+            part.get(choice)
+        except ValueError as known:
+            return str(known)
+    return f"{group}={choice}: no such choice{near(choice, names)}; available: {', '.join(names)}"
 
 
 def _wrong_setting(text: str) -> str:
@@ -92,7 +120,10 @@ def _wrong_setting(text: str) -> str:
     if key is None:
         return text
     name = key[1]
-    if " not in '" in text:
+    if re.search(r"\bnot in ('|struct)", text):
+        part = _part_of(name)
+        if part is not None:
+            return part
         return (
             f"{name}: no such setting{near(name, list(setting_names()))} "
             "come --cfg job lists all of them"

@@ -48,7 +48,9 @@ class GridReport(Callback):
         folder = self._folder(config)
         entry = {
             "folder": str(config.hydra.runtime.output_dir),
-            "overrides": list(config.hydra.overrides.task),
+            "overrides": [
+                override.replace("merge/", "merge.", 1) for override in config.hydra.overrides.task
+            ],
         }
         list_job(folder, entry)
         make_report(folder)

@@ -201,7 +201,7 @@ def evaluation_windows(
     """
     if source.part and source.part[0] < CALIBRATION_PART[1] and _shared(source, *others):
         raise ValueError(
-            f"{key}.part={list(source.part)}: calibration or training draws from the first "
+            f"{key}.text_range={list(source.part)}: calibration or training draws from the first "
             f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
         )
     text = _evaluation_text(source, tokenizer, *others)

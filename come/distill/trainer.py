@@ -41,8 +41,8 @@ def train(
     """Minimises an objective with AdamW; the parameters end at their best by validation.
 
     The learning rate follows `TrainConfig.lr_at`. The first validation runs before the first
-    step, so the result is never worse on held-out windows than the start. Every process takes an equal part
-    of each step's windows, so the gradient is that of one process.
+    step, so the result is never worse on held-out windows than the start. Every process takes an
+    equal part of each step's windows, so the gradient is that of one process.
 
     Args:
         objective: what is minimised; its parameters are changed.

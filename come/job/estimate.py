@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from come.merge.constraints import depths
-from come.merge.recipe import Recipe
+from come.merge.method import Method
 from come.models.loading import ModelShape
 from come.report.numbers import duration, megabytes
 
@@ -57,28 +57,28 @@ class Cost:
 
 
 def compression_cost(
-    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, recipe: Recipe, store: str
+    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, method: Method, store: str
 ) -> Cost:
     """The cost of merging a model of `shape` down to `target` layers."""
-    layers, rules = shape.num_layers, recipe.rules(shape.num_layers, target)
-    _, metric, selection, retention, schedule, refit = recipe.make()
+    layers, rules = shape.num_layers, method.constraints(shape.num_layers, target)
+    metric, selection, schedule = method.sensitivity, method.selection, method.schedule
     fewest = most = [target]
-    if recipe.groups:
-        fewest = most = [target] * len(recipe.groups)
+    if method.groups:
+        fewest = most = [target] * len(method.groups)
     elif schedule.remeasures:
         fewest = depths(layers, target, rules.m)
         most = depths(layers, target, 2) if rules.variable_size else fewest
     extra = {
-        f"merge.selection={recipe.selection}": not selection.local or selection.shortlist > 0,
-        f"merge.sensitivity={recipe.sensitivity}": bool(metric.gradient),
-        f"merge.retention={recipe.retention}": retention.trials,
-        f"merge.schedule={recipe.schedule}": schedule.trials,
-        f"merge.refit={recipe.refit}": refit.active,
-        f"merge.finish_lambda={recipe.finish_lambda}": recipe.finish_lambda is not None,
+        f"merge.selection={selection.name}": not selection.local or selection.num_trials > 0,
+        f"merge.sensitivity={metric.name}": bool(metric.gradient),
+        f"merge.retention={method.retention.name}": method.retention.trials,
+        f"merge.schedule={schedule.name}": schedule.trials,
+        f"merge.refit={method.refit.name}": method.refit.active,
+        f"merge.refit.downstream={method.refit.downstream}": method.refit.downstream is not None,
     }
     tokens = num_samples * seq_len
-    slots = layers + 1 if recipe.block == "layer" else 2 * layers + 1
-    if metric.gradient == "path" or recipe.wants_dense:
+    slots = layers + 1 if method.block == "layer" else 2 * layers + 1
+    if metric.gradient == "path" or method.needs_dense:
         slots += layers + 1  # the second stream's, or the dense model's
     state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(

@@ -50,10 +50,10 @@ def job_hash(settings: Settings) -> str:
     count by their content. Batch sizes count, since sums over tokens are rounded by batches, and
     so does the kind of device. Labels, stores and tracking do not count.
     """
-    merge = _without(asdict(settings.merge), ("name", "plan"))
+    merge = _without(settings.merge.record(), ("name", "plan"))
     calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
     evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
-    del evaluation["also"]
+    del evaluation["extra_texts"]
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],
         "device": choose_device(settings.model.device).type,
@@ -63,13 +63,13 @@ def job_hash(settings: Settings) -> str:
         "eval": evaluation,
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
-    if settings.merge.active and settings.eval.perplexity:  # which part of a text is held out
+    if settings.merge.enabled and settings.eval.perplexity:  # which part of a text is held out
         calibrating = settings.calibration
         parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
-    if settings.eval.also:
+    if settings.eval.extra_texts:
         parts["eval_also"] = {
             name: [_text_identity(text), _without(asdict(text), _TEXT_KNOBS)]
-            for name, text in settings.eval.also.items()
+            for name, text in settings.eval.extra_texts.items()
         }
     if settings.eval.tasks:
         asked = settings.eval
@@ -79,11 +79,15 @@ def job_hash(settings: Settings) -> str:
     if settings.distill.active:
         own = _without(asdict(settings.distill), _DISTILL_KNOBS)
         parts["distill"] = own | {"text": _training_identity(settings)}
-    if not settings.merge.active:
+    if not settings.merge.enabled:
         parts["merge"] = None
     elif settings.from_run is not None:
         start = find_run(settings.from_run)
-        parts["merge"] = [fingerprint(start), file_hash(plan_path(start)), settings.merge.keep]
+        parts["merge"] = [
+            fingerprint(start),
+            file_hash(plan_path(start)),
+            settings.merge.save_weights,
+        ]
     elif settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:
@@ -97,7 +101,7 @@ def job_hash(settings: Settings) -> str:
 def _training_identity(settings: Settings) -> Any:
     if settings.training_text is None:
         calibration = settings.calibration
-        return ["self_generated", str(calibration.sampling), calibration.keep]
+        return ["self_generated", str(calibration.sampling), calibration.keep_likeliest]
     return _text_identity(settings.training)
 
 

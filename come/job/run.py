@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +61,7 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
     job = prepare(settings, folder, name)
     from come.report.write import write_report  # plots are slow to import; a wrong job needs none
 
-    write_text(folder / "resolved.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+    write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
     with _trackers(job) as trackers:
         model, plan, job, compression = merge(job, trackers)
         crew.wait_for_everyone()
@@ -86,7 +85,7 @@ def _tidy(folder: Path, result: Result) -> None:
     for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN), folder / COST):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
-    if not result["settings"]["merge"]["keep"]:
+    if not result["settings"]["merge"]["save_weights"]:
         for depth in result["depths"][1:]:
             for weights in (folder / depth["folder"]).glob("model*.safetensors*"):
                 weights.unlink()
@@ -115,14 +114,14 @@ def _trackers(job: Job) -> Trackers:
     common: dict[str, Any] = {
         "run_id": job.hash,
         "project": tracking.project,
-        "config": asdict(job.settings),
+        "config": job.settings.record(),
     }
     if tracking.backend == "wandb":
         from come.tracking.wandb import WandB
 
         tags = [job.label, method, f"{job.target} layers"]
         tags += [] if job.plan else [f"m={merge.m}"]
-        merges = merge.active and job.start is None
+        merges = merge.enabled and job.start is None
         kind = "distill" if distill.active else "compress" if merges else "evaluate"
         trackers.append(
             WandB(
@@ -160,6 +159,6 @@ def _result(
         "distillation": distillation,
         "eval_source": job.held_out[""].source if job.held_out else "",
         "eval_also": {name: text.source for name, text in job.held_out.items() if name},
-        "settings": asdict(job.settings),
+        "settings": job.settings.record(),
         "versions": versions(),
     }

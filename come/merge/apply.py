@@ -11,7 +11,7 @@ import torch
 from come.merge.norms import check_norms, fold_norms
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
 from come.merge.plan import MergeStep, Plan
-from come.merge.span import SourceLayers
+from come.merge.source_layers import SourceLayers
 from come.models.adapter import Block, LayerState, ModelAdapter
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from come.linalg.gram import Gram, Map
 from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.output_map import equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
+from come.merge.refit.base import Refit
 from come.merge.span import Group, UnitAllocation
 from come.models.adapter import UNITS, Unit
 from come.models.sublayers import States, run_attention, run_mlp
@@ -152,3 +153,8 @@ def unit_columns(units: list[int], size: int) -> Tensor:
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
     """Units of the wide map as ascending lists of each layer's own, `count` a layer."""
     return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]
+
+
+def joint_lambda(refit: Refit) -> float:
+    """The relative penalty with which units are chosen: the refit's, with "auto" 0.1."""
+    return 0.1 if isinstance(refit.lambda_, str) else refit.lambda_

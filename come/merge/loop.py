@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +16,12 @@ from torch import Tensor
 from come.merge.apply import apply, apply_step, block_states, merged_pieces, write_finish
 from come.merge.constraints import check_target
 from come.merge.downstream import finish
+from come.merge.method import Method, groups_target
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
-from come.merge.recipe import Recipe, groups_target
-from come.merge.reconstruction import ReconstructionTargets, check_refit_target, check_weighting
-from come.merge.schedules.base import SCHEDULES, Search
-from come.merge.span import Group, SourceLayers, UnitAllocation
+from come.merge.reconstruction import ReconstructionTargets
+from come.merge.schedules.base import Search
+from come.merge.source_layers import SourceLayers
+from come.merge.span import Group, UnitAllocation
 from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
 from come.models.surgery import Span
@@ -46,7 +47,7 @@ def base_model(adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> 
 def compress(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows seq"],
-    recipe: Recipe | None = None,
+    method: Method | None = None,
     *,
     target_layers: int,
     stops: Collection[int] = (),
@@ -67,7 +68,7 @@ def compress(
     Args:
         model: the dense model, changed in place (also by an interrupted call).
         windows: calibration windows, packed, without padding, int64.
-        recipe: the method; None for CoMe's.
+        method: the method; None for the project's own, `merge=come_plus`.
         target_layers: depth to reach.
         stops: depths on the way that groups of mixed sizes do not jump over, and that get their
             last refit too, for `on_step` alone.
@@ -87,24 +88,24 @@ def compress(
         ValueError: an unsupported model, a target that does not fit or cannot be reached, or
             hidden states that are not finite.
     """
-    recipe = recipe or Recipe()
+    method = (method or Method()).fresh()
     adapter = ModelAdapter(model)
-    schedule = SCHEDULES.get(recipe.schedule_name)
-    if recipe.groups:
-        reached = groups_target(recipe.groups, adapter.num_layers)
+    schedule = method.schedule
+    if method.groups:
+        reached = groups_target(method.groups, adapter.num_layers)
         if target_layers != reached:
             raise ValueError(f"merge.groups lead to {reached} layers, not to {target_layers}")
     else:
-        rules = recipe.rules(adapter.num_layers, target_layers)
-        check_target(adapter.num_layers, target_layers, rules, stops, recipe.nested)
+        rules = method.constraints(adapter.num_layers, target_layers)
+        check_target(adapter.num_layers, target_layers, rules, stops, schedule.nested)
         schedule.check_depths(adapter.num_layers, [*stops, target_layers])
     if plan is None:
         plan = Plan(
             base_model(adapter),
-            recipe.operator,
-            recipe.norms,
-            recipe.block,
-            provenance={"recipe": asdict(recipe)},
+            method.operator.name,
+            method.norms,
+            method.block,
+            provenance={"recipe": method.record()},
         )
     if schedule.restarts:
         plan = replace(plan, steps=[])
@@ -118,15 +119,15 @@ def compress(
         store=store,
         folder=folder,
         progress=progress,
-        block=recipe.block,
+        block=method.block,
     )
     with stream:
-        if recipe.wants_dense and plan.steps and plan.num_layers > target_layers:
+        if method.needs_dense and plan.steps and plan.num_layers > target_layers:
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
         apply(plan, model)
-        search = _Compression(stream, recipe, [*stops, target_layers], on_first_layer)
+        search = _Compression(stream, method, [*stops, target_layers], on_first_layer)
         steps: list[MergeStep] = []
         merged = plan
         while merged.num_layers > target_layers:
@@ -161,29 +162,27 @@ class _Compression:
     def __init__(
         self,
         stream: LayerStream,
-        recipe: Recipe,
+        method: Method,
         stops: Sequence[int],
         on_first_layer: Callable[[float], None] | None,
     ) -> None:
-        (
-            self.operator,
-            self.metric,
-            self.selection,
-            self.retention,
-            self.schedule,
-            self.refit,
-        ) = recipe.make()
+        self.operator = method.operator
+        self.metric = method.sensitivity
+        self.selection = method.selection
+        self.retention = method.retention
+        self.schedule = method.schedule
+        self.refit = method.refit
         self.stream = stream
-        self.recipe = recipe
+        self.method = method
         self.target, self.stops = stops[-1], stops
-        self.rules = recipe.rules(stream.num_layers, self.target)
+        self.rules = method.constraints(stream.num_layers, self.target)
         self.statistics: list[LayerStatistics] = []
         self.scores: dict[tuple[int, int], float] = {}
         self.origins: list[int] = []
         self.start = 0  # the first layer that has to be measured
         self._on_first_layer = on_first_layer
         kinds = self.metric.moments if self.operator.uses_units else ()
-        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(recipe.tokens))
+        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
 
     def next_step(self, plan: Plan) -> MergeStep:
         """Measures what has to be, and decides the next merge of `plan`."""
@@ -195,7 +194,7 @@ class _Compression:
         search = Search(
             stream=self.stream,
             history=history,
-            steps=plan.steps if self.recipe.same(plan.provenance.get("recipe")) else [],
+            steps=plan.steps if self.method.equals(plan.provenance.get("recipe")) else [],
             origins=self.origins,
             stops=sorted({d for d in self.stops if d < plan.num_layers}, reverse=True),
             rules=self.rules,
@@ -203,7 +202,7 @@ class _Compression:
             group=partial(self._group, history=history),
             split=self._split,
             refine=partial(self._refine, history),
-            shortlist=self.selection.shortlist,
+            shortlist=self.selection.num_trials,
         )
         choice = self.schedule.choose(search)
         self.selection.release()
@@ -244,10 +243,9 @@ class _Compression:
 
     def finished(self, plan: Plan) -> Plan:
         """The plan with the last refit of all layers behind its first merge, if there is one."""
-        if self.recipe.finish_lambda is None:
+        if self.refit.downstream is None:
             return plan
-        weighting = check_weighting(self.recipe.refit_weights)
-        found = finish(self.stream, plan.history, self.recipe.finish_lambda, weighting)
+        found = finish(self.stream, plan.history, self.refit.downstream, self.refit.weights)
         tensors = {
             f"{index}/{name}": tensor
             for index, state in found.items()
@@ -263,8 +261,8 @@ class _Compression:
             first,
             last,
             original=original,
-            target=check_refit_target(self.recipe.target),
-            weighting=check_weighting(self.recipe.refit_weights),
+            target=self.refit.target,
+            weighting=self.refit.weights,
         )
 
     def merged(self, plan: Plan) -> None:
@@ -287,7 +285,7 @@ class _Compression:
             if self._on_first_layer:
                 self._on_first_layer(time.perf_counter() - began)
             stream.advance(1, last, self._collector)
-            if self.recipe.wants_dense and not stream.has_dense:
+            if self.method.needs_dense and not stream.has_dense:
                 stream.snapshot_dense()
         else:
             stream.advance(self.start, last, self._collector)
@@ -314,7 +312,7 @@ class _Compression:
     def _number(self, score: float, first: int, last: int) -> float:
         if not math.isfinite(score):
             raise ValueError(
-                f"merge.selection={self.recipe.selection} gives no number for layers {first} to "
+                f"merge.selection={self.selection.name} gives no number for layers {first} to "
                 f"{last}; try model.dtype=float32 or bfloat16"
             )
         return score
@@ -341,6 +339,7 @@ class _Compression:
             statistics=statistics,
             pieces=partial(self._pieces, places),
             trial=partial(self._trial, places),
+            refit=self.refit,
             scores=scores,
             goals=partial(self._goals, places[0], places[-1], history[last][-1], stream),
         )
@@ -350,7 +349,7 @@ class _Compression:
             self.stream.adapter,
             places,
             self.operator,
-            self.recipe.norms,
+            self.method.norms,
             split.shares,
             split.kept,
         )

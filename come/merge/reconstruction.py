@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -113,21 +113,3 @@ def token_weights(output: States, weighting: Weighting) -> Float[Tensor, " token
     if weighting == "equal":
         return torch.ones_like(flat[:, 0])
     return flat.square().mean(dim=1).clamp_min(1e-12).reciprocal()
-
-
-def check_refit_target(target: str) -> Target:
-    """Raises ValueError unless `target` is "dense" or "current"."""
-    for allowed in get_args(Target):
-        if target == allowed:
-            return allowed
-    raise ValueError(f"merge.target={target!r}: allowed are {', '.join(get_args(Target))}")
-
-
-def check_weighting(weighting: str) -> Weighting:
-    """Raises ValueError unless `weighting` is "relative" or "equal"."""
-    for allowed in get_args(Weighting):
-        if weighting == allowed:
-            return allowed
-    raise ValueError(
-        f"merge.refit_weights={weighting!r}: allowed are {', '.join(get_args(Weighting))}"
-    )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from come.merge.reconstruction import ReconstructionTargets
+from come.merge.refit.base import Refit
+from come.merge.source_layers import SourceLayers
 from come.merge.unit_scores import UnitScores
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
@@ -27,24 +29,6 @@ class UnitAllocation:
 
 
 @dataclass(frozen=True)
-class SourceLayers:
-    """The layers of a group as the operator reads them, and how it makes one of them.
-
-    Attributes:
-        layers: all tensors of every layer, shallow first.
-        join: gives all tensors of the merged layer for such layers.
-    """
-
-    layers: Sequence[LayerState]
-    join: Callable[[Sequence[LayerState]], LayerState]
-
-    @property
-    def state(self) -> LayerState:
-        """All tensors of the merged layer."""
-        return self.join(self.layers)
-
-
-@dataclass(frozen=True)
 class Group:
     """Layers first..last of the current model, between boundaries first and last + 1.
 
@@ -56,6 +40,7 @@ class Group:
         statistics: of every layer of the group.
         pieces: gives what the operator reads, and how it merges by a split.
         trial: gives the layers that take the group's place for a split, to be passed in turn.
+        refit: how the merged layer will be fitted.
         scores: gives the sensitivity of every unit; None where the operator has no units.
         goals: gives what a layer in its place has to reproduce.
     """
@@ -67,6 +52,7 @@ class Group:
     statistics: Sequence[LayerStatistics]
     pieces: Callable[[UnitAllocation], SourceLayers]
     trial: Callable[[UnitAllocation], Route]
+    refit: Refit
     scores: Callable[[], UnitScores] | None = None
     goals: Callable[[], ReconstructionTargets] | None = None
 

@@ -66,7 +66,7 @@ def _check_windows(run: Result, other: Result) -> None:
     if len(own) != len(its) or any(abs(a - b) > SAME for a, b in zip(own, its, strict=True)):
         raise ValueError(
             "the runs measured perplexity on other windows, as the dense model's show: evaluate "
-            "both with the same eval.path, eval.part, eval.seq_len and eval.max_tokens"
+            "both with the same eval.path, eval.text_range, eval.seq_len and eval.max_tokens"
         )
 
 

@@ -65,7 +65,7 @@ def _table(result: Result) -> list[str]:
 
 
 def _further_texts(result: Result) -> list[str]:
-    """Perplexity on the texts of eval.also."""
+    """Perplexity on the texts of eval.extra_texts."""
     if not result["eval_also"]:
         return []
     lines = ["", "## Further texts", ""]

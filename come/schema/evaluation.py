@@ -7,6 +7,7 @@ from typing import Optional
 
 from come.data.sources.base import TextSource
 from come.schema.text import TextSettings
+from come.setting import setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -14,16 +15,20 @@ from come.schema.text import TextSettings
 
 @dataclass
 class EvaluationText(TextSettings):
-    """A text that perplexity is measured on: that of `eval`, or one of `eval.also`.
+    """A text that perplexity is measured on: that of `eval`, or one of `eval.extra_texts`."""
 
-    Attributes:
-        max_tokens: only the first so many tokens; null for all.
-        part: only what lies between two shares of it, as [0.8, 1]; null for all of it, or for its
-            last fifth where calibration or training reads the same text.
-    """
+    config_key = "eval"
 
-    max_tokens: Optional[int] = None
-    part: Optional[list[float]] = None
+    max_tokens: Optional[int] = setting(
+        None, "only the first tokens; null for all", kind=int, least=4, optional=True
+    )
+    text_range: Optional[list[float]] = setting(
+        None,
+        "only the part between two shares, such as [0.8,1]; null for all of it, or for the last "
+        "fifth where calibration or training reads the same text",
+        kind=list,
+        optional=True,
+    )
 
     def evaluated(self, key: str) -> TextSource:
         """The text source with its part, not read yet.
@@ -34,13 +39,11 @@ class EvaluationText(TextSettings):
         Raises:
             ValueError: an unknown source, a missing setting, or no such part.
         """
-        limit, part = self.max_tokens, self.part
-        if limit is not None and limit < 4:
-            raise ValueError(f"{key}.max_tokens={limit}: two windows of 2 tokens at least")
+        part = self.text_range
         if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
             raise ValueError(
-                f"{key}.part={list(part)}: two shares of the text, the first below the second, "
-                "as [0.8,1]; null for all of it"
+                f"{key}.text_range={list(part)}: two shares of the text, the first below the "
+                "second, such as [0.8,1]; null for all of it"
             )
         try:
             source = self.text_source()
@@ -54,67 +57,41 @@ class EvaluationText(TextSettings):
 class EvalSettings(EvaluationText):
     """`eval`: what is measured of the dense and the merged model.
 
-    The text of its own is what tables quote; `also` names others.
-
     Attributes:
-        name: label.
-        also: further texts by name, for perplexity too.
-        perplexity: whether to measure perplexity.
-        seq_len: tokens of a window; cut to the model's maximum.
-        batch_tokens: tokens of one forward pass.
-        tasks: zero-shot tasks of the harness (lm-eval), or of `include_path`.
-        include_path: folder of local tasks, YAML files of the harness's form.
-        limit: only the first so many documents of every task; null for all.
-        task_batch: sequences of one forward pass of a task.
-        speed: whether to time prompt processing and generation.
-        prompt_tokens: length of the timed prompt.
-        new_tokens: tokens generated in the timing.
-        speed_batch: prompts generated for side by side.
-        repeats: counted repetitions of each timing.
-        continuation_tokens: tokens of the sample continuations in the report; 0 for none.
+        extra_texts: further texts by name, for perplexity too.
     """
 
-    name: str = "perplexity"
-    also: dict[str, EvaluationText] = field(default_factory=dict)
-    perplexity: bool = True
-    seq_len: int = 2048
-    batch_tokens: int = 2048
-    tasks: list[str] = field(default_factory=list)
-    include_path: Optional[str] = None
-    limit: Optional[int] = None
-    task_batch: int = 8
-    speed: bool = True
-    prompt_tokens: int = 2048
-    new_tokens: int = 128
-    speed_batch: int = 1
-    repeats: int = 3
-    continuation_tokens: int = 32
+    name: str = setting("perplexity", "label")
+    extra_texts: dict[str, EvaluationText] = field(default_factory=dict)
+    perplexity: bool = setting(True, "whether to measure perplexity")
+    seq_len: int = setting(2048, "tokens of a window; cut to the model's maximum", least=2)
+    batch_tokens: int = setting(2048, "tokens of a forward pass", least=1)
+    tasks: list[str] = setting([], "zero-shot tasks of lm-eval, or of include_path")
+    include_path: Optional[str] = setting(
+        None, "folder of local tasks, YAML files as lm-eval's", kind=str, optional=True
+    )
+    limit: Optional[int] = setting(
+        None, "only the first documents of every task; null for all", kind=int, least=1,
+        optional=True,
+    )  # fmt: skip
+    task_batch: int = setting(8, "sequences of a forward pass of a task", least=1)
+    speed: bool = setting(True, "whether to time prompt processing and generation")
+    prompt_tokens: int = setting(2048, "length of the timed prompt", least=1)
+    new_tokens: int = setting(128, "tokens generated in the timing", least=1)
+    speed_batch: int = setting(1, "prompts of a batch in the timing", least=1)
+    repeats: int = setting(3, "counted repetitions of each timing", least=1)
+    continuation_tokens: int = setting(
+        32, "tokens of the sample continuations in the report; 0 for none", least=0
+    )
 
     def check(self) -> None:
-        """Raises ValueError for a value out of range."""
-        for key in (
-            "seq_len",
-            "batch_tokens",
-            "task_batch",
-            "prompt_tokens",
-            "new_tokens",
-            "speed_batch",
-        ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"eval.{key}={getattr(self, key)}: must be at least 1")
-        if self.repeats < 1 or self.continuation_tokens < 0 or self.seq_len < 2:
-            raise ValueError(
-                f"eval.repeats={self.repeats} and eval.seq_len={self.seq_len} must be at least 1 "
-                f"and 2, eval.continuation_tokens={self.continuation_tokens} at least 0"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"eval.limit={self.limit}: must be at least 1, or null for all")
+        """Raises ValueError for settings that contradict each other."""
         if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"eval.tasks={list(self.tasks)}: a task stands there twice")
-        if self.also and not self.perplexity:
+            raise ValueError(f"eval.tasks={list(self.tasks)}: a task is named twice")
+        if self.extra_texts and not self.perplexity:
             raise ValueError(
-                f"eval.also has {', '.join(self.also)}, and eval.perplexity=false measures none; "
-                "leave the texts out with '~eval.also'"
+                f"eval.extra_texts has {', '.join(self.extra_texts)}, and eval.perplexity=false "
+                "measures none; leave the texts out with '~eval.extra_texts'"
             )
         for text in self.texts().values():
             text.check()
@@ -127,5 +104,7 @@ class EvalSettings(EvaluationText):
         """
         if not self.perplexity:
             return {}
-        further = {n: text.evaluated(f"eval.also.{n}") for n, text in self.also.items()}
+        further = {
+            n: text.evaluated(f"eval.extra_texts.{n}") for n, text in self.extra_texts.items()
+        }
         return {"": self.evaluated("eval"), **further}

@@ -8,35 +8,29 @@ from typing import Optional
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sampling import Sampling
 from come.data.sources.base import TEXT, TextSource
-from come.stream.boundaries import check_store
+from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
 
 
+def _word(doc: str) -> Optional[str]:
+    found: Optional[str] = setting(None, doc, kind=str, optional=True)
+    return found
+
+
 @dataclass
-class TextSettings:
-    """Where text comes from; shared by `calibration` and `eval`.
+class TextSettings(HasSettings):
+    """Where a text comes from."""
 
-    Attributes:
-        source: registry name of a text source.
-        path: file for `text_file`; given alone it chooses `text_file`.
-        dataset: dataset or builder for `hub`.
-        subset: its configuration.
-        split: its split.
-        revision: its branch, tag or commit.
-        field: field of a row that holds the text; "a+b" joins several.
-        data_files: files for a builder.
-    """
-
-    source: str = "pydocs"
-    path: Optional[str] = None
-    dataset: Optional[str] = None
-    subset: Optional[str] = None
-    split: Optional[str] = None
-    revision: Optional[str] = None
-    field: Optional[str] = None
-    data_files: Optional[str] = None
+    source: str = setting("pydocs", "registry name of a text source")
+    path: Optional[str] = _word("file of text_file, which it chooses when given alone")
+    dataset: Optional[str] = _word("dataset or builder of hub")
+    subset: Optional[str] = _word("configuration of the dataset")
+    split: Optional[str] = _word("split of the dataset")
+    revision: Optional[str] = _word("branch, tag or commit of the dataset")
+    field: Optional[str] = _word('field of a row that holds the text; "a+b" joins several')
+    data_files: Optional[str] = _word("files of a dataset builder")
 
     def text_source(self) -> TextSource:
         """The text source, not read yet.
@@ -48,64 +42,44 @@ class TextSettings:
         settings = {
             key: getattr(self, key) for key in TextSettings.__dataclass_fields__ if key != "source"
         }
-        return TEXT.create(name, settings)
+        return TEXT.create_from(name, settings)
 
 
 @dataclass
 class CalibrationSettings(TextSettings):
-    """`calibration`: text, windows, and how they run.
+    """`calibration`: the text that statistics are measured on, its windows, and how they run."""
 
-    Attributes:
-        num_samples: packed windows.
-        seq_len: tokens of a window.
-        seed: of the draw.
-        temperature: of text sampled from the model.
-        top_p: of text sampled from the model: the share of the probability to draw from.
-        keep: share of `self_generated` windows that is kept, the likeliest.
-        continued: windows more, that begin like the drawn ones and that the model goes on with.
-        begin: tokens of real text at the beginning of those.
-        batch_size: windows in one batch of the layer stream.
-        store: memory or disk, where the boundaries' hidden states are kept.
-    """
+    config_key = "calibration"
 
-    num_samples: int = 32
-    seq_len: int = 256
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    keep: float = 1.0
-    continued: int = 0
-    begin: int = 64
-    batch_size: int = 4
-    store: str = "memory"
+    num_samples: int = setting(32, "packed windows", least=1)
+    seq_len: int = setting(256, "tokens of a window", least=2)
+    seed: int = setting(0, "seed of the draw")
+    temperature: float = setting(1.0, "temperature of text sampled from the model", above=0)
+    top_p: float = setting(1.0, "share of the probability that is drawn from", above=0, most=1)
+    keep_likeliest: float = setting(
+        1.0, "share of self_generated windows that is kept, the likeliest", above=0, most=1
+    )
+    num_continuations: int = setting(
+        0, "further windows, which the model writes after beginnings of real text", least=0
+    )
+    prefix_tokens: int = setting(64, "tokens of real text at the beginning of those", least=1)
+    batch_size: int = setting(4, "windows of a batch", least=1)
+    store: str = setting(
+        "memory", "where hidden states of layer boundaries are kept", choices=("memory", "disk")
+    )
 
     def check(self) -> None:
-        """Raises ValueError for a value out of range."""
-        for key in ("num_samples", "seq_len", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"calibration.{key}={getattr(self, key)}: must be at least 1")
-        if self.seq_len < 2:
-            raise ValueError(f"calibration.seq_len={self.seq_len}: a window has 2 tokens or more")
-        if not self.temperature > 0:
-            raise ValueError(f"calibration.temperature={self.temperature}: must be above 0")
-        for key in ("top_p", "keep"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(
-                    f"calibration.{key}={getattr(self, key)}: must be above 0 and at most 1"
-                )
-        if self.continued < 0:
-            raise ValueError(f"calibration.continued={self.continued}: must be at least 0")
-        if self.continued and not 1 <= self.begin < self.seq_len:
+        """Raises ValueError for settings that contradict each other."""
+        if self.num_continuations and self.prefix_tokens >= self.seq_len:
             raise ValueError(
-                f"calibration.begin={self.begin}: must be at least 1 and below "
+                f"calibration.prefix_tokens={self.prefix_tokens}: must be below "
                 f"calibration.seq_len={self.seq_len}"
             )
-        if self.continued and self.self_generated:
+        if self.num_continuations and self.self_generated:
             raise ValueError(
-                f"calibration.continued={self.continued} goes on with real text; self_generated "
-                "text has none: raise calibration.num_samples"
+                f"calibration.num_continuations={self.num_continuations} continues real text; "
+                "self_generated text has none: raise calibration.num_samples"
             )
-        check_store(self.store)
         if self.path and self.source not in ("text_file", "pydocs", SELF_GENERATED):
             raise ValueError(
                 f"calibration.path={self.path} is for calibration=text_file, not "
@@ -122,7 +96,7 @@ class CalibrationSettings(TextSettings):
     @property
     def windows(self) -> int:
         """How many windows there are in all."""
-        return self.num_samples + self.continued
+        return self.num_samples + self.num_continuations
 
     @property
     def self_generated(self) -> bool:

@@ -26,7 +26,7 @@ from come.distill.hidden_states import passed
 from come.distill.objectives.base import DISTILL, Pair
 from come.distill.trainer import train
 from come.merge.loop import compress
-from come.merge.recipe import Recipe
+from come.merge.method import Method
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
@@ -63,7 +63,13 @@ def main() -> None:
         seq_len=arguments.seq_len,
     ).windows
     student = load_weights(checkpoint, dtype="float32")
-    plan = compress(student, ids[:4], Recipe(), target_layers=arguments.target, progress=False)
+    plan = compress(
+        student,
+        ids[:4],
+        Method(refit="none", retention="bi_power", selection="sbi", schedule="progressive", m=2),
+        target_layers=arguments.target,
+        progress=False,
+    )
     teacher = load_weights(checkpoint, dtype="float32").requires_grad_(False)
     pair = Pair(ModelAdapter(student), ModelAdapter(teacher), plan.history)
     objective = DISTILL.create("come_sp").objective(pair)

@@ -121,7 +121,7 @@ def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
     settings, how = job.settings.distill, job.settings.calibration
     seed = settings.seed + APART
     count = windows + settings.validation_samples
-    sizes = [count, settings.seq_len, seed, how.keep]
+    sizes = [count, settings.seq_len, seed, how.keep_likeliest]
     return cached(
         sampling_key(job, teacher, sizes),
         lambda: self_generated_windows(
@@ -130,7 +130,7 @@ def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
             seq_len=settings.seq_len,
             seed=seed,
             sampling=how.sampling,
-            keep=how.keep,
+            keep=how.keep_likeliest,
             banned=unused_ids(teacher, job.tokenizer),
         ),
     )

@@ -95,7 +95,7 @@ def evaluate_depths(
 
 def _saved(job: Job) -> list[tuple[int, str, str]]:
     """Depth, stage and folder of every model that the job left."""
-    if not job.settings.merge.active:
+    if not job.settings.merge.enabled:
         return []
     saved = [
         (depth, "merged", f"model-{depth}")
@@ -119,7 +119,7 @@ def _depth(
     stage, folder = place
     gone, removed = job.shape.num_layers - layers, 0
     if gone:
-        block = job.plan.block if job.plan else job.settings.recipe().block
+        block = job.plan.block if job.plan else job.settings.merge.block
         removed = gone * job.shape.block_parameters[block]
     result: DepthResult = {
         "layers": layers,

@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from come.job.stages.prepare import Job
 from come.memory import PeakMemory
 from come.merge.apply import apply
 from come.merge.loop import base_model, compress
+from come.merge.method import Method
 from come.merge.plan import MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
-from come.merge.schedules.base import SCHEDULES
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device
@@ -52,23 +52,23 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     model comes back as it is.
     """
     merged = job.folder / job.merged
-    if not job.settings.merge.active:
+    if not job.settings.merge.enabled:
         return _unmerged(job)
     if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
         return _load_merged(job, job.start or merged)
-    settings, method, recipe = job.settings, job.settings.merge, job.settings.recipe()
+    settings, method = job.settings, job.settings.merge
     seq_len, num_samples = settings.calibration.seq_len, settings.calibration.windows
     cost = compression_cost(
         job.shape,
         num_samples=num_samples,
         seq_len=seq_len,
         target=job.target,
-        recipe=recipe,
+        method=method,
         store=settings.calibration.store,
     )
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
     earlier = partial_plan(job.folder, job.hash)
-    if SCHEDULES.get(recipe.schedule_name).restarts:
+    if method.schedule.restarts:
         earlier = None  # its choices rest on the dense model
     if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
         earlier = None  # of other weights: a branch of the hub moved on
@@ -89,7 +89,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             step = plan.steps[-1]
             log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
             passed = plan.num_layers in method.save_at and plan.num_layers != job.target
-            if passed and recipe.nested:
+            if passed and method.schedule.nested:
                 save(job, model, f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
             if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
@@ -107,7 +107,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             plan = compress(
                 model,
                 job.calibration.windows,
-                recipe,
+                method,
                 target_layers=job.target,
                 stops=method.save_at,
                 plan=earlier or _empty_plan(job, model),
@@ -117,7 +117,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 store=settings.calibration.store,
                 folder=job.folder,
             )
-            if not recipe.nested:
+            if not method.schedule.nested:
                 _compress_apart(job)
         elapsed = seconds()
     _check_cache(model)
@@ -160,10 +160,10 @@ def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> l
 def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     """The calibration windows, with those that are sampled from the model; each sampled once."""
     given, settings = job.calibration, job.settings.calibration
-    if given is not None and not settings.continued:
+    if given is not None and not settings.num_continuations:
         return given
-    sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep]
-    continued = [given.hash if given else None, settings.continued, settings.begin]
+    sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep_likeliest]
+    continued = [given.hash if given else None, settings.num_continuations, settings.prefix_tokens]
     key = sampling_key(job, model, [*sizes, *continued])
     banned = unused_ids(model, job.tokenizer)
 
@@ -175,14 +175,14 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
                 seq_len=settings.seq_len,
                 seed=settings.seed,
                 sampling=settings.sampling,
-                keep=settings.keep,
+                keep=settings.keep_likeliest,
                 banned=banned,
             )
         return continued_windows(
             model,
             given,
-            count=settings.continued,
-            begin=settings.begin,
+            count=settings.num_continuations,
+            begin=settings.prefix_tokens,
             seed=settings.seed,
             sampling=settings.sampling,
             banned=banned,
@@ -237,7 +237,7 @@ def _compress_apart(job: Job) -> None:
         plan = compress(
             model,
             job.calibration.windows,
-            settings.recipe(),
+            settings.merge,
             target_layers=depth,
             plan=_empty_plan(job, model),
             batch_size=settings.calibration.batch_size,
@@ -255,18 +255,18 @@ def _made_by(job: Job, folder: Path) -> bool:
 
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
-    merge, recipe = job.settings.merge, job.settings.recipe()
+    method = job.settings.merge
     base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
     assert job.calibration is not None
     provenance = {
         "job": job.hash,
-        "method": merge.name,
-        "recipe": asdict(recipe),
+        "method": method.name,
+        "recipe": Method.record(method),
         "dtype": str(job.shape.dtype).removeprefix("torch."),
         "calibration": calibration_result(job),
         "versions": versions(),
     }
-    return Plan(base, merge.operator, merge.norms, recipe.block, provenance=provenance)
+    return Plan(base, method.operator.name, method.norms, method.block, provenance=provenance)
 
 
 def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:

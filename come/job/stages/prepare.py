@@ -23,14 +23,14 @@ from come.files import check_replaceable
 from come.job.estimate import compression_cost
 from come.job.folder import check_folder, find_run
 from come.merge.constraints import check_target, layers_for_sparsity
+from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
-from come.merge.recipe import groups_target
 from come.merge.saving import MARKS, plan_path
-from come.merge.schedules.base import SCHEDULES
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
-from come.schema import DEFAULT_SPARSITY, Settings
+from come.schema import Settings
+from come.schema.merge import DEFAULT_SPARSITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
     )
     merge = settings.merge
-    if not merge.active:
+    if not merge.enabled:
         check_folder(folder, 0)
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
         return Job(
@@ -128,7 +128,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     calibrating = settings.calibration
     if plan is None:
         _check_length("calibration.seq_len", calibrating.seq_len, shape)
-        least = settings.recipe().least_windows
+        least = merge.min_windows
         if calibrating.windows < least:
             raise ValueError(
                 f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
@@ -140,7 +140,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 num_samples=calibrating.windows,
                 seq_len=calibrating.seq_len,
                 target=target,
-                recipe=settings.recipe(),
+                method=merge,
                 store=calibrating.store,
             ).boundary_bytes
     if settings.distill.active:
@@ -252,9 +252,9 @@ def _held_out(
             tokenizer,
             text,
             seq_len=min(chosen.seq_len, longest),
-            max_tokens=chosen.also[name].max_tokens if name else chosen.max_tokens,
+            max_tokens=chosen.extra_texts[name].max_tokens if name else chosen.max_tokens,
             others=others,
-            key=f"eval.also.{name}" if name else "eval",
+            key=f"eval.extra_texts.{name}" if name else "eval",
         )
         for name, text in chosen.texts().items()
     }
@@ -305,13 +305,12 @@ def _training(
 def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
     """Holds the target, and the groups given by hand, against the model's depth."""
     merge = settings.merge
-    recipe = settings.recipe()
-    rules = recipe.rules(shape.num_layers, target)
-    if not recipe.groups:
-        check_target(shape.num_layers, target, rules, merge.save_at, recipe.nested)
-        SCHEDULES.get(recipe.schedule).check_depths(shape.num_layers, [*merge.save_at, target])
+    rules = merge.constraints(shape.num_layers, target)
+    if not merge.groups:
+        check_target(shape.num_layers, target, rules, merge.save_at, merge.schedule.nested)
+        merge.schedule.check_depths(shape.num_layers, [*merge.save_at, target])
         return
-    sizes = [len(group) for group in recipe.groups]
+    sizes = [len(group) for group in merge.groups]
     passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
     for depth in merge.save_at:
         if depth not in passed:
@@ -324,17 +323,15 @@ def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None
 def _target_layers(settings: Settings, shape: ModelShape) -> int:
     merge = settings.merge
     if merge.groups:
-        merge.recipe()
         return groups_target(merge.groups, shape.num_layers)
     if merge.target_layers is not None:
         return merge.target_layers
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
-    recipe = settings.recipe()
-    each = shape.block_parameters[recipe.block]
+    each = shape.block_parameters[merge.block]
     target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
-    rules = recipe.rules(shape.num_layers, target)
+    rules = merge.constraints(shape.num_layers, target)
     least = rules.smallest_depth(shape.num_layers)
     if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
         largest = (shape.num_layers - least) * each / shape.parameters

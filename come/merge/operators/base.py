@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from come.merge.combination import Combination
 from come.merge.span import Group, UnitAllocation
 from come.models.adapter import LayerState, Role, Unit
 from come.registry import Registry
+from come.setting import HasSettings
 
 KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
 """For each kind of unit the kept indices of every layer of the group, ascending."""
@@ -32,7 +34,8 @@ class Solution:
     output_scale: float = 1.0
 
 
-class MergeOperator(ABC):
+@dataclass(eq=False)
+class MergeOperator(HasSettings, ABC):
     """Turns the tensors of a group of layers into the tensors of one layer of the same shape.
 
     Class attributes:
@@ -44,16 +47,40 @@ class MergeOperator(ABC):
             are scored are the dropped layers, and the layer in front of them is the kept one
             (behind them, where they start at the first layer).
         solves: whether it overrides `solve`.
-        needs_layer_before: whether a drop has to have a layer in front of it.
     """
 
+    config_key = "merge.operator"
     name: ClassVar[str]
-    paper: ClassVar[str]
-    source: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     uses_units: ClassVar[bool] = False
     drops: ClassVar[bool] = False
     solves: ClassVar[bool] = False
-    needs_layer_before: ClassVar[bool] = False
+
+    def check(self, method: Combination) -> None:
+        """Raises ValueError for parts of a method that the operator cannot work with."""
+        if not self.solves:
+            return
+        key = f"merge.operator={self.name}"
+        if method.block != "layer":
+            raise ValueError(
+                f"{key} solves for whole layers; merge.sublayers={list(method.sublayers)} is not "
+                "possible with it"
+            )
+        if method.uses_targets or method.refit.downstream is not None:
+            reader = next(iter(method.uses_targets), "merge.refit.downstream")
+            raise ValueError(
+                f"{key} solves for the layer itself; {reader} is not possible with it: choose "
+                "merge.operator=drop or concat"
+            )
+        if method.schedule.trials or method.selection.num_trials:
+            trying = f"merge.selection={method.selection.name}"
+            if method.schedule.trials:
+                trying = f"merge.schedule={method.schedule.name}"
+            raise ValueError(
+                f"{trying} merges on trial without what {key} solves for: choose another, such as "
+                "merge.schedule=block merge.selection=angular"
+            )
 
     @abstractmethod
     def merge(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from come.merge.combination import Combination
 from come.merge.operators.base import OPERATORS, Solution
 from come.merge.operators.drop import Drop, kept_layer
 from come.merge.span import Group, UnitAllocation
@@ -29,8 +30,16 @@ class ReplaceMe(Drop):
     name = "replaceme"
     paper = "2505.02819"
     source = "ReplaceMe, least squares"
-    needs_layer_before = True
     solves = True
+
+    def check(self, method: Combination) -> None:
+        """The map goes into the layer before what is dropped."""
+        super().check(method)
+        if not method.groups and method.protect_first < 1:
+            raise ValueError(
+                f"merge.operator={self.name} needs a layer in front of what it drops: set "
+                "merge.protect_first=1 or more"
+            )
 
     def solve(self, group: Group, split: UnitAllocation) -> Solution:
         """The kept layer's down projection with T folded in."""

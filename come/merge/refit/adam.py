@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
-from come.merge.refit.ridge import PARTS, Ridge
-from come.merge.span import SourceLayers
+from come.merge.refit.ridge import Ridge
+from come.merge.source_layers import SourceLayers
 from come.models.adapter import LayerState
+from come.setting import setting
 
 
 @REFITS.register
-class Adam(Refit):
+@dataclass(eq=False)
+class Adam(Ridge):
     """Solves by ridge regression first, then fits all tensors of the layer by Adam steps.
 
         loss = sum_t w_t | output_t - layer(x)_t |^2 / sum_t w_t | output_t |^2      of one batch
@@ -28,13 +30,6 @@ class Adam(Refit):
 
     Source: arXiv 2609.02083 (XMERGE): a few hundred Adam steps that fit the surviving layer to the
     output of two. Differs in that it starts from the ridge solution.
-
-    Args:
-        refit_lambda: of the ridge regression.
-        refit_parts: of the ridge regression.
-        align_lambda: of the ridge regression.
-        steps: Adam steps.
-        learning_rate: of the first step.
     """
 
     name = "adam"
@@ -42,27 +37,13 @@ class Adam(Refit):
     paper = "2609.02083"
     source = "XMERGE, gradient steps on the surviving layer"
 
-    def __init__(
-        self,
-        refit_lambda: Any = 0.1,
-        refit_parts: Sequence[str] = PARTS,
-        align_lambda: float | None = None,
-        steps: int = 300,
-        learning_rate: float = 1e-4,
-    ) -> None:
-        if steps < 1 or learning_rate <= 0:
-            raise ValueError(
-                f"merge.options.steps={steps} must be at least 1 and "
-                f"learning_rate={learning_rate} above 0"
-            )
-        self.ridge = Ridge(refit_lambda, refit_parts, align_lambda)
-        self.steps = steps
-        self.learning_rate = learning_rate
+    steps: int = setting(300, "Adam steps", least=1)
+    learning_rate: float = setting(1e-4, "of the first step", above=0)
 
     def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """All tensors of the layer, fitted."""
         stream, index, state = goals.stream, goals.first, pieces.state
-        start = {**state, **self.ridge.solve(goals, pieces)}
+        start = {**state, **super().solve(goals, pieces)}
         layer = stream.adapter.copy_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
@@ -87,7 +68,7 @@ class Adam(Refit):
     @property
     def surrogate(self) -> Refit:
         """The ridge regression alone."""
-        return self.ridge
+        return self.plain()
 
 
 def as_float(value: Any) -> Any:

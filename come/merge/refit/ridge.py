@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from come.linalg.gram import Gram, Map, best_lambda, check_lambda
+from come.linalg.gram import Gram, Map, best_lambda
 from come.merge.alignment import fold_input_transform, input_maps, input_tensors
+from come.merge.combination import Combination
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
-from come.merge.span import SourceLayers
+from come.merge.source_layers import SourceLayers
 from come.models.adapter import LayerState, Unit
 from come.models.sublayers import States, run_attention, run_mlp
+from come.setting import setting
 
-PARTS = ("attention", "ffn")
+SUBLAYERS = ("attention", "ffn")
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 5  # with lambda "auto" every fifth window is held out
 
 
 @REFITS.register
+@dataclass(eq=False)
 class Ridge(Refit):
     """Solves for the layer's output maps, attention first, then the FFN behind it.
 
@@ -31,36 +34,47 @@ class Ridge(Refit):
 
     x: the layer's true input; a: its head outputs; h' = x + W_o a; f: its FFN activations on h'.
     W_o0 and W_d0 are what the operator made. Output biases are solved for with their maps. With
-    `align_lambda` the input maps of each part are aligned first (see `come.merge.alignment`).
+    `align` the input maps of each part are aligned first (see `come.merge.alignment`).
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the FFN's map alone.
-
-    Args:
-        refit_lambda: relative to the mean diagonal, or "auto": the one of 0.01 ... 3 with the
-            least error on every fifth window, solved on the others; then all are solved on.
-        refit_parts: which maps, of "attention" and "ffn".
-        align_lambda: penalty of the input maps' alignment; None for none.
     """
 
     name = "ridge"
     paper = ""
     source = "ridge regression to the group's output"
 
-    def __init__(
-        self,
-        refit_lambda: Any = 0.1,
-        refit_parts: Sequence[str] = PARTS,
-        align_lambda: float | None = None,
-    ) -> None:
-        if not refit_parts or not set(refit_parts) <= set(PARTS):
+    lambda_: Any = setting(
+        0.1,
+        "penalty on the change, relative to the mean diagonal of the Gram matrix",
+        above=0,
+        words=("auto",),
+    )
+    sublayers: list[str] = setting(
+        ["attention", "ffn"], "whose output maps are refitted", choices=SUBLAYERS
+    )
+    align: float | None = setting(
+        None,
+        "penalty of the alignment of input maps; null for none",
+        kind=float,
+        above=0,
+        optional=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sublayers:
+            raise ValueError("merge.refit.sublayers=[]: at least one of attention, ffn")
+
+    def check(self, method: Combination) -> None:
+        """Aligned rows carry their own norm scale."""
+        super().check(method)
+        if self.align is not None and method.norms != "fold":
             raise ValueError(
-                f"merge.refit_parts={list(refit_parts)}: allowed are [attention], [ffn] and "
-                "[attention,ffn]"
+                f"merge.refit.align={self.align} fits rows that carry their own norm scale, and "
+                f"merge.norms={method.norms} averages the scales; choose merge.norms=fold, or "
+                "merge.refit.align=null"
             )
-        self.ratio = check_lambda("merge.refit_lambda", refit_lambda)
-        self.parts = refit_parts
-        self.align = align_lambda
 
     def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """The output maps' new tensors, and those of the input maps where they are aligned."""
@@ -69,7 +83,7 @@ class Ridge(Refit):
         found: LayerState = {}
         units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
         for part, unit in units:
-            if part not in self.parts:
+            if part not in self.sublayers:
                 continue
             if self.align is not None:
                 found |= self._aligned(goals, pieces, layer, unit)
@@ -83,7 +97,7 @@ class Ridge(Refit):
                 if unit == "channel":
                     features, _ = run_mlp(adapter, layer, middle, keywords)
                     wanted = goal.output - middle
-                apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.ratio == "auto")
+                apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.lambda_ == "auto")
                 for sums, chosen in ((fit, ~apart), (held_out, apart)):
                     sums.add(
                         features[chosen].flatten(0, 1),
@@ -95,6 +109,16 @@ class Ridge(Refit):
             found |= tensors
             layer.load_state_dict({**state, **found})
         return found
+
+    def plain(self) -> Ridge:
+        """The ridge regression alone, of a refit that goes on from it."""
+        return Ridge(
+            target=self.target,
+            weights=self.weights,
+            lambda_=self.lambda_,
+            sublayers=self.sublayers,
+            align=self.align,
+        )
 
     def _aligned(
         self, goals: ReconstructionTargets, pieces: SourceLayers, layer: nn.Module, unit: Unit
@@ -121,7 +145,7 @@ class Ridge(Refit):
 
     def _solve(self, fit: Gram, held_out: Gram, prior: Map) -> Map:
         both = fit + held_out
-        ratio = self.ratio
+        ratio = self.lambda_
         if isinstance(ratio, str):
             ratio = best_lambda(fit, held_out, prior, GRID) if held_out.energy else 0.1
         return both.solve(prior, ratio * both.mean_diagonal())

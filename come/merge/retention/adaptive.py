@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import select_units_jointly, unit_columns
+from come.merge.joint_selection import joint_lambda, select_units_jointly, unit_columns
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import Group, UnitAllocation
+from come.setting import setting
 
 
 @RETENTION.register
+@dataclass(eq=False)
 class Adaptive(RetentionRule):
     """Backward elimination: the units without which the refit's error grows least go first.
 
@@ -33,13 +35,8 @@ class Adaptive(RetentionRule):
 
     Source: this project; the growth is that of optimal brain surgery, for groups of columns as in
     arXiv 2302.04089 (ZipLM). The merge reads one norm where units were asked with their own:
-    exact with `merge.norms=fold` but for per-head norms. With `align_lambda` units are asked with
-    their input maps aligned, as the refit will leave them.
-
-    Args:
-        refit_lambda: mu over the mean diagonal of G; "auto" means 0.1 here.
-        rate: share of the surplus channels that leave in one round, in (0, 1].
-        align_lambda: penalty of the input maps' alignment; None for none.
+    exact with `merge.norms=fold` but for per-head norms. Where the refit aligns input maps, units
+    are asked with aligned ones. mu is that of the refit, with "auto" 0.1.
     """
 
     name = "adaptive"
@@ -47,16 +44,11 @@ class Adaptive(RetentionRule):
     source = "backward elimination on the refit's Gram matrix"
     needs_units = True
     uses_scores = False
-    uses_goals = True
+    uses_targets = True
 
-    def __init__(
-        self, refit_lambda: Any = 0.1, rate: float = 0.3, align_lambda: float | None = None
-    ) -> None:
-        if not 0 < rate <= 1:
-            raise ValueError(f"merge.options.rate={rate}: must be above 0 and at most 1")
-        self.ratio = 0.1 if isinstance(refit_lambda, str) else refit_lambda
-        self.rate = rate
-        self.align = align_lambda
+    rate: float = setting(
+        0.3, "share of the surplus channels that leave in one round", above=0, most=1
+    )
 
     def shares(self, group: Group) -> list[float]:
         """Share of the kept FFN channels of every layer."""
@@ -64,15 +56,16 @@ class Adaptive(RetentionRule):
 
     def split(self, group: Group) -> UnitAllocation:
         """The units that are left."""
+        ratio = joint_lambda(group.refit)
 
         def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
             rate = self.rate if size == 1 else 0.0
-            return eliminate(sums, prior, self.ratio * sums.mean_diagonal(), count, size, rate)
+            return eliminate(sums, prior, ratio * sums.mean_diagonal(), count, size, rate)
 
         def solve(sums: Gram, own: Map, columns: Tensor) -> Map:
-            return sums.columns(columns).solve(own, self.ratio * sums.mean_diagonal())
+            return sums.columns(columns).solve(own, ratio * sums.mean_diagonal())
 
-        return select_units_jointly(group, choose, solve, self.align)
+        return select_units_jointly(group, choose, solve, group.refit.align)
 
 
 def eliminate(

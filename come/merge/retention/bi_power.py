@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import Group
+from come.setting import setting
 
 
 @RETENTION.register
+@dataclass(eq=False)
 class BIPower(RetentionRule):
     """Shares proportional to a power of the layers' block influence.
 
@@ -18,19 +20,13 @@ class BIPower(RetentionRule):
     zero the shares are equal.
 
     Source: arXiv 2510.15304.
-
-    Args:
-        p: the skewness exponent, >= 0.
     """
 
     name = "bi_power"
     paper = "2510.15304"
     source = "CoMe, retention ratio"
 
-    def __init__(self, p: float = 1.0) -> None:
-        if not (math.isfinite(p) and p >= 0):
-            raise ValueError(f"merge.p={p}: the skewness exponent must be a finite number >= 0")
-        self.p = p
+    p: float = setting(1.0, "skewness exponent of the shares", least=0)
 
     def shares(self, group: Group) -> list[float]:
         """rho, one a layer, summing to 1."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import select_units_jointly
+from come.merge.joint_selection import joint_lambda, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import Group, UnitAllocation
 from come.merge.units import top_units
@@ -25,10 +23,8 @@ class Leverage(RetentionRule):
     (of equal scores the shallower layer, then the lower index). What the units drive plays no part.
 
     Source: arXiv 2602.08858 (FlattenGPT), for the FFN. Differs in that KV groups are ranked by the
-    same score, and in the weights of tokens (`merge.refit_weights`).
-
-    Args:
-        refit_lambda: mu over the mean diagonal of G; "auto" means 0.1 here.
+    same score, and in the weights of tokens (`merge.refit.weights`). mu is that of the refit, with
+    "auto" 0.1.
     """
 
     name = "leverage"
@@ -36,10 +32,7 @@ class Leverage(RetentionRule):
     source = "FlattenGPT, ridge leverage scores"
     needs_units = True
     uses_scores = False
-    uses_goals = True
-
-    def __init__(self, refit_lambda: Any = 0.1) -> None:
-        self.ratio = 0.1 if isinstance(refit_lambda, str) else refit_lambda
+    uses_targets = True
 
     def shares(self, group: Group) -> list[float]:
         """Share of the kept FFN channels of every layer."""
@@ -47,9 +40,10 @@ class Leverage(RetentionRule):
 
     def split(self, group: Group) -> UnitAllocation:
         """The units with the highest leverage."""
+        ratio = joint_lambda(group.refit)
 
         def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
-            scores = leverage(sums, self.ratio * sums.mean_diagonal())
+            scores = leverage(sums, ratio * sums.mean_diagonal())
             return top_units(scores.view(-1, size).sum(dim=1), count)
 
         return select_units_jointly(group, choose, lambda sums, own, columns: own)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from come.merge.retention.base import RETENTION, RetentionRule, with_units
 from come.merge.span import Group, UnitAllocation
+from come.setting import setting
 
 
 @RETENTION.register
+@dataclass(eq=False)
 class Posterior(RetentionRule):
     """Tries splits of the group and keeps the one with the lowest calibration cross-entropy.
 
@@ -22,9 +25,6 @@ class Posterior(RetentionRule):
 
     Source: arXiv 2510.15304, CoMe-P. Every trial runs the layers behind the group and the head:
     about 20 forward passes' worth of suffixes at every merge.
-
-    Args:
-        granularity: steps from 0 to 1.
     """
 
     name = "posterior"
@@ -32,12 +32,7 @@ class Posterior(RetentionRule):
     source = "CoMe-P, posterior retention"
     trials = True
 
-    def __init__(self, granularity: int = 20) -> None:
-        if granularity != int(granularity) or granularity < 1:
-            raise ValueError(
-                f"merge.options.granularity={granularity}: must be a whole number, at least 1"
-            )
-        self.granularity = granularity
+    granularity: int = setting(20, "steps of a share from 0 to 1", least=1)
 
     def shares(self, group: Group) -> list[float]:
         """The best shares found."""

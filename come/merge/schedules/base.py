@@ -9,11 +9,13 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
+from come.merge.combination import Combination
 from come.merge.constraints import SpanConstraints
 from come.merge.plan import GroupCandidate, MergeStep
 from come.merge.span import Group, UnitAllocation
 from come.models.surgery import Span
 from come.registry import Registry
+from come.setting import HasSettings
 from come.stream.stream import LayerStream
 
 
@@ -98,7 +100,8 @@ class Search:
         return Choice(first, last, kept, best.score, candidates)
 
 
-class Schedule(ABC):
+@dataclass(eq=False)
+class Schedule(HasSettings, ABC):
     """Decides in which order groups are chosen.
 
     Class attributes:
@@ -111,27 +114,34 @@ class Schedule(ABC):
         trials: whether it runs trial merges.
         nested: whether a deeper result goes on from a shallower one, so that one run passes
             through all depths; if not, every depth is found from the dense model.
-        ranks: whether the spans' scores decide; if not, a shortlist of them has no meaning.
-        whole: whether one group takes all layers that have to go, whatever `merge.m` is.
+        uses_scores: whether the spans' scores decide; if not, a shortlist of them has no meaning.
+        single_span: whether one group takes all layers that have to go, whatever `merge.m` is.
         variable_size: whether groups may be smaller than `merge.m`.
-        remerges: whether it can merge a merged layer again.
     """
 
+    config_key = "merge.schedule"
     name: ClassVar[str]
-    paper: ClassVar[str]
-    source: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     remeasures: ClassVar[bool] = True
     restarts: ClassVar[bool] = False
     trials: ClassVar[bool] = False
     nested: ClassVar[bool] = True
-    ranks: ClassVar[bool] = True
-    whole: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = True
+    single_span: ClassVar[bool] = False
     variable_size: ClassVar[bool] = False
-    remerges: ClassVar[bool] = True
 
-    @classmethod  # noqa: B027 - most schedules can plan all depths
+    @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
         """Raises ValueError for depths that it cannot plan; called before anything is loaded."""
+
+    def check(self, method: Combination) -> None:
+        """Raises ValueError for parts of a method that the schedule cannot work with."""
+        if self.variable_size and method.operator.drops:
+            raise ValueError(
+                f"merge.schedule={self.name} weighs sizes of merged groups, and merge.operator="
+                f"{method.operator.name} drops layers; choose merge.schedule=progressive"
+            )
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:

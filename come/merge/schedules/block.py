@@ -19,7 +19,7 @@ class Block(Schedule):
     paper = "2403.17887"
     source = "UIDL, one contiguous block"
     nested = False
-    whole = True
+    single_span = True
 
     def choose(self, search: Search) -> Choice:
         """The block."""

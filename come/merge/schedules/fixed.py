@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from come.merge.combination import Combination
 from come.merge.plan import GroupCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 
 @SCHEDULES.register
+@dataclass(eq=False)
 class Fixed(Schedule):
     """The groups of `merge.groups`, in their order; a drop keeps the first layer of each.
 
     The model is measured again after every merge, as by the progressive schedule.
 
-    Args:
-        groups: original layers of each group.
+    Attributes:
+        groups: original layers of each group, those of `merge.groups`.
     """
 
     name = "fixed"
     paper = ""
     source = "given by hand"
-    ranks = False
+    uses_scores = False
 
-    def __init__(self, groups: Sequence[Sequence[int]] = ()) -> None:
-        self.groups = groups
+    groups: Sequence[Sequence[int]] = field(init=False, repr=False, default=())
+
+    def check(self, method: Combination) -> None:
+        """The groups have to be given."""
+        if not method.groups:
+            raise ValueError("merge.schedule=fixed needs merge.groups, such as [[3,4],[10,11,12]]")
 
     def choose(self, search: Search) -> Choice:
         """The first group that has not been merged, with its score for the record."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from come.merge.plan import GroupCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.setting import setting
 from come.statistics.influence import token_cosine
 
 
 @SCHEDULES.register
+@dataclass(eq=False)
 class LaCo(Schedule):
     """Walks down from the last layers; a merge is kept if the model's output stays similar.
 
@@ -21,12 +25,6 @@ class LaCo(Schedule):
     Source: arXiv 2402.11187, Algorithm 1. The paper fixes the threshold and takes the depth that
     comes out; here the depth is given, so the walk stops there, its last group may be smaller, and
     a walk that ends above it starts again with the threshold lowered by `relax`.
-
-    Args:
-        threshold: similarity above which a merge is kept.
-        interval: layers that the walk goes down after a merge.
-        relax: how much the threshold falls between walks.
-        trial_windows: calibration windows that a trial is judged by; the paper takes ten sentences.
     """
 
     name = "laco"
@@ -35,27 +33,15 @@ class LaCo(Schedule):
     restarts = True
     trials = True
     nested = False
-    ranks = False
+    uses_scores = False
 
-    def __init__(
-        self,
-        threshold: float = 0.65,
-        interval: int = 2,
-        relax: float = 0.05,
-        trial_windows: int = 4,
-    ) -> None:
-        if interval < 1 or trial_windows < 1 or relax <= 0:
-            raise ValueError(
-                f"merge.options.interval={interval} and trial_windows={trial_windows} must be at "
-                f"least 1 and relax={relax} above 0"
-            )
-        self.threshold = threshold
-        self.interval = interval
-        self.relax = relax
-        self.trial_windows = trial_windows
-        self._dense: torch.Tensor | None = None
-        self._batches = 0
-        self._position: int | None = None
+    threshold: float = setting(0.65, "similarity above which a merge is kept")
+    interval: int = setting(2, "layers that the walk goes down after a merge", least=1)
+    relax: float = setting(0.05, "how much the threshold falls between walks", above=0)
+    trial_windows: int = setting(4, "calibration windows that a trial is judged by", least=1)
+    _dense: torch.Tensor | None = field(init=False, repr=False, default=None)
+    _batches: int = field(init=False, repr=False, default=0)
+    _position: int | None = field(init=False, repr=False, default=None)
 
     def choose(self, search: Search) -> Choice:
         """The next group that passes the trial; candidates hold 1 - s of all that were tried."""

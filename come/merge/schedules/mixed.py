@@ -25,7 +25,7 @@ class Mixed(Schedule):
     paper = ""
     source = "score for each layer saved"
     variable_size = True
-    ranks = False
+    uses_scores = False
 
     def choose(self, search: Search) -> Choice:
         """The eligible span with the lowest score for each layer that it saves."""

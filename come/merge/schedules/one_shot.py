@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from come.merge.combination import Combination
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 
@@ -17,6 +18,22 @@ class OneShot(Schedule):
     source = "ShortGPT, one ranking"
     remeasures = False
     restarts = True
+
+    def check(self, method: Combination) -> None:
+        """The dense model is measured once, and only then does it change."""
+        super().check(method)
+        reason = None
+        if method.operator.drops and method.m != 2:
+            reason = f"drops single layers; merge.m={method.m} is not possible with it"
+        elif method.allow_remerge and not method.operator.drops:
+            reason = "measures the dense model once, so merge.allow_remerge=true is not possible"
+        elif method.operator.solves:
+            reason = (
+                f"measures the dense model once, and merge.operator={method.operator.name} solves "
+                "on the model as it is; choose merge.schedule=progressive or block"
+            )
+        if reason:
+            raise ValueError(f"merge.schedule={self.name} {reason}")
 
     def choose(self, search: Search) -> Choice:
         """The eligible span with the lowest score on the dense model."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import prod
 from statistics import fmean
 
+from come.merge.combination import Combination
 from come.merge.plan import GroupCandidate, MergeStep
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
@@ -42,10 +43,10 @@ class OptimalPartition(Schedule):
     """
 
     name = "optimal_partition"
+    former = "cheapest"
     paper = ""
     source = "least sum of the costs of groups"
     variable_size = True
-    remerges = False
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
@@ -56,6 +57,16 @@ class OptimalPartition(Schedule):
                 "merge.schedule=optimal_partition plans all depths together, and merge.save_at has "
                 f"too many: {', '.join(map(str, ahead))}; leave some out, or choose "
                 "merge.schedule=mixed merge.selection=angular"
+            )
+
+    def check(self, method: Combination) -> None:
+        """Costs are those of the dense model's layers."""
+        super().check(method)
+        if method.allow_remerge:
+            raise ValueError(
+                f"merge.schedule={self.name} adds costs of the dense model's layers, so "
+                "merge.allow_remerge=true is not possible with it; choose merge.schedule=mixed "
+                "merge.selection=angular"
             )
 
     def choose(self, search: Search) -> Choice:

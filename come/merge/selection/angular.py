@@ -7,7 +7,7 @@ import math
 import torch
 
 from come.merge.selection.base import SELECTION, GroupScore, token_mean
-from come.statistics.influence import TOKENS, check_tokens
+from come.statistics.influence import TOKENS
 from come.stream.stream import LayerStream
 
 
@@ -20,24 +20,19 @@ class Angular(GroupScore):
     As `sbi`, but an angle beyond 90 degrees counts as what it is.
 
     Source: arXiv 2403.17887 (UIDL), which reads the last token.
-
-    Args:
-        tokens: "all", or "last" for the last token of each window.
     """
 
     name = "angular"
     paper = "2403.17887"
     source = "UIDL, angular distance"
 
-    def __init__(self, tokens: TOKENS = "last") -> None:
-        self.tokens = check_tokens(tokens)
-
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The distance, in [0, 1]."""
-        return token_mean(
-            stream,
-            first,
-            last,
-            self.tokens,
-            lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
-        )
+        return mean_angle(stream, first, last, self.tokens)
+
+
+def mean_angle(stream: LayerStream, first: int, last: int, tokens: TOKENS) -> float:
+    """Mean angle over pi between input and output of layers first..last, in [0, 1]."""
+    return token_mean(
+        stream, first, last, tokens, lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi
+    )

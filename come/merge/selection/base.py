@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from come.merge.combination import Combination
 from come.merge.refit.base import Refit
 from come.merge.span import Group, UnitAllocation
 from come.registry import Registry
+from come.setting import HasSettings
 from come.statistics.influence import TOKENS, chosen_tokens, token_cosine
 from come.stream.stream import LayerStream
 
 
-class GroupScore(ABC):
+@dataclass(eq=False)
+class GroupScore(HasSettings, ABC):
     """Scores a span of adjacent layers; the span with the lowest score goes first.
 
     A merge scores the layers that become one, a drop the layers that are left out.
@@ -28,33 +32,47 @@ class GroupScore(ABC):
         local: whether a score depends on nothing behind the span, so that it holds as long as
             only layers behind it change.
         min_windows: calibration windows that it needs.
-        uses_goals: whether `refine` reads what the merged layer has to reproduce even without a
+        uses_targets: whether `refine` reads what the merged layer has to reproduce even without a
             refit.
-        sampled_options: `merge.options` that `python run.py` adds where the calibration text is the
-            model's own.
 
     Attributes:
-        shortlist: how many of the spans with the lowest scores are tried for real and judged by
-            `refine` instead; 0 for none.
+        tokens: which tokens a mean over tokens reads, those of `merge.tokens`.
     """
 
+    config_key = "merge.selection"
     name: ClassVar[str]
-    paper: ClassVar[str]
-    source: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     local: ClassVar[bool] = True
-    uses_goals: ClassVar[bool] = False
+    uses_targets: ClassVar[bool] = False
     min_windows: ClassVar[int] = 1
-    sampled_options: ClassVar[Mapping[str, float]] = {}
-    shortlist: int = 0
+    tokens: TOKENS = field(init=False, repr=False, default="last")
 
-    def prepare(self, stream: LayerStream) -> None:  # noqa: B027 - most scores need nothing
+    @property
+    def num_trials(self) -> int:
+        """How many of the spans with the lowest scores are merged on trial; 0 for none.
+
+        `refine` judges the trials, and its lowest value decides.
+        """
+        return 0
+
+    def check(self, method: Combination) -> None:
+        """Raises ValueError for parts of a method that the score cannot work with."""
+        if self.num_trials and not (method.schedule.uses_scores or method.groups):
+            raise ValueError(
+                f"merge.selection={self.name} merges a shortlist on trial, and merge.schedule="
+                f"{method.schedule.name} leaves it no choice: choose another selection, such as "
+                "merge.selection=angular"
+            )
+
+    def prepare(self, stream: LayerStream) -> None:
         """Called before the spans of a new state of the model are scored."""
 
     @abstractmethod
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the current model)."""
 
-    def release(self) -> None:  # noqa: B027 - most scores hold nothing
+    def release(self) -> None:
         """Called behind a choice: frees what trials hold."""
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from come.merge.selection.base import SELECTION, GroupScore, token_mean
-from come.statistics.influence import TOKENS, block_influence, check_tokens
+from come.statistics.influence import block_influence
 from come.stream.stream import LayerStream
 
 
@@ -14,17 +14,11 @@ class BISum(GroupScore):
         sum_{i = a..b} mean_tokens( 1 - clamp(cos(h_{i-1}, h_i), 0, 1) )
 
     Source: arXiv 2403.03853.
-
-    Args:
-        tokens: "all", or "last" for the last token of each window.
     """
 
     name = "bi_sum"
     paper = "2403.03853"
     source = "ShortGPT, block influence"
-
-    def __init__(self, tokens: TOKENS = "last") -> None:
-        self.tokens = check_tokens(tokens)
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The sum, in [0, number of layers]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from come.merge.selection.base import SELECTION, GroupScore, token_mean
-from come.statistics.influence import TOKENS, check_tokens
 from come.stream.stream import LayerStream
 
 
@@ -14,17 +13,11 @@ class Cosine(GroupScore):
         mean_tokens( 1 - cos(h_{a-1}, h_b) )
 
     Source: arXiv 2505.02819 (ReplaceMe), the choice of the block.
-
-    Args:
-        tokens: "all", or "last" for the last token of each window.
     """
 
     name = "cosine"
     paper = "2505.02819"
     source = "ReplaceMe, cosine distance of a block"
-
-    def __init__(self, tokens: TOKENS = "last") -> None:
-        self.tokens = check_tokens(tokens)
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The distance, in [0, 2]."""

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 from come.merge.selection.base import SELECTION, GroupScore
+from come.setting import setting
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
+@dataclass(eq=False)
 class Random(GroupScore):
-    """Uniform in [0, 1), the same for the same seed and place of the span.
-
-    Args:
-        seed: of the choice.
-    """
+    """Uniform in [0, 1), the same for the same seed and place of the span."""
 
     name = "random"
     paper = ""
     source = "control"
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = setting(0, "seeds the scores")
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """A number in [0, 1)."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from come.merge.refit.base import Refit
-from come.merge.selection.angular import Angular
+from come.merge.selection.angular import mean_angle
 from come.merge.selection.base import SELECTION, GroupScore
 from come.merge.span import Group, UnitAllocation
-from come.statistics.influence import TOKENS
+from come.setting import setting
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
+@dataclass(eq=False)
 class RefitError(GroupScore):
     """Merges a shortlist of groups on trial, with their refit, and takes the least error.
 
@@ -22,27 +25,23 @@ class RefitError(GroupScore):
     between input and output (`angular`). h_b and w as in `come.merge.reconstruction`.
 
     Source: this project.
-
-    Args:
-        tokens: which tokens the angle reads, "all" or "last" of each window.
-        shortlist: how many groups are tried.
     """
 
     name = "refit_error"
     paper = ""
     source = "error behind the refitted layer"
-    uses_goals = True
-    shortlist = 4
+    uses_targets = True
 
-    def __init__(self, tokens: TOKENS = "last", shortlist: int = 4) -> None:
-        self.angle = Angular(tokens)
-        if shortlist < 1:
-            raise ValueError(f"merge.options.shortlist={shortlist}: must be at least 1")
-        self.shortlist = shortlist
+    shortlist: int = setting(4, "spans that are merged on trial", least=1)
+
+    @property
+    def num_trials(self) -> int:
+        """The shortlist."""
+        return self.shortlist
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1]: what makes the shortlist."""
-        return self.angle.score(stream, first, last)
+        return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
     def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:

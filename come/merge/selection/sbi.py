@@ -7,7 +7,6 @@ import math
 import torch
 
 from come.merge.selection.base import SELECTION, GroupScore, token_mean
-from come.statistics.influence import TOKENS, check_tokens
 from come.stream.stream import LayerStream
 
 
@@ -21,17 +20,11 @@ class SBI(GroupScore):
 
     Source: arXiv 2510.15304. Which tokens count is our choice, the same for SBI and BI; the
     default is `last`, measured against `all` in experiments/LOG.md.
-
-    Args:
-        tokens: "all", or "last" for the last token of each window.
     """
 
     name = "sbi"
     paper = "2510.15304"
     source = "CoMe, spherical block influence"
-
-    def __init__(self, tokens: TOKENS = "last") -> None:
-        self.tokens = check_tokens(tokens)
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """SBI of layers first..last, in [0, 0.5]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from come.stream.stream import LayerStream
 
 
 @SELECTION.register
+@dataclass(eq=False)
 class Taylor(GroupScore):
     """First-order change of the loss if the span's weights were zero, weight by weight.
 
@@ -28,8 +30,7 @@ class Taylor(GroupScore):
     source = "Shortened LLaMA, first-order Taylor"
     local = False
 
-    def __init__(self) -> None:
-        self._layers: dict[int, float] = {}
+    _layers: dict[int, float] = field(init=False, repr=False, default_factory=dict)
 
     def prepare(self, stream: LayerStream) -> None:
         """Takes the gradients of all layers."""

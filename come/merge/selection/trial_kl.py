@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from come.merge.refit.base import Refit
-from come.merge.selection.angular import Angular
+from come.merge.selection.angular import mean_angle
 from come.merge.selection.base import SELECTION, GroupScore
 from come.merge.span import Group, UnitAllocation
 from come.models.loss import Predictions, predictions, token_divergence
-from come.statistics.influence import TOKENS
+from come.setting import setting
 from come.stream.stream import LayerStream
+
+REPEAT_WEIGHT = 0.2  # where the calibration text is sampled from the model
 
 
 @SELECTION.register
+@dataclass(eq=False)
 class TrialKL(GroupScore):
     """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
 
@@ -27,64 +29,43 @@ class TrialKL(GroupScore):
         c > 0:  (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,    x = (w_1 .. w_s, w_2 .. w_s)
         KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
-    p: the model as it is; w: a calibration window; s: half its tokens. Behind s everything has been
-    said before, so a group that looks back and copies shows as one. Text that hardly repeats itself
-    would not tell that: with text from the model `python run.py` takes c = 0.2 (in Python:
-    `Recipe.come_plus(options=TrialKL.sampled_options)`). A trial is fitted with what stands in for
-    the refit, and judged on windows that it was not fitted to (a single calibration window does
-    both). Behind a merge, the model as it is is the merged one. The shortlist are the groups with
-    the least mean angle between input and output (`angular`).
+    p: the current model; w: a calibration window; s: half its tokens. The second half of x repeats
+    the first, so c weighs how well copying survives. Text sampled from the model hardly repeats
+    itself, so there c is 0.2 (`REPEAT_WEIGHT`). A trial is fitted with the surrogate of the refit,
+    and evaluated on windows that it was not fitted to (unless there is only one). The shortlist
+    holds the spans with the smallest mean angle between input and output (`angular`).
 
     Source: this project.
-
-    Args:
-        tokens: which tokens the angle reads, "all" or "last" of each window.
-        shortlist: how many groups are tried, at least.
-        trial_windows: calibration windows, from the first, that a trial is fitted to, at most.
-        judge_windows: calibration windows, from the last, that it is judged on; a quarter of all
-            at most, rounded up.
-        copying: the weight c of what has been said before, in [0, 1]; with 0 nothing is said twice.
     """
 
     name = "trial_kl"
     paper = ""
     source = "divergence of trial merges"
-    sampled_options: ClassVar[Mapping[str, float]] = {"copying": 0.2}
-    shortlist = 14
 
-    def __init__(
-        self,
-        tokens: TOKENS = "all",
-        shortlist: int = 14,
-        trial_windows: int = 16,
-        judge_windows: int = 8,
-        copying: float = 0.0,
-    ) -> None:
-        self.angle = Angular(tokens)
-        numbers = {
-            "shortlist": shortlist,
-            "trial_windows": trial_windows,
-            "judge_windows": judge_windows,
-        }
-        for key, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"merge.options.{key}={value}: must be at least 1")
-        if not 0 <= copying <= 1:
-            raise ValueError(f"merge.options.copying={copying}: must be in [0, 1]")
-        self.copying = copying
-        self.shortlist = shortlist
-        self.trial_windows = trial_windows
-        self.judge_windows = judge_windows
-        self._windows = torch.empty(0, 0, dtype=torch.int64)
-        self._once = 0
-        self._judge: LayerStream | None = None
-        self._wanted: list[Predictions] = []
+    shortlist: int = setting(14, "spans that are merged on trial", least=1)
+    trial_windows: int = setting(
+        16, "calibration windows, from the first, that a trial is fitted to", least=1
+    )
+    validation_windows: int = setting(
+        8,
+        "calibration windows, from the last, that it is judged on; a quarter of all at most",
+        least=1,
+    )
+    repeat_weight: float = setting(
+        0.0, "weight of repeated text in the score", least=0, most=1, config="${repeat_weight:}"
+    )
+    _windows: Tensor = field(
+        init=False, repr=False, default_factory=lambda: torch.empty(0, 0, dtype=torch.int64)
+    )
+    _once: int = field(init=False, repr=False, default=0)
+    _judge: LayerStream | None = field(init=False, repr=False, default=None)
+    _wanted: list[Predictions] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, stream: LayerStream) -> None:
         """Sets the judging windows apart."""
         windows = stream.windows[-self._judging(stream) :]
-        self._once = windows.shape[1] // 2 if self.copying else windows.shape[1]
-        self._windows = repeat_windows(windows) if self.copying else windows
+        self._once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
+        self._windows = repeat_windows(windows) if self.repeat_weight else windows
         self.release()
 
     def release(self) -> None:
@@ -97,11 +78,16 @@ class TrialKL(GroupScore):
         return stream.head(max(1, min(self.trial_windows, rest)))
 
     def _judging(self, stream: LayerStream) -> int:
-        return min(self.judge_windows, -(-len(stream.windows) // 4))
+        return min(self.validation_windows, -(-len(stream.windows) // 4))
+
+    @property
+    def num_trials(self) -> int:
+        """The shortlist."""
+        return self.shortlist
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1]: what makes the shortlist."""
-        return self.angle.score(stream, first, last)
+        return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
     def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
@@ -133,7 +119,7 @@ class TrialKL(GroupScore):
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
             if once == gaps.shape[1]:  # nothing is said twice
                 again = new
-            total += ((1 - self.copying) * new + self.copying * again).sum().item()
+            total += ((1 - self.repeat_weight) * new + self.repeat_weight * again).sum().item()
         mean = total / len(self._windows)
         return mean if math.isnan(mean) else max(0.0, mean)  # rounding can leave it a little below
 

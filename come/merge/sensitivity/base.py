@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.registry import Registry
+from come.setting import HasSettings
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class MapStatistics:
     path: Float[Tensor, " in"] | None = None
 
 
-class SensitivityMetric(ABC):
+@dataclass(eq=False)
+class SensitivityMetric(HasSettings, ABC):
     """Scores the input channels of a layer's two output maps; higher means kept first.
 
     Class attributes:
@@ -50,9 +52,10 @@ class SensitivityMetric(ABC):
         gradient: "weight", "path", or "" for none; gradients cost backward passes of the stream.
     """
 
+    config_key = "merge.sensitivity"
     name: ClassVar[str]
-    paper: ClassVar[str]
-    source: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     moments: ClassVar[tuple[str, ...]] = ()
     gradient: ClassVar[Literal["", "weight", "path"]] = ""
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from come.merge.sensitivity.base import SENSITIVITY, MapStatistics, SensitivityMetric
+from come.setting import setting
 
 
 @SENSITIVITY.register
+@dataclass(eq=False)
 class Random(SensitivityMetric):
-    """Uniform scores in [0, 1), the same for the same seed and map whatever came before.
-
-    Args:
-        seed: seeds every map's generator together with the map's name.
-    """
+    """Uniform scores in [0, 1), the same for the same seed and map whatever came before."""
 
     name = "random"
     paper = ""
     source = "control"
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = setting(0, "seeds every map together with its name")
 
     def score(self, inputs: MapStatistics) -> Float[Tensor, " in"]:
         """Scores, [d_in] float64, uniform in [0, 1)."""

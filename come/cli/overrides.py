@@ -1,0 +1,85 @@
+"""Overrides as people write them, as Hydra reads them: the parts of a method are groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.config_store import ConfigStore
+
+from come.merge.method import PARTS
+from come.registry import load_plugin
+
+RENAMED = {
+    "merge.refit_lambda": "merge.refit.lambda",
+    "merge.refit_parts": "merge.refit.sublayers",
+    "merge.refit_weights": "merge.refit.weights",
+    "merge.align_lambda": "merge.refit.align",
+    "merge.finish_lambda": "merge.refit.downstream",
+    "merge.target": "merge.refit.target",
+    "merge.p": "merge.retention.p",
+    "merge.seed": "merge.selection.seed or merge.sensitivity.seed",
+    "merge.parts": "merge.sublayers",
+    "merge.keep": "merge.save_weights",
+    "merge.options.shortlist": "merge.selection.shortlist",
+    "merge.options.trial_windows": "merge.selection.trial_windows or merge.schedule.trial_windows",
+    "merge.options.judge_windows": "merge.selection.validation_windows",
+    "merge.options.copying": "merge.selection.repeat_weight",
+    "merge.options.granularity": "merge.retention.granularity",
+    "merge.options.rate": "merge.retention.rate",
+    "merge.options.input_lambda": "merge.refit.input_lambda",
+    "merge.options.steps": "merge.refit.steps",
+    "merge.options.learning_rate": "merge.refit.learning_rate",
+    "merge.options.threshold": "merge.schedule.threshold",
+    "merge.options.interval": "merge.schedule.interval",
+    "merge.options.relax": "merge.schedule.relax",
+    "calibration.keep": "calibration.keep_likeliest",
+    "calibration.continued": "calibration.num_continuations",
+    "calibration.begin": "calibration.prefix_tokens",
+    "eval.also": "eval.extra_texts",
+    "eval.part": "eval.text_range",
+    "ablation": "overrides of its own, such as merge.refit=ridge",
+}
+"""Settings that had another key."""
+
+
+def register_parts() -> None:
+    """Makes every registered part a choice of its group: `merge/refit=ridge`."""
+    store = ConfigStore.instance()
+    for group, registry in PARTS.items():
+        for name in registry.names():
+            node = {"name": name, **registry.get(name).defaults()}
+            store.store(group=f"merge/{group}", name=name, node=node)
+
+
+def load_plugins(overrides: Sequence[str]) -> None:
+    """Runs the files of `plugins=[...]`, whose parts are choices like any other.
+
+    Raises:
+        ValueError: no such file, or running it fails.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "plugins":
+            for path in value.strip("[]").split(","):
+                if path:
+                    load_plugin(path.strip().strip("'\""))
+
+
+def as_groups(overrides: Sequence[str]) -> list[str]:
+    """`merge.refit=ridge` as `merge/refit=ridge`; other words as they are.
+
+    Raises:
+        ValueError: a setting that has another key now.
+    """
+    return [_as_group(override) for override in overrides]
+
+
+def _as_group(override: str) -> str:
+    key, equals, value = override.partition("=")
+    plain = key.lstrip("+~")
+    if equals and plain in RENAMED:
+        raise ValueError(f"{plain}={value}: {plain} is now {RENAMED[plain]}")
+    head, _, part = plain.partition(".")
+    if equals and head == "merge" and part in PARTS:
+        return f"merge/{part}={value}"
+    return override

@@ -1,0 +1,217 @@
+"""A merging method: what becomes one layer, how it is chosen, and how it is fitted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from come.merge.constraints import SpanConstraints
+from come.merge.norms import Norms
+from come.merge.operators.base import OPERATORS
+from come.merge.refit.base import REFITS
+from come.merge.retention.base import RETENTION
+from come.merge.schedules.base import SCHEDULES
+from come.merge.schedules.fixed import Fixed
+from come.merge.selection.base import SELECTION
+from come.merge.sensitivity.base import SENSITIVITY
+from come.models.adapter import Block
+from come.registry import Registry
+from come.setting import HasSettings, setting
+from come.statistics.influence import TOKENS, check_tokens
+
+if TYPE_CHECKING:
+    from come.merge.operators.base import MergeOperator
+    from come.merge.refit.base import Refit
+    from come.merge.retention.base import RetentionRule
+    from come.merge.schedules.base import Schedule
+    from come.merge.selection.base import GroupScore
+    from come.merge.sensitivity.base import SensitivityMetric
+else:  # a composed configuration gives names and plain data
+    MergeOperator = SensitivityMetric = GroupScore = RetentionRule = Schedule = Refit = Any
+
+SUBLAYERS = ("attention", "ffn")
+PARTS: dict[str, Registry[Any]] = {
+    "operator": OPERATORS,
+    "sensitivity": SENSITIVITY,
+    "selection": SELECTION,
+    "retention": RETENTION,
+    "schedule": SCHEDULES,
+    "refit": REFITS,
+}
+"""The registries whose entries make up a method."""
+
+
+def _part(name: str) -> Any:
+    """A field for a part of a method, by default the registered one of this name."""
+    return field(default=name)
+
+
+@dataclass
+class Method(HasSettings):
+    """A merging method; without arguments the project's own, `merge=come_plus`.
+
+    A part is given as an instance, by its name, or as plain data: `Method(refit="ridge")`,
+    `Method(refit=Ridge(lambda_=0.3))`, `Method(refit={"name": "ridge", "lambda": 0.3})`.
+
+    Attributes:
+        operator: how a span of layers becomes one layer.
+        sensitivity: how channels are scored.
+        selection: how spans are scored.
+        retention: how much each layer keeps, and which units.
+        schedule: in which order spans are chosen.
+        refit: how the merged layer is fitted to its span.
+
+    Raises:
+        ValueError: an unknown name or setting, a value that is not allowed, or parts that cannot
+            work together.
+    """
+
+    config_key = "merge"
+
+    operator: MergeOperator = _part("concat")
+    sensitivity: SensitivityMetric = _part("come")
+    selection: GroupScore = _part("trial_kl")
+    retention: RetentionRule = _part("adaptive")
+    schedule: Schedule = _part("optimal_partition")
+    refit: Refit = _part("gauss_newton")
+    m: int = setting(
+        4,
+        "layers of a span, the most of them where the schedule varies sizes; a drop removes m - 1",
+        least=2,
+    )
+    tokens: str = setting(
+        "all", "tokens that block influence and cosines read", choices=get_args(TOKENS)
+    )
+    norms: str = setting(
+        "fold",
+        "norms of a merged layer: their mean, or folded into the rows that read them",
+        choices=get_args(Norms),
+    )
+    allow_remerge: bool = setting(False, "whether a merged layer may be merged again; drops may")
+    protect_first: int = setting(0, "first layers that are neither merged nor dropped", least=0)
+    protect_last: int = setting(0, "last layers that are neither merged nor dropped", least=0)
+    sublayers: list[str] = setting(
+        ["attention", "ffn"], "what is merged: both are whole layers", choices=SUBLAYERS
+    )
+    groups: list[list[int]] = setting(
+        [], "spans of original layers to merge, in this order, in place of a choice"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, registry in PARTS.items():
+            setattr(self, key, registry.build(getattr(self, key)))
+        check_groups(self.groups)
+        if self.groups:
+            self._check_groups()
+        self.selection.tokens = check_tokens(self.tokens)
+        for part in (self.operator, self.retention, self.schedule, self.selection, self.refit):
+            part.check(self)
+
+    def _check_groups(self) -> None:
+        """Spans given by hand leave no order and no choice."""
+        for key in ("protect_first", "protect_last"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"merge.groups are merged as they are given; merge.{key}={getattr(self, key)} "
+                    "has no meaning with them"
+                )
+        fixed = Fixed()
+        fixed.groups = self.groups
+        self.schedule = fixed
+
+    @property
+    def block(self) -> Block:
+        """What is merged: whole layers, or one sublayer of each."""
+        if sorted(self.sublayers) == sorted(SUBLAYERS):
+            return "layer"
+        if len(self.sublayers) != 1:
+            raise ValueError(
+                f"merge.sublayers={list(self.sublayers)}: must be [attention], [ffn] or "
+                "[attention,ffn]"
+            )
+        return "attention" if self.sublayers[0] == "attention" else "ffn"
+
+    @property
+    def uses_targets(self) -> list[str]:
+        """The settings whose parts read reconstruction targets."""
+        readers = {
+            "refit": self.refit.active,
+            "selection": self.selection.uses_targets,
+            "retention": self.retention.uses_targets,
+        }
+        return [f"merge.{key}={getattr(self, key).name}" for key, reads in readers.items() if reads]
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the hidden states of the dense model have to be kept."""
+        towards_dense = self.refit.target == "dense" and bool(self.uses_targets)
+        return towards_dense or self.refit.downstream is not None
+
+    @property
+    def min_windows(self) -> int:
+        """Calibration windows that the method needs at least."""
+        return max(self.selection.min_windows, self.retention.min_windows)
+
+    @property
+    def remerges(self) -> bool:
+        """Whether a layer may be part of several spans."""
+        return self.allow_remerge or self.operator.drops
+
+    def constraints(self, num_layers: int, target: int) -> SpanConstraints:
+        """Which spans are allowed on the way from `num_layers` to `target` layers."""
+        return SpanConstraints(
+            m=num_layers - target + 1 if self.schedule.single_span else self.m,
+            remerges=self.remerges,
+            drops=self.operator.drops,
+            protect_first=self.protect_first,
+            protect_last=self.protect_last,
+            variable_size=self.schedule.variable_size,
+        )
+
+    def fresh(self) -> Method:
+        """A copy whose parts hold nothing of an earlier compression."""
+        return copy.deepcopy(self)
+
+    def record(self) -> dict[str, Any]:
+        """All names and settings, as plain data."""
+        parts = {
+            key: {"name": getattr(self, key).name, **getattr(self, key).record()} for key in PARTS
+        }
+        return {**parts, **super().record()}
+
+    def equals(self, record: Any) -> bool:
+        """Whether a record, perhaps read from a file, is of this method."""
+        return bool(json.loads(json.dumps(self.record())) == record)
+
+
+def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:
+    """The depth that groups given by hand lead to.
+
+    Raises:
+        ValueError: a group is outside the model.
+    """
+    for group in groups:
+        if group[-1] >= num_layers:
+            raise ValueError(
+                f"merge.groups has {list(group)}, and the model's layers are 0 to {num_layers - 1}"
+            )
+    return num_layers - sum(len(group) - 1 for group in groups)
+
+
+def check_groups(groups: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError unless groups are adjacent ascending layers and do not overlap."""
+    seen: set[int] = set()
+    for group in groups:
+        adjacent = list(group) == list(range(group[0], group[0] + len(group))) if group else False
+        if len(group) < 2 or not adjacent or group[0] < 0:
+            raise ValueError(
+                f"merge.groups has {list(group)}: a group is two or more adjacent layers, counted "
+                "from 0, such as [3,4]"
+            )
+        if seen & set(group):
+            raise ValueError(f"merge.groups: layer {min(seen & set(group))} stands in two groups")
+        seen |= set(group)

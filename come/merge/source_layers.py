@@ -1,0 +1,26 @@
+"""The layers of a span as the operator reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from come.models.adapter import LayerState
+
+
+@dataclass(frozen=True)
+class SourceLayers:
+    """The layers of a group as the operator reads them, and how it makes one of them.
+
+    Attributes:
+        layers: all tensors of every layer, shallow first.
+        join: gives all tensors of the merged layer for such layers.
+    """
+
+    layers: Sequence[LayerState]
+    join: Callable[[Sequence[LayerState]], LayerState]
+
+    @property
+    def state(self) -> LayerState:
+        """All tensors of the merged layer."""
+        return self.join(self.layers)

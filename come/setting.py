@@ -1,0 +1,144 @@
+"""Settings: a setting is a documented, checked field of the dataclass that uses it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may be given for a setting.
+
+    Attributes:
+        doc: what it does, one line.
+        kind: type of its values: bool, int, float, str or list.
+        least: smallest number allowed.
+        above: a number that the value must exceed.
+        most: largest number allowed.
+        below: a number that the value must stay under.
+        choices: the words allowed, of a list those of its items; empty for any.
+        words: words allowed in place of a number.
+        optional: whether null is allowed.
+        config: the default in a composed configuration, where an interpolation chooses it.
+    """
+
+    doc: str
+    kind: type
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    optional: bool = False
+    config: str | None = None
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words: "a whole number of at least 1"."""
+        if self.kind is list and self.choices:
+            return f"a list of {', '.join(self.choices)}"
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        text = _WORDS.get(self.kind, "a list")
+        limits = {
+            "of at least": self.least,
+            "above": self.above,
+            "of at most": self.most,
+            "below": self.below,
+        }
+        given = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+        text = f"{text} {' and '.join(given)}" if given else text
+        return ", or ".join([text, *self.words, *(["null"] if self.optional else [])])
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is allowed."""
+        if value is None or (isinstance(value, str) and value in self.words):
+            return self.optional if value is None else True
+        if self.kind is list:
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            return listed and (not self.choices or set(value) <= set(self.choices))
+        if isinstance(value, bool) != (self.kind is bool):
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.kind is str or self.kind is bool:
+            return isinstance(value, self.kind)
+        if not isinstance(value, int | float) or (self.kind is int and isinstance(value, float)):
+            return False
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def setting(default: Any, doc: str, *, kind: type | None = None, **limits: Any) -> Any:
+    """A dataclass field that is a setting.
+
+    Args:
+        default: its default; a list is copied for every instance.
+        doc: what it does, one line.
+        kind: type of its values; that of the default unless given.
+        limits: further attributes of `Setting`.
+    """
+    about = {"setting": Setting(doc, kind or type(default), **limits)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata=about)
+    return field(default=default, metadata=about)
+
+
+class HasSettings:
+    """Base of dataclasses with settings; their values are checked when an instance is made.
+
+    A setting whose name is a word of Python's carries an underscore behind it there and none in
+    the configuration: `lambda_` is `merge.refit.lambda`.
+
+    Raises:
+        ValueError: a value that is not allowed, with its key and what is.
+    """
+
+    config_key: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for key, entry in self.settings().items():
+            value = getattr(self, entry.name)
+            about: Setting = entry.metadata["setting"]
+            if not about.accepts(value):
+                place = f"{self.config_key}.{key}" if self.config_key else key
+                raise ValueError(f"{place}={_shown(value)}: must be {about.allowed}")
+            if about.kind is float and isinstance(value, int):
+                object.__setattr__(self, entry.name, float(value))
+
+    @classmethod
+    def settings(cls) -> dict[str, Field[Any]]:
+        """The settings by their keys in the configuration."""
+        if not hasattr(cls, "__dataclass_fields__"):
+            return {}
+        own = [entry for entry in fields(cls) if "setting" in entry.metadata]  # type: ignore[arg-type]
+        return {entry.name.rstrip("_"): entry for entry in own}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default values by key, as a composed configuration holds them."""
+        found = {}
+        for key, entry in cls.settings().items():
+            config = entry.metadata["setting"].config
+            made = entry.default_factory() if callable(entry.default_factory) else entry.default
+            found[key] = made if config is None else config
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Values by key, as plain data."""
+        return {key: getattr(self, entry.name) for key, entry in self.settings().items()}
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
