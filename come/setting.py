@@ -91,8 +91,8 @@ def setting(default: Any, doc: str, *, kind: type | None = None, **limits: Any) 
     """
     about = {"setting": Setting(doc, kind or type(default), **limits)}
     if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata=about)
-    return field(default=default, metadata=about)
+        return field(default_factory=lambda: [*default], metadata=about, kw_only=True)
+    return field(default=default, metadata=about, kw_only=True)
 
 
 class HasSettings:

@@ -86,7 +86,8 @@ def candidates(
     model: PreTrainedModel, windows: Int[Tensor, "windows seq"]
 ) -> list[tuple[float, int, int]]:
     """The groups (angle, first, last) to try."""
-    score, found = Angular("all"), []
+    score, found = Angular(), []
+    score.tokens = "all"
     stream = LayerStream(ModelAdapter(model), windows)
     with stream:
         stream.embed()

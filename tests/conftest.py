@@ -180,7 +180,8 @@ def command(pico_folder, tmp_path):
     def start(*overrides, model=pico_folder):
         environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         words = [f"model.path={model}", "model=local"] if model else []
-        if not any(o.startswith(("merge=", "experiment=", "+merge=")) for o in overrides):
+        given = ("merge=", "experiment=", "+merge=", "from_run=")
+        if not any(o.startswith(given) for o in overrides):
             words.append("merge=come")
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],

@@ -14,6 +14,7 @@ from come.job.identity import job_hash
 from come.job.run import run
 from come.job.stages.prepare import prepare
 from come.schema import Settings
+from come.schema.explicit import check_explicit
 from tests.commands import SMALL
 from tests.test_zero_shot import TASK
 
@@ -38,6 +39,7 @@ def job_settings(base: Path, *overrides: str) -> Settings:
     """Settings of a small job on a model of six layers."""
     asked = settings("model=local", f'model.path="{base}"', *SMALL, *ONE_LAYER_LESS, *overrides)
     asked.check()
+    check_explicit(asked, overrides)
     return asked
 
 

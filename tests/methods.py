@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from come.merge.method import PARTS, Method
+from come.merge.selection.base import SELECTION, GroupScore
 from come.models.adapter import UNITS, ModelAdapter
 from tests.conftest import pico
 from tests.reference import Reference
@@ -62,6 +63,13 @@ def recipe(name: str, **changes) -> Method:
     if name in ("magnitude_plus", "taylor_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
     return method(read(name), changes)
+
+
+def scorer(name: str, tokens: str) -> GroupScore:
+    """A selection score that reads these tokens."""
+    found = SELECTION.create(name)
+    found.tokens = tokens
+    return found
 
 
 def same(a, b):

@@ -67,8 +67,8 @@ def test_only_rows_behind_the_norm_read_through(goals):
 @torch.no_grad()
 def test_the_penalty_leads_back_to_the_rows_as_they_are(family, goals):
     goals, pieces = goals(family)
-    plain = Ridge(0.1).solve(goals, pieces)
-    held = Ridge(0.1, align=1e9).solve(goals, pieces)
+    plain = Ridge().solve(goals, pieces)
+    held = Ridge(align=1e9).solve(goals, pieces)
     assert set(held) > set(plain)
     for name, tensor in held.items():
         torch.testing.assert_close(
@@ -129,8 +129,10 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"align": 0.0}, "merge.align=0.0: must be above 0, or null"),
-        ({"align": 0.01, "norms": "fold"}, "no effect: .*merge.refit=none; choose"),
+        (
+            {"align": 0.0, "refit": "ridge"},
+            "merge.refit.align=0.0: must be a number above 0, or null",
+        ),
         ({"align": 0.01, "refit": "ridge"}, "merge.norms=mean.*choose merge.norms=fold"),
         ({"schedule": "mixed", "operator": "drop"}, "choose merge.schedule=progressive"),
     ],

@@ -201,7 +201,7 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
 
 def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     folder = tmp_path / "out"
-    method = ("merge=shortgpt", "merge.parts=[attention]", "merge.save_at=[22,20]")
+    method = ("merge=shortgpt", "merge.sublayers=[attention]", "merge.save_at=[22,20]")
     where = (f"hydra.run.dir={folder}", "eval.speed=false")
     code, output, errors = finish(command(*method, *where))
     assert code == 0, errors
@@ -258,7 +258,7 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
         (["merge.sensitivity=comme"], "did you mean 'come'"),
         (["merge.m=1"], "merge.m=1: a group has at least 2 layers"),
         (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
-        (["merge.sparsity=1.5"], "between 0 and 1"),
+        (["merge.sparsity=1.5"], "above 0 and below 1"),
         (["merge.sparsity=0.55"], "the largest that can is 0."),
         (["eval.prompt_tokens=4096"], "eval.prompt_tokens=4096: the model reads at most 512"),
         (["merge.target_layers=11"], "smallest depth that can is 12"),

@@ -59,7 +59,7 @@ def test_any_group_size_lands_on_the_target(m, windows):
 
 def test_remerging_goes_below_what_single_merges_reach(windows):
     with pytest.raises(ValueError, match="smallest depth that can is 3"):
-        compress(pico("llama_gqa"), windows, target_layers=2, progress=False)
+        compress(pico("llama_gqa"), windows, paper(), target_layers=2, progress=False)
     recipe = paper(allow_remerge=True)
     plan = compress(pico("llama_gqa"), windows, recipe, target_layers=1, progress=False)
     assert plan.history == [list(range(LAYERS))]
@@ -83,7 +83,7 @@ def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
         pass
 
     whole = pico("llama_gqa")
-    expected = compress(whole, windows, target_layers=3, progress=False)
+    expected = compress(whole, windows, paper(), target_layers=3, progress=False)
     saved: list[Plan] = []
 
     def interrupt(plan: Plan) -> None:
@@ -92,9 +92,11 @@ def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        compress(pico("llama_gqa"), windows, target_layers=3, on_step=interrupt, progress=False)
+        compress(
+            pico("llama_gqa"), windows, paper(), target_layers=3, on_step=interrupt, progress=False
+        )
     model = pico("llama_gqa")
-    plan = compress(model, windows, target_layers=3, plan=saved[-1], progress=False)
+    plan = compress(model, windows, paper(), target_layers=3, plan=saved[-1], progress=False)
     assert plan.steps == expected.steps
     assert same(weights(model), weights(whole))
 
@@ -115,7 +117,7 @@ def test_random_sensitivity_depends_on_its_seed_alone(windows):
 
 
 def test_truncated_plan_and_its_errors(windows, tmp_path):
-    plan = compress(pico("llama_gqa"), windows, target_layers=3, progress=False)
+    plan = compress(pico("llama_gqa"), windows, paper(), target_layers=3, progress=False)
     assert plan.truncated(4).num_layers == 4
     with pytest.raises(ValueError, match=r"merge.target_layers=2: the plan passes through 5, 4, 3"):
         plan.truncated(2)
@@ -133,7 +135,7 @@ def test_truncated_plan_and_its_errors(windows, tmp_path):
 
 
 def test_puzzle_pieces_add_up(windows):
-    plan = compress(pico("llama_gqa"), windows, target_layers=4, progress=False)
+    plan = compress(pico("llama_gqa"), windows, paper(), target_layers=4, progress=False)
     for unit, count in plan.base.units.items():
         pieces = puzzle_pieces(plan, unit)
         assert [sum(piece.values()) for piece in pieces] == [count] * 4
@@ -150,12 +152,15 @@ def test_puzzle_pieces_add_up(windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"m": 1}, "merge.m=1: a group has at least 2 layers"),
-        ({"norms": "max"}, "merge.norms='max': allowed are mean, fold"),
-        ({"tokens": "first"}, "merge.tokens='first': allowed are all, last"),
+        ({"m": 1}, "merge.m=1: must be a whole number of at least 2"),
+        ({"norms": "max"}, "merge.norms='max': must be one of mean, fold"),
+        ({"tokens": "first"}, "merge.tokens='first': must be one of all, last"),
         ({"sensitivity": "kome"}, r"merge.sensitivity='kome': unknown .* did you mean 'come'\?"),
         ({"operator": "avg"}, "merge.operator='avg'.*Available: average, concat, drop"),
-        ({"options": {"alpha": 1}}, "merge.options.alpha: no chosen part has this setting"),
+        (
+            {"selection": {"name": "sbi", "alpha": 1}},
+            "merge.selection.alpha: .* has no such setting",
+        ),
     ],
 )
 def test_recipes_that_are_refused(settings, message):

@@ -1,21 +1,22 @@
 """Every YAML composes into typed settings that pass their checks; job hashes mean something."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from come.cli import CONF, to_settings
+from come.cli import CONF
 from come.job.folder import check_folder, finished_result, write_result
 from come.job.identity import job_hash
 from come.job.stages.distill import sampled
 from come.job.stages.merge import with_samples
 from come.job.stages.prepare import prepare
+from come.merge.method import Method
 from come.merge.operators.base import OPERATORS
+from come.schema.explicit import check_explicit
+from tests.jobs import settings
 from tests.methods import come_plus
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
@@ -26,9 +27,10 @@ MODELS = (
 SOURCES = "pydocs wikitext2 c4 pg19 bookcorpus alpaca mmlu text_file self_generated"
 
 
-def settings(*overrides):
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return to_settings(compose("config", overrides=list(overrides)))
+def checked(*overrides):
+    asked = settings(*overrides)
+    asked.check()
+    check_explicit(asked, overrides)
 
 
 def test_what_is_promised_is_there():
@@ -56,7 +58,7 @@ def test_recipes_and_registries_agree():
     for name in GROUPS["merge"]:
         recipe = settings(f"merge={name}", *(["merge.plan=x"] if name == "from_plan" else [])).merge
         assert recipe.name == name
-        assert recipe.operator in (*OPERATORS.names(), "none")
+        assert recipe.operator.name in OPERATORS.names()
 
 
 def test_the_default_is_the_main_job():
@@ -67,25 +69,22 @@ def test_the_default_is_the_main_job():
         None,
         None,
     )
-    own = come_plus()
-    own = replace(own, parts=list(own.parts), refit_sublayers=list(own.refit_parts), groups=[])
-    assert default.merge.recipe() == own
-    assert default.recipe() == replace(own, options={"repeat_weight": 0.2})
+    own = Method.record(default.merge)
+    assert own == come_plus(repeat_weight=0.2).record()
+    assert Method().record() == come_plus().record()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options"),
+    ("overrides", "weight"),
     [
-        (["calibration=pydocs"], {}),
-        (["calibration=pydocs", "calibration.continued=4"], {"repeat_weight": 0.2}),
-        (["+merge.options.repeat_weight=0.5"], {"repeat_weight": 0.5}),
-        (["merge.selection=angular", "merge.schedule=mixed"], {}),
-        (["merge.groups=[[3,4]]"], {}),
-        (["merge=come"], {}),
+        ([], 0.2),
+        (["calibration=pydocs"], 0.0),
+        (["calibration=pydocs", "calibration.num_continuations=4"], 0.2),
+        (["merge.selection.repeat_weight=0.5"], 0.5),
     ],
 )
-def test_repeat_weight_is_asked_for_where_text_from_the_model_judges_trials(overrides, options):
-    assert settings(*overrides).recipe().options == options
+def test_repeated_text_counts_where_the_model_writes_the_text(overrides, weight):
+    assert settings(*overrides).merge.selection.repeat_weight == weight
 
 
 @pytest.mark.parametrize(
@@ -105,56 +104,81 @@ def test_typos_fail_at_composition(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["merge.sparsity=0"], "merge.sparsity=0.0: the share of parameters"),
+        (["merge.sparsity=0"], "merge.sparsity=0.0: must be a number above 0"),
         (["merge.sparsity=1.2"], "merge.sparsity=1.2"),
         (["merge.sparsity=0.1", "merge.target_layers=27"], "both merge.target_layers=27 and"),
-        (["merge.target_layers=0"], "merge.target_layers=0: must be at least 1"),
+        (["merge.target_layers=0"], "merge.target_layers=0: must be a whole number"),
         (["merge=from_plan", "merge.plan=x", "merge.sparsity=0.1"], "no meaning with merge.plan"),
-        (["merge.sensitivity=comme"], "did you mean 'come'"),
-        (["calibration.num_samples=0"], "calibration.num_samples=0: must be at least 1"),
-        (["calibration.seq_len=1"], "a window has 2 tokens or more"),
-        (["calibration.top_p=0"], "calibration.top_p=0.0: must be above 0 and at most 1"),
         (
-            ["calibration.continued=3", "calibration.begin=0"],
-            "calibration.begin=0: must be at least",
+            ["calibration.num_samples=0"],
+            "calibration.num_samples=0: must be",
         ),
-        (["calibration=self_generated", "calibration.continued=1"], "goes on with real text"),
+        (["calibration.seq_len=1"], "calibration.seq_len=1: must be"),
+        (
+            ["calibration.top_p=0"],
+            "top_p=0.0: must be a number above 0 and of at most 1",
+        ),
+        (
+            ["calibration.num_continuations=3", "calibration.prefix_tokens=0"],
+            "calibration.prefix_tokens=0: must be",
+        ),
+        (["calibration=self_generated", "calibration.num_continuations=1"], "continues real text"),
         (["calibration.temperature=0"], "calibration.temperature=0.0"),
-        (["calibration.store=tape"], "calibration.store='tape': allowed are memory, disk"),
+        (["calibration.store=tape"], "calibration.store='tape': must be one of memory, disk"),
         (["calibration.source=pydoc"], "did you mean 'pydocs'"),
         (["calibration=mmlu", "calibration.path=x.txt"], "is for calibration=text_file"),
         (["calibration=text_file", "calibration.path=/no/file.txt"], "does not exist"),
         (["eval.path=/no/file.txt"], "does not exist"),
         (["eval.repeats=0"], "eval.repeats=0"),
-        (["tracking.backend=mlflow"], "allowed are none, wandb"),
-        (["tracking.mode=maybe"], "allowed are online, offline"),
+        (["tracking.backend=mlflow"], "tracking.backend='mlflow': must be one of none, wandb"),
+        (["tracking.mode=maybe"], "must be one of online, offline"),
         (["distill.method=sp"], "distill.method='sp': unknown distillation"),
         (["distill=come_sp", "distill.loss=mean"], "distill.loss='mean': allowed are kl, mse"),
         (["distill=come_sp", "distill.workers=2"], "distill.workers=2 is for distill=come_mp"),
         (["distill=lora", "merge.save_at=[22,21]"], "one depth is distilled at a time"),
-        (["distill=lora", "distill.batch_size=0"], "distill.batch_size=0: must be at least 1"),
+        (["distill=lora", "distill.batch_size=0"], "distill.batch_size=0: must be"),
         (["distill=lora", "distill.path=/no/text.txt"], "/no/text.txt"),
         (
-            ["distill=come_sp", "merge=come", "merge.parts=[ffn]"],
+            ["distill=come_sp", "merge=come", "merge.sublayers=[ffn]"],
             "distillation trains whole layers",
         ),
-        (["from_run=x", "merge.target_layers=20"], "merge.target_layers=20 has no meaning with fr"),
-        (["from_run=x", "merge=sleb"], "merge.operator=drop has no meaning with from_run"),
-        (["from_run=x", "merge.m=3"], "merge.m=3 has no meaning with from_run"),
-        (["merge.sensitivity=wanda"], "retention=adaptive asks no sensitivity. merge=come does"),
-        (["merge.p=2"], "merge.p=2.0 would have no effect: merge.retention=adaptive"),
-        (["merge=shortgpt", "merge.p=2"], "merge.p=2.0 would have no effect: drop keeps no shares"),
-        (["+eval.also={a:{source:no}}"], "eval.also.a.source='no': unknown"),
+        (
+            ["from_run=x", "merge.target_layers=20"],
+            "merge.target_layers has no effect with from_run",
+        ),
+        (["from_run=x", "merge=sleb"], "merge has no effect with from_run"),
+        (["from_run=x", "merge.m=3"], "merge.m has no effect with from_run"),
+        (["merge.sensitivity=wanda"], "adaptive, which does not use sensitivities"),
+        (
+            ["merge.sensitivity=come"],
+            "sensitivity has no effect with merge.retention=ada",
+        ),
+        (["merge=shortgpt", "merge.retention.p=2"], "retention.p has no effect with .*=drop"),
+        (["merge=uidl", "merge.m=2"], "merge.m has no effect with .*=block"),
+        (["distill.tokens=5"], "distill.tokens has no effect with distill=none"),
+        (["+eval.extra_texts={a:{source:no}}"], "eval.extra_texts.a.source='no': unknown"),
         (["tracking=trackio", "tracking.mode=online"], "tracking.mode=online is for tracking=wan"),
-        (["merge=shortgpt", "merge.sensitivity=taylor"], "have no effect: drop asks no"),
-        (["merge=none", "merge.m=3"], "merge.m=3 has no meaning with merge=none"),
+        (
+            ["merge=shortgpt", "merge.sensitivity=taylor"],
+            "taylor has no effect with merge.operator=drop",
+        ),
+        (["merge=none", "merge.m=3"], "merge.m has no effect with merge=none"),
         (["merge=none", "distill=come_sp"], "distill=come_sp trains merged layers"),
-        (["eval=none", "+eval.also={a:{}}"], "eval.also has a, and eval.perplexity=false"),
-        (["+eval.also={a:{max_tokens:3}}"], "eval.also.a.max_tokens=3: two windows"),
-        (["merge=from_plan", "merge.plan=x", "merge.refit=ridge"], "merge.refit=ridge has no mean"),
-        (["eval.part=[0.8]"], r"eval.part=\[0.8\]: two shares"),
-        (["eval.part=[0.8,0.6]"], "two shares of the text, the first below the second"),
-        (["+eval.also={a:{part:[0.5,2]}}"], r"eval.also.a.part=\[0.5, 2.0\]: two shares"),
+        (
+            ["eval=none", "+eval.extra_texts={a:{}}"],
+            "eval.extra_texts has a, and eval.perplexity=false",
+        ),
+        (["+eval.extra_texts={a:{max_tokens:3}}"], "eval.max_tokens=3: must be"),
+        (
+            ["merge=from_plan", "merge.plan=x", "merge.refit=ridge"],
+            "merge.refit has no effect with merge.plan",
+        ),
+        (["eval.text_range=[0.8]"], r"eval.text_range=\[0.8\]: two shares"),
+        (["eval.text_range=[0.8,0.6]"], "two shares of the text, the first below the second"),
+        (
+            ["+eval.extra_texts={a:{text_range:[0.5,2]}}"],
+            r"eval.extra_texts.a.text_range=\[0.5, 2.0\]: two shares",
+        ),
         (["model.device=tpux"], "model.device=tpux"),
         (["model.dtype=float8"], "model.dtype='float8'"),
         (["eval.max_tokens=-5"], "eval.max_tokens=-5"),
@@ -162,7 +186,7 @@ def test_typos_fail_at_composition(override, message):
 )
 def test_rules_between_settings(overrides, message):
     with pytest.raises(ValueError, match=message):
-        settings(*overrides).check()
+        checked(*overrides)
 
 
 def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path, monkeypatch):
@@ -177,7 +201,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
         assert job_hash(settings(*local, same)) == base, same
     for other in (
         "merge.m=3",
-        "merge.p=2",
+        "merge.retention.p=2",
         "merge.norms=fold",
         "calibration.seed=1",
         "calibration.num_samples=8",

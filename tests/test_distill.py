@@ -100,7 +100,7 @@ def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
 def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, windows):
     """Against float64 autograd over whole models."""
     given = pair(family)
-    method = DISTILL.create(
+    method = DISTILL.create_from(
         "come_sp", {"loss": "kl", "temperature": 2.0, "gradient_checkpointing": recompute}
     )
     objective = method.objective(given)
@@ -150,7 +150,7 @@ def test_mp_sees_the_teachers_boundaries(store, windows, tmp_path):
 def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, windows, tmp_path):
     given = pair(family)
     before = copy.deepcopy(given.student.model)
-    method = DISTILL.create(name)
+    method = DISTILL.create_from(name)
     objective = method.objective(given)
     same_text = windows[:4], windows[:4]  # of random tokens nothing is learnt for others
     progress = run(objective, *same_text, tmp_path, steps=8, learning_rate=3e-3)
@@ -175,7 +175,7 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, win
 def test_mp_trains_each_layer_alone(workers, windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
-    method = DISTILL.create("come_mp", {"loss": "mse"})
+    method = DISTILL.create_from("come_mp", {"loss": "mse"})
     told = []
     found, memory = train_layerwise(
         method,
@@ -206,7 +206,7 @@ def test_one_after_another_is_side_by_side(windows, tmp_path):
     for workers in (1, 2):
         given = pair()
         train_layerwise(
-            DISTILL.create("come_mp"),
+            DISTILL.create_from("come_mp"),
             given,
             windows[:4],
             windows[4:],
@@ -226,7 +226,7 @@ def test_one_after_another_is_side_by_side(windows, tmp_path):
 def test_only_what_was_asked_for_trains(train_what, windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
-    method = DISTILL.create("come_sp", {"train": train_what})
+    method = DISTILL.create_from("come_sp", {"train": train_what})
     objective = method.objective(given)
     run(objective, windows[:4], windows[:4], tmp_path, steps=2, learning_rate=1e-3)
     method.settle(objective, given)
@@ -250,12 +250,12 @@ def test_only_what_was_asked_for_trains(train_what, windows, tmp_path):
 def test_adapters_have_as_many_parameters_as_the_merged_layers():
     sizes = {}
     for name in ("come_sp", "lora"):
-        sizes[name] = training_memory(DISTILL.create(name).objective(pair())).parameters
+        sizes[name] = training_memory(DISTILL.create_from(name).objective(pair())).parameters
     assert 0.6 < sizes["lora"] / sizes["come_sp"] < 1.7  # ranks are whole numbers
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
-    whole = DISTILL.create("come_sp").objective(pair())
+    whole = DISTILL.create_from("come_sp").objective(pair())
     expected = run(whole, windows[:4], windows[4:], tmp_path / "whole", checkpoint_every=2)
 
     class EnoughError(Exception):
@@ -278,8 +278,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
         "progress_bar": False,
     }
     with pytest.raises(EnoughError):
-        train(DISTILL.create("come_sp").objective(pair()), stop, *arguments, **shared)
-    resumed = DISTILL.create("come_sp").objective(pair())
+        train(DISTILL.create_from("come_sp").objective(pair()), stop, *arguments, **shared)
+    resumed = DISTILL.create_from("come_sp").objective(pair())
     found = train(resumed, lambda rows: (windows[:4][rows],), *arguments, **shared)
     assert found.curve == expected.curve
     assert found.validation == expected.validation
@@ -289,7 +289,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
 def test_another_jobs_state_is_not_gone_on_from(windows, tmp_path):
     curves = []
     for job, rate in (("one", 1e-4), ("two", 1e-3), ("two", 1e-2)):
-        objective = DISTILL.create("come_sp").objective(pair())
+        objective = DISTILL.create_from("come_sp").objective(pair())
         progress = run(objective, windows[:4], windows[4:], tmp_path, job, learning_rate=rate)
         curves.append(progress.curve)
     assert curves[0] != curves[1]
@@ -299,7 +299,7 @@ def test_another_jobs_state_is_not_gone_on_from(windows, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_training(windows, tmp_path):
     given = pair()
     decoder_layers(given.student.model)[1].mlp.down_proj.weight.data.mul_(1e38)
-    objective = DISTILL.create("come_sp").objective(given)
+    objective = DISTILL.create_from("come_sp").objective(given)
     with pytest.raises(ValueError, match="the validation loss is not finite after step 0; try"):
         run(objective, windows[:4], windows[4:], tmp_path)
     objective.validate = lambda ids: {"loss": torch.tensor(1.0)}
@@ -311,14 +311,16 @@ def test_adapters_do_not_depend_on_what_was_drawn_before():
     weights = []
     for draws in (1, 7):
         torch.rand(draws)
-        weights.append([p.clone() for p in DISTILL.create("lora").objective(pair()).parameters()])
+        weights.append(
+            [p.clone() for p in DISTILL.create_from("lora").objective(pair()).parameters()]
+        )
     assert all(map(torch.equal, *weights))
 
 
 def test_a_student_with_other_front_layers_runs_from_its_own_embeddings(windows):
     given = pair()
     decoder_layers(given.student.model)[0].mlp.down_proj.weight.data.mul_(1.5)
-    found = DISTILL.create("logits").objective(given).validate(windows)
+    found = DISTILL.create_from("logits").objective(given).validate(windows)
     expected = float(loss(given.student.model, windows))
     assert float(found["nll"]) == pytest.approx(expected, rel=1e-5)
 
@@ -327,7 +329,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
     """A rate far too high: nothing is better than the start."""
     given = pair()
     before = copy.deepcopy(given.student.model)
-    objective = DISTILL.create("come_sp").objective(given)
+    objective = DISTILL.create_from("come_sp").objective(given)
     train_config = {"steps": 40, "learning_rate": 1.0, "validate_every": 2, "patience": 3}
     progress = run(objective, windows[:4], windows[4:], tmp_path, **train_config)
     assert progress.best_step == 0
@@ -338,7 +340,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
 def test_micro_batches_add_up(windows, tmp_path):
     curves = []
     for size in (1, 2, 4):
-        objective = DISTILL.create("come_sp").objective(pair())
+        objective = DISTILL.create_from("come_sp").objective(pair())
         progress = run(
             objective, windows[:4], windows[4:], tmp_path / str(size), batch_size=4,
             micro_batch=size,
@@ -381,7 +383,7 @@ def test_the_rate_rises_and_falls():
 )
 def test_settings_that_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
-        DISTILL.create(name, settings)
+        DISTILL.create_from(name, settings)
 
 
 def test_the_shipped_config_asks_for_shards():

@@ -37,7 +37,7 @@ class Plain:
     def __init__(self, goals, layer):
         stream, architecture = goals.stream, goals.stream.adapter.architecture
         states, wanted, weights = (
-            torch.cat(parts) for parts in zip(*map(goals.ends, stream.batches), strict=True)
+            torch.cat(parts) for parts in zip(*map(goals.input_output, stream.batches), strict=True)
         )
         self.middles = torch.cat(
             [
@@ -162,7 +162,7 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
 
     def error(refit):
         model = pico(family)
-        method = paper(groups=((2, 3),), operator=operator, refit=refit)
+        method = paper(groups=((2, 3),), operator=operator, refit=refit, align=None)
         plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
         assert same(apply(plan, pico(family)), model)
         missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
@@ -179,21 +179,24 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
     ("settings", "message"),
     [
         ({"refit_sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
-        ({"options": {"input_lambda": 0.0}}, "merge.options.input_lambda=0.0 must be above 0"),
-        ({"options": {"steps": 0}}, "steps=0 at least 1"),
+        (
+            {"options": {"input_lambda": 0.0}},
+            "merge.refit.input_lambda=0.0: must be a number above 0",
+        ),
+        ({"options": {"steps": 0}}, "merge.refit.steps=0: must be a whole number of at least 1"),
     ],
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        paper(refit="gauss_newton", **settings)
+        paper(refit="gauss_newton", norms="fold", **settings)
 
 
 def test_input_maps_are_solved_one_after_another_in_the_familys_order(goals):
     """Gate before up: a map's step is taken on the maps before it as they were changed."""
     found, pieces = goals("llama_gqa")
     adapter = found.stream.adapter
-    solved = GaussNewton(0.1, input_lambda=1.0, steps=8).solve(found, pieces)
-    by_hand = Ridge(0.1).solve(found, pieces)
+    solved = GaussNewton(align=None, input_lambda=1.0, steps=8).solve(found, pieces)
+    by_hand = Ridge().solve(found, pieces)
     layer = adapter.copy_layer(2, {**pieces.state, **by_hand})
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         problem = InputMap(found, layer, Plain(found, copy.deepcopy(layer)).middles, name)

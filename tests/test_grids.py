@@ -148,7 +148,7 @@ def test_one_job_twice_at_once_runs_once(command, tmp_path):
 
 
 def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
-    further = f"+eval.also={{other:{{path:{text_file},max_tokens:256}}}}"
+    further = f"+eval.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     folder = tmp_path / "out"
     code, _, errors = finish(command("merge=none", further, f"hydra.run.dir={folder}"))
     assert code == 0, errors
@@ -169,7 +169,7 @@ def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file)
 @pytest.mark.slow
 def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
     grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval.speed=false"]
-    further = f"+eval.also={{other:{{path:{text_file},max_tokens:256}}}}"
+    further = f"+eval.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     code, _, errors = finish(command(*grid, further, "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-sweep"

@@ -56,16 +56,16 @@ def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
 @pytest.mark.parametrize(
     "setting",
     [
-        "merge.downstream=.inf",
+        "merge.refit.downstream=.inf",
         "calibration.temperature=.inf",
         "distill.learning_rate=.nan",
-        "+merge.options.threshold=.inf",
+        "merge.selection.shortlist=.inf",
     ],
 )
 def test_settings_are_finite_numbers(base, setting):
-    key = setting.lstrip("+").partition("=")[0]
-    with pytest.raises(ValueError, match=f"{key}=(inf|nan): must be a finite number"):
-        job_settings(base, setting.replace("=.", "="))
+    key = setting.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{key}=(inf|nan): must be a"):
+        job_settings(base, "merge=come_plus", setting.replace("=.", "="))
 
 
 def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
@@ -299,5 +299,5 @@ def test_a_neighbour_with_old_in_its_name_stays(base, tmp_path):
 
 def test_no_index_of_weights_that_were_not_kept(base, tmp_path, monkeypatch):
     monkeypatch.setattr("come.merge.saving.MAX_SHARD_SIZE", "20KB")
-    start(base, tmp_path / "out", "merge.keep=false", *QUICK)
+    start(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
     assert not list((tmp_path / "out" / "model").glob("model*"))

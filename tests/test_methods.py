@@ -64,7 +64,7 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("sublayers", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt", "opt_nobias"])
 def test_every_part_in_the_paper_s_recipe(family, parts, windows):
     model = pico(family)
@@ -81,12 +81,12 @@ def test_recipes_name_what_the_registries_hold():
         recipe(name)
         first = (CONF / f"{name}.yaml").read_text().splitlines()[0]
         assert f"python run.py merge={name}" in first
-    used = {recipe(name).operator for name in RECIPES}
+    used = {recipe(name).operator.name for name in RECIPES}
     assert used == set(OPERATORS.names())
 
 
 @pytest.mark.parametrize(
-    "sublayers",
+    "parts",
     [
         *({"selection": name, "allow_remerge": True} for name in SELECTION.names()),
         *({"schedule": name} for name in ("one_shot", "block", "laco")),
@@ -100,7 +100,7 @@ def test_recipes_name_what_the_registries_hold():
         {"sublayers": ("ffn",), "allow_remerge": True},
         {"sublayers": ("attention",), "operator": "drop", "selection": "skip_loss"},
         {"refit": "ridge", "downstream": 0.5, "allow_remerge": True, "protect_last": 1},
-        {"refit": "gauss_newton", "downstream": 0.5},
+        {"refit": "gauss_newton", "downstream": 0.5, "align": None},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
         {"refit": "ridge", "target": "current", "refit_lambda": "auto", "allow_remerge": True},
     ],
@@ -210,13 +210,13 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),
-        ({"sublayers": ("mlp",)}, r"merge.parts=\['mlp'\]: allowed are \[attention\]"),
+        ({"sublayers": ("mlp",)}, r"merge.sublayers=\['mlp'\]: must be a list of attention, ffn"),
         ({"sublayers": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
-        ({"protect_first": -1}, "merge.protect_first=-1: must be at least 0"),
+        ({"protect_first": -1}, "merge.protect_first=-1: must be a whole number of at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
         (
             {"schedule": "laco", "options": {"interval": 0}},
-            "interval=0 and trial_windows=4",
+            "merge.schedule.interval=0: must be",
         ),
     ],
 )

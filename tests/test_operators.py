@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from come.merge.norms import fold_norms
 from come.merge.operators.average import Average
 from come.merge.operators.concat import Concat
+from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
 from come.merge.span import Group
 from come.merge.units import allocate_units, top_units
@@ -117,12 +118,12 @@ def group(*influences):
     stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
     statistics = [LayerStatistics(bi, {}) for bi in influences]
     spans = [[i] for i in range(len(influences))]
-    return Group(stream, 0, len(influences) - 1, spans, statistics, dict, list)
+    return Group(stream, 0, len(influences) - 1, spans, statistics, dict, list, NoRefit())
 
 
 def test_bi_power_edges():
-    assert BIPower(0.0).shares(group(0.1, 0.9)) == [0.5, 0.5]
-    assert BIPower(1.0).shares(group(0.0, 0.0)) == [0.5, 0.5]
-    assert BIPower(400.0).shares(group(0.001, 0.002))[1] == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"merge.p=-1.0: the skewness exponent"):
-        BIPower(-1.0)
+    assert BIPower(p=0.0).shares(group(0.1, 0.9)) == [0.5, 0.5]
+    assert BIPower(p=1.0).shares(group(0.0, 0.0)) == [0.5, 0.5]
+    assert BIPower(p=400.0).shares(group(0.001, 0.002))[1] == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"merge.retention.p=-1.0: must be a number of at least 0"):
+        BIPower(p=-1.0)

@@ -47,12 +47,15 @@ def test_messages_of_hydra_come_whole(command_line):
     for override, parts in (
         ("merge.m=two", ["merge.m=two: must be a whole number"]),
         ("merge.sparsity=much", ["merge.sparsity=much: must be a number"]),
-        ("merge.keep=maybe", ["merge.keep=maybe: must be true or false"]),
+        ("merge.save_weights=maybe", ["merge.save_weights=maybe: must be true or false"]),
         (
             "merge.targt_layers=3",
             ["merge.targt_layers: no such", "did you mean merge.target_layers"],
         ),
         ("mege=come", ["mege: no such setting", "did you mean merge", "come --cfg job"]),
+        ("merge.sensitivity=comme", ["merge.sensitivity='comme'", "did you mean 'come'"]),
+        ("merge.refit_lambda=1", ["merge.refit_lambda is now merge.refit.lambda"]),
+        ("merge.refit.lamda=1", ["merge.refit.lamda: the chosen merge.refit has no such setting"]),
         ("merge=kome", ["merge=kome: no such choice", "did you mean come", "shortgpt"]),
         ("merge.m=2,3", ["merge.m=2,3", "--multirun", "merge.m=[2,3]"]),
     ):

@@ -54,7 +54,7 @@ def test_accuracy_is_paired_by_document():
 
 def test_only_what_both_measured_alike_is_compared():
     ours = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
-    with pytest.raises(ValueError, match="other windows.*eval.part"):
+    with pytest.raises(ValueError, match="other windows.*eval.text_range"):
         compare(ours, result(depth(24, DENSE), dense=[3.0, 3.2, 2.9, 3.3]))
     with pytest.raises(ValueError, match="other windows"):
         compare(ours, result(depth(24, DENSE), dense=DENSE[:3]))

@@ -8,7 +8,6 @@ import torch
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
 from come.merge.saving import check_cache
-from come.merge.selection.base import SELECTION
 from come.models.adapter import UNITS, ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
@@ -20,6 +19,7 @@ from tests.methods import (
     output_names,
     paper,
     plain_units,
+    scorer,
     states,
 )
 from tests.reference import Reference
@@ -101,7 +101,7 @@ def test_scores_of_parts_begin_and_end_inside_layers(family, windows, part):
             x = reference.h[first] if part == "attention" else middle[first]
             y = middle[last] if part == "attention" else reference.h[last + 1]
             cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
-            found = SELECTION.create("cosine", {"tokens": "all"}).score(stream, first, last)
+            found = scorer("cosine", "all").score(stream, first, last)
             assert found == pytest.approx(float(1 - cosine.mean()), rel=1e-3, abs=1e-6)
             if first == last:
                 bi = float((1 - cosine.clamp(0, 1)).mean())

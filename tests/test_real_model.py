@@ -97,7 +97,7 @@ def test_the_default_method_is_better(killed_run, texts, tmp_path):
     process = run(
         *texts[0],
         "merge.target_layers=27",
-        "merge.keep=false",
+        "merge.save_weights=false",
         "eval.seq_len=256",
         "eval.max_tokens=6144",
         "eval.speed=false",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from come.merge.loop import compress
+from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
-from come.merge.selection.sbi import SBI
 from come.merge.sensitivity.come import Come
 from come.merge.span import Group
 from come.merge.unit_scores import unit_scores
@@ -16,7 +16,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import paper
+from tests.methods import paper, scorer
 from tests.reference import Reference
 
 
@@ -38,15 +38,17 @@ def test_statistics_and_decisions(family, windows, tokens):
                 torch.testing.assert_close(scores[unit][0], expected, rtol=1e-4, atol=0)
         for first, last in [(0, 1), (2, 4), (1, 5)]:
             expected = reference.sbi(first, last, tokens)
-            assert SBI(tokens).score(stream, first, last) == pytest.approx(expected, rel=1e-4)
+            assert scorer("sbi", tokens).score(stream, first, last) == pytest.approx(
+                expected, rel=1e-4
+            )
     for first, last in [(0, 1), (2, 4)]:
         statistics = [found[i] for i in range(first, last + 1)]
         spans = [[i] for i in range(first, last + 1)]
         scores = unit_scores(stream, Come(), statistics, spans, range(first, last + 1))
         units = partial(dict, scores)
-        group = Group(stream, first, last, spans, statistics, dict, list, units)
+        group = Group(stream, first, last, spans, statistics, dict, list, NoRefit(), units)
         for p in (0.0, 1.0, 3.0):
-            split = BIPower(p).split(group)
+            split = BIPower(p=p).split(group)
             assert split.shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)
             for unit in ("kv_group", "channel"):
                 assert split.kept[unit] == reference.kept(first, last, unit, p, tokens)
@@ -83,6 +85,7 @@ def test_second_step_measures_the_model_as_it_then_is(family, windows):
     plan = compress(
         model,
         windows,
+        paper(),
         target_layers=LAYERS - 2,
         on_step=lambda plan: snapshots.append(copy.deepcopy(model)),
         batch_size=3,

@@ -219,7 +219,7 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
 
 def test_a_run_that_kept_no_weights_is_no_start(tmp_path):
     base = saved(tmp_path / "base", "llama_gqa")
-    start(base, tmp_path / "out", "merge.refit=ridge", "merge.keep=false", *QUICK)
+    start(base, tmp_path / "out", "merge.refit=ridge", "merge.save_weights=false", *QUICK)
     with pytest.raises(ValueError, match="no merged model with its come/plan.json there"):
         find_run(str(tmp_path / "out"))
 

@@ -12,6 +12,7 @@ from tests.methods import (
     SPANS,
     decoder_layers,
     loss,
+    scorer,
     without,
 )
 from tests.reference import Reference
@@ -29,7 +30,7 @@ def test_scores_of_hidden_states(stream, windows, tokens):
     for first, last in SPANS:
 
         def score(name, span=(first, last)):
-            return SELECTION.create(name, {"tokens": tokens}).score(stream, *span)
+            return scorer(name, tokens).score(stream, *span)
 
         influences = [reference.bi(i, tokens) for i in range(first, last + 1)]
         assert score("bi_sum") == pytest.approx(sum(influences), rel=1e-3)

@@ -35,7 +35,7 @@ def test_only_the_suffix_is_computed_again(windows):
     adapter = ModelAdapter(model)
     for index, layer in enumerate(adapter.layers):
         layer.mlp.register_forward_hook(lambda m, a, o, i=index: calls.append(i))
-    plan = compress(model, windows, target_layers=LAYERS - 2, batch_size=5, progress=False)
+    plan = compress(model, windows, paper(), target_layers=LAYERS - 2, batch_size=5, progress=False)
     first = plan.steps[0].first
     removed = plan.steps[0].last
     suffix = [i for i in range(first, LAYERS) if i != removed]
@@ -71,4 +71,4 @@ def test_hidden_states_that_are_not_finite_are_an_error(windows):
     with torch.no_grad():
         ModelAdapter(model).layers[3].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"layer 3 are not finite; try model.dtype"):
-        compress(model, windows, target_layers=4, progress=False)
+        compress(model, windows, paper(), target_layers=4, progress=False)

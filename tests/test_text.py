@@ -66,7 +66,9 @@ def test_the_part_of_a_text_that_evaluates(tokenizer, text_file):
         assert found.corpus_tokens == len(tokenizer(text_part(text, source.part))["input_ids"])
     source.part = (0.5, 0.8)
     evaluation_windows(tokenizer, source, seq_len=16)
-    with pytest.raises(ValueError, match=r"eval.part=\[0.5, 0.8\]: calibration or training draws"):
+    with pytest.raises(
+        ValueError, match=r"eval.text_range=\[0.5, 0.8\]: calibration or training draws"
+    ):
         evaluation_windows(tokenizer, source, seq_len=16, others=[same])
 
 

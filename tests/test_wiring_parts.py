@@ -120,7 +120,7 @@ def test_the_training_texts_identity_is_that_of_the_text_that_trains(numbered, t
             [f"calibration.path={text_file}"],
             [f"calibration.path={text_file}", f"distill.path={numbered}"],
             ["calibration.temperature=0.5"],
-            ["calibration.keep=0.5"],
+            ["calibration.keep_likeliest=0.5"],
             [],
         )
     ]
@@ -135,13 +135,6 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
 
 
 # Settings
-
-
-def test_options_that_were_asked_for_stay_with_text_from_the_model():
-    """The selection's own options for such text fill in what was not."""
-    assert settings().recipe().options["repeat_weight"] == 0.2
-    assert settings("+merge.options.repeat_weight=0.7").recipe().options["repeat_weight"] == 0.7
-    assert "repeat_weight" not in settings("calibration=pydocs").recipe().options
 
 
 def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
@@ -172,7 +165,7 @@ def test_micro_batches_of_other_sizes_give_the_same_step(windows, tmp_path):
     found = []
     for micro in (3, 2, 1):
         given = pair()
-        objective = DISTILL.create("come_sp").objective(given)
+        objective = DISTILL.create_from("come_sp").objective(given)
         progress = training(objective, windows, tmp_path / str(micro), micro_batch=micro)
         found.append((progress, [p.detach().clone() for p in objective.trained.values()]))
     for progress, weights in found[1:]:
@@ -201,7 +194,7 @@ def training(objective, windows, folder, log=lambda losses: None, **train_config
 
 def test_a_step_takes_its_own_rate(windows, tmp_path):
     """AdamW's first step changes a weight by the rate, whatever the gradient."""
-    objective = DISTILL.create("come_sp").objective(pair())
+    objective = DISTILL.create_from("come_sp").objective(pair())
     before = [p.detach().clone() for p in objective.trained.values()]
     moved = []
 
@@ -218,7 +211,7 @@ def test_a_step_takes_its_own_rate(windows, tmp_path):
 
 def test_gradients_are_clipped(windows, tmp_path):
     """Plain steps of a clipped gradient are no longer than the rate times the clip."""
-    objective = DISTILL.create("come_sp").objective(pair())
+    objective = DISTILL.create_from("come_sp").objective(pair())
     norms = []
     training(objective, windows, tmp_path, lambda row: norms.append(row.get("gradient_norm")))
     assert max(norm for norm in norms if norm) > 1e-3
@@ -232,7 +225,7 @@ def test_gradients_are_clipped(windows, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        objective = DISTILL.create("come_sp").objective(pair())
+        objective = DISTILL.create_from("come_sp").objective(pair())
         training(objective, windows, tmp_path / "clipped", clip=1e-4)
     assert lengths == pytest.approx([1e-4, 1e-4], rel=1e-3)
 
@@ -307,7 +300,7 @@ def test_lambda_is_judged_on_what_it_was_not_solved_on(goals, monkeypatch):
         return float(sums.gram.trace())
 
     monkeypatch.setattr(ridge, "best_lambda", watched)
-    ridge.Ridge("auto").solve(found, pieces)
+    ridge.Ridge(lambda_="auto").solve(found, pieces)
     assert len(seen) == 2  # attention, then the FFN
     for fit, held_out in seen:
         assert fit > 2 * held_out > 0

@@ -32,6 +32,7 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT
 from come.registry import load_plugin
 from come.report.listing import make_report
 from come.schema import Settings
+from come.schema.explicit import check_explicit
 
 _HERE = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def main() -> int:
             _warn_of_grid()
             settings.tracking.group = settings.tracking.group or _experiment()
             settings.check()
+            check_explicit(settings, HydraConfig.get().overrides.task)
             from come.job.run import run  # slow to import; a wrong setting needs none of it
 
             run(settings, folder)
@@ -174,6 +176,7 @@ def _job_hash(*, _root_: DictConfig) -> str:
     try:
         settings = to_settings(_root_)
         settings.check()
+        check_explicit(settings, _root_.hydra.overrides.task)
         return job_hash(settings)
     except USER_ERRORS:
         return INVALID

@@ -181,11 +181,12 @@ class Method(HasSettings):
         parts = {
             key: {"name": getattr(self, key).name, **getattr(self, key).record()} for key in PARTS
         }
-        return {**parts, **super().record()}
+        own = {key: getattr(self, entry.name) for key, entry in Method.settings().items()}
+        return {**parts, **own}
 
     def equals(self, record: Any) -> bool:
         """Whether a record, perhaps read from a file, is of this method."""
-        return bool(json.loads(json.dumps(self.record())) == record)
+        return bool(json.loads(json.dumps(Method.record(self))) == record)
 
 
 def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:

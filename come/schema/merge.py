@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from come.merge.method import Method
-from come.setting import setting
+from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -39,6 +39,10 @@ class MergeSettings(Method):
     save_weights: bool = setting(
         True, "whether merged weights stay on disk after the evaluation; plans rebuild them"
     )
+
+    def record(self) -> dict[str, Any]:
+        """All settings, the method's and those of where it stops."""
+        return {**super().record(), **HasSettings.record(self)}
 
     def check(self) -> None:
         """Raises ValueError for depths that contradict each other."""

@@ -72,7 +72,7 @@ def main() -> None:
     )
     teacher = load_weights(checkpoint, dtype="float32").requires_grad_(False)
     pair = Pair(ModelAdapter(student), ModelAdapter(teacher), plan.history)
-    objective = DISTILL.create("come_sp").objective(pair)
+    objective = DISTILL.create_from("come_sp").objective(pair)
     train_config = TrainConfig(
         steps=1, batch_size=len(ids), micro_batch=len(ids), warmup=0, validate_every=2
     )

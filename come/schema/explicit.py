@@ -1,0 +1,89 @@
+"""Settings that a command names and nothing reads: none is ignored in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from come.schema import Settings
+
+log = logging.getLogger(__name__)
+
+
+def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
+    """Refuses settings of the method and the training that have no effect, and warns of others.
+
+    Args:
+        settings: of the job.
+        overrides: what the command line says, such as "merge.m=2".
+
+    Raises:
+        ValueError: a setting that has no effect, and with what.
+    """
+    given = [override.lstrip("+").partition("=") for override in overrides]
+    keys = [key.replace("/", ".") for key, _, value in given if value != "null" and key[0] != "~"]
+    for prefixes, reason in _unread(settings):
+        for key in keys:
+            if key in prefixes or _is_part_of(key, prefixes):
+                raise ValueError(f"{key} has no effect with {reason}; leave it out")
+    warned = [
+        f"{key} ({reason})"
+        for prefixes, reason in _unmeasured(settings)
+        for key in keys
+        if key in prefixes
+    ]
+    if warned:
+        log.warning("settings without effect: %s", ", ".join(warned))
+
+
+def _is_part_of(key: str, prefixes: list[str]) -> bool:
+    """Whether a key is a setting of a part that one of the prefixes names."""
+    return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix != "merge")
+
+
+def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
+    """Keys of the method and the training that nothing reads, and why."""
+    merge = settings.merge
+    own = [f"merge.{key}" for key in (*merge.settings(), *merge.record())]
+    kept = {"merge.save_weights", "merge.enabled", "merge.name"}
+    if settings.from_run is not None:
+        yield ["merge", *(key for key in own if key not in kept)], "from_run"
+    elif not merge.enabled:
+        yield [key for key in own if key not in kept], "merge=none"
+    elif merge.plan is not None:
+        kept |= {"merge.plan", "merge.target_layers", "merge.save_at"}
+        yield [key for key in own if key not in kept], "merge.plan"
+    else:
+        yield from _unread_parts(settings)
+    if not settings.distill.active:
+        names = [f"distill.{key}" for key in settings.distill.settings()]
+        yield [*names, "distill.loss_weights"], "distill=none"
+
+
+def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
+    """Keys of parts of the method that its other parts do not ask."""
+    merge = settings.merge
+    operator = f"merge.operator={merge.operator.name}"
+    if merge.operator.drops or merge.operator.fixed_shares(2) is not None:
+        yield ["merge.retention"], operator
+    if not merge.operator.uses_units:
+        yield ["merge.sensitivity"], operator
+    elif not merge.retention.uses_scores:
+        yield ["merge.sensitivity"], f"merge.retention={merge.retention.name}"
+    if merge.groups:
+        yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"
+    elif merge.schedule.single_span:
+        yield ["merge.m"], f"merge.schedule={merge.schedule.name}"
+
+
+def _unmeasured(settings: Settings) -> Iterator[tuple[list[str], str]]:
+    """Keys of evaluations that are switched off."""
+    asked = settings.eval
+    if not asked.speed:
+        names = ("prompt_tokens", "new_tokens", "speed_batch", "repeats")
+        yield [f"eval.{name}" for name in names], "eval.speed=false"
+    if not asked.perplexity:
+        names = ("source", "path", "max_tokens", "text_range", "seq_len", "batch_tokens")
+        yield [f"eval.{name}" for name in names], "eval.perplexity=false"
+    if not asked.tasks:
+        yield [f"eval.{name}" for name in ("limit", "include_path", "task_batch")], "no eval.tasks"
