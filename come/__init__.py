@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from come.api import compress
     from come.data.sources.pydocs import PyDocs
     from come.data.sources.text_file import TextFile
     from come.data.windows import calibration_windows, evaluation_windows
     from come.evaluate.perplexity import perplexity
     from come.merge.apply import apply
-    from come.merge.loop import compress
     from come.merge.method import Method
     from come.merge.plan import Plan
     from come.merge.saving import save_model
@@ -42,7 +42,7 @@ _MODULES = {
     "TextFile": "data.sources.text_file",
     "apply": "merge.apply",
     "calibration_windows": "data.windows",
-    "compress": "merge.loop",
+    "compress": "api",
     "evaluation_windows": "data.windows",
     "load_model": "models.loading",
     "perplexity": "evaluate.perplexity",

@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from come import Method, TextFile, compress, evaluation_windows
+from come import Method, TextFile, evaluation_windows
 from come.data.sampling import self_generated_windows
 from come.data.sources.pydocs import PyDocs
+from come.merge.loop import compress
 from come.merge.selection.angular import Angular
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint

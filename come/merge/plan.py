@@ -199,7 +199,7 @@ class Plan:
             f"{', '.join(map(str, passed)) or 'no merge'}"
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, atomically; solved tensors go into safetensors beside it."""
         tensors = {
             f"{number}/{name}": tensor
@@ -207,6 +207,7 @@ class Plan:
             for name, tensor in step.solved.tensors.items()
         }
         tensors |= {f"finish/{name}": tensor for name, tensor in self.finish.tensors.items()}
+        path = Path(path)
         if tensors:
             write_bytes(tensors_path(path), save_tensors(tensors))
         steps = [
@@ -223,14 +224,15 @@ class Plan:
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | Path) -> Plan:
         """Reads a plan that `save` wrote.
 
         Raises:
             ValueError: no such file, or not a plan of this format.
         """
+        path = Path(path)
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"merge.plan={path}: cannot be read as a plan: {error}") from error
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
@@ -266,7 +268,7 @@ def _read_tensors(path: Path, prefix: str, hashes: Mapping[str, str]) -> SolvedT
     """Tensors beside a plan, held against the hashes in it."""
     if not hashes:
         return SolvedTensors({})
-    file = tensors_path(Path(path))
+    file = tensors_path(path)
     try:
         with safe_open(file, framework="pt") as opened:
             solved = SolvedTensors({name: opened.get_tensor(f"{prefix}/{name}") for name in hashes})

@@ -80,10 +80,10 @@ def _unmeasured(settings: Settings) -> Iterator[tuple[list[str], str]]:
     """Keys of evaluations that are switched off."""
     asked = settings.eval
     if not asked.speed:
-        names = ("prompt_tokens", "new_tokens", "speed_batch", "repeats")
-        yield [f"eval.{name}" for name in names], "eval.speed=false"
+        timing = ("prompt_tokens", "new_tokens", "speed_batch", "repeats")
+        yield [f"eval.{name}" for name in timing], "eval.speed=false"
     if not asked.perplexity:
-        names = ("source", "path", "max_tokens", "text_range", "seq_len", "batch_tokens")
-        yield [f"eval.{name}" for name in names], "eval.perplexity=false"
+        text = ("source", "path", "max_tokens", "text_range", "seq_len", "batch_tokens")
+        yield [f"eval.{name}" for name in text], "eval.perplexity=false"
     if not asked.tasks:
         yield [f"eval.{name}" for name in ("limit", "include_path", "task_batch")], "no eval.tasks"

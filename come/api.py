@@ -1,0 +1,121 @@
+"""One call that compresses a model: `come.compress(model, tokenizer)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from come.data.sampling import self_generated_windows, unused_ids
+from come.data.sources.base import TextSource
+from come.data.sources.text_file import TextFile
+from come.data.windows import calibration_windows, check_token_ids
+from come.merge.constraints import layers_for_sparsity
+from come.merge.loop import compress as compress_layers
+from come.merge.method import Method, groups_target
+from come.merge.plan import Plan
+from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
+from come.models.adapter import ModelAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPARSITY = 0.10
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    target_layers: int | None = None,
+    sparsity: float | None = None,
+    text: str | Path | TextSource | Sequence[str] | Sequence[int] | Tensor | None = None,
+    method: Method | None = None,
+    num_samples: int = 32,
+    seq_len: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Merges layers of a model in place, by default with text that the model writes itself.
+
+    Args:
+        model: the dense model, changed in place.
+        tokenizer: its tokenizer.
+        target_layers: depth to reach.
+        sparsity: share of the parameters to remove, in place of `target_layers`; 0.1 where neither
+            is given.
+        text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
+            documents, or token ids, one window a row or all in one row. None samples `num_samples` windows from the model.
+        method: the method; None for the project's own.
+        num_samples: calibration windows.
+        seq_len: tokens of a window.
+        seed: of the draw.
+        progress: whether to show progress bars.
+
+    Returns:
+        The plan: every decision. `come.save_model(model, tokenizer, folder, plan)` writes the
+        model with it.
+
+    Raises:
+        ValueError: an unsupported model, both depths at once, or a text that is too short.
+    """
+    if target_layers is not None and sparsity is not None:
+        raise ValueError(
+            f"both target_layers={target_layers} and sparsity={sparsity} are given; leave one out"
+        )
+    if text is None:
+        method = method or Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))
+        windows = self_generated_windows(
+            model,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            banned=unused_ids(model, tokenizer),
+            progress=progress,
+        ).windows
+    elif not isinstance(text, str | Tensor) and isinstance(text, Sequence) and _are_texts(text):
+        ids = tokenizer("\n\n".join(map(str, text)), return_tensors="pt")["input_ids"]
+        windows = _as_windows(ids[0], seq_len)[:num_samples]
+    elif isinstance(text, str | Path | TextSource):
+        source = text if isinstance(text, TextSource) else TextFile(str(text))
+        windows = calibration_windows(
+            tokenizer, source, num_samples=num_samples, seq_len=seq_len, seed=seed
+        ).windows
+    else:
+        windows = _as_windows(torch.as_tensor(text), seq_len)
+    check_token_ids(windows, model.config.vocab_size, "the calibration text", tokenizer)
+    method = method or Method()
+    if method.groups:
+        target_layers = groups_target(method.groups, model.config.num_hidden_layers)
+    elif target_layers is None:
+        target_layers = _depth(model, method, SPARSITY if sparsity is None else sparsity)
+    return compress_layers(model, windows, method, target_layers=target_layers, progress=progress)
+
+
+def _as_windows(ids: Tensor, seq_len: int) -> Int[Tensor, "windows seq"]:
+    """Token ids as windows; one row of ids is cut into windows, and what is left over is unused."""
+    if ids.dim() == 2:
+        return ids
+    if ids.dim() != 1 or len(ids) < seq_len:
+        raise ValueError(
+            f"text has the shape {list(ids.shape)}: give windows, [windows, seq], or at least "
+            f"seq_len={seq_len} token ids in one row"
+        )
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+
+
+def _are_texts(values: Sequence[object]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _depth(model: PreTrainedModel, method: Method, sparsity: float) -> int:
+    """The depth that removes a share of the parameters."""
+    adapter = ModelAdapter(model)
+    sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
+    each = sum(sizes[name] for name in adapter.block_tensors(method.block))
+    total = sum(p.numel() for p in model.parameters())
+    return layers_for_sparsity(sparsity, model.config, total, each)

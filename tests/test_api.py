@@ -1,0 +1,73 @@
+"""The one call of the Python interface: `come.compress(model, tokenizer)`."""
+
+import pytest
+import torch
+
+import come
+from come.merge.loop import compress as compress_layers
+from come.models.loading import load_model
+from tests.methods import same
+
+SMALL = {"num_samples": 4, "seq_len": 16, "progress": False}
+
+
+@pytest.fixture
+def loaded(pico_folder):
+    return load_model(pico_folder)
+
+
+def windows(rows=4, seq=16):
+    return torch.randint(3, 300, (rows, seq), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_default_needs_a_model_and_a_tokenizer(loaded):
+    model, tokenizer = loaded
+    plan = come.compress(model, tokenizer, **SMALL)
+    assert plan.num_layers == model.config.num_hidden_layers < 24  # a tenth of the parameters
+    method = plan.provenance["recipe"]
+    assert method["refit"]["name"] == "gauss_newton"
+    assert method["selection"]["repeat_weight"] == 0.2  # the model wrote the text
+
+
+def test_given_windows_are_the_calibration(loaded, pico_folder):
+    model, tokenizer = loaded
+    method = come.Method(m=2)
+    plan = come.compress(
+        model, tokenizer, text=windows(), method=method, target_layers=22, progress=False
+    )
+    other, _ = load_model(pico_folder)
+    assert compress_layers(other, windows(), method, target_layers=22, progress=False) == plan
+    assert same(model, other)
+    for text in (windows().flatten(), windows().flatten().tolist()):
+        again, _ = load_model(pico_folder)
+        come.compress(again, tokenizer, text=text, method=method, target_layers=22, **SMALL)
+        assert same(again, model)
+
+
+def test_documents_and_files_are_read(loaded, text_file, tmp_path):
+    model, tokenizer = loaded
+    come.compress(model, tokenizer, text=str(text_file), target_layers=23, **SMALL)
+    documents = [f"Document {i} has layers, merged in depth order." for i in range(40)]
+    plan = come.compress(model, tokenizer, text=documents, target_layers=22, **SMALL)
+    plan.save(str(tmp_path / "plan.json"))
+    assert come.Plan.load(str(tmp_path / "plan.json")) == plan
+
+
+def test_groups_by_hand_say_the_depth(loaded):
+    model, tokenizer = loaded
+    method = come.Method(groups=[[3, 4], [10, 11, 12]], selection="sbi")
+    plan = come.compress(model, tokenizer, text=windows(), method=method, progress=False)
+    assert plan.num_layers == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_layers": 20, "sparsity": 0.1}, "both target_layers=20 and sparsity=0.1"),
+        ({"text": torch.arange(5)}, "at least seq_len=16 token ids"),
+        ({"text": torch.full((2, 16), 9999)}, "9999"),
+    ],
+)
+def test_what_cannot_be_is_refused(loaded, settings, message):
+    with pytest.raises(ValueError, match=message):
+        come.compress(*loaded, **SMALL | settings)
