@@ -49,7 +49,8 @@ def compress(
         sparsity: share of the parameters to remove, in place of `target_layers`; 0.1 where neither
             is given.
         text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
-            documents, or token ids, one window a row or all in one row. None samples `num_samples` windows from the model.
+            documents, or token ids, one window a row or all in one row. None samples `num_samples`
+            windows from the model.
         method: the method; None for the project's own.
         num_samples: calibration windows.
         seq_len: tokens of a window.
