@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -25,6 +26,8 @@ class Setting:
         words: words allowed in place of a number.
         optional: whether null is allowed.
         config: the default in a composed configuration, where an interpolation chooses it.
+        counts: whether another value can change a number, so that it names another job; not so of
+            labels and places, and not of paths, whose content counts instead.
     """
 
     doc: str
@@ -37,6 +40,7 @@ class Setting:
     words: tuple[str, ...] = ()
     optional: bool = False
     config: str | None = None
+    counts: bool = True
 
     @property
     def allowed(self) -> str:
@@ -45,7 +49,7 @@ class Setting:
             return f"a list of {', '.join(self.choices)}"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        text = _WORDS.get(self.kind, "a list")
+        text = _WORDS.get(self.kind, "a mapping" if self.kind is dict else "a list")
         limits = {
             "of at least": self.least,
             "above": self.above,
@@ -60,6 +64,8 @@ class Setting:
         """Whether a value is allowed."""
         if value is None or (isinstance(value, str) and value in self.words):
             return self.optional if value is None else True
+        if self.kind is dict:
+            return isinstance(value, Mapping)
         if self.kind is list:
             listed = isinstance(value, Sequence) and not isinstance(value, str)
             return listed and (not self.choices or set(value) <= set(self.choices))
@@ -90,8 +96,8 @@ def setting(default: Any, doc: str, *, kind: type | None = None, **limits: Any) 
         limits: further attributes of `Setting`.
     """
     about = {"setting": Setting(doc, kind or type(default), **limits)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata=about, kw_only=True)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata=about, kw_only=True)
     return field(default=default, metadata=about, kw_only=True)
 
 
@@ -138,6 +144,11 @@ class HasSettings:
     def record(self) -> dict[str, Any]:
         """Values by key, as plain data."""
         return {key: getattr(self, entry.name) for key, entry in self.settings().items()}
+
+    def counted(self) -> dict[str, Any]:
+        """The values that can change a number, as `record` gives them."""
+        silent = {k for k, entry in self.settings().items() if not entry.metadata["setting"].counts}
+        return {key: value for key, value in self.record().items() if key not in silent}
 
 
 def _shown(value: Any) -> str:

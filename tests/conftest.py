@@ -205,6 +205,7 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr("come.cli._said", set())
         words = ["run.py", f"model.path={pico_folder}", "model=local", "merge=come", *SMALL]
         given = {word.partition("=")[0] for word in overrides}
+        given |= {"merge"} if "from_run" in given else set()
         words = [word for word in words if word.partition("=")[0] not in given]
         monkeypatch.setattr(sys, "argv", [*words, *overrides])
         capfd.readouterr()

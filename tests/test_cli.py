@@ -176,7 +176,7 @@ class Loud(SensitivityMetric):
     code, _, errors = finish(sweep)
     assert code == 0, errors
     results = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")]
-    assert sorted(r["settings"]["merge"]["sensitivity"] for r in results) == ["come", "loud"]
+    assert sorted(r["settings"]["merge"]["sensitivity"]["name"] for r in results) == ["come", "loud"]
     assert len({r["plan"] for r in results}) == 2
     plugin.write_text("import nonsense")
     code, _, errors = finish(command(*job))
@@ -256,7 +256,7 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
         (["merge=kome"], "kome"),
         (["merge.mm=3"], "merge.mm"),
         (["merge.sensitivity=comme"], "did you mean 'come'"),
-        (["merge.m=1"], "merge.m=1: a group has at least 2 layers"),
+        (["merge.m=1"], "merge.m=1: must be a whole number of at least 2"),
         (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
         (["merge.sparsity=1.5"], "above 0 and below 1"),
         (["merge.sparsity=0.55"], "the largest that can is 0."),

@@ -127,7 +127,7 @@ def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
     grid = ["merge.m=1,3", "merge.target_layers=20", "eval=none", "hydra/launcher=submitit_local"]
     code, _, errors = finish(command(*grid, "-m"))
     assert code == 1
-    assert errors.count("error: job 0: merge.m=1: a group has at least 2 layers") == 1
+    assert errors.count("error: job 0: merge.m=1: must be a whole number of at least 2") == 1
     assert "Traceback" not in errors
     assert len(results(tmp_path / "runs")) == 1
     assert not (tmp_path / "runs" / "invalid").exists()

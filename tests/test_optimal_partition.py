@@ -1,6 +1,7 @@
 """Sets of groups by the costs of neighbouring layers, and what a trial merge costs."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 from come.merge.loop import compress
 from come.merge.schedules.optimal_partition import OptimalPartition, estimate, optimal_partition
-from come.merge.selection.trial_kl import repeat_windows
+from come.merge.selection.trial_kl import TrialKL, repeat_windows
+from come.merge.trial_scores import TrialScores
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
-from tests.methods import paper
+from tests.methods import come_plus, paper
 
 METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
@@ -239,3 +241,35 @@ def test_too_many_depths_are_refused():
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**METHOD | settings)
+
+
+def test_trials_of_an_interrupted_search_are_not_tried_again(windows, tmp_path, monkeypatch):
+    class Interrupt(Exception):
+        pass
+
+    refine, tried = TrialKL.refine, []
+
+    def counted(self, group, *rest):
+        if len(tried) == 3 and not (tmp_path / "again").exists():
+            raise Interrupt
+        tried.append((group.first, group.last))
+        return refine(self, group, *rest)
+
+    monkeypatch.setattr(TrialKL, "refine", counted)
+    path, method = tmp_path / "trials.json", come_plus(m=2)
+
+    def run(job="a"):
+        scores = TrialScores(path, job)
+        return compress(
+            pico("llama_gqa"), windows, method, target_layers=4, trials=scores, progress=False
+        )
+
+    with pytest.raises(Interrupt):
+        run()
+    assert len(json.loads(path.read_text())["scores"]) == 3
+    (tmp_path / "again").touch()
+    resumed = run()
+    assert len(tried) == len(set(tried))  # none twice
+    once = len(tried)
+    assert run("b").hash == resumed.hash  # another job's scores are not read
+    assert len(tried) == 2 * once

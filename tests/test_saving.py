@@ -203,7 +203,7 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
     assert plan.num_layers == 5
     assert find_run(str(tmp_path / "old")) == model
 
-    asked = [f"from_run={tmp_path / 'old'}", "merge=come_plus", "merge.target_layers=null"]
+    asked = [f"from_run={tmp_path / 'old'}", "merge.target_layers=null"]
     result = start(base, tmp_path / "new", *asked, *QUICK)
     assert result["plan"] == plan.hash
     again = tmp_path / "new" / "model"

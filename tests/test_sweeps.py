@@ -73,7 +73,7 @@ def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_fi
 def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
     assert code == 1
-    assert "error: job 0: merge.m=1: a group has at least 2 layers" in errors
+    assert "error: job 0: merge.m=1: must be a whole number of at least 2" in errors
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
@@ -119,6 +119,6 @@ def test_every_experiment_runs(command, text_file, tmp_path, name):
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     weights = list(folder.glob("model*/model*.safetensors"))
-    assert bool(weights) == result["settings"]["merge"]["keep"]
+    assert bool(weights) == result["settings"]["merge"]["save_weights"]
     for depth in result["depths"][1:]:
         assert (folder / depth["folder"] / "come" / "plan.json").is_file()

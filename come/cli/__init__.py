@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from come.cli.errors import USER_ERRORS, user_line
 from come.cli.grid import GridReport
-from come.cli.overrides import as_groups, load_plugins, register_parts
+from come.cli.overrides import as_groups, load_plugins, model_of_run, register_parts
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.files import LISTING
 from come.job.identity import job_hash
@@ -110,7 +110,7 @@ def main() -> int:
     def start() -> None:
         load_plugins(words)
         register_parts()
-        sys.argv[1:] = as_groups(words)
+        sys.argv[1:] = [*as_groups(words), *model_of_run(words)]
         if "--cfg" in words and "--resolve" not in words and "hydra" not in words:
             sys.argv.append("--resolve")  # so that interpolations show what they will be
         job()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 
 from come.merge.method import PARTS
@@ -63,6 +66,27 @@ def load_plugins(overrides: Sequence[str]) -> None:
             for path in value.strip("[]").split(","):
                 if path:
                     load_plugin(path.strip().strip("'\""))
+
+
+def model_of_run(overrides: Sequence[str]) -> list[str]:
+    """With `from_run=FOLDER` and no model, the model settings of the run in that folder."""
+    keys = {override.lstrip("+").partition("=")[0].split(".")[0] for override in overrides}
+    folder = next((o.partition("=")[2] for o in overrides if o.startswith("from_run=")), "")
+    if not folder or "model" in keys:
+        return []
+    root = Path(folder.strip("'\"")).expanduser()
+    for place in (root, root.parent):
+        if (place / "resolved.yaml").is_file():
+            model = yaml.safe_load((place / "resolved.yaml").read_text())["model"]
+            return [f"model.{key}={_quoted(value)}" for key, value in model.items()]
+    return []
+
+
+def _quoted(value: Any) -> str:
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'
 
 
 def as_groups(overrides: Sequence[str]) -> list[str]:

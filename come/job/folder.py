@@ -21,6 +21,7 @@ from come.merge.saving import PLAN, plan_path
 log = logging.getLogger(__name__)
 
 PARTIAL_PLAN = "plan.partial.json"
+TRIALS = "trials.partial.json"
 STATES = "distill"  # the folder of training checkpoints
 
 

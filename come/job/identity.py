@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from come.schema import ModelSettings, Settings, TextSettings
 
 log = logging.getLogger(__name__)
 
-# What changes how a job runs or what its card says, but no number.
-_MODEL_KNOBS = ("name", "path", "device", "base_model")
-_TEXT_KNOBS = ("source", *TextSettings.__dataclass_fields__)  # their content counts instead
-_CALIBRATION_KNOBS = (*_TEXT_KNOBS, "store")
-_DISTILL_KNOBS = (*_TEXT_KNOBS, "workers", "checkpoint_every", "gradient_checkpointing")
-_EVAL_KNOBS = (*_TEXT_KNOBS, "name", "include_path")
 _PACKAGES = (
     "torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "accelerate", "peft",
 )  # fmt: skip
@@ -50,17 +43,13 @@ def job_hash(settings: Settings) -> str:
     count by their content. Batch sizes count, since sums over tokens are rounded by batches, and
     so does the kind of device. Labels, stores and tracking do not count.
     """
-    merge = _without(settings.merge.record(), ("name", "plan"))
-    calibration = _without(asdict(settings.calibration), _CALIBRATION_KNOBS)
-    evaluation = _without(asdict(settings.eval), _EVAL_KNOBS)
-    del evaluation["extra_texts"]
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],
         "device": choose_device(settings.model.device).type,
-        "model": _without(asdict(settings.model), _MODEL_KNOBS),
+        "model": settings.model.counted(),
         "model_identity": model_identity(settings.model),
-        "merge": merge,
-        "eval": evaluation,
+        "merge": settings.merge.counted(),
+        "eval": settings.eval.counted(),
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
     if settings.merge.enabled and settings.eval.perplexity:  # which part of a text is held out
@@ -68,7 +57,7 @@ def job_hash(settings: Settings) -> str:
         parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
     if settings.eval.extra_texts:
         parts["eval_also"] = {
-            name: [_text_identity(text), _without(asdict(text), _TEXT_KNOBS)]
+            name: [_text_identity(text), text.counted()]
             for name, text in settings.eval.extra_texts.items()
         }
     if settings.eval.tasks:
@@ -77,7 +66,7 @@ def job_hash(settings: Settings) -> str:
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:
-        own = _without(asdict(settings.distill), _DISTILL_KNOBS)
+        own = settings.distill.counted()
         parts["distill"] = own | {"text": _training_identity(settings)}
     if not settings.merge.enabled:
         parts["merge"] = None
@@ -93,7 +82,7 @@ def job_hash(settings: Settings) -> str:
     else:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else _text_identity(settings.calibration)
-        parts |= {"calibration": calibration, "calibration_text": text}
+        parts |= {"calibration": settings.calibration.counted(), "calibration_text": text}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
 
@@ -110,7 +99,3 @@ def _text_identity(text: TextSettings) -> str:
         return text.text_source().identity
     except (ValueError, OSError):
         return f"unreadable {text.path or text.source}"
-
-
-def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in names}

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
-from come.job.folder import PARTIAL_PLAN, STATES, alone, finished_result, write_result
+from come.job.folder import PARTIAL_PLAN, STATES, TRIALS, alone, finished_result, write_result
 from come.job.identity import job_hash
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
@@ -32,7 +32,7 @@ def run(settings: Settings, folder: Path) -> Result:
     """Runs a job, or returns its result if it has finished before.
 
     Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
-    depth of `merge.save_at`; without weights where `merge.keep` is false), report.md with its
+    depth of `merge.save_at`; without weights where `merge.save_weights` is false), report.md with its
     figures, and result.json, written last. With a distillation `model/` is the trained model and
     model-merged/ the one before. An interrupted job goes on at its last finished merge, or at the
     last checkpoint of its training.
@@ -82,7 +82,8 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
 
 def _tidy(folder: Path, result: Result) -> None:
     """Removes what a finished job has no use for: partial plans, checkpoints, unwanted weights."""
-    for leftover in (folder / PARTIAL_PLAN, tensors_path(folder / PARTIAL_PLAN), folder / COST):
+    partial = folder / PARTIAL_PLAN
+    for leftover in (partial, tensors_path(partial), folder / TRIALS, folder / COST):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
     if not result["settings"]["merge"]["save_weights"]:

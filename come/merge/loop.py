@@ -22,6 +22,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.schedules.base import Search
 from come.merge.source_layers import SourceLayers
 from come.merge.span import Group, UnitAllocation
+from come.merge.trial_scores import TrialScores
 from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
 from come.models.surgery import Span
@@ -57,6 +58,7 @@ def compress(
     batch_size: int = 4,
     store: str = "memory",
     folder: Path | None = None,
+    trials: TrialScores | None = None,
     progress: bool = True,
 ) -> Plan:
     """Merges groups of layers, in place, until the model has `target_layers` layers.
@@ -79,6 +81,7 @@ def compress(
         batch_size: windows in one batch.
         store: where boundaries are kept, "memory" or "disk".
         folder: where the disk store's files go.
+        trials: scores of trial merges that are known, and where new ones are kept.
         progress: whether to show a progress bar.
 
     Returns:
@@ -127,7 +130,9 @@ def compress(
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
         apply(plan, model)
-        search = _Compression(stream, method, [*stops, target_layers], on_first_layer)
+        search = _Compression(
+            stream, method, [*stops, target_layers], on_first_layer, trials or TrialScores()
+        )
         steps: list[MergeStep] = []
         merged = plan
         while merged.num_layers > target_layers:
@@ -165,7 +170,9 @@ class _Compression:
         method: Method,
         stops: Sequence[int],
         on_first_layer: Callable[[float], None] | None,
+        trials: TrialScores,
     ) -> None:
+        self.trials = trials
         self.operator = method.operator
         self.metric = method.sensitivity
         self.selection = method.selection
@@ -201,7 +208,7 @@ class _Compression:
             score=self._score,
             group=partial(self._group, history=history),
             split=self._split,
-            refine=partial(self._refine, history),
+            refine=partial(self._refine, plan),
             shortlist=self.selection.num_trials,
         )
         choice = self.schedule.choose(search)
@@ -303,11 +310,16 @@ class _Compression:
             self.scores[first, last] = self._number(score, first, last)
         return self.scores[first, last]
 
-    def _refine(self, history: Sequence[Span], first: int, last: int) -> float:
+    def _refine(self, plan: Plan, first: int, last: int) -> float:
         first, last, kept = self.rules.group(first, last)
-        group = self._group(first, last, history, self.selection.trial_stream(self.stream))
-        score = self.selection.refine(group, self._split(group, kept), self.refit)
-        return self._number(score, first, last)
+
+        def try_it() -> float:
+            stream = self.selection.trial_stream(self.stream)
+            group = self._group(first, last, plan.history, stream)
+            score = self.selection.refine(group, self._split(group, kept), self.refit)
+            return self._number(score, first, last)
+
+        return self.trials.score(plan.hash, first, last, try_it)
 
     def _number(self, score: float, first: int, last: int) -> float:
         if not math.isfinite(score):

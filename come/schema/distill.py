@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from come.distill.config import TrainConfig
@@ -25,7 +25,9 @@ class DistillSettings(TextSettings):
     config_key = "distill"
 
     method: str = setting("none", "registry name of the method")
-    source: str = setting("calibration", "source of the training text; calibration's by default")
+    source: str = setting(
+        "calibration", "source of the training text; calibration's by default", counts=False
+    )
     tokens: int = setting(150_000, "training tokens; a shorter text is read again", least=1)
     seq_len: int = setting(256, "tokens of a window", least=2)
     batch_size: int = setting(8, "windows of an optimiser step, over all processes", least=1)
@@ -34,7 +36,7 @@ class DistillSettings(TextSettings):
         16, "held-out windows of the training text, which choose the best weights", least=1
     )
     loss: str = setting("mse", "loss of hidden states: mse, kl (the paper's), cosine, mix")
-    loss_weights: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = setting({}, "weights of the parts of the loss mix")
     temperature: float = setting(1.0, "temperature T of the KL losses", above=0)
     logit_weight: float = setting(0.0, "weight of the KL between logits (come_sp)", least=0)
     train: str = setting("layers", "what trains of merged layers: layers, norms, outputs, lora")
@@ -56,11 +58,15 @@ class DistillSettings(TextSettings):
         "auto is bfloat16 autocast on CUDA",
         choices=("auto", "float32", "bfloat16"),
     )
-    gradient_checkpointing: bool = setting(False, "recomputes layers in the backward pass")
+    gradient_checkpointing: bool = setting(
+        False, "recomputes layers in the backward pass", counts=False
+    )
     validate_every: int = setting(25, "steps between validations", least=1)
-    checkpoint_every: int = setting(25, "steps between checkpoints", least=1)
+    checkpoint_every: int = setting(25, "steps between checkpoints", least=1, counts=False)
     patience: int = setting(0, "validations without progress before it stops; 0: never", least=0)
-    workers: int = setting(1, "processes that train merged layers in parallel (come_mp)", least=1)
+    workers: int = setting(
+        1, "processes that train merged layers in parallel (come_mp)", least=1, counts=False
+    )
     seed: int = setting(0, "seed of the draw and of the order of windows")
 
     @property

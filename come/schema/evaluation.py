@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 from come.data.sources.base import TextSource
@@ -55,20 +55,22 @@ class EvaluationText(TextSettings):
 
 @dataclass
 class EvalSettings(EvaluationText):
-    """`eval`: what is measured of the dense and the merged model.
+    """`eval`: what is measured of the dense and the merged model."""
 
-    Attributes:
-        extra_texts: further texts by name, for perplexity too.
-    """
-
-    name: str = setting("perplexity", "label")
-    extra_texts: dict[str, EvaluationText] = field(default_factory=dict)
+    name: str = setting("perplexity", "label", counts=False)
+    extra_texts: dict[str, EvaluationText] = setting(
+        {}, "further texts by name, for perplexity too", counts=False
+    )
     perplexity: bool = setting(True, "whether to measure perplexity")
     seq_len: int = setting(2048, "tokens of a window; cut to the model's maximum", least=2)
     batch_tokens: int = setting(2048, "tokens of a forward pass", least=1)
     tasks: list[str] = setting([], "zero-shot tasks of lm-eval, or of include_path")
     include_path: Optional[str] = setting(
-        None, "folder of local tasks, YAML files as lm-eval's", kind=str, optional=True
+        None,
+        "folder of local tasks, YAML files as lm-eval's",
+        kind=str,
+        optional=True,
+        counts=False,
     )
     limit: Optional[int] = setting(
         None, "only the first documents of every task; null for all", kind=int, least=1,

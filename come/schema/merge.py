@@ -18,7 +18,7 @@ DEFAULT_SPARSITY = 0.10
 class MergeSettings(Method):
     """`merge`: the method, and where it stops."""
 
-    name: str = setting("come_plus", "label of the method")
+    name: str = setting("come_plus", "label of the method", counts=False)
     enabled: bool = setting(True, "false measures the model as it is")
     target_layers: Optional[int] = setting(None, "depth to reach", kind=int, least=1, optional=True)
     sparsity: Optional[float] = setting(
@@ -34,7 +34,7 @@ class MergeSettings(Method):
         [], "depths to save on the way; given alone, the smallest is the target"
     )
     plan: Optional[str] = setting(
-        None, "a plan to apply instead of calibrating", kind=str, optional=True
+        None, "a plan to apply instead of calibrating", kind=str, optional=True, counts=False
     )
     save_weights: bool = setting(
         True, "whether merged weights stay on disk after the evaluation; plans rebuild them"

@@ -15,7 +15,7 @@ from come.setting import HasSettings, setting
 
 
 def _word(doc: str) -> Optional[str]:
-    found: Optional[str] = setting(None, doc, kind=str, optional=True)
+    found: Optional[str] = setting(None, doc, kind=str, optional=True, counts=False)
     return found
 
 
@@ -23,7 +23,7 @@ def _word(doc: str) -> Optional[str]:
 class TextSettings(HasSettings):
     """Where a text comes from."""
 
-    source: str = setting("pydocs", "registry name of a text source")
+    source: str = setting("pydocs", "registry name of a text source", counts=False)
     path: Optional[str] = _word("file of text_file, which it chooses when given alone")
     dataset: Optional[str] = _word("dataset or builder of hub")
     subset: Optional[str] = _word("configuration of the dataset")
@@ -65,7 +65,10 @@ class CalibrationSettings(TextSettings):
     prefix_tokens: int = setting(64, "tokens of real text at the beginning of those", least=1)
     batch_size: int = setting(4, "windows of a batch", least=1)
     store: str = setting(
-        "memory", "where hidden states of layer boundaries are kept", choices=("memory", "disk")
+        "memory",
+        "where hidden states of layer boundaries are kept",
+        choices=("memory", "disk"),
+        counts=False,
     )
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from come.data.sampling import cached, continued_windows, self_generated_windows
 from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
 from come.job.estimate import compression_cost
-from come.job.folder import PARTIAL_PLAN, partial_plan
+from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.stages.prepare import Job
 from come.memory import PeakMemory
 from come.merge.apply import apply
@@ -27,6 +27,7 @@ from come.merge.loop import base_model, compress
 from come.merge.method import Method
 from come.merge.plan import MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
+from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device
@@ -116,6 +117,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 batch_size=settings.calibration.batch_size,
                 store=settings.calibration.store,
                 folder=job.folder,
+                trials=TrialScores(job.folder / TRIALS, job.hash),
             )
             if not method.schedule.nested:
                 _compress_apart(job)
