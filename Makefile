@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench docs lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,11 @@ report: $(READY) ## tables and figure of a grid from what has finished (GRID=run
 
 bench: $(READY) ## seconds of a compression over seconds of a forward pass, and its memory
 	$(BIN)/python experiments/bench.py $(ARGS)
+
+docs: $(READY)   ## the documentation, in site/
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## style, types, and who may import whom
 	$(BIN)/ruff check .
