@@ -200,6 +200,7 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
         assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == depth
 
 
+@pytest.mark.slow
 def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     folder = tmp_path / "out"
     method = ("merge=shortgpt", "merge.sublayers=[attention]", "merge.save_at=[22,20]")

@@ -197,6 +197,7 @@ def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_fi
         assert float(row["low"]) == found["ratio_low"]
 
 
+@pytest.mark.slow
 def test_trackio_keeps_a_run_on_this_machine(command, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setitem(os.environ, "TRACKIO_DIR", str(tmp_path / "trackio"))

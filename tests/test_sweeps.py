@@ -59,6 +59,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
     assert report.stdout == table == (tmp_path / "again" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
     grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
     code, _, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
