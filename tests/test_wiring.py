@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from come.distill.objectives.base import DISTILL
 from come.evaluate.speed import Speed, Timing
 from come.job.identity import job_hash
+from come.merge.method import PARTS
 from come.schema import Settings
 from tests.bases import saved
 from tests.jobs import job_settings
@@ -100,6 +101,13 @@ CHANGES = [
     (PLUS, "merge.refit=ridge", MERGED),
     (PLUS, "merge.refit.align=1", MERGED),
     (PLUS, "merge.retention=uniform", MERGED),
+    ((*FRONT, "merge.selection=random"), "merge.selection.seed=1", PLANNED),
+    ((*COME, "merge.retention=posterior"), "merge.retention.granularity=3", MERGED),
+    (PLUS, "merge.retention.rate=1", MERGED),
+    (PLUS, "merge.refit.input_lambda=20", MERGED),
+    (PLUS, "merge.refit.steps=1", MERGED),
+    ((*COME, "merge.refit=adam", "merge.refit.steps=2"), "merge.refit.steps=3", MERGED),
+    ((*COME, "merge.refit=adam", "merge.refit.steps=2"), "merge.refit.learning_rate=0.01", MERGED),
     (TRIALS, "merge.selection.shortlist=1", {"candidates"}),
     (TRIALS, "merge.selection.trial_windows=1", {"candidates"}),
     (TRIALS, "merge.selection.validation_windows=1", {"candidates"}),
@@ -172,6 +180,9 @@ ELSEWHERE = {
     "eval.data_files", "eval.name", "merge.name", "merge.plan", "merge.enabled",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
+OF_THE_WALK = {
+    f"merge.schedule.{key}" for key in ("threshold", "interval", "relax", "trial_windows")
+}
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +328,13 @@ def test_every_setting_is_looked_at():
         kind = Settings.__dataclass_fields__[group.name].default_factory
         if hasattr(kind, "__dataclass_fields__"):
             every |= {f"{group.name}.{f.name}" for f in fields(kind)}
+    parts = {
+        f"merge.{part}.{key}"
+        for part, registry in PARTS.items()
+        for name in registry.names()
+        for key in registry.get(name).settings()
+    }
+    assert parts - changed == OF_THE_WALK  # tests/test_repairs.py has them
     tops = {".".join(key.split(".")[:2]) for key in changed}
     assert not every - tops - ELSEWHERE
     assert not ELSEWHERE - every
