@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench docs lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench docs wheel lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,13 @@ report: $(READY) ## tables and figure of a grid from what has finished (GRID=run
 
 bench: $(READY) ## seconds of a compression over seconds of a forward pass, and its memory
 	$(BIN)/python experiments/bench.py $(ARGS)
+
+wheel: $(READY)  ## builds the wheel and runs its command from another folder
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps -w dist .
+	$(BIN)/pip install --quiet --no-deps --target dist/site dist/come-*.whl
+	cd dist && PYTHONPATH=site ../$(BIN)/python -m come.cli --cfg job > job.yaml
+	grep -q optimal_partition dist/job.yaml
 
 docs: $(READY)   ## the documentation, in site/
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
