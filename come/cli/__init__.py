@@ -32,7 +32,7 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT
 from come.registry import load_plugin
 from come.report.listing import make_report
 from come.schema import Settings
-from come.schema.explicit import check_explicit
+from come.schema.explicit import check_explicit, method_changes
 
 _HERE = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
@@ -85,8 +85,10 @@ def main() -> int:
             settings = to_settings(config)
             _warn_of_grid()
             settings.tracking.group = settings.tracking.group or _experiment()
+            overrides = HydraConfig.get().overrides.task
+            settings.merge.changes = method_changes(overrides)
             settings.check()
-            check_explicit(settings, HydraConfig.get().overrides.task)
+            check_explicit(settings, overrides)
             from come.job.run import run  # slow to import; a wrong setting needs none of it
 
             run(settings, folder)

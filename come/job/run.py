@@ -32,10 +32,10 @@ def run(settings: Settings, folder: Path) -> Result:
     """Runs a job, or returns its result if it has finished before.
 
     Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
-    depth of `merge.save_at`; without weights where `merge.save_weights` is false), report.md with its
-    figures, and result.json, written last. With a distillation `model/` is the trained model and
-    model-merged/ the one before. An interrupted job goes on at its last finished merge, or at the
-    last checkpoint of its training.
+    depth of `merge.save_at`; without weights where `merge.save_weights` is false), report.md and
+    its figures, and result.json, written last. After a distillation `model/` is the trained model
+    and model-merged/ the one before it. An interrupted job resumes at its last finished merge, with
+    the trial merges that it had finished, or at the last checkpoint of its training.
 
     Raises:
         ValueError: settings that do not fit each other, the model or the texts; before any
@@ -152,6 +152,7 @@ def _result(
         "job": job.hash,
         "model": job.label,
         "method": plan.provenance.get("method", job.settings.merge.name),
+        "changes": plan.provenance.get("changes", []),
         "plan": plan.hash,
         "merge_history": plan.history,
         "depths": depths,

@@ -78,6 +78,7 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     licence = given.get("license_name") or given.get("license")
     if isinstance(licence, list):
         licence = ", ".join(licence)
+    changes = f" with `{', '.join(result['changes'])}`" if result.get("changes") else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -86,7 +87,7 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
 
 {origin_name}, a model of {plan.base.num_layers} layers, compressed by
 {depth["sparsity"]:.1%} of its parameters by {action}: method
-`{result["method"]}`, operator `{plan.operator}`{paper if operator.paper else ""}, norms
+`{result["method"]}`{changes}, operator `{plan.operator}`{paper if operator.paper else ""}, norms
 `{plan.norms}`. {healing}
 
 It is an ordinary checkpoint of the same architecture, with the tokenizer of the base model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from come.records import DepthResult, Result
-from come.report.numbers import duration, interval, megabytes
+from come.report.numbers import duration, interval, megabytes, title
 
 _WIDTH = 150  # of the table where the output is not a terminal
 COLUMNS = (
@@ -78,7 +78,7 @@ def show(result: Result, folder: Path) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
-    table = Table(title=f"{result['model']}, {result['method']}")
+    table = Table(title=title(result))
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in table_rows(result):

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from come.merge.plan import Plan
 from come.models.adapter import UNITS, UNITS_OF, Unit
 from come.records import Result
-from come.report.numbers import label
+from come.report.numbers import label, title
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
 _DPI = 110
@@ -153,7 +153,7 @@ def draw_depth(result: Result, path: Path) -> None:
     axis.invert_xaxis()
     axis.set_xlabel("layers")
     axis.set_ylabel("perplexity")
-    axis.set_title(label(f"{result['model']}, {result['method']}"), fontsize=10)
+    axis.set_title(label(title(result)), fontsize=10)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _PLAIN = 10_000  # from here on with an exponent
 
 
@@ -29,3 +32,11 @@ def duration(seconds: float) -> str:
     """A duration for people: "2 min 05 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """Model and method of a result: "SmolLM2-135M, come_plus with refit=ridge"."""
+    changes = result.get("changes") or []
+    return f"{result['model']}, {result['method']}" + (
+        f" with {', '.join(changes)}" if changes else ""
+    )

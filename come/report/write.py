@@ -12,7 +12,7 @@ from come.records import DepthResult, Difference, Result
 from come.report.card import model_card
 from come.report.console import COLUMNS, summary_lines, table_rows
 from come.report.figures import draw_all
-from come.report.numbers import interval, megabytes
+from come.report.numbers import interval, megabytes, title
 
 _SPEED_COLUMNS = (
     "prompt, tokens/s",
@@ -39,7 +39,7 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
         base: folder of the base model, whose card is continued.
     """
     figures = draw_all(folder, result, plan)
-    lines = [f"# {result['model']}, {result['method']}", "", *_table(result), ""]
+    lines = [f"# {title(result)}", "", *_table(result), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
     lines += [*_further_texts(result), *_speed(result["depths"]), *_tasks(result["depths"])]
     lines += ["", "Merge history (original layers behind every layer):", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 
+from come.merge.method import Method
 from come.schema import Settings
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,17 @@ def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
         log.warning("settings without effect: %s", ", ".join(warned))
 
 
+def method_changes(overrides: Iterable[str]) -> list[str]:
+    """The overrides that make the method another one than its name says: ["refit=ridge"]."""
+    found = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").replace("merge/", "merge.", 1).partition("=")
+        group, _, own = key.partition(".")
+        if group == "merge" and own.partition(".")[0] in Method.__dataclass_fields__:
+            found.append(f"{own}={value}")
+    return found
+
+
 def _is_part_of(key: str, prefixes: list[str]) -> bool:
     """Whether a key is a setting of a part that one of the prefixes names."""
     return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix != "merge")
@@ -45,7 +57,7 @@ def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
     """Keys of the method and the training that nothing reads, and why."""
     merge = settings.merge
     own = [f"merge.{key}" for key in (*merge.settings(), *merge.record())]
-    kept = {"merge.save_weights", "merge.enabled", "merge.name"}
+    kept = {"merge.save_weights", "merge.enabled", "merge.name", "merge.changes"}
     if settings.from_run is not None:
         yield ["merge", *(key for key in own if key not in kept)], "from_run"
     elif not merge.enabled:

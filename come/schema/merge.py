@@ -19,6 +19,9 @@ class MergeSettings(Method):
     """`merge`: the method, and where it stops."""
 
     name: str = setting("come_plus", "label of the method", counts=False)
+    changes: list[str] = setting(
+        [], "settings of the method that differ from the named one, for titles", counts=False
+    )
     enabled: bool = setting(True, "false measures the model as it is")
     target_layers: Optional[int] = setting(None, "depth to reach", kind=int, least=1, optional=True)
     sparsity: Optional[float] = setting(

@@ -263,6 +263,7 @@ def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
     provenance = {
         "job": job.hash,
         "method": method.name,
+        "changes": method.changes,
         "recipe": Method.record(method),
         "dtype": str(job.shape.dtype).removeprefix("torch."),
         "calibration": calibration_result(job),
