@@ -15,7 +15,7 @@ from come.merge.saving import check_cache
 from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
-from tests.conftest import LAYERS, pico
+from tests.conftest import LAYERS, VOCAB, pico
 from tests.methods import CONF, dropped, loss, paper, read, recipe, same, without
 from tests.reference import Reference
 
@@ -223,3 +223,16 @@ def test_depths_of_a_block_method_are_found_apart(windows):
 def test_recipes_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batches_of_any_size_give_one_plan(name):
+    windows = torch.randint(3, VOCAB, (12, 100), generator=torch.Generator().manual_seed(7))
+    plans = {
+        compress(
+            pico("llama_gqa"), windows, recipe(name), target_layers=4, batch_size=size,
+            progress=False,
+        ).hash
+        for size in (1, 2, 4, 6)
+    }  # fmt: skip
+    assert len(plans) == 1

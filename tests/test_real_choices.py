@@ -10,8 +10,7 @@ from come.data.windows import calibration_windows
 from come.merge.loop import compress
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from come.schema import MergeSettings
-from tests.methods import decoder_layers, dropped, loss, read, recipe
+from tests.methods import decoder_layers, dropped, loss, method, read, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +105,5 @@ def test_magnitude_taylor_and_reverse(checkpoint, windows, dense):
     assert choice(checkpoint, windows, "reverse", 25) == [29, 28, 27, 26, 25]
     for name, scores in (("magnitude_plus", size), ("taylor_plus", taylor)):
         model = load_weights(checkpoint, dtype="float32")
-        method = MergeSettings(**read(name)).recipe()
-        plan = compress(model, windows, method, target_layers=25, progress=False)
+        plan = compress(model, windows, method(read(name), {}), target_layers=25, progress=False)
         assert dropped(plan) == order(scores, 4, 2)[:5]

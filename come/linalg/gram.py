@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from come.stream.token_blocks import TokenBlocks
+
 BLOCK = 512  # columns of a Gram matrix that are added at a time
 _LEAST = 1e-30  # of a mean square
 
@@ -46,18 +48,32 @@ class Gram:
         size = width + int(bias)
         self._upper = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._mirrored = True
-        self.moment = torch.zeros(size, out, dtype=torch.float64, device=device)
-        self.energy = 0.0
+        self._moment = torch.zeros(size, out, dtype=torch.float64, device=device)
+        self._energy = 0.0
+        self._blocks = TokenBlocks(self._accumulate)
 
     @property
     def gram(self) -> Float[Tensor, "columns columns"]:
         """G; what is above its diagonal is added, and copied below it when it is asked for."""
+        self._blocks.finish()
         if not self._mirrored:
             for start in range(0, len(self._upper), BLOCK):
                 end = start + BLOCK
                 self._upper[end:, start:end] = self._upper[start:end, end:].T
             self._mirrored = True
         return self._upper
+
+    @property
+    def moment(self) -> Float[Tensor, "columns out"]:
+        """C."""
+        self._blocks.finish()
+        return self._moment
+
+    @property
+    def energy(self) -> float:
+        """Y."""
+        self._blocks.finish()
+        return self._energy
 
     def add(
         self,
@@ -71,20 +87,23 @@ class Gram:
         if self.bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         root = weights.to(wide).sqrt()[:, None]
-        features, targets = features * root, targets * root
+        self._blocks.add(features * root, targets * root)
+
+    def _accumulate(self, features: Tensor, targets: Tensor) -> None:
+        """Adds a block of weighted rows."""
         for start in range(0, len(self._upper), BLOCK):
             own = features[:, start : start + BLOCK]
             self._upper[start : start + BLOCK, start:] += own.T @ features[:, start:]
         self._mirrored = False
-        self.moment += features.T @ targets
-        self.energy += targets.double().square().sum().item()
+        self._moment += features.T @ targets
+        self._energy += targets.double().square().sum().item()
 
     def __add__(self, other: Gram) -> Gram:
         """The equations of both sets of tokens."""
         total = Gram(self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device)
         total._upper = self.gram + other.gram
-        total.moment = self.moment + other.moment
-        total.energy = self.energy + other.energy
+        total._moment = self.moment + other.moment
+        total._energy = self.energy + other.energy
         return total
 
     def mean_diagonal(self) -> float:
@@ -101,8 +120,8 @@ class Gram:
             rows = torch.cat([kept, kept.new_tensor([self.width])])
         chosen = Gram(len(kept), self.moment.shape[1], bias=self.bias, device=self.moment.device)
         chosen._upper = self.gram[rows][:, rows]
-        chosen.moment = self.moment[rows]
-        chosen.energy = self.energy
+        chosen._moment = self.moment[rows]
+        chosen._energy = self.energy
         return chosen
 
     def solve(self, prior: Map, penalty: float) -> Map:

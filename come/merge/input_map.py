@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.sublayers import States, activation_derivative, run_mlp
+from come.stream.token_blocks import TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
 
@@ -91,10 +92,15 @@ class InputMap:
         """Half the second derivative of E, applied to a change: float64."""
         total = torch.zeros_like(change)
         rows = change.to(self.output)
-        for middle, _, weights, keywords in self._batches():
-            read, slopes = self._slopes(middle, keywords)
+
+        def accumulate(read: Tensor, slopes: Tensor, weights: Tensor) -> None:
             moved = (slopes * (read @ rows.T)) @ self.output.T
-            total += self._back(moved * weights[:, None], read, slopes)
+            total.add_(self._back(moved * weights[:, None], read, slopes))
+
+        blocks = TokenBlocks(accumulate)
+        for middle, _, weights, keywords in self._batches():
+            blocks.add(*self._slopes(middle, keywords), weights)
+        blocks.finish()
         return total
 
     def changed(self, change: Matrix) -> Tensor:
@@ -106,9 +112,15 @@ class InputMap:
         kept = self.weight.clone()
         self.weight.copy_(self.changed(change))
         total = 0.0
-        for middle, wanted, weights, keywords in self._batches():
-            gap = self._gap(middle, wanted, keywords)
+
+        def accumulate(gap: Tensor, weights: Tensor) -> None:
+            nonlocal total
             total += (gap.square().sum(dim=1) * weights).sum().item()
+
+        blocks = TokenBlocks(accumulate)
+        for middle, wanted, weights, keywords in self._batches():
+            blocks.add(self._gap(middle, wanted, keywords), weights)
+        blocks.finish()
         self.weight.copy_(kept)
         return total
 
@@ -119,14 +131,20 @@ class InputMap:
         pull = self.output.new_zeros(channels, hidden, dtype=torch.float64)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         tokens, error = 0, 0.0
+
+        def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
+            nonlocal error, tokens
+            error += (gap.square().sum(dim=1) * weights).sum().item()
+            pull.add_(self._back(gap * weights[:, None], read, slopes))
+            gram.add_(read.T @ read)
+            squares.add_(weights @ slopes.square())
+            tokens += len(read)
+
+        blocks = TokenBlocks(accumulate)
         for middle, wanted, weights, keywords in self._batches():
             read, slopes = self._slopes(middle, keywords)
-            gap = self._gap(middle, wanted, keywords)
-            error += (gap.square().sum(dim=1) * weights).sum().item()
-            pull += self._back(gap * weights[:, None], read, slopes)
-            gram += read.T @ read
-            squares += weights @ slopes.square()
-            tokens += len(read)
+            blocks.add(read, slopes, self._gap(middle, wanted, keywords), weights)
+        blocks.finish()
         sizes = self.output.double().square().sum(dim=0)
         return gram / tokens, pull, (squares * sizes).mean().item(), error
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.stream import Update
+from come.stream.token_blocks import TokenBlocks
 
 
 class InputMoments:
@@ -26,18 +27,23 @@ class InputMoments:
     def __init__(self, kinds: Sequence[str], width: int) -> None:
         self.sums = {kind: torch.zeros(width, dtype=torch.float64) for kind in kinds}
         self.tokens = 0
+        self._blocks = TokenBlocks(self._accumulate)
 
     def update(self, inputs: Float[Tensor, "*batch width"]) -> None:
-        """Adds a batch of inputs; within the batch sums run in float32 or wider."""
+        """Adds a batch of inputs; within a block of tokens sums run in float32 or wider."""
         flat = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += len(flat)
+        self._blocks.add(flat)
+
+    def _accumulate(self, flat: Tensor) -> None:
         wide = torch.promote_types(flat.dtype, torch.float32)
         for kind, total in self.sums.items():
             values = {"abs": flat.abs, "square": flat.to(wide).square, "mean": lambda: flat}[kind]()
             total += values.sum(dim=0, dtype=wide).double().cpu()
-        self.tokens += len(flat)
 
     def mean(self, kind: str) -> Float[Tensor, " width"] | None:
         """The moment, [d_in] float64; None if it was not kept."""
+        self._blocks.finish()
         return self.sums[kind] / self.tokens if kind in self.sums else None
 
 
@@ -78,12 +84,18 @@ class StatisticsCollector:
         moments = {unit: InputMoments(self.kinds, maps[unit].in_features) for unit in UNITS}
         influence, count = 0.0, 0
 
+        def accumulate(values: Tensor) -> None:
+            nonlocal influence
+            influence += values.sum().item()
+
+        blocks = TokenBlocks(accumulate)
+
         def update(before: Tensor, after: Tensor) -> None:
-            nonlocal influence, count
+            nonlocal count
             cosine = token_cosine(
                 chosen_tokens(before, self.tokens), chosen_tokens(after, self.tokens)
             )
-            influence += block_influence(cosine).sum().item()
+            blocks.add(block_influence(cosine))
             count += cosine.numel()
 
         with ExitStack() as hooks:
@@ -91,6 +103,7 @@ class StatisticsCollector:
                 for unit, linear in maps.items():
                     hooks.enter_context(watch_inputs(linear, moments[unit].update))
             yield update
+        blocks.finish()
         self.found[index] = LayerStatistics(influence / count, moments)
 
 

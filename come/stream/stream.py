@@ -344,13 +344,13 @@ class LayerStream:
             start: a boundary that is there.
             route: the layers between it and the final norm.
         """
-        total = 0.0
+        losses = []
         for rows, states in self.through(start, route):
             ids = self.windows[rows].to(states.device)
             with torch.no_grad():
                 normed = self.adapter.final_norm(states)
-                total += window_nll(self.adapter.head, normed, ids).sum().item()
-        return total / self.predicted
+                losses.append(window_nll(self.adapter.head, normed, ids))
+        return torch.cat(losses).sum().item() / self.predicted
 
     def merged(self, first: int, last: int) -> None:
         """Takes note that layers first..last became one layer at `first`.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from come.merge.operators.base import OPERATORS, Solution
 from come.merge.operators.drop import Drop, kept_layer
 from come.merge.span import Group, UnitAllocation
+from come.stream.token_blocks import TokenBlocks
 
 
 @OPERATORS.register
@@ -33,9 +35,15 @@ class PruneComp(Drop):
             (group.first + 1, group.last + 1) if keeper == 0 else (group.first, group.last)
         )
         sums = torch.zeros(2, dtype=torch.float64)
-        for inputs, outputs in group.stream.pairs(before, after):
-            for i, states in enumerate((inputs, outputs)):
-                sums[i] += states.double().norm(dim=-1).sum().cpu()
+
+        def accumulate(*norms: Tensor) -> None:
+            for i, norm in enumerate(norms):
+                sums[i] += norm.sum().cpu()
+
+        blocks = TokenBlocks(accumulate)
+        for pair in group.stream.pairs(before, after):
+            blocks.add(*(states.flatten(0, 1).double().norm(dim=-1) for states in pair))
+        blocks.finish()
         scale = (sums[0] / sums[1]).item()
         tensors = {}
         if keeper != 0:  # the kept layer lies behind the cut itself

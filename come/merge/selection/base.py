@@ -17,6 +17,7 @@ from come.registry import Registry
 from come.setting import HasSettings
 from come.statistics.influence import TOKENS, chosen_tokens, token_cosine
 from come.stream.stream import LayerStream
+from come.stream.token_blocks import TokenBlocks
 
 
 @dataclass(eq=False)
@@ -93,10 +94,17 @@ def token_mean(
 ) -> float:
     """Mean over tokens of a measure of cos(input, output) of the span of layers first..last."""
     total, count = 0.0, 0
+
+    def accumulate(values: Tensor) -> None:
+        nonlocal total
+        total += values.sum().item()
+
+    blocks = TokenBlocks(accumulate)
     for before, after in stream.span(first, last):
         cosine = token_cosine(chosen_tokens(before, tokens), chosen_tokens(after, tokens))
-        total += measure(cosine).sum().item()
+        blocks.add(measure(cosine))
         count += cosine.numel()
+    blocks.finish()
     return total / count
 
 

@@ -111,7 +111,7 @@ class TrialKL(GroupScore):
                 )
                 for rows in self._judge.batches
             ]
-        total, once = 0.0, self._once
+        gaps_of, once = [], self._once
         for wanted, (_, states) in zip(
             self._wanted, self._judge.through(group.first, route), strict=True
         ):
@@ -119,8 +119,8 @@ class TrialKL(GroupScore):
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
             if once == gaps.shape[1]:  # nothing is said twice
                 again = new
-            total += ((1 - self.repeat_weight) * new + self.repeat_weight * again).sum().item()
-        mean = total / len(self._windows)
+            gaps_of.append((1 - self.repeat_weight) * new + self.repeat_weight * again)
+        mean = torch.cat(gaps_of).sum().item() / len(self._windows)
         return mean if math.isnan(mean) else max(0.0, mean)  # rounding can leave it a little below
 
 
