@@ -120,7 +120,7 @@ def test_a_step_is_the_least_squares_solution(problem, ratio):
     for name in names:
         found = InputMap(goals, layer, plain.middles, name).step(ratio, 200)
         expected = plain.step(name, ratio)
-        assert (found - expected).norm() < 2e-3 * expected.norm()
+        assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
 def test_the_error_falls_whatever_the_penalty(problem):
