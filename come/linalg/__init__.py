@@ -1,1 +1,1 @@
-"""Least squares."""
+"""Linear least squares."""

@@ -1,4 +1,4 @@
-"""Ridge regression from streamed batches: the normal equations of an output map."""
+"""Ridge regression from streamed batches: the normal equations of a linear map."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor
 
 from come.stream.token_blocks import TokenBlocks
 
-BLOCK = 512  # columns of a Gram matrix that are added at a time
-_LEAST = 1e-30  # of a mean square
+BLOCK = 512  # columns of a Gram matrix that are updated at a time
+_LEAST = 1e-30  # lower bound of a mean square
 
 
 @dataclass(frozen=True)
 class Map:
-    """An output map: weight [d_out, d_in] float64, and a bias [d_out] float64 where it has one."""
+    """A linear map: weight [d_out, d_in] float64, and an optional bias [d_out] float64."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
 
 
 class Gram:
-    """Weighted second moments of a map's inputs and of its targets, summed over tokens.
+    """Weighted second moments of a map's inputs and targets, summed over tokens.
 
         G = sum_t w_t f_t f_t^T    C = sum_t w_t f_t y_t^T    Y = sum_t w_t |y_t|^2
 
-    f has a constant 1 at its end where the map has a bias. Products of a batch run in float32 or
-    wider, sums in float64, so memory does not grow with the number of tokens.
+    If the map has a bias, f ends with a constant 1. Products within a block of tokens run in
+    float32 or wider, sums over blocks in float64. Memory does not grow with the number of tokens.
 
     Args:
-        width: inputs d_in of the map.
-        out: outputs d_out.
+        width: number of inputs d_in of the map.
+        out: number of outputs d_out.
         bias: whether the map has a bias.
-        device: where the sums are kept.
+        device: device of the sums.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Gram:
 
     @property
     def gram(self) -> Float[Tensor, "columns columns"]:
-        """G; what is above its diagonal is added, and copied below it when it is asked for."""
+        """G; only its upper triangle is accumulated, and reading this property mirrors it."""
         self._blocks.finish()
         if not self._mirrored:
             for start in range(0, len(self._upper), BLOCK):
@@ -99,7 +99,7 @@ class Gram:
         self._energy += targets.double().square().sum().item()
 
     def __add__(self, other: Gram) -> Gram:
-        """The equations of both sets of tokens."""
+        """The sums over both sets of tokens."""
         total = Gram(self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device)
         total._upper = self.gram + other.gram
         total._moment = self.moment + other.moment
@@ -107,14 +107,14 @@ class Gram:
         return total
 
     def mean_diagonal(self) -> float:
-        """Mean diagonal of the inputs' Gram matrix, to which a relative lambda refers.
+        """Mean diagonal of the inputs' Gram matrix, the unit of a relative lambda.
 
-        Above 0 also where all inputs are 0, so that a penalty on them leaves the prior.
+        Positive even if all inputs are 0, so that the penalty then gives the prior.
         """
         return max(self.gram.diagonal()[: self.width].mean().item(), _LEAST)
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Gram:
-        """The equations of some of the inputs; the constant stays."""
+        """The equations for a subset of the inputs; the constant is kept."""
         rows = kept
         if self.bias:
             rows = torch.cat([kept, kept.new_tensor([self.width])])
@@ -127,7 +127,8 @@ class Gram:
     def solve(self, prior: Map, penalty: float) -> Map:
         """argmin_W sum_t w_t |y_t - W f_t - b|^2 + penalty |W - W0|^2, by Cholesky.
 
-        The bias is solved for with the weight and not penalised (but for rounding's sake).
+        The bias is solved together with the weight. Its penalty is negligible and only ensures
+        numerical stability.
 
         Args:
             prior: W0 and its bias.
@@ -137,13 +138,13 @@ class Gram:
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
-        """The penalty on each column: the constant's is next to nothing."""
+        """The penalty on each column; the constant's is negligible."""
         ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
         ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
         return ridge
 
     def factor(self, penalty: float) -> Float[Tensor, "columns columns"]:
-        """Cholesky factor of G + ridge; of a wide map one matrix takes hundreds of MB."""
+        """Cholesky factor of G + ridge, in place on one copy of G, which can take 100s of MB."""
         damped = self.gram.clone()
         damped.diagonal().add_(self.ridge(penalty))
         return torch.linalg.cholesky(damped, out=damped)
@@ -160,7 +161,7 @@ class Gram:
 
 
 def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
-    """Raises ValueError, naming the configuration key, unless a number above 0 or "auto"."""
+    """The lambda; raises ValueError with the key unless it is a number above 0 or "auto"."""
     if ratio == "auto":
         return "auto"
     if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf:
@@ -169,12 +170,12 @@ def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
 
 
 def best_lambda(fit: Gram, held_out: Gram, prior: Map, grid: Sequence[float]) -> float:
-    """The relative lambda whose solution on `fit` has the least error on `held_out`."""
+    """The relative lambda whose solution on `fit` has the lowest error on `held_out`."""
     scale = fit.mean_diagonal()
     return min(grid, key=lambda ratio: held_out.error(fit.solve(prior, ratio * scale)))
 
 
 def stacked(found: Map) -> Float[Tensor, "in out"]:
-    """The map's weight, transposed, and its bias as the last row."""
+    """The map's transposed weight, with the bias as the last row."""
     weight = found.weight.double().T
     return weight if found.bias is None else torch.cat([weight, found.bias.double()[None]])

@@ -1,1 +1,1 @@
-"""The merge itself: plan, operators, the progressive loop."""
+"""Layer merging: plans, operators, schedules, refits and the compression loop."""

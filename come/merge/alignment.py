@@ -1,4 +1,4 @@
-"""Input maps of merged units, made to read what the merged layer really has."""
+"""Input alignment: adapts the input projections of merged units to the merged layer's input."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ def input_maps(
     reads: Callable[[TargetBatch], States],
     ratio: float,
 ) -> list[Float[Tensor, "hidden hidden"]]:
-    """What each layer of a group would have read, from what the merged layer reads.
+    """Linear maps from the merged layer's normed input to the normed input of each source layer.
 
         P_i = argmin_P sum_t c_t | P n(x_t) - n_i(x_it) |^2 + lambda mean diag(G) |P - I|^2
 
-    x: the residual stream in front of the merged layer's block, n its norm; x_i, n_i: those of
-    layer i of the group where it stood; G = sum_t c_t n(x) n(x)^T. A unit of a deeper layer was
-    made for x_i, to which the layers between have added; what of that a linear map of x tells, its
-    rows can take in: W_i n_i(x_i) ~ (W_i P_i) n(x). This is the least-squares fit of every row at
-    once. The first token of a window counts c_t = seq - 1, as much as all others together: they all
-    attend to it, and a layer that makes it the sink of attention does so through a few units that
-    read it, of which a mean over tokens knows nothing. Where all windows begin with the same token
-    it counts 1: that says nothing of texts that begin otherwise (experiments/LOG.md).
+    x: the residual stream before the merged layer's sublayer, n its norm; x_i, n_i: those of layer
+    i of the span in the current model; G = sum_t c_t n(x) n(x)^T. A unit of a deeper layer was
+    trained on x_i, to which the layers in between have added their outputs. Its rows can absorb
+    the part of this difference that is linear in n(x): W_i n_i(x_i) ~ (W_i P_i) n(x). The
+    least-squares fit is the same for every row.
+
+    The first token of a window has the weight c_t = seq - 1, as much as all others together. All
+    other tokens attend to it, and a layer that makes it an attention sink does so through a few
+    units that read it, which an unweighted mean over tokens would ignore. If all windows begin
+    with the same token, its weight is 1, because a fit to that token says nothing about texts that
+    begin with another one (experiments/LOG.md).
 
     Source: this project.
 
     Args:
-        goals: of the group.
-        unit: kv_group for what the attention reads, channel for what the FFN reads.
+        goals: reconstruction targets of the span.
+        unit: kv_group for the input of the attention, channel for the input of the MLP.
         merged: a layer with the merged layer's norms.
-        sources: the layers of the group as the operator reads them.
-        reads: gives x of a batch.
+        sources: the layers of the span as the operator reads them.
+        reads: returns x for a batch.
         ratio: lambda.
 
     Returns:
@@ -69,7 +72,7 @@ def input_maps(
 def fold_input_transform(
     adapter: ModelAdapter, unit: Unit, state: LayerState, change: Float[Tensor, "hidden hidden"]
 ) -> LayerState:
-    """A layer whose rows behind a norm read it through `change`: W P in place of W."""
+    """The layer with `change` folded into the weights that read the norm: W P in place of W."""
     rows = {name: state[name] for name in input_tensors(adapter, unit)}
     return state | {
         name: (tensor.double() @ change.to(tensor.device)).to(tensor.dtype)
@@ -78,6 +81,6 @@ def fold_input_transform(
 
 
 def input_tensors(adapter: ModelAdapter, unit: Unit) -> list[str]:
-    """Names of the weights that read the norm in front of a kind of unit."""
+    """Names of the weights that read the norm before a kind of unit."""
     norm = adapter.norm(unit)
     return [n for n, r in adapter.roles.items() if r.norm == norm and n.endswith(".weight")]

@@ -1,4 +1,4 @@
-"""Applies merges to a model: the only code that changes one."""
+"""Applies merges to a model, in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def merged_pieces(
     shares: Sequence[float],
     kept: KeptUnits,
 ) -> SourceLayers:
-    """What the operator reads of `layers` of the model, and how it makes one layer of it.
+    """The tensors of `layers` that the operator reads, and the function that merges them.
 
     The model is not changed.
     """
@@ -39,7 +39,7 @@ def merged_pieces(
 
 @torch.no_grad()
 def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: MergeOperator) -> None:
-    """Merges one group of the model in place, as `step` says, the next one of `plan`."""
+    """Applies `step`, the merge after the steps of `plan`, to the model in place."""
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
     pieces = merged_pieces(adapter, layers, operator, plan.norms, step.shares, step.kept)
@@ -61,10 +61,10 @@ def block_states(
     merged: LayerState,
     block: Block,
 ) -> dict[int, LayerState]:
-    """The tensors of all layers that change when blocks of the layers `places` become one.
+    """The tensors of all layers that change when the blocks of layers `places` are merged.
 
-    A merged block goes into the first of its layers and is silenced in the others; a drop leaves
-    the block that it keeps where it is.
+    The first of these layers gets the merged block; in the others the block's output projection is
+    zeroed. A drop leaves the kept block in its own layer.
     """
     states = {place: adapter.zeroed(place, block) for place in places}
     home = places[keeper or 0]
@@ -75,17 +75,17 @@ def block_states(
 
 
 def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
-    """Rebuilds the merged model of a plan from its base model, bit for bit, in place.
+    """Rebuilds a plan's merged model from its base model in place, bit for bit.
 
     Args:
         plan: the plan of a finished or interrupted compression.
-        model: the dense base model, in the dtype of the compression; it is changed.
+        model: the dense base model, in the dtype of the compression; changed in place.
 
     Returns:
         `model`, merged.
 
     Raises:
-        ValueError: the model is not of the plan's shape.
+        ValueError: the model's type, layers or units differ from those of the plan's base model.
     """
     adapter = ModelAdapter(model)
     found = (adapter.architecture.model_type, adapter.num_layers, dict(adapter.unit_counts))
@@ -105,10 +105,10 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
-    """Writes what was solved for after the last merge into the merged model.
+    """Writes the tensors of the plan's downstream refit into the merged model.
 
     Returns:
-        What stood there before, by layer.
+        The previous values of these tensors, by layer.
     """
     layers: dict[int, LayerState] = {}
     for key, tensor in plan.finish.tensors.items():

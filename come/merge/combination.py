@@ -1,4 +1,4 @@
-"""A method as each of its parts sees it when the part says what it requires."""
+"""The view of a merging method that its components get when they check their requirements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Combination(Protocol):
-    """Parts and settings of a `come.merge.method.Method`, which has their meaning."""
+    """Components and settings of a `come.merge.method.Method`, which documents them."""
 
     operator: Any
     sensitivity: Any
@@ -30,5 +30,5 @@ class Combination(Protocol):
 
     @property
     def uses_targets(self) -> list[str]:
-        """The settings whose parts read reconstruction targets."""
+        """The settings whose components read reconstruction targets."""
         ...

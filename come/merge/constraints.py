@@ -1,4 +1,4 @@
-"""Which groups may be merged next, which depths can be reached, and what the passes cost."""
+"""Which spans may be merged next, which depths can be reached, and how many passes they need."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def smallest_depth(num_layers: int, m: int, allow_remerge: bool, protected: int = 0) -> int:
-    """The smallest depth that groups of at most `m` can reach.
+    """The smallest depth that spans of at most `m` layers can reach.
 
-    Without merging a layer twice floor(n/m) full groups fit into the n layers that are not
-    protected, and the last step may take fewer.
+    Without remerging, floor(n/m) full spans fit into the n unprotected layers, and the last span
+    may be smaller.
     """
     free = num_layers - protected
     if allow_remerge:
@@ -26,21 +26,21 @@ def smallest_depth(num_layers: int, m: int, allow_remerge: bool, protected: int 
 
 
 def group_size(depth: int, target: int, m: int) -> int:
-    """Layers that the next merge takes: m, or fewer where the last step has to land exactly."""
+    """Layers of the next span: m, or fewer if the last merge must reach the target exactly."""
     return min(m, depth - target + 1)
 
 
 @dataclass(frozen=True)
 class SpanConstraints:
-    """Which groups are allowed.
+    """Which spans are allowed.
 
     Attributes:
-        m: the size of a group; a drop leaves m - 1 layers out.
-        variable_size: whether a group may be smaller.
+        m: layers of a span; a drop removes m - 1 of them.
+        variable_size: whether a span may have fewer layers.
         remerges: whether a merged layer may be merged again.
-        drops: whether the spans that are scored are dropped, not merged.
-        protect_first: layers at the front that stay as they are.
-        protect_last: layers at the end that stay as they are.
+        drops: whether the scored spans are dropped instead of merged.
+        protect_first: number of first layers that are neither merged nor dropped.
+        protect_last: number of last layers that are neither merged nor dropped.
     """
 
     m: int = 2
@@ -52,7 +52,7 @@ class SpanConstraints:
 
     @property
     def protected(self) -> int:
-        """Layers that stay as they are."""
+        """Number of protected layers."""
         return self.protect_first + self.protect_last
 
     def smallest_depth(self, num_layers: int) -> int:
@@ -63,12 +63,12 @@ class SpanConstraints:
     def spans(
         self, history: Sequence[Span], target: int, stop: int | None = None
     ) -> list[tuple[int, int]]:
-        """Spans (first, last) that may be merged, or dropped, so that `target` stays reachable.
+        """Spans (first, last) that may be merged, or dropped, such that `target` stays reachable.
 
         Args:
-            history: original layers behind every layer of the current model.
-            target: the depth to reach, below the current one.
-            stop: where sizes mix, a depth on the way that must not be jumped over.
+            history: original layers merged into each layer of the current model.
+            target: the depth to reach, below the current depth.
+            stop: with `variable_size`, an intermediate depth that must not be skipped.
         """
         depth = len(history)
         size = group_size(depth, target if stop is None else stop, self.m)
@@ -96,9 +96,10 @@ class SpanConstraints:
         return eligible
 
     def group(self, first: int, last: int) -> tuple[int, int, int | None]:
-        """The group of a span: its first and last layer, and which of them a drop keeps.
+        """First and last layer to merge for a scored span, and the index of a drop's kept layer.
 
-        A drop keeps the layer in front of the span, or the one behind it if there is none.
+        A drop keeps the layer before the scored span, or the layer after it if there is none. The
+        index counts from the first returned layer; it is None for a merge.
         """
         if not self.drops:
             return first, last, None
@@ -108,7 +109,7 @@ class SpanConstraints:
 
 
 def _runs(merged: Sequence[bool]) -> list[int]:
-    """Lengths of the stretches of layers that have not been merged."""
+    """Lengths of the runs of two or more layers that can still be merged."""
     runs, length = [], 0
     for flag in [*merged, True]:
         if flag:
@@ -120,7 +121,7 @@ def _runs(merged: Sequence[bool]) -> list[int]:
 
 
 def _reachable(runs: Sequence[int], excess: int, m: int) -> bool:
-    """Whether groups of m, and one smaller group at the end, can remove `excess` more layers."""
+    """Whether spans of m layers, and one smaller span, can remove `excess` more layers."""
     full, rest = divmod(excess, m - 1)
     if rest == 0:
         return sum(run // m for run in runs) >= full
@@ -133,7 +134,7 @@ def _reachable(runs: Sequence[int], excess: int, m: int) -> bool:
 
 
 def depths(num_layers: int, target: int, m: int) -> list[int]:
-    """The depths after every merge on the way to `target`."""
+    """The depth after each merge on the way to `target`."""
     result = []
     depth = num_layers
     while depth > target:
@@ -149,18 +150,18 @@ def check_target(
     save_at: Iterable[int] = (),
     nested: bool = True,
 ) -> None:
-    """Checks a target depth against the model's.
+    """Checks that a target depth fits the model and can be reached.
 
     Args:
         num_layers: layers of the dense model.
         target: the depth to reach.
-        rules: which groups are allowed.
-        save_at: other depths to keep.
-        nested: whether those have to lie on the way to the target.
+        rules: which spans are allowed.
+        save_at: other depths to save.
+        nested: whether those depths must be reached on the way to the target.
 
     Raises:
         ValueError: m or the target does not fit the model, the target cannot be reached without
-            merging a layer twice, or a depth of `save_at` is not passed on the way.
+            remerging, or a depth of `save_at` is not reached on the way.
     """
     if not 1 <= target < num_layers:
         raise ValueError(
@@ -216,7 +217,7 @@ def check_target(
 
 
 def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
-    """Layers that stand in the fewest groups of at most `m` that meet all depths, in order."""
+    """Layers in the fewest spans of at most `m` layers that reach all depths, in order."""
     groups, depth = 0, num_layers
     for stop in stops:
         groups += -(-(depth - stop) // (m - 1))
@@ -227,19 +228,19 @@ def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
 def layers_for_sparsity(
     sparsity: float, config: PretrainedConfig, total: int, per_layer: int
 ) -> int:
-    """The number of layers whose removal comes nearest to a share of all parameters.
+    """The depth at which the removed layers come closest to a share of all parameters.
 
     Args:
         sparsity: share of the model's parameters to remove, in (0, 1).
         config: the model's configuration.
-        total: parameters of the model, tied ones once.
+        total: parameters of the model; tied parameters count once.
         per_layer: parameters of one decoder layer.
 
     Returns:
         The target depth.
 
     Raises:
-        ValueError: the share is so small that no layer goes, or larger than all layers but one.
+        ValueError: the share rounds to no layer, or to all layers.
     """
     layers = config.num_hidden_layers
     removed = round(sparsity * total / per_layer)
@@ -257,13 +258,14 @@ def layers_for_sparsity(
 
 
 def layer_passes(num_layers: int, steps: Sequence[tuple[int, int]]) -> int:
-    """Passes of all windows over one layer that a progressive run makes necessary.
+    """Passes of all windows over one layer that a progressive run needs.
 
-    One full pass, and after every merge but the last the merged layer and all behind it.
+    These are one full pass, and after every merge except the last, one pass over the merged layer
+    and all layers after it.
 
     Args:
         num_layers: layers of the dense model.
-        steps: (first, last) of every merged group, in positions of the model at that step.
+        steps: (first, last) of every merged span, in positions of the model before that merge.
     """
     passes, depth = num_layers, num_layers
     for first, last in steps[:-1]:

@@ -1,4 +1,4 @@
-"""The sweep behind the merges: later layers learn to expect what merged ones deliver."""
+"""Downstream refit: fits the layers after a merge to the hidden states that they now receive."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from come.stream.stream import LayerStream
 def finish(
     stream: LayerStream, history: Sequence[Span], ratio: float, weighting: Weighting = "relative"
 ) -> dict[int, LayerState]:
-    """Refits the FFN output map of every layer behind the first merged one, in depth order.
+    """Refits the MLP output projection of every layer after the first merged one, in depth order.
 
         W_d = argmin sum_t w_t | (h_b - h') - W f |^2 + lambda mean diag(G) |W - W_d0|^2
 
-    h' and f: what the layer makes of the merged model's states, layers in front of it already
-    refitted; h_b: the dense model's state behind the last original layer that it stands for. So
-    the error that merges left is taken back little by little. The model is not changed.
+    h' and f: the layer's residual stream after attention and its hidden MLP activations, in the
+    merged model with all earlier layers already refitted; h_b: the dense model's hidden states
+    after the last original layer that the layer represents. Each layer thus corrects part of the
+    error that the merges left. The model is not changed.
 
     Source: this project.
 
     Args:
-        stream: its boundaries up to the first merged layer, and the dense model's.
-        history: original layers behind every layer of the model.
+        stream: has the boundaries up to the first merged layer, and the dense model's boundaries.
+        history: original layers merged into each layer of the model.
         ratio: lambda.
-        weighting: of tokens.
+        weighting: token weighting, see `token_weights`.
 
     Returns:
-        For every such layer its new tensors.
+        The new tensors of every refitted layer, by layer.
     """
     start = min(index for index, span in enumerate(history) if len(span) > 1)
     found: dict[int, LayerState] = {}
@@ -56,7 +57,7 @@ def _refitted(
     ratio: float,
     weighting: Weighting,
 ) -> LayerState:
-    """The new output map of layer `index`; `states` go from its input to its new output."""
+    """The new output projection of layer `index`; replaces `states`, its input, with its output."""
     adapter, layer = stream.adapter, stream.adapter.layers[index]
     prior = output_map(adapter, layer, "channel")
     sums = equations(prior, adapter)

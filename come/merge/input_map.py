@@ -1,4 +1,4 @@
-"""The least-squares problem of one input map of a layer's FFN."""
+"""The least-squares problem of one input projection of a layer's MLP."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from come.stream.token_blocks import TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
 
-FLOOR = 1e-4  # of the mean square of what the map reads, so that white coordinates exist
+FLOOR = 1e-4  # damping for whitening, relative to the mean square of the projection's input
 HALVINGS = 4
 
 
 class InputMap:
-    """What a change Z of an input map W does to the error of a layer's output, to first order.
+    """Effect of a change Z of an input projection W on a layer's output error, to first order.
 
         E(Z) = sum_t w_t | r_t - W_d (D_t * Z n_t) |^2
 
-    r: the residual of the layer's output; W_d: the output projection of the MLP; n and D as in
+    r: target minus the layer's output; W_d: the output projection of the MLP; n and D as in
     `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
     projection. Only the MLP's input is stored per token: each curvature product runs the MLP again.
 
     Args:
-        goals: of the layer.
-        layer: the layer beside the model; W is read from it, not changed.
-        middles: the residual stream behind its attention, [windows, seq, hidden].
-        name: of W in the layer.
+        goals: reconstruction targets of the layer.
+        layer: a copy of the layer outside the model; `error` changes its W and restores it.
+        middles: the residual stream after its attention, [windows, seq, hidden].
+        name: name of W in the layer.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class InputMap:
         self.output = output.to(torch.promote_types(output.dtype, torch.float32))
 
     def step(self, ratio: float, steps: int) -> Matrix:
-        """The change that truncated Gauss-Newton takes; 0 where no error falls.
+        """The truncated Gauss-Newton step; zero if it does not reduce the error.
 
             min_Z E(Z) + mu (mean_t |Z n_t|^2 + floor |Z|^2)
             mu = ratio mean_j sum_t w_t D_tj^2 |column j of W_d|^2
 
-        By conjugate gradients in coordinates where n is white, and halved until the true error is
-        below what it was, four times at most.
+        Conjugate gradients run in coordinates in which n is white. The step is halved, at most four
+        times, until the true error is lower than before.
 
         Args:
-            ratio: > 0.
-            steps: of conjugate gradients.
+            ratio: penalty relative to the mean curvature, > 0.
+            steps: number of conjugate gradient iterations.
 
         Returns:
             Z, float64.
@@ -89,7 +89,7 @@ class InputMap:
         return torch.zeros_like(change)
 
     def curved(self, change: Matrix) -> Matrix:
-        """Half the second derivative of E, applied to a change: float64."""
+        """Half the Hessian of E, applied to a change; float64."""
         total = torch.zeros_like(change)
         rows = change.to(self.output)
 
@@ -108,7 +108,7 @@ class InputMap:
         return (self.weight.double() + change).to(self.weight.dtype)
 
     def error(self, change: Matrix) -> float:
-        """sum_t w_t |wanted - output|^2 of the layer with W + change."""
+        """sum_t w_t |target - output|^2 of the layer with W + change."""
         kept = self.weight.clone()
         self.weight.copy_(self.changed(change))
         total = 0.0
@@ -125,7 +125,7 @@ class InputMap:
         return total
 
     def _start(self) -> tuple[Tensor, Matrix, float, float]:
-        """mean_t n n^T, minus half the gradient of E at 0, its mean curvature, E(0); float64."""
+        """mean_t n n^T, minus half the gradient of E at 0, the mean curvature, E(0); float64."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
         pull = self.output.new_zeros(channels, hidden, dtype=torch.float64)
@@ -149,12 +149,12 @@ class InputMap:
         return gram / tokens, pull, (squares * sizes).mean().item(), error
 
     def _gap(self, middle: States, wanted: States, keywords: dict[str, Any]) -> Tensor:
-        """What the layer's output lacks, tokens by channels."""
+        """Target minus the layer's output, [tokens, hidden]."""
         output = run_mlp(self.adapter, self.layer, middle, keywords)[1]
         return (wanted - output).flatten(0, 1).to(self.output)
 
     def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """What W reads and the slopes, of a batch, tokens by columns."""
+        """The input n of W, [tokens, hidden], and the derivatives D, [tokens, channels]."""
         read, slopes = activation_derivative(self.adapter, self.layer, middle, keywords, self.name)
         return read.flatten(0, 1).to(self.output), slopes.flatten(0, 1).to(self.output)
 
@@ -171,12 +171,12 @@ class InputMap:
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> Tensor:
-    """`steps` steps towards the x with product(x) = wanted, from x = 0.
+    """Approximates x with product(x) = wanted by conjugate gradients from x = 0.
 
     Args:
-        product: of a symmetric positive definite matrix with a tensor of the shape of `wanted`.
+        product: multiplies a symmetric positive definite matrix with a tensor shaped as `wanted`.
         wanted: the right-hand side.
-        steps: at most; it stops where nothing is left.
+        steps: largest number of iterations; it stops early when the residual vanishes.
     """
     found = torch.zeros_like(wanted)
     rest = wanted.clone()

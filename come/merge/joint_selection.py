@@ -1,4 +1,4 @@
-"""All units of a group as the inputs of one wide output map."""
+"""Joint unit selection: all units of a span as inputs of one stacked output projection."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from come.models.adapter import UNITS, Unit
 from come.models.sublayers import States, run_attention, run_mlp
 
 Chosen = tuple[Map, Tensor]
-"""An attention map, and the columns of the wide one that it reads."""
+"""The output projection of the kept attention, and its columns in the stacked projection."""
 
 Choose = Callable[[Gram, Map, int, int], list[int]]
-"""(equations, map of all units, how many to keep, columns of a unit) -> kept units, ascending."""
+"""(Gram, stacked map of all units, number to keep, columns per unit) -> kept units, ascending."""
 
 Drive = Callable[[Gram, Map, Tensor], Map]
-"""(equations, the kept units' map, their columns) -> the map through which they drive."""
+"""(Gram, map of the kept units, their columns) -> the output projection to use for these units."""
 
 
 @torch.no_grad()
 def select_units_jointly(
     group: Group, choose: Choose, drive: Drive, align: float | None = None
 ) -> UnitAllocation:
-    """The units of a group that `choose` keeps: KV groups, then FFN channels behind them.
+    """Selects a span's units: first KV groups, then MLP channels given the kept attention.
 
     Args:
-        group: with goals.
-        choose: which units of a kind stay.
-        drive: what the kept attention adds to the residual stream that FFN channels read.
-        align: penalty of the alignment of input maps that the refit will do; None for none.
+        group: a span with reconstruction targets.
+        choose: selects the kept units of one kind.
+        drive: gives the output projection of the kept attention, whose output is added to the
+            residual stream that the MLP channels read.
+        align: penalty of the input alignment that the refit will apply; None for no alignment.
 
     Returns:
-        The kept units; shares are those of the kept FFN channels.
+        The kept units; shares are those of the kept MLP channels.
     """
     assert group.goals is not None
     goals, adapter = group.goals(), group.stream.adapter
-    undecided = UnitAllocation(
-        [1 / group.size] * group.size
-    )  # what the operator reads hangs on no split
+    # Any allocation works: only the source layers are read.
+    undecided = UnitAllocation([1 / group.size] * group.size)
     states = list(group.pieces(undecided).layers)
     layers = [adapter.copy_layer(group.first, state) for state in states]
     kept: dict[Unit, list[list[int]]] = {}
@@ -72,7 +72,7 @@ def select_units_jointly(
 
 
 def stacked_map(goals: ReconstructionTargets, unit: Unit) -> Map:
-    """The output maps of the group's layers side by side, W = [W_1 ... W_m]; biases are added."""
+    """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed."""
     adapter = goals.stream.adapter
     layers = range(goals.first, goals.last + 1)
     maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
@@ -91,18 +91,19 @@ def stacked_gram(
     layers: Sequence[nn.Module],
     attention: Chosen | None = None,
 ) -> Gram:
-    """Normal equations of all units of one kind of the group, on the input of the group.
+    """Normal equations for all units of one kind, with every layer reading the span's input.
 
     Args:
-        goals: of the group.
+        goals: reconstruction targets of the span.
         unit: the kind of unit.
         prior: `stacked_map` of these units.
-        layers: of the group, as the operator reads them.
-        attention: for FFN channels, the attention in front of them.
+        layers: the layers of the span, as the operator reads them.
+        attention: for MLP channels, the kept attention before them.
 
     Returns:
-        Attention: head outputs to what the group's attention adds. FFN: activations on the residual
-        stream behind `attention` to what is then missing from the group's output.
+        For KV groups, the equations from head outputs to what the span's attention adds. For MLP
+        channels, the equations from hidden activations, on the residual stream after `attention`,
+        to the remaining difference from the target output.
     """
     stream, adapter = goals.stream, goals.stream.adapter
     sums = equations(prior, adapter)
@@ -121,7 +122,7 @@ def stacked_gram(
 
 
 def _heads(goals: ReconstructionTargets, layers: Sequence[nn.Module], goal: TargetBatch) -> Tensor:
-    """Head outputs of all layers side by side, on the group's input."""
+    """Head outputs of all layers side by side, computed on the span's input."""
     adapter = goals.stream.adapter
     keywords = goals.stream.keywords(len(goal.states), goals.first)
     return torch.cat(
@@ -135,7 +136,7 @@ def _read(
     attention: Chosen | None,
     goal: TargetBatch,
 ) -> States:
-    """The residual stream in front of the block: the group's input, and what `attention` adds."""
+    """The residual stream before the sublayer: the span's input plus the output of `attention`."""
     if attention is None:
         return goal.states
     found, columns = attention
@@ -145,16 +146,16 @@ def _read(
 
 
 def unit_columns(units: list[int], size: int) -> Tensor:
-    """The columns of units of `size` adjacent ones, int64."""
+    """Column indices of units that have `size` adjacent columns each, int64."""
     first = torch.as_tensor(units, dtype=torch.long) * size
     return (first[:, None] + torch.arange(size)).flatten()
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
-    """Units of the wide map as ascending lists of each layer's own, `count` a layer."""
+    """Splits unit indices of the stacked map into ascending lists per layer of `count` units."""
     return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]
 
 
 def joint_lambda(refit: Refit) -> float:
-    """The relative penalty with which units are chosen: the refit's, with "auto" 0.1."""
+    """The relative penalty for unit selection: the refit's lambda, or 0.1 if that is "auto"."""
     return 0.1 if isinstance(refit.lambda_, str) else refit.lambda_

@@ -1,4 +1,4 @@
-"""The loop of a compression: measure, choose a group, merge it, measure again what lies behind."""
+"""The compression loop: measure, choose a span, merge it, remeasure the layers after it."""
 
 from __future__ import annotations
 
@@ -61,35 +61,35 @@ def compress(
     trials: TrialScores | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Merges groups of layers, in place, until the model has `target_layers` layers.
+    """Merges spans of layers, in place, until the model has `target_layers` layers.
 
-    Source: arXiv 2510.15304, the progressive strategy. By that schedule statistics are measured
-    again after every merge, on the model as it then is, for the merged layer and all behind it;
-    nothing in front of it can have changed.
+    Source: arXiv 2510.15304, the progressive strategy. With the progressive schedule, statistics
+    are measured again after every merge, on the merged model, for the merged layer and all layers
+    after it. Layers before it do not change.
 
     Args:
         model: the dense model, changed in place (also by an interrupted call).
         windows: calibration windows, packed, without padding, int64.
-        method: the method; None for the project's own, `merge=come_plus`.
-        target_layers: depth to reach.
-        stops: depths on the way that groups of mixed sizes do not jump over, and that get their
-            last refit too, for `on_step` alone.
-        plan: an empty plan that describes the base model, or one of an interrupted call: its
-            steps are applied first.
-        on_step: called with the plan after every merge, while the model is at that depth.
-        on_first_layer: called with the seconds that the first layer's pass took.
-        batch_size: windows in one batch.
-        store: where boundaries are kept, "memory" or "disk".
-        folder: where the disk store's files go.
-        trials: scores of trial merges that are known, and where new ones are kept.
+        method: the merging method; None for the project's own, `merge=come_plus`.
+        target_layers: number of layers to reach.
+        stops: intermediate depths that spans of variable size must not skip. At each of them
+            `on_step` gets a plan with a downstream refit, which is undone before the next merge.
+        plan: an empty plan that describes the base model, or the plan of an interrupted call. Its
+            steps are applied first, unless the schedule has `restarts`.
+        on_step: called with the plan after every merge, while the model has that depth.
+        on_first_layer: called with the duration of the first layer's pass, in seconds.
+        batch_size: windows per batch.
+        store: where hidden states are stored, "memory" or "disk".
+        folder: folder for the files of the disk store.
+        trials: cache of trial-merge scores; new scores are added to it.
         progress: whether to show a progress bar.
 
     Returns:
-        The plan: every decision, and the merge history.
+        The plan: all decisions, and the merge history.
 
     Raises:
-        ValueError: an unsupported model, a target that does not fit or cannot be reached, or
-            hidden states that are not finite.
+        ValueError: the model is not supported, the target does not fit or cannot be reached, or
+            hidden states are not finite.
     """
     method = (method or Method()).fresh()
     adapter = ModelAdapter(model)
@@ -113,7 +113,7 @@ def compress(
     if schedule.restarts:
         plan = replace(plan, steps=[])
     if plan.num_layers > target_layers:
-        plan = replace(plan, finish=SolvedTensors({}))  # it was for that depth alone
+        plan = replace(plan, finish=SolvedTensors({}))  # valid at that depth only
     spent = float(plan.provenance.get("layer_passes", 0.0))
     stream = LayerStream(
         adapter,
@@ -162,7 +162,7 @@ def compress(
 
 
 class _Compression:
-    """What a compression knows between two merges."""
+    """State of a compression between two merges."""
 
     def __init__(
         self,
@@ -186,13 +186,13 @@ class _Compression:
         self.statistics: list[LayerStatistics] = []
         self.scores: dict[tuple[int, int], float] = {}
         self.origins: list[int] = []
-        self.start = 0  # the first layer that has to be measured
+        self.start = 0  # the first layer without valid statistics
         self._on_first_layer = on_first_layer
         kinds = self.metric.moments if self.operator.uses_units else ()
         self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
 
     def next_step(self, plan: Plan) -> MergeStep:
-        """Measures what has to be, and decides the next merge of `plan`."""
+        """Updates the statistics if needed, and decides the next merge of `plan`."""
         if self.start < self.stream.num_layers:
             self._measure()
             whole = self.stream.block == "layer"
@@ -237,7 +237,7 @@ class _Compression:
         )
 
     def refitted(self, plan: Plan, step: MergeStep) -> MergeStep:
-        """The step, its layer fitted to what the group does in the model as it now is."""
+        """The step with its merged layer fitted to the span's targets in the current model."""
         if not self.refit.active:
             return step
         self.stream.advance(self.stream.valid, step.last)
@@ -249,7 +249,7 @@ class _Compression:
         return replace(step, solved=SolvedTensors(solved))
 
     def finished(self, plan: Plan) -> Plan:
-        """The plan with the last refit of all layers behind its first merge, if there is one."""
+        """The plan with the downstream refit of all layers after its first merge, if enabled."""
         if self.refit.downstream is None:
             return plan
         found = finish(self.stream, plan.history, self.refit.downstream, self.refit.weights)
@@ -273,7 +273,7 @@ class _Compression:
         )
 
     def merged(self, plan: Plan) -> None:
-        """Takes note that the last step of `plan` has been applied to the model."""
+        """Records that the last step of `plan` has been applied to the model."""
         step = plan.steps[-1]
         if self.stream.block == "layer":
             self.stream.merged(step.first, step.last)
@@ -283,7 +283,7 @@ class _Compression:
             self.stream.invalidate_from(self.start)
 
     def _measure(self) -> None:
-        """Streams all layers whose statistics are not known."""
+        """Streams all layers whose statistics are missing or outdated."""
         stream, last = self.stream, self.stream.num_layers - 1
         if not self.statistics:
             stream.embed()
@@ -332,9 +332,9 @@ class _Compression:
     def _group(
         self, first: int, last: int, history: Sequence[Span], stream: LayerStream | None = None
     ) -> Group:
-        """The group of layers first..last of the plan so far, in places of the stream's model.
+        """The span of layers first..last of the plan so far, in positions of the stream's model.
 
-        `stream`: the windows that its goals, losses and gradients are of, all unless given.
+        `stream` holds the windows for targets, losses and gradients; by default all windows.
         """
         stream = stream or self.stream
         places = self.origins[first : last + 1]
@@ -367,7 +367,7 @@ class _Compression:
         )
 
     def _trial(self, places: Sequence[int], split: UnitAllocation) -> Route:
-        """Layers beside the model that are what the group would become."""
+        """The layers that would replace the span; changed layers are copies outside the model."""
         adapter, block = self.stream.adapter, self.stream.block
         merged = self._pieces(places, split).state
         if block == "layer":

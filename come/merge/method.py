@@ -1,4 +1,4 @@
-"""A merging method: what becomes one layer, how it is chosen, and how it is fitted."""
+"""A merging method: how spans of layers are chosen, merged and fitted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from come.merge.schedules.base import Schedule
     from come.merge.selection.base import GroupScore
     from come.merge.sensitivity.base import SensitivityMetric
-else:  # a composed configuration gives names and plain data
+else:  # a composed configuration holds names and plain data
     MergeOperator = SensitivityMetric = GroupScore = RetentionRule = Schedule = Refit = Any
 
 SUBLAYERS = ("attention", "ffn")
@@ -45,28 +45,28 @@ PARTS: dict[str, Registry[Any]] = {
 
 
 def _part(name: str) -> Any:
-    """A field for a part of a method, by default the registered one of this name."""
+    """A field for a component of a method; by default the registered one with this name."""
     return field(default=name)
 
 
 @dataclass
 class Method(HasSettings):
-    """A merging method; without arguments the project's own, `merge=come_plus`.
+    """A merging method; the defaults are the project's own method, `merge=come_plus`.
 
-    A part is given as an instance, by its name, or as plain data: `Method(refit="ridge")`,
+    Each component is an instance, a registry name, or plain data: `Method(refit="ridge")`,
     `Method(refit=Ridge(lambda_=0.3))`, `Method(refit={"name": "ridge", "lambda": 0.3})`.
 
     Attributes:
         operator: how a span of layers becomes one layer.
         sensitivity: how channels are scored.
         selection: how spans are scored.
-        retention: how much each layer keeps, and which units.
-        schedule: in which order spans are chosen.
+        retention: how much of each layer is kept, and which units.
+        schedule: the order in which spans are chosen.
         refit: how the merged layer is fitted to its span.
 
     Raises:
-        ValueError: an unknown name or setting, a value that is not allowed, or parts that cannot
-            work together.
+        ValueError: an unknown name or setting, a value that is not allowed, or components that
+            cannot be combined.
     """
 
     config_key = "merge"
@@ -112,7 +112,7 @@ class Method(HasSettings):
             part.check(self)
 
     def _check_groups(self) -> None:
-        """Spans given by hand leave no order and no choice."""
+        """Sets the schedule to `Fixed`; raises ValueError for settings that have no effect."""
         for key in ("protect_first", "protect_last"):
             if getattr(self, key):
                 raise ValueError(
@@ -137,7 +137,7 @@ class Method(HasSettings):
 
     @property
     def uses_targets(self) -> list[str]:
-        """The settings whose parts read reconstruction targets."""
+        """The settings whose components read reconstruction targets."""
         readers = {
             "refit": self.refit.active,
             "selection": self.selection.uses_targets,
@@ -147,13 +147,13 @@ class Method(HasSettings):
 
     @property
     def needs_dense(self) -> bool:
-        """Whether the hidden states of the dense model have to be kept."""
+        """Whether the hidden states of the dense model must be stored."""
         towards_dense = self.refit.target == "dense" and bool(self.uses_targets)
         return towards_dense or self.refit.downstream is not None
 
     @property
     def min_windows(self) -> int:
-        """Calibration windows that the method needs at least."""
+        """Smallest number of calibration windows that the method needs."""
         return max(self.selection.min_windows, self.retention.min_windows)
 
     @property
@@ -173,7 +173,7 @@ class Method(HasSettings):
         )
 
     def fresh(self) -> Method:
-        """A copy whose parts hold nothing of an earlier compression."""
+        """A deep copy, so that a compression leaves no state in this method."""
         return copy.deepcopy(self)
 
     def record(self) -> dict[str, Any]:
@@ -185,12 +185,12 @@ class Method(HasSettings):
         return {**parts, **own}
 
     def equals(self, record: Any) -> bool:
-        """Whether a record, perhaps read from a file, is of this method."""
+        """Whether a record, for example from a JSON file, describes this method."""
         return bool(json.loads(json.dumps(Method.record(self))) == record)
 
 
 def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:
-    """The depth that groups given by hand lead to.
+    """The depth after all spans in `groups` are merged.
 
     Raises:
         ValueError: a group is outside the model.
@@ -204,7 +204,7 @@ def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:
 
 
 def check_groups(groups: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError unless groups are adjacent ascending layers and do not overlap."""
+    """Raises ValueError unless each group is two or more adjacent layers and none overlap."""
     seen: set[int] = set()
     for group in groups:
         adjacent = list(group) == list(range(group[0], group[0] + len(group))) if group else False

@@ -1,4 +1,4 @@
-"""What happens to the norms in front of the blocks of merged layers."""
+"""Treatment of the norms before attention and MLP when layers are merged."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def check_norms(norms: str) -> Norms:
 
 
 def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
-    """The same layer with its norms' scales moved into the rows that read them.
+    """The same layer with the scales of its norms folded into the rows that read them.
 
         W (g * x^ + b) + c = (W diag(g)) x^ + (c + W b)
 
-    The scale becomes ones. A LayerNorm's bias `b` moves too, and becomes zero, where every row
-    that reads the norm has a bias `c` to take it; otherwise it becomes `b / g`, and a norm whose
-    scale has zeros stays as it is (what stays is averaged by the merge). Exact up to rounding to
-    the storage dtype. Norms behind a projection (Qwen3's q and k norms) cannot be folded.
+    The scale becomes ones. A LayerNorm's bias `b` is folded too, and becomes zero, if every row
+    that reads the norm has a bias `c` to absorb it. Otherwise it becomes `b / g`; a norm whose
+    scale contains zeros is then left unchanged. The merge averages what remains in the norms.
+    Exact up to rounding to the storage dtype. Norms after a projection (Qwen3's q and k norms)
+    cannot be folded.
 
     Args:
         state: all tensors of one layer; not changed.
-        roles: what each tensor is made of.
+        roles: role of each tensor.
 
     Returns:
         All tensors of the folded layer, same shapes and dtypes.

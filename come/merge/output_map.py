@@ -1,4 +1,4 @@
-"""A layer's output map as a least-squares problem: its matrix, its sums, its tensors."""
+"""A layer's output projection as a least-squares problem: its map, Gram matrix and tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from come.models.adapter import LayerState, ModelAdapter, Unit
 
 
 def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
-    """The output map of a layer of the model, or of one beside it, in float64."""
+    """The output projection (o_proj or down_proj) of a layer, also of a copy, in float64."""
     tensors = dict(layer.state_dict())
     weight, *bias = (tensors[name].double() for name in adapter.output_tensors(unit))
     return Map(weight, bias[0] if bias else None)
 
 
 def equations(prior: Map, adapter: ModelAdapter) -> Gram:
-    """Empty equations for a map of this shape."""
+    """An empty `Gram` for a map shaped as `prior`."""
     out, width = prior.weight.shape
     return Gram(width, out, bias=prior.bias is not None, device=adapter.device)
 

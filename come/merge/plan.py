@@ -1,4 +1,4 @@
-"""The plan: every decision of a compression, as plain values that rebuild it."""
+"""The plan: all decisions of a compression, as plain values from which it can be rebuilt."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class GroupCandidate:
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One merge: which layers, how much of each, which units, and what decided.
+    """One merge: the span, how much of each layer and which units are kept, and the scores.
 
     Attributes:
-        first: first layer of the group, a position in the model before this step.
-        last: last layer of the group, inclusive.
-        spans: original layers behind every layer of the group.
-        shares: rho of every layer of the group.
-        kept: kept units of every layer of the group, by kind; empty where the operator has no
-            use for units.
-        score: the selection score of the group.
-        candidates: all spans that were scored for it; of a shortlist those that were tried.
-        bi: block influence of every layer of the model that was measured for this step.
-        keeper: the layer of the group that a drop keeps, 0 for its first; None for a merge.
-        solved: tensors of the merged layer that were solved for on calibration data.
-        output_scale: factor on the output maps of all layers behind.
+        first: first layer of the span, a position in the model before this step.
+        last: last layer of the span, inclusive.
+        spans: original layers merged into each layer of the span.
+        shares: share rho of every layer of the span.
+        kept: kept units of every layer of the span, by kind; empty if the operator does not use
+            units.
+        score: selection score of the span.
+        candidates: all spans scored for this step; with a shortlist, only the spans tried.
+        bi: block influence of every layer, in the model that was measured for this step.
+        keeper: index in the span of the layer that a drop keeps; None for a merge.
+        solved: tensors of the merged layer that were solved on calibration data.
+        output_scale: factor on the output projections of all layers after the span.
     """
 
     first: int
@@ -91,14 +91,14 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a plan was made for.
+    """The dense model of a plan.
 
     Attributes:
         name: the model's label.
         fingerprint: hash of its configuration and weights files, or "" if unknown.
         model_type: its family.
         num_layers: its decoder layers.
-        units: KV groups and FFN channels of one layer.
+        units: number of KV groups and of MLP channels of one layer.
     """
 
     name: str
@@ -116,12 +116,12 @@ class Plan:
         base: the model that it starts from.
         operator: registry name of the merge operator.
         norms: "mean" or "fold".
-        block: what is merged: "layer", or one part of each, "attention" or "ffn". Parts that are
-            gone stay as blocks that add nothing, so no layer is removed.
-        steps: the merges, in order; by parts, positions count the blocks that are left.
-        finish: tensors of unmerged or merged layers that were solved for after the last merge, each
-            named "LAYER/TENSOR" by the layer's position then.
-        provenance: everything else worth knowing (metric, calibration, versions, job).
+        block: what is merged: "layer", or one sublayer of each, "attention" or "ffn". Removed
+            sublayers stay as blocks whose output is zero, so no layer is removed.
+        steps: the merges, in order; for sublayers, positions count the remaining blocks.
+        finish: tensors of merged or unmerged layers, solved by the downstream refit after the last
+            merge; each is named "LAYER/TENSOR" with the layer's position at that point.
+        provenance: all other information (metric, calibration, versions, job).
     """
 
     base: BaseModel
@@ -134,12 +134,12 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model after all steps; by parts, blocks that are left."""
+        """Layers of the model after all steps; for sublayers, the remaining blocks."""
         return self.base.num_layers - sum(step.last - step.first for step in self.steps)
 
     @property
     def history(self) -> list[Span]:
-        """Original layers behind every layer of the merged model: `[[0], [1, 2], [3], ...]`."""
+        """Original layers merged into each layer of the model: `[[0], [1, 2], [3], ...]`."""
         spans: list[Span] = [[i] for i in range(self.base.num_layers)]
         for step in self.steps:
             group = spans[step.first : step.last + 1]
@@ -148,7 +148,7 @@ class Plan:
 
     @property
     def places(self) -> list[int]:
-        """By parts, the layer that each block that is left stands in."""
+        """For sublayers, the index of the layer that holds each remaining block."""
         places = list(range(self.base.num_layers))
         for step in self.steps:
             group = places[step.first : step.last + 1]
@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Hash of what determines the weights: base, operator, norms and steps' decisions."""
+        """Hash of all that determines the weights: base, operator, norms, block, steps, finish."""
         decisions = [
             [s.first, s.last, s.shares, s.kept, s.keeper, s.solved.hashes, s.output_scale]
             for s in self.steps
@@ -170,7 +170,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def with_step(self, step: MergeStep, **provenance: Any) -> Plan:
-        """The plan with one more merge, and what is worth knowing of it."""
+        """The plan with one more merge and more provenance, without a downstream refit."""
         return replace(
             self,
             steps=[*self.steps, step],
@@ -181,8 +181,8 @@ class Plan:
     def truncated(self, depth: int) -> Plan:
         """The plan's first steps, down to `depth` layers.
 
-        Above the plan's own depth the last refit is left out: it was solved for at that depth. A
-        depth of `merge.save_at` has a plan of its own, with its own.
+        Above the plan's own depth the downstream refit is left out, because it was solved at the
+        plan's own depth. Each depth of `merge.save_at` has its own plan with its own refit.
 
         Raises:
             ValueError: the plan does not pass through this depth.
@@ -200,7 +200,7 @@ class Plan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, atomically; solved tensors go into safetensors beside it."""
+        """Writes the plan as JSON, atomically, and its solved tensors to safetensors next to it."""
         tensors = {
             f"{number}/{name}": tensor
             for number, step in enumerate(self.steps)
@@ -225,10 +225,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Reads a plan that `save` wrote.
+        """Reads a plan written by `save`.
 
         Raises:
-            ValueError: no such file, or not a plan of this format.
+            ValueError: the file does not exist, or is not a plan of this format.
         """
         path = Path(path)
         try:
@@ -265,7 +265,7 @@ def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
 
 
 def _read_tensors(path: Path, prefix: str, hashes: Mapping[str, str]) -> SolvedTensors:
-    """Tensors beside a plan, held against the hashes in it."""
+    """Tensors stored next to a plan, checked against the plan's hashes."""
     if not hashes:
         return SolvedTensors({})
     file = tensors_path(path)

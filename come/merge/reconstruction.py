@@ -1,4 +1,4 @@
-"""What a layer that takes the place of a group is to reproduce, batch by batch."""
+"""Reconstruction targets for the layer that replaces a span, batch by batch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Weighting = Literal["relative", "equal"]
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """A batch: what goes into the layer, and what is wanted behind its two blocks.
+    """One batch of a layer's input and of the targets after attention and after the MLP.
 
     Attributes:
-        states: the layer's input, the residual stream of the model as it is.
-        middle: wanted behind the attention.
-        output: wanted behind the FFN.
-        weights: of every token, [batch * seq].
-        windows: the numbers of the windows, counted from 0 over all batches.
-        entering: the residual stream in front of the attention and of the FFN of every layer of the
-            group, where those stand in the model as it is.
+        states: the layer's input: the residual stream of the current model.
+        middle: target after attention.
+        output: target after the MLP.
+        weights: token weights, [batch * seq].
+        windows: indices of the windows, counted from 0 over all batches.
+        entering: the residual stream before the attention (kv_group) and before the MLP (channel)
+            of every layer of the span, in the current model.
     """
 
     states: States
@@ -41,21 +41,21 @@ class TargetBatch:
 
 
 class ReconstructionTargets:
-    """The goals of a group of layers a..b of the model as it is.
+    """Reconstruction targets of a span of layers a..b of the current model.
 
-        middle = h_{a-1} + sum_i Attention_i(h_{i-1})      what the group's attention adds
+        middle = h_{a-1} + sum_i Attention_i(h_{i-1})      what the span's attention adds
         output = h_b                                       of the current or of the dense model
 
-    h_{a-1} is what the merged model really has; the dense model's h_b takes up what earlier merges
-    did wrong.
+    h_{a-1} always comes from the current model. With h_b of the dense model, the fit also corrects
+    the errors of earlier merges.
 
     Args:
-        stream: boundaries a .. b + 1; for dense targets it must remember the dense model's.
+        stream: has boundaries a .. b + 1; for dense targets also a snapshot of the dense model's.
         first: a.
         last: b.
-        original: the original layer behind whose output h_b stands.
+        original: the original layer whose output is the dense model's h_b.
         target: "dense" or "current".
-        weighting: of tokens, "relative" for 1 / mean_channels(output^2), or "equal".
+        weighting: token weighting, "relative" for 1 / mean_channels(output^2), or "equal".
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ReconstructionTargets:
             yield TargetBatch(states, middle, output, weights, windows, entering)
 
     def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
-        """Of one batch the layer's input, the output that is wanted, and the tokens' weights."""
+        """The layer's input, the target output and the token weights of one batch."""
         if self.target == "dense":
             output = self.stream.dense(self.original + 1, rows)
         else:
@@ -106,8 +106,8 @@ class ReconstructionTargets:
 def token_weights(output: States, weighting: Weighting) -> Float[Tensor, " tokens"]:
     """The weight of every token: 1 / mean_channels(output^2), or 1.
 
-    A few tokens (the first of a window above all) have states a hundred times larger than the
-    rest; every layer behind normalises them, so it is the relative error that counts.
+    A few tokens, above all the first of a window, have hidden states a hundred times larger than
+    the rest. Downstream layers normalise them, so the relative error is what matters.
     """
     flat = output.flatten(0, -2).float()
     if weighting == "equal":

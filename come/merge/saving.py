@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 MAX_SHARD_SIZE = "5GB"
 PLAN = "come/plan.json"
-"""Where a model folder keeps its plan. Inference servers take every `*.safetensors` at the top of
-a folder for weights, so the plan's tensors must not lie there."""
+"""Path of the plan inside a model folder. Inference servers load every `*.safetensors` at the top
+of a folder as weights, so the plan's tensors must not be stored there."""
 _OLD_PLAN = "plan.json"
 MARKS = (PLAN, _OLD_PLAN)
-"""Either of these tells a model folder of this project from one of the user's."""
+"""Either file marks a model folder that this project wrote, as opposed to a user's folder."""
 
 
 def plan_path(folder: Path) -> Path:
-    """The plan of a model folder, also of one that an earlier version wrote; it may be missing."""
+    """Path of a model folder's plan, also for earlier versions; the file may not exist."""
     old = folder / _OLD_PLAN
     return old if old.is_file() and not (folder / PLAN).is_file() else folder / PLAN
 
@@ -45,25 +45,26 @@ def save_model(
 ) -> Path:
     """Writes weights (safetensors), configuration, generation configuration and tokenizer.
 
-    The folder has its name only when it is whole. Everything but the weights is the base model's:
-    `config.json` differs only in what the merge changed, and in keys that make transformers 4 and
-    5 read the same model; tokenizer, chat templates and generation configuration are copied byte
-    for byte. No code is needed to load the model.
+    The folder gets its name only once it is complete. Everything except the weights comes from the
+    base model: `config.json` differs only in what the merge changed, and in keys that make
+    transformers 4 and 5 load the same model; tokenizer, chat templates and generation
+    configuration are copied byte for byte. The model loads without custom code.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        folder: where to; a model that this function wrote there before is replaced.
-        plan: the plan that made the model, saved as `come/plan.json` in the folder.
-        base: folder of the model that this one was made from. Unless given it is the folder that
-            `model` was loaded from, and `tokenizer` is written anew if it was changed since.
+        folder: the output folder; a model that this function saved there earlier is replaced.
+        plan: the plan that produced the model, saved as `come/plan.json` in the folder.
+        base: folder of the model that this model was made from. By default this is the folder that
+            `model` was loaded from, and `tokenizer` is saved again if it differs from the one
+            there.
 
     Returns:
         `folder`.
 
     Raises:
-        ValueError: the folder holds something else.
-        OSError: the folder cannot be written, or its disk is full; nothing half-written is left.
+        ValueError: the folder holds something that this function did not write.
+        OSError: the folder cannot be written, or its disk is full; no partial output is left.
     """
     folder = Path(folder)
     source = base or _loaded_from(model)
@@ -85,13 +86,13 @@ def save_model(
 
 
 def _loaded_from(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from, if it was one and is still there."""
+    """The folder that a model was loaded from; None if there is none, or it no longer exists."""
     path = Path(model.config.name_or_path)
     return path if model.config.name_or_path and (path / "config.json").is_file() else None
 
 
 def _is_tokenizer_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the folder holds this very tokenizer."""
+    """Whether the folder holds the same tokenizer."""
     if not tokenizer_files(folder):
         return False
     known = load_tokenizer(folder)
@@ -103,7 +104,7 @@ def _is_tokenizer_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _readable_by_group(folder: Path) -> None:
-    """Gives weights the user's ordinary permissions; safetensors writes them for the owner only."""
+    """Gives the weights the permissions of the umask; safetensors restricts them to the owner."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.glob("*.safetensors"):
@@ -112,18 +113,18 @@ def _readable_by_group(folder: Path) -> None:
 
 @torch.no_grad()
 def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 12) -> float:
-    """Largest difference of cached and uncached logits, relative to the largest logit.
+    """Largest difference between cached and uncached logits, relative to the largest logit.
 
-    Incremental decoding goes wrong, silently, where layer indices or per-layer configuration are
-    out of step with the layers.
+    Incremental decoding silently gives wrong results if layer indices or per-layer configuration
+    do not match the layers.
 
     Args:
         model: the model.
-        vocab_limit: probe tokens are below this id.
-        length: tokens of the probe.
+        vocab_limit: upper bound of the probe's token ids, exclusive.
+        length: number of tokens in the probe.
 
     Returns:
-        The relative difference; rounding of the model's dtype if all is well.
+        The relative difference; for a correct model, about the rounding error of its dtype.
 
     Raises:
         ValueError: the model's logits are not finite.

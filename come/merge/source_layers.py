@@ -10,11 +10,11 @@ from come.models.adapter import LayerState
 
 @dataclass(frozen=True)
 class SourceLayers:
-    """The layers of a group as the operator reads them, and how it makes one of them.
+    """The layers of a span as the operator reads them, and the function that merges them.
 
     Attributes:
-        layers: all tensors of every layer, shallow first.
-        join: gives all tensors of the merged layer for such layers.
+        layers: all tensors of every layer, shallowest first.
+        join: returns all tensors of the merged layer, given such layers.
     """
 
     layers: Sequence[LayerState]

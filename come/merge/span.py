@@ -1,4 +1,4 @@
-"""A group of layers about to become one: what is known of it, and how to try a way to split it."""
+"""A span of layers to merge: its statistics, and how to build and evaluate a trial merge."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from come.stream.stream import LayerStream, Route
 
 @dataclass(frozen=True)
 class UnitAllocation:
-    """How much of each layer of a group is kept, and which units.
+    """How much of each layer of a span is kept, and which units.
 
     Attributes:
-        shares: rho of every layer, in depth order; >= 0, summing to 1.
-        kept: kept units of every layer, ascending, by kind; empty where no units are chosen.
+        shares: share rho of every layer, in depth order; >= 0, summing to 1.
+        kept: kept units of every layer, ascending, by kind; empty if no units are chosen.
     """
 
     shares: list[float]
@@ -30,19 +30,19 @@ class UnitAllocation:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers first..last of the current model, between boundaries first and last + 1.
+    """Layers first..last of the stream's model, between boundaries first and last + 1.
 
     Attributes:
-        stream: all boundaries of the model as it is.
-        first: first layer of the group.
-        last: last layer of the group, inclusive.
-        spans: original layers behind every layer of the group.
-        statistics: of every layer of the group.
-        pieces: gives what the operator reads, and how it merges by a split.
-        trial: gives the layers that take the group's place for a split, to be passed in turn.
-        refit: how the merged layer will be fitted.
-        scores: gives the sensitivity of every unit; None where the operator has no units.
-        goals: gives what a layer in its place has to reproduce.
+        stream: hidden states at all boundaries of the current model.
+        first: first layer of the span.
+        last: last layer of the span, inclusive.
+        spans: original layers merged into each layer of the span.
+        statistics: calibration statistics of each layer of the span.
+        pieces: returns the source layers and their merge function for an allocation.
+        trial: returns the route that replaces the span under an allocation.
+        refit: the refit of the merged layer.
+        scores: returns the sensitivity of every unit; None if the operator does not use units.
+        goals: returns the reconstruction targets of the span.
     """
 
     stream: LayerStream
@@ -58,7 +58,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Layers of the group."""
+        """Number of layers in the span."""
         return len(self.statistics)
 
     @property
@@ -67,17 +67,17 @@ class Group:
         return [layer.bi for layer in self.statistics]
 
     def merge(self, split: UnitAllocation) -> LayerState:
-        """The tensors of the merged layer."""
+        """The tensors of the merged layer, without a refit."""
         return self.pieces(split).state
 
     def loss(self, split: UnitAllocation) -> float:
-        """Calibration loss, nats a predicted token, if the group were merged by `split`.
+        """Calibration loss, nats per predicted token, if `split` merges the span.
 
-        Only what lies behind the group is computed, from the boundary in front of it.
+        Only the merged layer and the layers after it run, from the boundary before the span.
         """
         return self.stream.loss(self.first, self.full_route(split))
 
     def full_route(self, split: UnitAllocation) -> Route:
-        """All layers from the boundary in front of the group to the end, if merged by `split`."""
+        """All layers from the boundary before the span to the end, if `split` merges the span."""
         behind = self.stream.route(self.last + 1, self.stream.num_layers - 1)
         return [*self.trial(split), *behind]

@@ -1,4 +1,4 @@
-"""Scores of trial merges, kept so that an interrupted search does not try them again."""
+"""A cache of trial-merge scores, so that a resumed search does not repeat trial merges."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from come.files import write_text
 
 
 class TrialScores:
-    """Scores by the plan so far and the span that was merged on trial.
+    """Scores of trial merges, keyed by the plan so far and the span.
 
     Args:
-        path: JSON file that every new score is written to, atomically; None keeps them in memory.
-        job: of which job the scores are; those of another job are not read.
+        path: JSON file to which every new score is written atomically; None keeps them in memory.
+        job: id of the job that the scores belong to; scores of other jobs are ignored.
     """
 
     def __init__(self, path: Path | None = None, job: str = "") -> None:
@@ -27,7 +27,7 @@ class TrialScores:
                 self.scores = data["scores"]
 
     def score(self, plan: str, first: int, last: int, compute: Callable[[], float]) -> float:
-        """The score of merging layers first..last after a plan, computed where it is not known."""
+        """The score of merging layers first..last after a plan; computed if it is not cached."""
         key = f"{plan}/{first}-{last}"
         if key not in self.scores:
             self.scores[key] = compute()

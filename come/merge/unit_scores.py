@@ -1,4 +1,4 @@
-"""Unit scores of a group's layers: a channel metric applied to what calibration saw."""
+"""Unit scores of a span's layers: a channel metric applied to calibration statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from come.statistics.layer_statistics import LayerStatistics
 from come.stream.stream import LayerStream
 
 UnitScores = Mapping[Unit, Sequence[Float[Tensor, " units"]]]
-"""For each kind of unit one vector of scores a layer, higher is kept first."""
+"""For each kind of unit, one vector of scores per layer; higher scores are kept first."""
 
 
 def unit_scores(
@@ -25,23 +25,23 @@ def unit_scores(
     spans: Sequence[Span],
     layers: Sequence[int],
 ) -> UnitScores:
-    """Sensitivity of every unit of some layers.
+    """Sensitivity of every unit of the given layers.
 
-    An FFN channel has its own score; a KV group has the mean over the head outputs of its query
-    heads. Gradients, where the metric needs them, are taken here, for these layers alone.
+    An MLP channel has its own score; the score of a KV group is the mean over the head outputs of
+    its query heads. If the metric needs gradients, they are computed here, for these layers only.
 
     Args:
-        stream: all boundaries of the model as it is (for gradients).
+        stream: has all boundaries of the current model (for gradients).
         metric: the channel metric.
-        statistics: of each layer, in depth order, with the moments that the metric asks for.
-        spans: original layers behind each layer, which names it in random choices.
+        statistics: of each layer, in depth order, with the moments that the metric needs.
+        spans: original layers merged into each layer; they identify it in random scores.
         layers: positions of the layers, ascending.
 
     Returns:
-        For each kind of unit one [units] float64 vector a layer.
+        For each kind of unit, one [units] float64 vector per layer.
 
     Raises:
-        ValueError: a score that is not finite.
+        ValueError: a score is not finite.
     """
     adapter = stream.adapter
     weight_gradient, path = {}, {}

@@ -1,4 +1,4 @@
-"""How many units each layer of a group keeps, and which."""
+"""How many units each layer of a span keeps, and which."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from come.models.adapter import Unit
 def allocate_units(count: int, shares: Sequence[float]) -> list[int]:
     """Splits `count` units by shares.
 
-    Every layer but the one with the largest share keeps floor(count * rho_i); that one, the
-    first of them if several are largest, keeps the remainder. A layer may end with none.
+    The layer with the largest share keeps the remainder; ties go to the first layer. Every other
+    layer keeps floor(count * rho_i). A layer may keep none.
 
     Args:
-        count: units of one layer (KV groups or FFN channels).
+        count: units of one layer (KV groups or MLP channels).
         shares: rho of every layer, >= 0, summing to 1.
 
     Returns:
-        Units kept of every layer, summing to `count`.
+        Number of units kept of every layer, summing to `count`.
     """
     assert min(shares) >= 0
     assert math.isclose(sum(shares), 1)
@@ -35,20 +35,20 @@ def allocate_units(count: int, shares: Sequence[float]) -> list[int]:
 
 
 def top_units(scores: Float[Tensor, " units"], count: int) -> list[int]:
-    """Indices of the `count` highest scores, ascending; of equal scores the lower index wins."""
+    """Indices of the `count` highest scores, ascending; ties go to the lower index."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return sorted(order[:count].tolist())
 
 
 def choose_units(scores: UnitScores, shares: Sequence[float]) -> dict[Unit, list[list[int]]]:
-    """The kept units of every layer of a group: the most sensitive ones, as many as its share.
+    """The most sensitive units of every layer of a span, as many as its share allows.
 
     Args:
-        scores: for each kind of unit one vector a layer, in depth order.
+        scores: for each kind of unit, one vector per layer, in depth order.
         shares: rho of every layer.
 
     Returns:
-        For each kind of unit one ascending list of indices a layer.
+        For each kind of unit, one ascending list of indices per layer.
     """
     kept: dict[Unit, list[list[int]]] = {}
     for unit, layers in scores.items():

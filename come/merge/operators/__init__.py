@@ -1,1 +1,1 @@
-"""Merge operators: how the tensors of a group become one layer, one a file."""
+"""Merge operators: how the tensors of a span become one layer, one per file."""

@@ -10,7 +10,7 @@ from come.models.adapter import LayerState, Role
 
 @OPERATORS.register
 class Average(MergeOperator):
-    """Every tensor is the share-weighted sum over the group, norms included.
+    """Every tensor is the share-weighted sum over the span, norms included.
 
         theta = sum_i rho_i theta_i
 
@@ -28,5 +28,5 @@ class Average(MergeOperator):
         shares: Sequence[float],
         kept: KeptUnits,
     ) -> LayerState:
-        """The averaged layer; `kept` is not read."""
+        """The averaged layer; `kept` is ignored."""
         return {name: weighted_sum([layer[name] for layer in layers], shares) for name in roles}

@@ -1,4 +1,4 @@
-"""What a merge operator sees and gives; the registry of operators."""
+"""The interface of merge operators, and their registry."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from come.registry import Registry
 from come.setting import HasSettings
 
 KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
-"""For each kind of unit the kept indices of every layer of the group, ascending."""
+"""For each kind of unit, the kept indices of every layer of the span, ascending."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What an operator solves for on calibration data, beyond the merged weights.
+    """What an operator solves on calibration data, in addition to the merged weights.
 
     Attributes:
-        tensors: tensors of the merged layer that take the place of the merged ones.
-        output_scale: factor on the output maps (and their biases) of all layers behind.
+        tensors: tensors of the merged layer that replace those of `merge`.
+        output_scale: factor on the output projections (and their biases) of all layers after it.
     """
 
     tensors: LayerState = field(default_factory=dict)
@@ -36,16 +36,16 @@ class Solution:
 
 @dataclass(eq=False)
 class MergeOperator(HasSettings, ABC):
-    """Turns the tensors of a group of layers into the tensors of one layer of the same shape.
+    """Merges the tensors of a span of layers into the tensors of one layer of the same shape.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the formula stands, in words.
+        source: where the formula is defined, in words.
         uses_units: whether it reads `kept`; if not, no units are chosen.
-        drops: whether it keeps one layer of the group and drops the others. Then the spans that
-            are scored are the dropped layers, and the layer in front of them is the kept one
-            (behind them, where they start at the first layer).
+        drops: whether it keeps one layer of the span and drops the others. The scored spans are
+            then the dropped layers, and the kept layer is the one before them (the one after them
+            if they start at the first layer).
         solves: whether it overrides `solve`.
     """
 
@@ -58,7 +58,7 @@ class MergeOperator(HasSettings, ABC):
     solves: ClassVar[bool] = False
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts of a method that the operator cannot work with."""
+        """Raises ValueError if the operator cannot be combined with the method's components."""
         if not self.solves:
             return
         key = f"merge.operator={self.name}"
@@ -93,21 +93,21 @@ class MergeOperator(HasSettings, ABC):
         """The merged layer.
 
         Args:
-            layers: all tensors of every layer of the group, shallow first.
-            roles: what each tensor is made of.
-            shares: rho of every layer, summing to 1; of a drop, 1 for the kept layer.
-            kept: kept units of every layer, by kind; together as many as one layer has.
+            layers: all tensors of every layer of the span, shallowest first.
+            roles: role of each tensor.
+            shares: rho of every layer, summing to 1; for a drop, 1 for the kept layer.
+            kept: kept units of every layer, by kind; in total as many as one layer has.
 
         Returns:
-            All tensors of the new layer, of the shapes and dtypes of the old ones.
+            All tensors of the new layer, with the shapes and dtypes of the old ones.
         """
 
     def fixed_shares(self, size: int) -> list[float] | None:
-        """What each of `size` layers counts for, where retention has no say; else None."""
+        """Shares of `size` layers if the operator fixes them; None if retention decides."""
         return None
 
     def solve(self, group: Group, split: UnitAllocation) -> Solution:
-        """What calibration data says beyond `merge`; nothing, unless an operator overrides it."""
+        """Solves for tensors on calibration data, after `merge`; by default for none."""
         return Solution()
 
 

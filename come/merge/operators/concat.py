@@ -14,16 +14,16 @@ from come.models.adapter import LayerState, Part, Role
 
 @OPERATORS.register
 class Concat(MergeOperator):
-    """Kept units of all layers side by side, shallow layer first, index order inside a layer.
+    """Concatenates the kept units of all layers, shallowest layer first, in index order per layer.
 
-    A unit brings its rows of q/k/v (gate/up) with their biases and its columns of o (down).
-    Nothing is rescaled. Norms in front of the blocks: plain mean over the group (after folding,
-    the mean of ones). Tensors that belong to no unit, output biases and per-head norms:
-    rho-weighted sum.
+    A unit is its rows of q/k/v_proj (gate/up_proj) with their biases and its columns of o_proj
+    (down_proj). Nothing is rescaled. Norms before attention and MLP are averaged over the span
+    (after folding, the mean of ones). Tensors that belong to no unit, namely output biases and
+    per-head norms, are rho-weighted sums.
 
-    Source: arXiv 2510.15304. Differs from the paper's published code on grouped-query models:
-    there the mask over KV heads is tiled instead of interleaved, which pairs query heads with
-    foreign keys; here a KV group moves whole.
+    Source: arXiv 2510.15304. Differs from the paper's published code for grouped-query attention:
+    that code tiles the mask over KV heads instead of interleaving it, which pairs query heads with
+    keys of other groups; here a KV group is kept or dropped as a whole.
     """
 
     name = "concat"

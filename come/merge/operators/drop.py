@@ -1,4 +1,4 @@
-"""Layers left out."""
+"""Layer dropping."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from come.models.adapter import LayerState, Role
 
 @OPERATORS.register
 class Drop(MergeOperator):
-    """One layer of the group as it is; the others are gone.
+    """Keeps one layer of the span unchanged and drops the others.
 
-    Which layers go is the selection score's and the schedule's choice: ShortGPT, UIDL, SLEB and
-    the baselines of Shortened LLaMA are recipes of this operator.
+    The selection score and the schedule decide which layers are dropped: ShortGPT, UIDL, SLEB and
+    the baselines of Shortened LLaMA are recipes with this operator.
 
     Source: arXiv 2403.03853 (ShortGPT), 2403.17887 (UIDL), 2402.09025 (SLEB), 2402.02834.
     """
@@ -30,7 +30,7 @@ class Drop(MergeOperator):
         shares: Sequence[float],
         kept: KeptUnits,
     ) -> LayerState:
-        """The layer with the share 1."""
+        """The layer whose share is 1."""
         return dict(layers[kept_layer(shares)])
 
 

@@ -1,4 +1,4 @@
-"""LaCo's merge, by the paper's formula."""
+"""LaCo's merge, as in the paper's formula."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from come.models.adapter import LayerState, Role
 
 @OPERATORS.register
 class LaCo(MergeOperator):
-    """Differences to the first layer, added up on it: every tensor, norms included.
+    """Adds each layer's difference from the first layer to the first layer, norms included.
 
         theta = theta_a + sum_{k = 1..m-1} (theta_{a+k} - theta_a)
 
-    For two layers that is the second layer.
+    For two layers, the result is the second layer.
 
     Source: arXiv 2402.11187, reserving differences while seeking common.
     """
@@ -24,7 +24,7 @@ class LaCo(MergeOperator):
     source = "LaCo, RDSC layer merge"
 
     def fixed_shares(self, size: int) -> list[float] | None:
-        """Every layer counts alike."""
+        """Equal shares; `merge` ignores them."""
         return [1 / size] * size
 
     def merge(
@@ -34,6 +34,6 @@ class LaCo(MergeOperator):
         shares: Sequence[float],
         kept: KeptUnits,
     ) -> LayerState:
-        """The collapsed layer; shares and units are not read."""
+        """The merged layer; shares and units are ignored."""
         weights = [2.0 - len(layers), *[1.0] * (len(layers) - 1)]
         return {name: weighted_sum([layer[name] for layer in layers], weights) for name in roles}

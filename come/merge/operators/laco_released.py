@@ -1,4 +1,4 @@
-"""LaCo's merge, as its published code computes it."""
+"""LaCo's merge, as in the published code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LaCoReleased(MergeOperator):
     """The last layer's weights with the first layer's norms.
 
     The published code adds each difference to weights that it has already changed, so the sum
-    telescopes; it leaves the norms of the first layer alone.
+    telescopes. It does not change the norms of the first layer.
 
     Source: the code of arXiv 2402.11187. Differs from the paper's formula: see `laco`.
     """
@@ -23,7 +23,7 @@ class LaCoReleased(MergeOperator):
     source = "LaCo, behaviour of the published code"
 
     def fixed_shares(self, size: int) -> list[float] | None:
-        """The last layer alone."""
+        """A share of 1 for the last layer; `merge` ignores it."""
         return [*[0.0] * (size - 1), 1.0]
 
     def merge(
@@ -33,7 +33,7 @@ class LaCoReleased(MergeOperator):
         shares: Sequence[float],
         kept: KeptUnits,
     ) -> LayerState:
-        """The collapsed layer; shares and units are not read."""
+        """The merged layer; shares and units are ignored."""
         return {
             name: layers[0 if role.part is Part.NORM else -1][name].clone()
             for name, role in roles.items()

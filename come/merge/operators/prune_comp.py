@@ -1,4 +1,4 @@
-"""Prune&Comp: a drop, and the gap in magnitude that it leaves, scaled away."""
+"""Prune&Comp: layer dropping with magnitude compensation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from come.stream.token_blocks import TokenBlocks
 
 @OPERATORS.register
 class PruneComp(Drop):
-    """Drops a span a..b and rescales by the magnitude that it would have given.
+    """Drops a span a..b and compensates for the magnitude that it would have added.
 
         alpha = mean_tokens ||h_b|| / mean_tokens ||h_{a-1}||
 
-    Source: arXiv 2507.18212. Differs from the paper in where the factor goes: there everything in
-    front of the cut is multiplied by alpha, embeddings included; here the output maps behind it
-    are divided by alpha. Norms ignore the scale of their input, so both give the same logits, up to
-    the norms' epsilon, and this one leaves tied embeddings alone.
+    Source: arXiv 2507.18212. Differs from the paper in where the factor is applied: the paper
+    multiplies everything before the cut by alpha, embeddings included; here the output projections
+    after the cut are divided by alpha. Norms are invariant to the scale of their input, so both
+    give the same logits up to the norms' epsilon, and this variant leaves tied embeddings
+    unchanged.
     """
 
     name = "prune_comp"
@@ -29,7 +30,7 @@ class PruneComp(Drop):
     solves = True
 
     def solve(self, group: Group, split: UnitAllocation) -> Solution:
-        """The factor 1 / alpha on all output maps behind the cut."""
+        """The factor 1 / alpha on all output projections after the cut."""
         keeper = kept_layer(split.shares)
         before, after = (
             (group.first + 1, group.last + 1) if keeper == 0 else (group.first, group.last)
@@ -46,7 +47,7 @@ class PruneComp(Drop):
         blocks.finish()
         scale = (sums[0] / sums[1]).item()
         tensors = {}
-        if keeper != 0:  # the kept layer lies behind the cut itself
+        if keeper != 0:  # the kept layer itself comes after the cut
             merged, adapter = group.merge(split), group.stream.adapter
             tensors = {name: merged[name] * scale for name in adapter.output_tensors()}
         return Solution(tensors, output_scale=scale)

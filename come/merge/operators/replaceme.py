@@ -1,4 +1,4 @@
-"""ReplaceMe: a drop, and a linear map in its place."""
+"""ReplaceMe: layer dropping with a linear map in place of the dropped span."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from come.merge.span import Group, UnitAllocation
 
 @OPERATORS.register
 class ReplaceMe(Drop):
-    """Drops a span a..b and folds a least-squares map into the layer in front of it.
+    """Drops a span a..b and folds a least-squares map into the layer before it.
 
         T = argmin || M T - (M + h_b - h_{a-1}) ||^2,   W_down <- T^T W_down,   bias <- T^T bias
 
-    M: [tokens, hidden], the FFN's output of layer a - 1. T = I is the plain drop. Both products
-    accumulate batch by batch in float64; where M does not span all channels, T - I is the smallest
+    M: [tokens, hidden], the MLP output of layer a - 1. T = I is the plain drop. Both products
+    accumulate batch by batch in float64. If M does not span all channels, T - I is the minimum-norm
     solution.
 
     Source: arXiv 2505.02819, the least-squares variant.
@@ -33,7 +33,7 @@ class ReplaceMe(Drop):
     solves = True
 
     def check(self, method: Combination) -> None:
-        """The map goes into the layer before what is dropped."""
+        """Raises ValueError, also if there may be no layer before the dropped span."""
         super().check(method)
         if not method.groups and method.protect_first < 1:
             raise ValueError(
@@ -73,7 +73,7 @@ class ReplaceMe(Drop):
 
 @contextmanager
 def _outputs(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """Appends every output of `module` to `seen` while open."""
+    """Appends every output of `module` to `seen` while the context is open."""
     handle = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
         yield

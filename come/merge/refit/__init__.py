@@ -1,1 +1,1 @@
-"""Closed-form repair: output maps solved for on calibration data."""
+"""Refits: fit the merged layer to reconstruction targets on calibration data, one per file."""

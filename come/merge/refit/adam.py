@@ -1,4 +1,4 @@
-"""The whole layer, fitted by gradient steps: what the closed form leaves on the table."""
+"""Gradient-based refit of the whole layer: an upper bound for the closed form."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Adam(Ridge):
 
         loss = sum_t w_t | output_t - layer(x)_t |^2 / sum_t w_t | output_t |^2      of one batch
 
-    with the learning rate falling to zero along a cosine; batches in turn, so nothing is random,
-    but `calibration.batch_size` counts. The steps work on a float32 copy of the layer.
-    An upper bound for the closed form rather than a training-free method.
+    The learning rate decays to zero along a cosine. Batches are used in turn, so nothing is random,
+    but the result depends on `calibration.batch_size`. The steps update a float32 copy of the
+    layer. This is an upper bound for the closed form rather than a training-free method.
 
     Source: arXiv 2609.02083 (XMERGE): a few hundred Adam steps that fit the surviving layer to the
-    output of two. Differs in that it starts from the ridge solution.
+    output of two. Differs from the paper in starting from the ridge solution.
     """
 
     name = "adam"
@@ -67,12 +67,12 @@ class Adam(Ridge):
 
     @property
     def surrogate(self) -> Refit:
-        """The ridge regression alone."""
+        """The ridge regression only."""
         return self.plain()
 
 
 def as_float(value: Any) -> Any:
-    """The same keyword arguments with floating-point tensors (masks, rotary tables) in float32."""
+    """The keyword arguments with floating-point tensors (masks, rotary tables) in float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):

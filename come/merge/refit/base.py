@@ -1,4 +1,4 @@
-"""What a repair sees and gives; the registry of repairs."""
+"""The interface of refits, and their registry."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from come.setting import HasSettings, setting
 
 @dataclass(eq=False)
 class Refit(HasSettings, ABC):
-    """Fits the layer that takes a group's place to what the group did.
+    """Fits the layer that replaces a span to the span's reconstruction targets.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the formula stands, in words.
-        active: whether it does anything.
-        batchwise: whether what it finds depends on how windows are batched.
+        source: where the formula is defined, in words.
+        active: whether it changes anything.
+        batchwise: whether the result depends on how windows are batched.
 
     Attributes:
-        target: whose hidden states are reconstructed, also by parts that choose units or spans by
-            reconstruction.
-        weights: of tokens, as in `token_weights`.
+        target: model whose hidden states are reconstructed, also by components that choose units or
+            spans by reconstruction.
+        weights: token weighting, see `token_weights`.
         downstream: penalty of the refit of all layers after the first merge; None for none.
-        lambda_: penalty of the output maps, also of parts that choose units by the refit.
-        align: penalty of the alignment of input maps; None for none.
+        lambda_: penalty of the output projections, also used by components that choose units by
+            the refit.
+        align: penalty of the input alignment; None for no alignment.
     """
 
     config_key = "merge.refit"
@@ -53,7 +54,7 @@ class Refit(HasSettings, ABC):
     align: float | None = field(init=False, repr=False, default=None)
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts of a method that the refit cannot work with."""
+        """Raises ValueError if the refit cannot be combined with the method's components."""
         readers = method.uses_targets
         if self.downstream is not None:
             readers = [*readers, "merge.refit.downstream"]
@@ -68,16 +69,17 @@ class Refit(HasSettings, ABC):
         """The tensors that change.
 
         Args:
-            goals: the layer's inputs and what is wanted behind its blocks.
-            pieces: what the operator made the layer of; `pieces.state` is all of its tensors.
+            goals: the layer's inputs and its targets after attention and after the MLP.
+            pieces: the source layers of the merge; `pieces.state` has all tensors of the merged
+                layer.
 
         Returns:
-            Tensors that take the place of those in `pieces.state`, same shapes and dtypes.
+            Tensors that replace those in `pieces.state`, with the same shapes and dtypes.
         """
 
     @property
     def surrogate(self) -> Refit:
-        """A cheaper one for trial merges, which have to tell groups apart and no more."""
+        """A cheaper refit for trial merges, which only have to rank spans."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""The FFN's input maps, solved for behind the output maps."""
+"""Gauss-Newton refit of the MLP's input projections, after the ridge refit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from come.setting import setting
 @REFITS.register
 @dataclass(eq=False)
 class GaussNewton(Ridge):
-    """Solves by ridge regression first, then each input map of the FFN by one Gauss-Newton step.
+    """Solves by ridge regression, then refits each MLP input projection by one Gauss-Newton step.
 
         W <- W + argmin_Z sum_t w_t | r_t - W_d (D_t * Z n_t) |^2 + mu mean_t |Z n_t|^2
 
-    n: what W reads; D: slopes of the features in what W gives; r: what the layer's output lacks
-    (see `come.merge.input_map`). Maps in the family's order, gate before up. In closed form for the
-    up projection, in which features are linear, but for the truncation; no labels, no learning
-    rate.
+    n: input of W; D: derivative of the hidden activations with respect to W n; r: target minus the
+    layer's output (see `come.merge.input_map`). Projections are refitted in the family's order,
+    gate before up. Hidden activations are linear in the up projection, so its step is the
+    closed-form solution up to the truncation. No labels and no learning rate are needed.
 
-    Source: this project; truncated Gauss-Newton is textbook, of networks in Martens 2010.
+    Source: this project; truncated Gauss-Newton is textbook, for networks see Martens 2010.
     """
 
     name = "gauss_newton"
@@ -58,7 +58,7 @@ class GaussNewton(Ridge):
 
     @torch.no_grad()
     def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
-        """The output maps' new tensors, and the FFN's input maps."""
+        """The new tensors of the ridge refit, and of the MLP's input projections."""
         stream, adapter = goals.stream, goals.stream.adapter
         found = super().solve(goals, pieces)
         layer = adapter.copy_layer(goals.first, {**pieces.state, **found})
@@ -76,5 +76,5 @@ class GaussNewton(Ridge):
 
     @property
     def surrogate(self) -> Refit:
-        """The ridge regression alone."""
+        """The ridge regression only."""
         return self.plain()

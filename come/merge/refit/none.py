@@ -1,4 +1,4 @@
-"""No repair."""
+"""No refit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from come.models.adapter import LayerState
 
 @REFITS.register
 class NoRefit(Refit):
-    """Leaves the layer as the operator made it."""
+    """Keeps the merged layer unchanged."""
 
     name = "none"
     paper = ""
@@ -18,5 +18,5 @@ class NoRefit(Refit):
     active = False
 
     def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
-        """Nothing."""
+        """No tensors."""
         return {}

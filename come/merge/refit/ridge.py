@@ -1,4 +1,4 @@
-"""The output maps, solved for by ridge regression."""
+"""Ridge regression of the output projections."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from come.setting import setting
 
 SUBLAYERS = ("attention", "ffn")
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-HELD_OUT = 5  # with lambda "auto" every fifth window is held out
+HELD_OUT = 5  # with lambda "auto", every fifth window is held out
 
 
 @REFITS.register
 @dataclass(eq=False)
 class Ridge(Refit):
-    """Solves for the layer's output maps, attention first, then the FFN behind it.
+    """Solves for the layer's output projections, first of the attention, then of the MLP.
 
         W_o = argmin sum_t w_t | (middle - x) - W a |^2 + mu |W - W_o0|^2
         W_d = argmin sum_t w_t | (output - h') - W f |^2 + mu |W - W_d0|^2
         mu  = lambda * mean diagonal of sum_t w_t a a^T   (f f^T)
 
-    x: the layer's true input; a: its head outputs; h' = x + W_o a; f: its FFN activations on h'.
-    W_o0 and W_d0 are what the operator made. Output biases are solved for with their maps. With
-    `align` the input maps of each part are aligned first (see `come.merge.alignment`).
+    x: the layer's input in the current model; a: its head outputs; h' = x + W_o a; f: its hidden
+    MLP activations on h'; middle, output: the targets (see `come.merge.reconstruction`). W_o0 and
+    W_d0 are the projections of the merged layer before the refit. Output biases are solved together
+    with their projections. With `align`, the input projections of each sublayer are aligned first
+    (see `come.merge.alignment`).
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
-    for the FFN's map alone.
+    for the MLP's projection only.
     """
 
     name = "ridge"
@@ -67,7 +69,7 @@ class Ridge(Refit):
             raise ValueError("merge.refit.sublayers=[]: at least one of attention, ffn")
 
     def check(self, method: Combination) -> None:
-        """Aligned rows carry their own norm scale."""
+        """Raises ValueError, also for alignment without folded norms."""
         super().check(method)
         if self.align is not None and method.norms != "fold":
             raise ValueError(
@@ -77,7 +79,7 @@ class Ridge(Refit):
             )
 
     def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
-        """The output maps' new tensors, and those of the input maps where they are aligned."""
+        """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = goals.stream.adapter, goals.first, pieces.state
         layer = adapter.copy_layer(index, state)
         found: LayerState = {}
@@ -111,7 +113,7 @@ class Ridge(Refit):
         return found
 
     def plain(self) -> Ridge:
-        """The ridge regression alone, of a refit that goes on from it."""
+        """The ridge regression only, for refits that extend it."""
         return Ridge(
             target=self.target,
             weights=self.weights,
@@ -123,7 +125,7 @@ class Ridge(Refit):
     def _aligned(
         self, goals: ReconstructionTargets, pieces: SourceLayers, layer: nn.Module, unit: Unit
     ) -> LayerState:
-        """The input maps of a kind of unit, each layer's rows reading through its own map."""
+        """The aligned input projections of one kind of unit, each layer's rows by their own map."""
         adapter, index = goals.stream.adapter, goals.first
         assert self.align is not None
 

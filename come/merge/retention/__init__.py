@@ -1,1 +1,1 @@
-"""Rules for how much each layer of a group keeps, one a file."""
+"""Retention rules: how much of each layer of a span is kept, one per file."""

@@ -1,4 +1,4 @@
-"""The units that the error after the refit asks for."""
+"""Backward elimination of units by the error after the refit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from come.setting import setting
 @RETENTION.register
 @dataclass(eq=False)
 class Adaptive(RetentionRule):
-    """Backward elimination: the units without which the refit's error grows least go first.
+    """Backward elimination: first removes the units whose removal increases the refit error least.
 
-    All units of all layers of the group read the group's input and drive one wide output map
-    W = [W_1 ... W_m]; W is solved for by ridge regression to what the group did (see
-    `come.merge.refit.ridge`), and while more than K units are left, those with the least
-    growth of the penalised error leave:
+    All units of all layers of the span read the span's input and are the inputs of one stacked
+    output projection W = [W_1 ... W_m]. W is solved by ridge regression to the reconstruction
+    target (see `come.merge.refit.ridge`). While more than K units remain, those with the smallest
+    growth of the penalised error are removed:
 
         growth_u = tr( W_u [ ((G + mu I)^-1)_uu ]^-1 W_u^T )
 
-    u: the columns of a unit. KV groups leave one at a time; of FFN channels `rate` of those that
-    have to go leave in one round, then everything is solved for again. The FFN is asked on the
-    residual stream that the chosen and solved attention leaves.
+    u: the columns of a unit. KV groups are removed one at a time. Of the surplus MLP channels, a
+    share of `rate` is removed per round, and W is solved again after every round. MLP channels are
+    selected on the residual stream after the selected and solved attention.
 
-    No exponent and no sensitivity is used: how many units each layer keeps follows. The shares
-    (which weigh output biases and per-head norms) are those of the kept FFN channels.
+    No exponent and no sensitivity is used: the elimination itself decides how many units each
+    layer keeps. The shares (which weight output biases and per-head norms) are those of the kept
+    MLP channels.
 
-    Source: this project; the growth is that of optimal brain surgery, for groups of columns as in
-    arXiv 2302.04089 (ZipLM). The merge reads one norm where units were asked with their own:
-    exact with `merge.norms=fold` but for per-head norms. Where the refit aligns input maps, units
-    are asked with aligned ones. mu is that of the refit, with "auto" 0.1.
+    Source: this project; the growth is that of the optimal brain surgeon, for groups of columns as
+    in arXiv 2302.04089 (ZipLM). Units are selected with the norms of their own layers, but the
+    merged layer has one norm: with `merge.norms=fold` both agree except for per-head norms. If the
+    refit aligns input projections, units are selected with aligned ones. mu is the refit's lambda,
+    or 0.1 for "auto", times the mean diagonal of G.
     """
 
     name = "adaptive"
@@ -51,11 +53,11 @@ class Adaptive(RetentionRule):
     )
 
     def shares(self, group: Group) -> list[float]:
-        """Share of the kept FFN channels of every layer."""
+        """Each layer's share of the kept MLP channels."""
         return self.split(group).shares
 
     def split(self, group: Group) -> UnitAllocation:
-        """The units that are left."""
+        """The units that remain."""
         ratio = joint_lambda(group.refit)
 
         def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
@@ -71,7 +73,7 @@ class Adaptive(RetentionRule):
 def eliminate(
     sums: Gram, prior: Map, penalty: float, keep: int, size: int, rate: float
 ) -> list[int]:
-    """Backward elimination of units of `size` adjacent columns until `keep` are left.
+    """Backward elimination of units of `size` adjacent columns until `keep` units remain.
 
     Args:
         sums: normal equations of all columns.
@@ -79,7 +81,7 @@ def eliminate(
         penalty: absolute.
         keep: units to keep.
         size: columns of a unit.
-        rate: share of the surplus that leaves in a round; at least one unit leaves.
+        rate: share of the surplus that is removed per round; at least one unit is removed.
 
     Returns:
         Kept units, ascending.
@@ -102,10 +104,11 @@ def eliminate(
 
 
 def _without(inverse: Tensor, weight: Tensor, stay: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse and solution of the equations of the columns that stay, by a Schur complement.
+    """Inverse and solution of the equations of the remaining columns, by a Schur complement.
 
-    (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = X_s - B_sg B_gg^-1 X_g, B = A^-1 and X being
-    those of all columns: a round costs n^2 g instead of n^3.
+    (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = X_s - B_sg B_gg^-1 X_g, where B = A^-1 and X are
+    those of all n columns, s the remaining and g the removed ones. A round costs n^2 g instead of
+    n^3.
     """
     cross = inverse[stay[:, None], gone]
     factor = torch.linalg.cholesky(inverse[gone[:, None], gone])

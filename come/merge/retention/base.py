@@ -1,4 +1,4 @@
-"""What a retention rule sees and gives; the registry of retention rules."""
+"""The interface of retention rules, and their registry."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from come.setting import HasSettings
 
 @dataclass(eq=False)
 class RetentionRule(HasSettings, ABC):
-    """Decides how much of each layer of a group is kept, and which units.
+    """Decides how much of each layer of a span is kept, and which units.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the formula stands, in words.
-        needs_units: whether it has no meaning for operators without units.
+        source: where the formula is defined, in words.
+        needs_units: whether it works only with operators that use units.
         trials: whether it runs trial merges.
-        min_windows: calibration windows that it needs.
-        uses_targets: whether it reads what the merged layer has to reproduce.
-        uses_scores: whether it asks the sensitivity metric.
+        min_windows: smallest number of calibration windows that it needs.
+        uses_targets: whether it reads the reconstruction targets.
+        uses_scores: whether it uses the sensitivity metric.
     """
 
     config_key = "merge.retention"
@@ -41,7 +41,7 @@ class RetentionRule(HasSettings, ABC):
     uses_scores: ClassVar[bool] = True
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts of a method that the rule cannot work with."""
+        """Raises ValueError if the rule cannot be combined with the method's components."""
         if self.needs_units and not method.operator.uses_units:
             raise ValueError(
                 f"merge.retention={self.name} ranks units, and merge.operator="
@@ -59,18 +59,18 @@ class RetentionRule(HasSettings, ABC):
 
     @abstractmethod
     def shares(self, group: Group) -> list[float]:
-        """Share rho_i of every layer of the group, in depth order; >= 0, summing to 1."""
+        """Share rho_i of every layer of the span, in depth order; >= 0, summing to 1."""
 
     def split(self, group: Group) -> UnitAllocation:
-        """The shares, and inside each layer the most sensitive units, as many as its share.
+        """The shares, and in each layer the most sensitive units, as many as its share allows.
 
-        A rule that ranks the units of several layers together overrides this.
+        Rules that rank the units of several layers together override this.
         """
         return with_units(self.shares(group), group.scores() if group.scores else None)
 
 
 def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:
-    """The split by shares with the most sensitive units of each layer; none without scores."""
+    """The allocation by shares, with each layer's most sensitive units; no units without scores."""
     return UnitAllocation(list(shares), choose_units(scores, shares) if scores else {})
 
 

@@ -14,10 +14,10 @@ from come.setting import setting
 class BIPower(RetentionRule):
     """Shares proportional to a power of the layers' block influence.
 
-        rho_i = BI_i^p / sum_{j in group} BI_j^p
+        rho_i = BI_i^p / sum_{j in span} BI_j^p
 
-    p = 0 shares equally; a large p leaves all to the most influential layer. Where all BI are
-    zero the shares are equal.
+    With p = 0 the shares are equal; with a large p the most influential layer gets everything. If
+    all BI are zero, the shares are equal.
 
     Source: arXiv 2510.15304.
     """
@@ -29,7 +29,7 @@ class BIPower(RetentionRule):
     p: float = setting(1.0, "skewness exponent of the shares", least=0)
 
     def shares(self, group: Group) -> list[float]:
-        """rho, one a layer, summing to 1."""
+        """rho, one per layer, summing to 1."""
         influences = group.influences
         largest = max(influences)
         if largest == 0:

@@ -1,4 +1,4 @@
-"""One ranking of all units of the group."""
+"""One ranking of all units of the span."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from come.models.adapter import Unit
 
 @RETENTION.register
 class Joint(RetentionRule):
-    """Keeps the most sensitive units of the group, whichever layer they come from.
+    """Keeps the most sensitive units of the span, regardless of their layer.
 
-        kept = the K highest of S_lj / sum_k |S_lk| over all layers l of the group
+        kept = the K highest of S_lj / sum_k |S_lk| over all layers l of the span
 
-    Scores are shares of their layer's total, so that layers whose hidden states are larger do not
-    win by size alone. KV groups and FFN channels are ranked apart, so their splits may differ; the
-    reported share of a layer (which weighs output biases and per-head norms) is its share of the
-    kept FFN channels, or of the KV groups where attention alone is merged. Of equal scores the
-    shallower layer, then the lower index is kept.
+    Scores are divided by their layer's total, so that layers with larger hidden states do not win
+    by magnitude alone. KV groups and MLP channels are ranked separately, so their allocations may
+    differ. The reported share of a layer (which weights output biases and per-head norms) is its
+    share of the kept MLP channels, or of the KV groups if only attention is merged. Ties go to the
+    shallower layer, then to the lower index.
 
     Source: this project.
     """
@@ -31,11 +31,11 @@ class Joint(RetentionRule):
     needs_units = True
 
     def shares(self, group: Group) -> list[float]:
-        """Share of the kept units of every layer."""
+        """Each layer's share of the kept units."""
         return self.split(group).shares
 
     def split(self, group: Group) -> UnitAllocation:
-        """The highest of all units of the group."""
+        """The units with the highest normalised scores in the span."""
         assert group.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}
         for unit, layers in group.scores().items():

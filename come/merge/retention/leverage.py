@@ -1,4 +1,4 @@
-"""FlattenGPT's choice of units: ridge leverage scores."""
+"""FlattenGPT's unit selection: ridge leverage scores."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from come.merge.units import top_units
 
 @RETENTION.register
 class Leverage(RetentionRule):
-    """Keeps the units of the group whose activations the others replace least.
+    """Keeps the units of the span whose activations the other units can replace least.
 
         l_u = sum_{j in u} [ G (G + mu I)^-1 ]_jj,    G = sum_t w_t f_t f_t^T
 
-    f: the activations of all layers' units side by side, on the group's input; behind the attention
-    that is kept where they are FFN channels. In one ranking over all layers the K highest are kept
-    (of equal scores the shallower layer, then the lower index). What the units drive plays no part.
+    f: the activations of all layers' units side by side, computed on the span's input, for MLP
+    channels after the kept attention. One ranking over all layers keeps the K highest scores; ties
+    go to the shallower layer, then to the lower index. The output projection has no influence.
 
-    Source: arXiv 2602.08858 (FlattenGPT), for the FFN. Differs in that KV groups are ranked by the
-    same score, and in the weights of tokens (`merge.refit.weights`). mu is that of the refit, with
-    "auto" 0.1.
+    Source: arXiv 2602.08858 (FlattenGPT), for the MLP. Differs from the paper in ranking KV groups
+    by the same score, and in the token weights (`merge.refit.weights`). mu is the refit's lambda,
+    or 0.1 for "auto", times the mean diagonal of G.
     """
 
     name = "leverage"
@@ -35,7 +35,7 @@ class Leverage(RetentionRule):
     uses_targets = True
 
     def shares(self, group: Group) -> list[float]:
-        """Share of the kept FFN channels of every layer."""
+        """Each layer's share of the kept MLP channels."""
         return self.split(group).shares
 
     def split(self, group: Group) -> UnitAllocation:
@@ -50,7 +50,7 @@ class Leverage(RetentionRule):
 
 
 def leverage(sums: Gram, penalty: float) -> Tensor:
-    """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; a constant input is left out."""
+    """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the bias's constant."""
     gram = sums.gram[: sums.width, : sums.width]
     ridge = penalty * torch.eye(sums.width).to(gram)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))

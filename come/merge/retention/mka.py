@@ -1,4 +1,4 @@
-"""MKA's weights: layers that share more with all others weigh more."""
+"""MKA's weights: layers that are more similar to all layers get a larger weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from come.statistics.manifold import MIN_WINDOWS, diffusion_map, last_states, sh
 
 @RETENTION.register
 class MKA(RetentionRule):
-    """Sigmoid weights of a pair, from each layer's mean similarity to all layers.
+    """Sigmoid weights of a pair of layers, from each layer's mean similarity to all layers.
 
         rho_a = sigmoid( s_a / (s_a + s_b) ),   rho_b = 1 - rho_a,
         s_l = mean_k S(l, k),   S the normalised pairwise information of the layers' outputs
@@ -27,7 +27,7 @@ class MKA(RetentionRule):
     source = "MKA, fusion ratios"
 
     def shares(self, group: Group) -> list[float]:
-        """The two weights; 1/m each where a group has more than two layers."""
+        """The two weights; 1/m each if the span has more than two layers."""
         if group.size != 2:
             return [1 / group.size] * group.size
         stream = group.stream

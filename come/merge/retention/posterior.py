@@ -1,4 +1,4 @@
-"""CoMe-P: the split with the lowest calibration loss."""
+"""CoMe-P: the allocation with the lowest calibration loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from come.setting import setting
 @RETENTION.register
 @dataclass(eq=False)
 class Posterior(RetentionRule):
-    """Tries splits of the group and keeps the one with the lowest calibration cross-entropy.
+    """Tries allocations of the span and keeps the one with the lowest calibration cross-entropy.
 
         rho = argmin over { k / n : k in N^m, sum k = n } of L(merged by rho),   n = granularity
 
-    For m = 2 these are r = 0, 1/20, ..., 1, as in the paper. For m > 2 the simplex is searched from
-    the equal split: the best single move of one step between two layers is taken until none helps
-    (the paper does not say how). Splits that keep the same units are evaluated once. Of equal
-    losses the first tried is kept.
+    For m = 2 these are r = 0, 1/20, ..., 1, as in the paper. For m > 2 the simplex is searched
+    greedily from the equal allocation: the best move of one step between two layers is taken until
+    no move helps (the paper does not say how). Allocations that keep the same units are evaluated
+    once. Ties go to the first one tried.
 
-    Source: arXiv 2510.15304, CoMe-P. Every trial runs the layers behind the group and the head:
-    about 20 forward passes' worth of suffixes at every merge.
+    Source: arXiv 2510.15304, CoMe-P. Every trial runs the merged layer, the layers after the span
+    and the LM head: about 20 forward passes through these layers per merge.
     """
 
     name = "posterior"
@@ -39,7 +39,7 @@ class Posterior(RetentionRule):
         return self.split(group).shares
 
     def split(self, group: Group) -> UnitAllocation:
-        """The best split found."""
+        """The best allocation found."""
         scores = group.scores() if group.scores else None
         losses: dict[str, float] = {}
 
@@ -69,13 +69,13 @@ class Posterior(RetentionRule):
         return with_units([count / self.granularity for count in best], scores)
 
     def _start(self, size: int) -> tuple[int, ...]:
-        """The most equal counts; the first layers take what is left over."""
+        """The most equal counts; the first layers get the remainder."""
         each, left = divmod(self.granularity, size)
         return tuple(each + (i < left) for i in range(size))
 
 
 def _moves(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """All counts one step away: one unit moved from a layer to another."""
+    """All counts that differ by one step, moved from one layer to another."""
     for source in range(len(counts)):
         for target in range(len(counts)):
             if source != target and counts[source] > 0:

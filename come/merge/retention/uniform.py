@@ -1,4 +1,4 @@
-"""Equal shares: the control of every comparison of retention rules."""
+"""Equal shares, a control for the other retention rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from come.merge.span import Group
 
 @RETENTION.register
 class Uniform(RetentionRule):
-    """Every layer of the group keeps the same share: rho_i = 1/m."""
+    """Every layer of the span keeps the same share: rho_i = 1/m."""
 
     name = "uniform"
     paper = ""

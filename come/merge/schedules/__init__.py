@@ -1,1 +1,1 @@
-"""Orders in which groups are chosen, one a file."""
+"""Schedules: the order in which spans are chosen, one per file."""

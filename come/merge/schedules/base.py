@@ -1,4 +1,4 @@
-"""What a schedule sees and gives; the registry of schedules."""
+"""The interface of schedules, and their registry."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from come.stream.stream import LayerStream
 
 @dataclass(frozen=True)
 class Choice:
-    """The next group: layers first..last of the current model, and what decided.
+    """The next span to merge, layers first..last of the current model, and its scores.
 
     Attributes:
-        first: first layer of the group.
-        last: last layer of the group, inclusive.
-        kept: the layer that a drop keeps, 0 for the first of the group; None for a merge.
+        first: first layer of the span.
+        last: last layer of the span, inclusive.
+        kept: index in the span of the layer that a drop keeps; None for a merge.
         score: score of the chosen span.
-        candidates: all spans that were scored for it; of a shortlist those that were tried.
+        candidates: all spans scored for this choice; with a shortlist, only the spans tried.
     """
 
     first: int
@@ -40,22 +40,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Search:
-    """The state of a search for the next group.
+    """State of the search for the next span.
 
     Attributes:
-        stream: the layer stream, on the current model if the schedule remeasures, else on the dense
-            one.
-        history: original layers behind every layer of the current model.
-        steps: the merges so far, where their candidates were scored as those of this search are.
-        origins: position in the stream's model of every layer of the current one.
-        stops: the depths ahead that must not be jumped over, the target last.
-        rules: which groups are allowed.
-        score: score of a span of the stream's model; one that cannot have changed is not computed
-            again.
-        group: the group of layers first..last of the stream's model, to try a merge.
-        split: how much of each layer of a group is kept; with the layer that a drop keeps.
-        refine: what decides among the `shortlist` spans with the lowest scores.
-        shortlist: how many spans `refine` is asked about; 0 leaves the choice to the score.
+        stream: the layer stream, of the current model if the schedule remeasures, otherwise of the
+            dense model.
+        history: original layers merged into each layer of the current model.
+        steps: the merges so far; empty if their candidates were scored with another method.
+        origins: position in the stream's model of every layer of the current model.
+        stops: the remaining depths that must not be skipped, the target last.
+        rules: which spans are allowed.
+        score: returns the score of layers first..last of the stream's model; cached while it
+            cannot have changed.
+        group: returns the span of layers first..last of the current model, for a trial merge.
+        split: returns the allocation of a span, given the index of the layer that a drop keeps.
+        refine: returns the score of a trial merge, which decides among the shortlist.
+        shortlist: number of spans with the lowest scores that are tried; 0 for no trials.
     """
 
     stream: LayerStream
@@ -76,7 +76,7 @@ class Search:
         return self.stops[-1]
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
-        """The span with the lowest score, the first of equal ones, as a choice."""
+        """The span with the lowest score, or of a shortlist the one with the lowest trial score."""
         candidates = self.scored(spans)
         if self.shortlist and len(candidates) > 1:
             best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
@@ -89,12 +89,12 @@ class Search:
         return [GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
 
     def refined(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
-        """The spans with what trial merges say."""
+        """The spans with the scores of their trial merges."""
         trials = tqdm(spans, desc="trial merges", leave=False, delay=2, disable=self.stream.quiet)
         return [GroupCandidate(a, b, self.refine(a, b)) for a, b in trials]
 
     def choose(self, candidates: list[GroupCandidate]) -> Choice:
-        """The candidate with the lowest score, the first of equal ones."""
+        """The candidate with the lowest score; ties go to the first one."""
         best = min(candidates, key=lambda candidate: candidate.score)
         first, last, kept = self.rules.group(best.first, best.last)
         return Choice(first, last, kept, best.score, candidates)
@@ -102,21 +102,21 @@ class Search:
 
 @dataclass(eq=False)
 class Schedule(HasSettings, ABC):
-    """Decides in which order groups are chosen.
+    """Decides the order in which spans are chosen.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the procedure stands, in words.
+        source: where the procedure is described, in words.
         remeasures: whether the model is merged and measured again after every choice; if not, all
             choices are made on the dense model and applied together.
-        restarts: whether an interrupted search has to start again.
+        restarts: whether an interrupted search must start over.
         trials: whether it runs trial merges.
-        nested: whether a deeper result goes on from a shallower one, so that one run passes
-            through all depths; if not, every depth is found from the dense model.
-        uses_scores: whether the spans' scores decide; if not, a shortlist of them has no meaning.
-        single_span: whether one group takes all layers that have to go, whatever `merge.m` is.
-        variable_size: whether groups may be smaller than `merge.m`.
+        nested: whether a smaller model continues from a larger one, so that one run reaches all
+            depths; if not, each depth is searched from the dense model.
+        uses_scores: whether it supports selections that try a shortlist of the lowest scores.
+        single_span: whether one span contains all layers to remove, regardless of `merge.m`.
+        variable_size: whether spans may have fewer than `merge.m` layers.
     """
 
     config_key = "merge.schedule"
@@ -133,10 +133,10 @@ class Schedule(HasSettings, ABC):
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
-        """Raises ValueError for depths that it cannot plan; called before anything is loaded."""
+        """Raises ValueError for depths that it cannot plan; needs no weights."""
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts of a method that the schedule cannot work with."""
+        """Raises ValueError if the schedule cannot be combined with the method's components."""
         if self.variable_size and method.operator.drops:
             raise ValueError(
                 f"merge.schedule={self.name} weighs sizes of merged groups, and merge.operator="
@@ -145,7 +145,7 @@ class Schedule(HasSettings, ABC):
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:
-        """The next group."""
+        """The next span."""
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", "come.merge.schedules", "merge.schedule")

@@ -1,4 +1,4 @@
-"""All layers that have to go, in one block."""
+"""All layers to remove, in one contiguous span."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 @SCHEDULES.register
 class Block(Schedule):
-    """The one contiguous span with the lowest score whose removal reaches the target.
+    """Chooses the one contiguous span with the lowest score whose removal reaches the target.
 
-    `merge.m` is not read. Other depths of `merge.save_at` are found from the dense model, each by
-    itself.
+    `merge.m` is ignored. Each depth of `merge.save_at` is searched separately from the dense model.
 
     Source: arXiv 2403.17887 (UIDL).
     """
@@ -22,5 +21,5 @@ class Block(Schedule):
     single_span = True
 
     def choose(self, search: Search) -> Choice:
-        """The block."""
+        """The span."""
         return search.lowest(search.rules.spans(search.history, search.target))

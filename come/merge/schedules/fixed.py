@@ -1,4 +1,4 @@
-"""Groups given by hand."""
+"""Spans given by the user."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 @SCHEDULES.register
 @dataclass(eq=False)
 class Fixed(Schedule):
-    """The groups of `merge.groups`, in their order; a drop keeps the first layer of each.
+    """Takes the spans of `merge.groups` in their order; a drop keeps the first layer of each.
 
-    The model is measured again after every merge, as by the progressive schedule.
+    The model is measured again after every merge, as with the progressive schedule.
 
     Attributes:
-        groups: original layers of each group, those of `merge.groups`.
+        groups: original layers of each span, from `merge.groups`.
     """
 
     name = "fixed"
@@ -29,12 +29,12 @@ class Fixed(Schedule):
     groups: Sequence[Sequence[int]] = field(init=False, repr=False, default=())
 
     def check(self, method: Combination) -> None:
-        """The groups have to be given."""
+        """Raises ValueError if `merge.groups` is empty."""
         if not method.groups:
             raise ValueError("merge.schedule=fixed needs merge.groups, such as [[3,4],[10,11,12]]")
 
     def choose(self, search: Search) -> Choice:
-        """The first group that has not been merged, with its score for the record."""
+        """The first span that has not been merged; its score is only recorded."""
         merged = [span for span in search.history if len(span) > 1]
         group = next(group for group in self.groups if list(group) not in merged)
         first = [span[0] for span in search.history].index(group[0])

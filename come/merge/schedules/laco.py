@@ -1,4 +1,4 @@
-"""LaCo's walk from the top: merge where the output hardly changes."""
+"""LaCo's schedule: walks down from the last layers, and merges where the output hardly changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from come.statistics.influence import token_cosine
 @SCHEDULES.register
 @dataclass(eq=False)
 class LaCo(Schedule):
-    """Walks down from the last layers; a merge is kept if the model's output stays similar.
+    """Walks down from the last layers and keeps a merge if the model's output stays similar.
 
         at l: merge layers l .. l + m - 1 on trial;  s = mean_tokens cos(trial's h_L, dense h_L)
         s > threshold: keep it, l <- l - interval;   else l <- l - 1
 
-    with l at most m below the end. h_L is in front of the final norm.
+    where l .. l + m - 1 must be layers of the model. h_L: hidden states before the final norm.
 
-    Source: arXiv 2402.11187, Algorithm 1. The paper fixes the threshold and takes the depth that
-    comes out; here the depth is given, so the walk stops there, its last group may be smaller, and
-    a walk that ends above it starts again with the threshold lowered by `relax`.
+    Source: arXiv 2402.11187, Algorithm 1. Differs from the paper in that the depth is given: the
+    paper fixes the threshold and takes the resulting depth. Here the walk stops at the target, its
+    last span may be smaller, and a walk that ends above the target starts again with the threshold
+    lowered by `relax`.
     """
 
     name = "laco"
@@ -44,7 +45,7 @@ class LaCo(Schedule):
     _position: int | None = field(init=False, repr=False, default=None)
 
     def choose(self, search: Search) -> Choice:
-        """The next group that passes the trial; candidates hold 1 - s of all that were tried."""
+        """The next span that passes the trial; candidates hold 1 - s of all spans tried."""
         if self._dense is None:
             depth = search.stream.num_layers
             self._batches = -(-self.trial_windows // search.stream.batch_size)
@@ -77,7 +78,7 @@ class LaCo(Schedule):
             self._position = None
 
     def _similarity(self, search: Search, first: int, last: int) -> float:
-        """Mean cosine of the trial's last hidden states and the dense model's."""
+        """Mean cosine between the last hidden states of the trial and of the dense model."""
         stream = search.stream
         first, last, kept = search.rules.group(first, last)
         group = search.group(first, last)

@@ -1,4 +1,4 @@
-"""Groups of several sizes, the cheapest layer first."""
+"""Spans of several sizes, by their score per removed layer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 @SCHEDULES.register
 class Mixed(Schedule):
-    """The group of 2 to `merge.m` layers whose score is the lowest for each layer that it saves.
+    """Takes the span of 2 to `merge.m` layers with the lowest score per removed layer.
 
         argmin_{a, b}  score(a, b) / (b - a),    b - a + 1 in 2 .. m
 
-    of the model as it now is, one after the other. A group is no larger than the next depth of
-    `merge.save_at`, or the target, allows, so every such depth is met.
+    Scores are those of the current model, before every merge. A span is no larger than the next
+    depth of `merge.save_at`, or the target, allows, so that every such depth is reached.
 
     Source: this project.
 
     Raises:
-        ValueError: the depths of `merge.save_at` leave no group.
+        ValueError: no span leads to the depths of `merge.save_at`.
     """
 
     name = "mixed"
@@ -28,7 +28,7 @@ class Mixed(Schedule):
     uses_scores = False
 
     def choose(self, search: Search) -> Choice:
-        """The eligible span with the lowest score for each layer that it saves."""
+        """The eligible span with the lowest score per removed layer."""
         stop = search.stops[0]
         spans = search.rules.spans(search.history, search.target, stop)
         if not spans:

@@ -1,4 +1,4 @@
-"""Measure the dense model once, and take groups from the best on."""
+"""Measures the dense model once, and takes spans in the order of their scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 @SCHEDULES.register
 class OneShot(Schedule):
-    """Spans in the order of their scores on the dense model; nothing is measured again.
+    """Takes spans in the order of their scores on the dense model, without remeasuring.
 
     Source: arXiv 2403.03853 (ShortGPT).
     """
@@ -20,7 +20,7 @@ class OneShot(Schedule):
     restarts = True
 
     def check(self, method: Combination) -> None:
-        """The dense model is measured once, and only then does it change."""
+        """Raises ValueError for methods that cannot use scores of the dense model alone."""
         super().check(method)
         reason = None
         if method.operator.drops and method.m != 2:

@@ -1,4 +1,4 @@
-"""The cheapest set of groups, by what neighbouring layers and tried groups cost."""
+"""The set of spans with the lowest total cost, by dynamic programming over span costs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from come.merge.plan import GroupCandidate, MergeStep
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 Group = tuple[int, int]  # first and last layer
-Cost = Callable[[int, int], float | None]  # of the group first..last; None where it stays apart
-State = tuple[int, ...]  # layers saved for every depth ahead
-Found = tuple[float, tuple[tuple[int, Group], ...]]  # the cost, and each group with its depth
-LARGEST = 1 << 17  # states of the dynamic programming at one layer
+Cost = Callable[[int, int], float | None]  # of the span first..last; None if it must not merge
+State = tuple[int, ...]  # layers removed so far for each remaining depth
+Found = tuple[float, tuple[tuple[int, Group], ...]]  # total cost; each span with its depth's index
+LARGEST = 1 << 17  # most dynamic-programming states at one layer
 
 
 @SCHEDULES.register
 class OptimalPartition(Schedule):
-    """All groups for all depths at once: the sets that cost least.
+    """Chooses all spans for all depths together, such that their total cost is lowest.
 
         argmin  sum_depths sum_{a..b merged at this depth} c(a, b)
 
-    over sets of groups of 2 to `merge.m` layers that lead to every depth of `merge.save_at` and to
-    the target; the groups of a depth stay merged at the next. Found by dynamic programming.
-    c(i, i + 1): the selection's score of two layers of the dense model, whose merges cost about the
-    same whatever is merged elsewhere; c of a larger group: the sum over its pairs, which it costs
-    about (experiments/LOG.md). Groups of a depth are merged from the front, so that each is fitted
-    to what it is really given.
+    over sets of spans of 2 to `merge.m` layers that reach every depth of `merge.save_at` and the
+    target; the spans of one depth stay merged at the next. Solved by dynamic programming.
+    c(i, i + 1): the selection's score of two layers of the dense model; it hardly depends on what
+    is merged elsewhere. c of a larger span: approximated by the sum over its pairs
+    (experiments/LOG.md). The spans of a depth are merged from the front, so that each one is fitted
+    to the hidden states that it actually receives.
 
-    Where the selection tries a shortlist, c is what the trials say, of at least twice as many pairs
-    as layers have to go; other pairs stay apart. Larger groups are tried when they stand in a set,
-    until all of them have been tried; the sums of others are stretched by the mean of what tried
-    ones cost over theirs.
+    If the selection uses a shortlist, c is the score of a trial merge, for at least twice as many
+    pairs as there are layers to remove; other pairs are not merged. Larger spans are tried when
+    the best set contains them, until all spans of the set have been tried. Sums for untried spans
+    are scaled by the mean ratio of trial score to sum over the tried ones.
 
     Source: this project.
 
     Raises:
-        ValueError: no set of groups leads to the depths, or there are too many.
+        ValueError: no set of spans reaches the depths, or there are too many depths.
     """
 
     name = "optimal_partition"
@@ -50,7 +50,7 @@ class OptimalPartition(Schedule):
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
-        """Raises ValueError where planning all depths together would take too long."""
+        """Raises ValueError if planning all depths together would take too long."""
         ahead = sorted(set(depths), reverse=True)
         if prod(a - b + 1 for a, b in pairwise([num_layers, *ahead])) > LARGEST:
             raise ValueError(
@@ -60,7 +60,7 @@ class OptimalPartition(Schedule):
             )
 
     def check(self, method: Combination) -> None:
-        """Costs are those of the dense model's layers."""
+        """Raises ValueError for `merge.allow_remerge`: costs are those of the dense model."""
         super().check(method)
         if method.allow_remerge:
             raise ValueError(
@@ -70,7 +70,7 @@ class OptimalPartition(Schedule):
             )
 
     def choose(self, search: Search) -> Choice:
-        """The first group of the next depth's set."""
+        """The first span of the next depth's set."""
         history, rules, depth = search.history, search.rules, len(search.history)
         saved = [a - b for a, b in pairwise([depth, *search.stops])]
         layers = sum(map(len, history))
@@ -121,7 +121,7 @@ class OptimalPartition(Schedule):
 
 
 def _ranked(search: Search, pairs: list[Group]) -> list[Group]:
-    """The pairs, lowest score first where a shortlist of them is tried."""
+    """The pairs; with a shortlist, sorted by score, lowest first."""
     if not search.shortlist:
         return pairs
     order = sorted(search.scored(pairs), key=lambda candidate: candidate.score)
@@ -129,7 +129,7 @@ def _ranked(search: Search, pairs: list[Group]) -> list[Group]:
 
 
 def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Group, float]:
-    """What was measured in front of earlier merges, of groups of original layers.
+    """Costs measured before earlier merges, for spans of unmerged original layers.
 
     Args:
         steps: the merges so far.
@@ -146,9 +146,10 @@ def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Group, floa
 
 
 def estimate(costs: Mapping[Group, float]) -> Cost:
-    """Gives what a group costs, as measured or by its pairs; None where one of those is unknown.
+    """Returns the cost function of spans: the measured cost, or an estimate from the pairs.
 
-    By its pairs: their sum, times the mean of what measured groups cost over the sums of theirs.
+    The estimate is the sum over the span's pairs, times the mean ratio of measured cost to such a
+    sum over all measured spans. It is None if the cost of one of the pairs is unknown.
     """
 
     def by_pairs(first: int, last: int) -> float | None:
@@ -174,17 +175,17 @@ def estimate(costs: Mapping[Group, float]) -> Cost:
 def optimal_partition(
     cost: Cost, depth: int, m: int, saved: Sequence[int]
 ) -> list[list[Group]] | None:
-    """The groups that lead from `depth` layers to one depth after the other, at the least cost.
+    """The spans with the lowest total cost that lead from `depth` layers to each depth in turn.
 
     Args:
-        cost: of a group of layers first..last; None where it stays apart.
-        depth: layers.
-        m: layers of the largest group.
-        saved: layers to save for each of the depths. What the groups of the first of n depths cost
-            counts n times, of the last once.
+        cost: cost of the span of layers first..last; None if it must not be merged.
+        depth: number of layers.
+        m: layers of the largest span.
+        saved: layers to remove for each of the depths. The cost of a span counts n times if it is
+            merged at the first of n depths, and once if it is merged at the last.
 
     Returns:
-        The groups of each depth, ascending; None where there are no such sets.
+        The spans of each depth, ascending; None if there are no such sets.
     """
     table: list[dict[State, Found]] = [{} for _ in range(depth + 1)]
     table[0][(0,) * len(saved)] = 0.0, ()

@@ -1,4 +1,4 @@
-"""Measure, take the best group, measure again."""
+"""Merges the best span, measures the model again, and repeats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 @SCHEDULES.register
 class Progressive(Schedule):
-    """The group with the lowest score of the model as it now is, one after the other.
+    """Takes the span with the lowest score in the current model, and remeasures after every merge.
 
     Source: arXiv 2510.15304, the progressive strategy; SLEB (arXiv 2402.09025) is the same for
     drops.

@@ -1,1 +1,1 @@
-"""Scores for groups of layers, one a file."""
+"""Selection scores of spans of layers, one per file."""

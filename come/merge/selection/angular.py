@@ -13,13 +13,13 @@ from come.stream.stream import LayerStream
 
 @SELECTION.register
 class Angular(GroupScore):
-    """Mean angle, as a share of pi, between the span's input and its output.
+    """Mean angle, as a fraction of pi, between the span's input and its output.
 
         mean_tokens( arccos(cos(h_{a-1}, h_b)) / pi )
 
-    As `sbi`, but an angle beyond 90 degrees counts as what it is.
+    Like `sbi`, but angles above 90 degrees are not clamped.
 
-    Source: arXiv 2403.17887 (UIDL), which reads the last token.
+    Source: arXiv 2403.17887 (UIDL), which uses the last token only.
     """
 
     name = "angular"

@@ -1,4 +1,4 @@
-"""What a score of a span of layers sees and gives; the registry of scores."""
+"""The interface of selection scores, and their registry."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from come.stream.token_blocks import TokenBlocks
 
 @dataclass(eq=False)
 class GroupScore(HasSettings, ABC):
-    """Scores a span of adjacent layers; the span with the lowest score goes first.
+    """Scores a span of adjacent layers; the span with the lowest score is chosen first.
 
-    A merge scores the layers that become one, a drop the layers that are left out.
+    For a merge, the span is the layers that become one; for a drop, the layers that are removed.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the formula stands, in words.
-        local: whether a score depends on nothing behind the span, so that it holds as long as
-            only layers behind it change.
-        min_windows: calibration windows that it needs.
-        uses_targets: whether `refine` reads what the merged layer has to reproduce even without a
-            refit.
+        source: where the formula is defined, in words.
+        local: whether a score is independent of the layers after the span, so that it stays valid
+            while only those change.
+        min_windows: smallest number of calibration windows that it needs.
+        uses_targets: whether `refine` reads the reconstruction targets even without a refit.
 
     Attributes:
-        tokens: which tokens a mean over tokens reads, those of `merge.tokens`.
+        tokens: which tokens a mean over tokens includes, from `merge.tokens`.
     """
 
     config_key = "merge.selection"
@@ -51,14 +50,14 @@ class GroupScore(HasSettings, ABC):
 
     @property
     def num_trials(self) -> int:
-        """How many of the spans with the lowest scores are merged on trial; 0 for none.
+        """How many of the spans with the lowest scores get a trial merge; 0 for none.
 
-        `refine` judges the trials, and its lowest value decides.
+        The span with the lowest value of `refine` is then chosen.
         """
         return 0
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts of a method that the score cannot work with."""
+        """Raises ValueError if the score cannot be combined with the method's components."""
         if self.num_trials and not (method.schedule.uses_scores or method.groups):
             raise ValueError(
                 f"merge.selection={self.name} merges a shortlist on trial, and merge.schedule="
@@ -67,21 +66,21 @@ class GroupScore(HasSettings, ABC):
             )
 
     def prepare(self, stream: LayerStream) -> None:
-        """Called before the spans of a new state of the model are scored."""
+        """Called before spans are scored, and again whenever the model has changed."""
 
     @abstractmethod
     def score(self, stream: LayerStream, first: int, last: int) -> float:
-        """Score of the layers first..last (inclusive, positions in the current model)."""
+        """Score of the layers first..last (inclusive, positions in the stream's model)."""
 
     def release(self) -> None:
-        """Called behind a choice: frees what trials hold."""
+        """Called after a choice; frees the memory that trial merges hold."""
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
-        """The windows that trials are fitted to, all unless overridden."""
+        """The windows that trial merges are fitted to; by default all windows."""
         return stream
 
     def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
-        """What decides among the shortlist: the group, how it would be merged, and its repair."""
+        """Score of a trial merge: the span merged by `split` and fitted by `refit`; lower wins."""
         raise NotImplementedError
 
 
@@ -92,7 +91,7 @@ def token_mean(
     tokens: TOKENS,
     measure: Callable[[Float[Tensor, " tokens"]], Float[Tensor, " tokens"]],
 ) -> float:
-    """Mean over tokens of a measure of cos(input, output) of the span of layers first..last."""
+    """Mean over tokens of `measure` of cos(input, output), for the span of layers first..last."""
     total, count = 0.0, 0
 
     def accumulate(values: Tensor) -> None:

@@ -16,7 +16,7 @@ class CKA(GroupScore):
         1 - || Yc^T Xc ||_F^2 / ( || Xc^T Xc ||_F || Yc^T Yc ||_F )
 
     Xc, Yc: [tokens, hidden], each channel centred. The three products accumulate batch by batch in
-    float64, so no token is kept.
+    float64, so no hidden states are stored.
 
     Source: arXiv 1905.00414.
     """

@@ -12,7 +12,7 @@ class Cosine(GroupScore):
 
         mean_tokens( 1 - cos(h_{a-1}, h_b) )
 
-    Source: arXiv 2505.02819 (ReplaceMe), the choice of the block.
+    Source: arXiv 2505.02819 (ReplaceMe), for the choice of the block.
     """
 
     name = "cosine"

@@ -1,4 +1,4 @@
-"""The size of the layers' weights."""
+"""Magnitude of the layers' weights."""
 
 from __future__ import annotations
 

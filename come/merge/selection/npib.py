@@ -13,10 +13,10 @@ class NPIB(GroupScore):
 
         1 - S(diffusion map of h_a, diffusion map of h_b)     for a span of layers a..b
 
-    over the last token of each window.
+    computed on the last token of each window.
 
-    Source: arXiv 2406.16330 (MKA). Differs from its published code, which merges the last two
-    layers whatever their similarity; the paper merges the most similar ones, as here.
+    Source: arXiv 2406.16330 (MKA). As in the paper, the most similar layers are merged. Differs
+    from its published code, which merges the last two layers regardless of their similarity.
     """
 
     name = "npib"

@@ -1,4 +1,4 @@
-"""Any layers: the control of every choice."""
+"""Random scores, a control for the other selection scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from come.stream.stream import LayerStream
 @SELECTION.register
 @dataclass(eq=False)
 class Random(GroupScore):
-    """Uniform in [0, 1), the same for the same seed and place of the span."""
+    """Uniform in [0, 1), determined by the seed and the position of the span."""
 
     name = "random"
     paper = ""

@@ -1,4 +1,4 @@
-"""The error that remains after the repair."""
+"""The reconstruction error that remains after the refit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from come.stream.stream import LayerStream
 @SELECTION.register
 @dataclass(eq=False)
 class RefitError(GroupScore):
-    """Merges a shortlist of groups on trial, with their refit, and takes the least error.
+    """Merges a shortlist of spans on trial, with their refit, and takes the lowest error.
 
         error = sum_t w_t | h_b - layer(h_{a-1}) |^2 / sum_t w_t | h_b |^2
 
-    so that the choice and the repair agree. The shortlist are the groups with the least mean angle
-    between input and output (`angular`). h_b and w as in `come.merge.reconstruction`.
+    The choice and the refit thus use the same objective. The shortlist holds the spans with the
+    smallest mean angle between input and output (`angular`). layer: the refitted layer; h_b and w:
+    as in `come.merge.reconstruction`.
 
     Source: this project.
     """
@@ -36,11 +37,11 @@ class RefitError(GroupScore):
 
     @property
     def num_trials(self) -> int:
-        """The shortlist."""
+        """The size of the shortlist."""
         return self.shortlist
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
-        """Mean angle over pi, in [0, 1]: what makes the shortlist."""
+        """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
         return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()

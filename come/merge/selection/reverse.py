@@ -1,4 +1,4 @@
-"""From the back."""
+"""The deepest span first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from come.stream.stream import LayerStream
 
 @SELECTION.register
 class Reverse(GroupScore):
-    """Minus the position of the span's first layer: the deepest span goes first.
+    """Minus the position of the span's first layer: the deepest span is chosen first.
 
     Source: a baseline of arXiv 2403.03853 and others.
     """

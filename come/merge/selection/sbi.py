@@ -1,4 +1,4 @@
-"""CoMe's score of a group: spherical block influence."""
+"""CoMe's score of a span: spherical block influence."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from come.stream.stream import LayerStream
 
 @SELECTION.register
 class SBI(GroupScore):
-    """Mean angle, as a share of pi, by which the group turns the hidden states.
+    """Mean angle, as a fraction of pi, by which the span rotates the hidden states.
 
         SBI_g = mean_tokens( arccos(clamp(cos(h_{a-1}, h_b), 0, 1)) / pi )
 
-    for a group of layers a..b, whatever its size. In [0, 0.5].
+    for a span of layers a..b of any size. In [0, 0.5].
 
-    Source: arXiv 2510.15304. Which tokens count is our choice, the same for SBI and BI; the
-    default is `last`, measured against `all` in experiments/LOG.md.
+    Source: arXiv 2510.15304. Which tokens count is our choice (`merge.tokens`), the same for SBI
+    and BI; `merge=come` uses `last`, which experiments/LOG.md compares with `all`.
     """
 
     name = "sbi"

@@ -8,10 +8,10 @@ from come.stream.stream import LayerStream
 
 @SELECTION.register
 class SkipLoss(GroupScore):
-    """Calibration loss of the model with the whole span left out.
+    """Calibration loss of the model without the span.
 
-    Mean cross-entropy, nats a predicted token. Each score runs the layers behind the span, from the
-    boundary in front of it, and the head; every merge changes all scores.
+    Mean cross-entropy, nats per predicted token. Each score runs the layers after the span, from
+    the boundary before it, and the LM head. Every merge changes all scores.
 
     Source: arXiv 2402.09025 (SLEB); there the span is one layer.
     """
@@ -22,6 +22,6 @@ class SkipLoss(GroupScore):
     local = False
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
-        """The loss, nats a token, >= 0."""
+        """The loss, nats per token, >= 0."""
         behind = stream.route(last + 1, stream.num_layers - 1)
         return stream.loss(first, [*stream.route_without(first, last), *behind])

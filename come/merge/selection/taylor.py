@@ -1,4 +1,4 @@
-"""What the loss says of the layers' weights."""
+"""First-order Taylor importance of the layers' weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Taylor(GroupScore):
         sum_{layers} sum_W sum_ij | W_ij dL/dW_ij |
 
     W: all linear maps of a layer; L: the mean loss over all calibration tokens. One backward pass
-    of the stream scores all layers, holding the gradients of one at a time.
+    of the stream scores all layers and holds the gradients of one layer at a time.
 
     Source: arXiv 2402.02834 (Shortened LLaMA), Taylor.
     """
@@ -33,7 +33,7 @@ class Taylor(GroupScore):
     _layers: dict[int, float] = field(init=False, repr=False, default_factory=dict)
 
     def prepare(self, stream: LayerStream) -> None:
-        """Takes the gradients of all layers."""
+        """Computes the scores of all layers from their gradients."""
         adapter = stream.adapter
         self._layers.clear()
         with trainable(adapter, range(adapter.num_layers)):

@@ -1,4 +1,4 @@
-"""What a merge does to the model's predictions, where they copy too."""
+"""Change of the model's predictions by a trial merge, also on repeated text."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting
 from come.stream.stream import LayerStream
 
-REPEAT_WEIGHT = 0.2  # where the calibration text is sampled from the model
+REPEAT_WEIGHT = 0.2  # for calibration text sampled from the model
 
 
 @SELECTION.register
 @dataclass(eq=False)
 class TrialKL(GroupScore):
-    """Merges a shortlist of groups on trial, and takes the one that changes predictions least.
+    """Merges a shortlist of spans on trial, and takes the one that changes predictions least.
 
         c = 0:  mean_t KL_t,    x = w
         c > 0:  (1 - c) mean_{t <= s} KL_t + c mean_{t > s} KL_t,    x = (w_1 .. w_s, w_2 .. w_s)
         KL_t = KL( p(. | x_1 .. x_t) || p_merged(. | x_1 .. x_t) )
 
     p: the current model; w: a calibration window; s: half its tokens. The second half of x repeats
-    the first, so c weighs how well copying survives. Text sampled from the model hardly repeats
-    itself, so there c is 0.2 (`REPEAT_WEIGHT`). A trial is fitted with the surrogate of the refit,
-    and evaluated on windows that it was not fitted to (unless there is only one). The shortlist
-    holds the spans with the smallest mean angle between input and output (`angular`).
+    the first, so c weights how well the merged model still copies. Text sampled from the model
+    hardly repeats itself, so c is 0.2 for it (`REPEAT_WEIGHT`). A trial is fitted with the
+    surrogate of the refit, and evaluated on windows that it was not fitted to (unless there is only
+    one). The shortlist holds the spans with the smallest mean angle between input and output
+    (`angular`).
 
     Source: this project.
     """
@@ -62,18 +63,18 @@ class TrialKL(GroupScore):
     _wanted: list[Predictions] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, stream: LayerStream) -> None:
-        """Sets the judging windows apart."""
+        """Sets the validation windows apart."""
         windows = stream.windows[-self._judging(stream) :]
         self._once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
         self._windows = repeat_windows(windows) if self.repeat_weight else windows
         self.release()
 
     def release(self) -> None:
-        """Frees the states of the judging windows."""
+        """Frees the hidden states of the validation windows."""
         self._judge, self._wanted = None, []
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
-        """The first windows, without those that judge."""
+        """The first windows, without the validation windows."""
         rest = len(stream.windows) - self._judging(stream)
         return stream.head(max(1, min(self.trial_windows, rest)))
 
@@ -82,16 +83,16 @@ class TrialKL(GroupScore):
 
     @property
     def num_trials(self) -> int:
-        """The shortlist."""
+        """The size of the shortlist."""
         return self.shortlist
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
-        """Mean angle over pi, in [0, 1]: what makes the shortlist."""
+        """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
         return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
     def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
-        """The divergence, nats a token, >= 0."""
+        """The divergence, nats per token, >= 0."""
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
             assert group.goals is not None
@@ -117,17 +118,17 @@ class TrialKL(GroupScore):
         ):
             gaps = token_divergence(adapter.head, wanted, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
-            if once == gaps.shape[1]:  # nothing is said twice
+            if once == gaps.shape[1]:  # no repeated text
                 again = new
             gaps_of.append((1 - self.repeat_weight) * new + self.repeat_weight * again)
         mean = torch.cat(gaps_of).sum().item() / len(self._windows)
-        return mean if math.isnan(mean) else max(0.0, mean)  # rounding can leave it a little below
+        return mean if math.isnan(mean) else max(0.0, mean)  # rounding can make it negative
 
 
 def repeat_windows(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
-    """The first half of every window, and once more but for its first token.
+    """The first half of every window, then the same tokens again without the first one.
 
-    That token may be the one that begins a text, and what stands before that is not looked back to.
+    The first token may be BOS, and models do not look back past a BOS token.
     """
     half = windows.shape[1] // 2
     return torch.cat([windows[:, :half], windows[:, 1:half]], dim=1)

@@ -1,1 +1,1 @@
-"""Channel sensitivity metrics, one a file."""
+"""Channel sensitivity metrics, one per file."""

@@ -1,4 +1,4 @@
-"""Activations alone."""
+"""Activations only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from come.merge.sensitivity.base import SENSITIVITY, MapStatistics, SensitivityM
 
 @SENSITIVITY.register
 class Activation(SensitivityMetric):
-    """Mean absolute input, the weights ignored.
+    """Mean absolute input; the weights are ignored.
 
         S_j = E_tokens[ |x_j| ]
 

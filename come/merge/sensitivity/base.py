@@ -1,4 +1,4 @@
-"""What a channel metric sees and gives; the registry of channel metrics."""
+"""The interface of channel metrics, and their registry."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from come.setting import HasSettings
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """One linear map `y = W x` of a layer and what calibration saw of its input.
+    """One linear map `y = W x` of a layer and the calibration statistics of its input.
 
     Attributes:
-        weight: `W`, [d_out, d_in], the model's dtype.
-        tokens: calibration tokens behind the moments.
-        key: names the map ("3-4/channel": span of original layers, kind of unit).
-        abs_mean: E|x_j|, [d_in] float64; None unless the metric asks for the moment "abs".
-        square_mean: E[x_j^2], [d_in] float64; None unless it asks for "square".
-        mean: E[x_j], [d_in] float64; None unless it asks for "mean".
+        weight: `W`, [d_out, d_in], in the model's dtype.
+        tokens: number of calibration tokens in the moments.
+        key: identifies the map ("3-4/channel": span of original layers, kind of unit).
+        abs_mean: E|x_j|, [d_in] float64; None unless the metric needs the moment "abs".
+        square_mean: E[x_j^2], [d_in] float64; None unless it needs "square".
+        mean: E[x_j], [d_in] float64; None unless it needs "mean".
         weight_gradient: dL/dW, [d_out, d_in] float32 or wider, L the mean loss over all calibration
-            tokens; None unless the metric asks for the gradient "weight".
+            tokens; None unless the metric needs the gradient "weight".
         path: integrated gradients of L for a scale on each channel, [d_in] float64, nats, signed;
-            None unless it asks for the gradient "path".
+            None unless it needs the gradient "path".
     """
 
     weight: Float[Tensor, "out in"]
@@ -42,12 +42,12 @@ class MapStatistics:
 
 @dataclass(eq=False)
 class SensitivityMetric(HasSettings, ABC):
-    """Scores the input channels of a layer's two output maps; higher means kept first.
+    """Scores the input channels of a layer's two output projections; higher is kept first.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the formula stands, in words.
+        source: where the formula is defined, in words.
         moments: which of "abs", "square", "mean" of the inputs it needs.
         gradient: "weight", "path", or "" for none; gradients cost backward passes of the stream.
     """

@@ -1,4 +1,4 @@
-"""FLAP's fluctuation: how far a channel strays from its mean."""
+"""FLAP's fluctuation: how much a channel deviates from its mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights alone."""
+"""Weights only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from come.merge.sensitivity.base import SENSITIVITY, MapStatistics, SensitivityM
 
 @SENSITIVITY.register
 class Magnitude(SensitivityMetric):
-    """L1 norm of the channel's weights, the inputs ignored.
+    """L1 norm of the channel's weights; the inputs are ignored.
 
         S_j = sum_i |W_ij|
 

@@ -10,12 +10,12 @@ from come.merge.sensitivity.base import SENSITIVITY, MapStatistics, SensitivityM
 
 @SENSITIVITY.register
 class PathAttribution(SensitivityMetric):
-    """How much of the loss is due to a channel, along a path from all channels off to all on.
+    """Loss attributed to a channel along a path from all channels off to all channels on.
 
         S_j = | integral_0^1 dL/ds_j at s = (a, .., a) da |     in 10 steps, midpoint rule
 
-    s_j scales channel j of the input of an output map; the scales of all layers go together.
-    Costs ten forward and backward passes of the whole stream at every merge.
+    s_j scales channel j of the input of an output projection; the scales of all layers change
+    together. Costs ten forward and backward passes of the whole stream per merge.
 
     Source: arXiv 1703.01365 (integrated gradients), with channel scales as the inputs.
     """

@@ -1,4 +1,4 @@
-"""Random channel scores: the control of every comparison of metrics."""
+"""Random channel scores, a control for the other metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from come.setting import setting
 @SENSITIVITY.register
 @dataclass(eq=False)
 class Random(SensitivityMetric):
-    """Uniform scores in [0, 1), the same for the same seed and map whatever came before."""
+    """Uniform scores in [0, 1), determined by the seed and the map alone."""
 
     name = "random"
     paper = ""

@@ -16,7 +16,7 @@ class Taylor(SensitivityMetric):
         S_j = sum_i | W_ij dL/dW_ij |
 
     L is the mean loss over all calibration tokens. Costs one backward pass of the stream down to
-    the group, at every merge.
+    the span per merge.
 
     Source: arXiv 2305.11627 (LLM-Pruner), element-wise first order.
     """

@@ -14,8 +14,9 @@ class Wanda(SensitivityMetric):
 
         S_j = sqrt( E_tokens[ x_j^2 ] ) * || W_:j ||_2
 
-    Source: arXiv 2306.11695. Differs from the paper in scoring channels, not single weights, so
-    the weights' norm takes the place of |W_ij|; and in the mean over tokens in place of the sum.
+    Source: arXiv 2306.11695. Differs from the paper in scoring channels instead of single weights,
+    so that the norm of the weights replaces |W_ij|, and in using the mean over tokens instead of
+    the sum.
     """
 
     name = "wanda"
