@@ -1,7 +1,7 @@
 """come: compresses large language models by merging layers.
 
-The calls that make a smaller model are exported here, imported at first use; everything else is in
-the subpackages.
+This module exports the functions and classes that compress, save and evaluate a model. Each is
+imported on first use. Everything else is in the subpackages.
 """
 
 from importlib import import_module
@@ -51,7 +51,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports an exported name; torch and transformers take seconds, and a version needs none."""
+    """Imports an exported name on first use: importing torch and transformers takes seconds."""
     if name not in _MODULES:
         raise AttributeError(f"module 'come' has no attribute {name!r}")
     return getattr(import_module(f"come.{_MODULES[name]}"), name)

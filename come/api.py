@@ -40,29 +40,30 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Plan:
-    """Merges layers of a model in place, by default with text that the model writes itself.
+    """Merges layers of a model in place, by default calibrated on text sampled from the model.
 
     Args:
         model: the dense model, changed in place.
         tokenizer: its tokenizer.
-        target_layers: depth to reach.
-        sparsity: share of the parameters to remove, in place of `target_layers`; 0.1 where neither
-            is given.
+        target_layers: number of layers to reach; ignored if `method.groups` is set.
+        sparsity: share of the parameters to remove, instead of `target_layers`; 0.1 if neither is
+            given. Ignored if `method.groups` is set.
         text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
-            documents, or token ids, one window a row or all in one row. None samples `num_samples`
-            windows from the model.
-        method: the method; None for the project's own.
-        num_samples: calibration windows.
-        seq_len: tokens of a window.
-        seed: of the draw.
+            documents, or token ids, either one window per row or a single sequence. None samples
+            `num_samples` windows from the model.
+        method: the merging method; None for the project's own, `merge=come_plus`.
+        num_samples: number of calibration windows. Token ids are all used.
+        seq_len: tokens per window. Token ids that are windows already keep their length.
+        seed: seed for sampling windows.
         progress: whether to show progress bars.
 
     Returns:
-        The plan: every decision. `come.save_model(model, tokenizer, folder, plan)` writes the
-        model with it.
+        The plan, which records every decision. `come.save_model(model, tokenizer, folder, plan)`
+        saves it with the model.
 
     Raises:
-        ValueError: an unsupported model, both depths at once, or a text that is too short.
+        ValueError: the model is not supported, both `target_layers` and `sparsity` are given, or
+            the text is too short.
     """
     if target_layers is not None and sparsity is not None:
         raise ValueError(
@@ -98,7 +99,7 @@ def compress(
 
 
 def _as_windows(ids: Tensor, seq_len: int) -> Int[Tensor, "windows seq"]:
-    """Token ids as windows; one row of ids is cut into windows, and what is left over is unused."""
+    """Token ids as windows; a single sequence is cut into windows, and its remainder is unused."""
     if ids.dim() == 2:
         return ids
     if ids.dim() != 1 or len(ids) < seq_len:
@@ -114,7 +115,7 @@ def _are_texts(values: Sequence[object]) -> bool:
 
 
 def _depth(model: PreTrainedModel, method: Method, sparsity: float) -> int:
-    """The depth that removes a share of the parameters."""
+    """The number of layers that remains when `sparsity` of the parameters is removed."""
     adapter = ModelAdapter(model)
     sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
     each = sum(sizes[name] for name in adapter.block_tensors(method.block))

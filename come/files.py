@@ -1,4 +1,4 @@
-"""Atomic writes, where a file or folder has its final name only when it is whole; the cache."""
+"""Atomic writes of files and folders, content hashes, and the cache folder."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from glob import glob
 from pathlib import Path
 
 PARTIAL = ".partial"
-RESULT = "result.json"  # the last file of a job
-LISTING = "jobs.jsonl"  # what a sweep notes of its jobs
-AXES = "axes.json"  # and of its figure
+RESULT = "result.json"  # the last file that a job writes
+LISTING = "jobs.jsonl"  # folder and overrides of every job of a sweep
+AXES = "axes.json"  # x axis and title of the sweep's figure
 
 
 def cache_folder() -> Path:
-    """Where converted models and cached evaluations live: $COME_CACHE, else ~/.cache/come."""
+    """The cache for converted models and evaluations: $COME_CACHE, by default ~/.cache/come."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "come"
     return Path(os.environ.get("COME_CACHE") or default).expanduser()
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, 16 hexadecimal digits."""
+    """First 16 hexadecimal digits of the SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def local_hash(path: str) -> str | None:
-    """Hash of the content at a path: a file, a folder with all its files, or a pattern.
+    """Hash of the content at a path: a file, a folder with all its files, or a glob pattern.
 
     Returns:
-        16 hexadecimal digits, equal for copies; None where nothing is there.
+        16 hexadecimal digits, equal for copies of the same content; None if the path matches no
+        file.
     """
     root = Path(os.path.expanduser(path))
     if os.path.isfile(root):
@@ -53,7 +54,7 @@ def local_hash(path: str) -> str | None:
 
 @cache
 def package_hash() -> str:
-    """Hash of this package's own code, 16 hexadecimal digits: other code may give other numbers."""
+    """Hash of this package's code, 16 hexadecimal digits: code changes may change results."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -62,14 +63,14 @@ def package_hash() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` in one step: a reader sees the old file or the whole new one."""
+    """Writes `text` to `path` atomically: a reader sees either the old or the complete new file."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` in one step: a reader sees the old file or the whole new one."""
+    """Writes `data` to `path` atomically: a reader sees either the old or the complete new file."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # jobs may share a cache
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # unique per process
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -81,7 +82,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_replaceable(path: Path, marks: Sequence[str]) -> None:
-    """Raises ValueError if `path` holds anything but a folder with one of the files `marks`."""
+    """Raises ValueError unless `path` is missing, an empty folder, or holds a file of `marks`."""
     ours = any((path / mark).is_file() for mark in marks)
     if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} is there and was not made by this project; choose another folder")
@@ -89,22 +90,22 @@ def check_replaceable(path: Path, marks: Sequence[str]) -> None:
 
 @contextmanager
 def new_folder(path: Path, marks: Sequence[str]) -> Iterator[Path]:
-    """Gives a folder to fill that takes the name `path` when the block ends without an error.
+    """Yields a temporary folder, which is renamed to `path` if the block ends without an error.
 
-    A folder already there is replaced, if it holds one of `marks`; what an earlier interrupted
-    attempt left is removed.
+    An existing folder that holds one of `marks` is replaced. Leftovers of an interrupted attempt
+    are removed.
 
     Args:
-        path: the folder.
-        marks: files that tell a folder made by this project from one of the user's.
+        path: final path of the folder.
+        marks: files that identify a folder that this project wrote, as opposed to a user's folder.
 
     Raises:
-        ValueError: `path` holds something that is not ours to replace.
+        ValueError: `path` exists and was not written by this project.
     """
     path = Path(path)
     check_replaceable(path, marks)
     partial = path.with_name(path.name + PARTIAL)
-    old = path.with_name(f"{path.name}.old{PARTIAL}")  # "model.old" may be somebody's copy
+    old = path.with_name(f"{path.name}.old{PARTIAL}")  # "model.old" may be a user's backup
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

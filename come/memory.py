@@ -1,4 +1,4 @@
-"""Peak memory of a stage of a run."""
+"""Peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from types import TracebackType
 import psutil
 import torch
 
-_INTERVAL = 0.02  # seconds between looks
+_INTERVAL = 0.02  # seconds between samples
 
 
 class PeakMemory:
-    """Context manager: peak memory above the level at entry, in bytes.
+    """Context manager that measures the peak memory above the level at entry, in bytes.
 
-    On the CPU it is the resident set of this process, looked at 50 times a second from a thread;
-    on CUDA the allocator's own peak.
+    On the CPU, a thread samples the resident set size of this process 50 times a second. On CUDA,
+    the peak is that of PyTorch's caching allocator.
 
     Attributes:
-        peak: the highest level above the one at entry, bytes; valid after exit.
+        peak: peak memory above the level at entry, in bytes; valid after exit.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

@@ -6,12 +6,13 @@ from typing import Any, TypedDict
 
 
 class PerplexityResult(TypedDict):
-    """Perplexity of one model on the held-out text.
+    """Perplexity of one model on one held-out text.
 
-    value, low, high: perplexity and its 95% interval over windows.
-    ratio, ratio_low, ratio_high: over the dense model's, paired by window (1 for itself).
-    tokens, windows: how much text.
-    nll: mean negative log-likelihood of every window, nats a token.
+    value, low, high: perplexity and its 95% confidence interval over windows.
+    ratio, ratio_low, ratio_high: ratio to the dense model's perplexity, paired by window, with its
+        95% confidence interval (1 for the dense model).
+    tokens, windows: size of the text.
+    nll: mean negative log-likelihood of every window, in nats per token.
     """
 
     value: float
@@ -26,15 +27,15 @@ class PerplexityResult(TypedDict):
 
 
 class SpeedResult(TypedDict):
-    """Speed and memory of one model, the dense one and it in turn.
+    """Speed and memory of one model, timed alternately with the dense model.
 
     prompt, generation: tokens/s of the median repetition.
-    prompt_spread, generation_spread: [slowest, fastest], tokens/s.
-    prompt_ratio, generation_ratio: tokens/s over the dense model's.
-    prompt_realised, generation_realised: share of the time saved over the share of layers removed;
-        1 where time falls as depth does, 0 for the dense model.
-    peak_bytes: its weights, and the most memory above them while it worked.
-    cache_bytes: keys and values of the prompt.
+    prompt_spread, generation_spread: [slowest, fastest] repetition, tokens/s.
+    prompt_ratio, generation_ratio: tokens/s divided by the dense model's.
+    prompt_realised, generation_realised: share of the time saved, divided by the share of the
+        layers' parameters removed: 1 if time falls in proportion to depth, 0 for the dense model.
+    peak_bytes: weights, plus peak memory above them during the timed work.
+    cache_bytes: size of the KV cache of the prompt.
     """
 
     prompt: float
@@ -50,17 +51,19 @@ class SpeedResult(TypedDict):
 
 
 class TaskResult(TypedDict):
-    """One task: its metric with standard error, and the paired difference to the dense model.
+    """One zero-shot task: its metric with standard error, and the paired difference to dense.
 
-    documents: how many.
-    metric: the one that counts, acc where the task has it.
-    value, stderr: of that metric, as the harness gives them; no stderr where it gives none.
+    documents: number of documents.
+    metric: name of the headline metric: acc if the task has it, otherwise its first metric.
+    value, stderr: headline metric and its standard error, as the harness reports them; stderr is
+        None if the harness reports none.
     metrics: all metrics and standard errors of the task by name, such as acc_norm.
-    scores: the metric of every document, in their order; None where it is no mean over documents
-        (a correlation, F1, BLEU).
-    difference, difference_low, difference_high: value minus the dense model's on the same
-        documents, with its 95% interval (paired bootstrap); no interval without scores.
-    mcnemar_p: exact test of that difference; None without scores.
+    scores: headline metric of every document, in order; None if the metric is not a mean over
+        documents (a correlation, F1, BLEU).
+    difference, difference_low, difference_high: value minus the dense model's value on the same
+        documents, with its 95% confidence interval (paired bootstrap); the interval is None if
+        `scores` is None.
+    mcnemar_p: p-value of McNemar's exact test of that difference; None if `scores` is None.
     """
 
     documents: int
@@ -76,9 +79,9 @@ class TaskResult(TypedDict):
 
 
 class Difference(TypedDict):
-    """A value minus the dense model's, and its 95% interval (paired bootstrap over documents).
+    """A value minus the dense model's, with its 95% interval (paired bootstrap over documents).
 
-    The interval is None where a task has no score for each document.
+    The interval is None if a task has no per-document scores.
     """
 
     value: float
@@ -89,12 +92,13 @@ class Difference(TypedDict):
 class ZeroShotResult(TypedDict):
     """Zero-shot accuracy.
 
-    tasks: by name; of a group all of its tasks.
-    values: what was asked for: a task's metric, a group's aggregate.
-    differences: of each value; in the interval of a group all its documents count the same.
-    average: mean of the values.
-    average_difference: of the average.
-    retention: average over the dense model's; 0 where that is 0.
+    tasks: results by task name, including every task of a requested group.
+    values: value of every requested task (its headline metric) or group (its aggregate).
+    differences: difference of each value to the dense model's; the interval of a group weights all
+        its documents equally.
+    average: mean of `values`.
+    average_difference: difference of `average` to the dense model's.
+    retention: average divided by the dense model's; 0 if that is 0.
     """
 
     tasks: dict[str, TaskResult]
@@ -106,15 +110,16 @@ class ZeroShotResult(TypedDict):
 
 
 class DepthResult(TypedDict):
-    """One model of a run; the dense one comes first.
+    """The results of one model of a job; the dense model comes first.
 
-    layers, parameters: its size, tied parameters once; of a job with merge.parts, how many layers
-        still have that part, and the parameters without those of silent blocks.
-    sparsity: share of the dense model's parameters that is gone.
+    layers, parameters: size of the model; tied parameters are counted once. If one sublayer is
+        merged (`merge.sublayers`), `layers` is the number of layers that keep that sublayer, and
+        `parameters` excludes the zeroed sublayers.
+    sparsity: share of the dense model's parameters that is removed.
     stage: dense, merged or distilled.
-    folder: where it is saved, relative to the run's folder; "" for the dense model.
-    perplexity, speed, zero_shot: None where they were not measured.
-    also: perplexity on the further texts of eval.extra_texts, by their names.
+    folder: model folder, relative to the job folder; "" for the dense model.
+    perplexity, speed, zero_shot: None if not measured.
+    also: perplexity on the texts of `eval.extra_texts`, by name.
     continuations: greedy continuations of the report's prompts.
     """
 
@@ -131,14 +136,18 @@ class DepthResult(TypedDict):
 
 
 class CompressionResult(TypedDict):
-    """What the merge cost.
+    """Time and memory of the merge.
 
-    seconds: from the loaded model to the merged one, over all sessions of a resumed job.
-    peak_bytes: peak resident memory above the level before the model was loaded, last session.
+    seconds: time from the loaded model to the merged model, summed over the sessions of a resumed
+        job.
+    peak_bytes: peak memory above the level before the model was loaded (resident set on the CPU,
+        allocator peak on CUDA), in the last session.
     weight_bytes: bytes of the dense model's weights.
-    boundary_bytes: bytes of all boundary states.
-    layer_passes: passes of all windows over one layer, trials included; 0 where a plan was applied.
-    resumed_at: merges that an earlier session had finished; 0 without interruption.
+    boundary_bytes: estimated bytes of the hidden states stored at all layer boundaries.
+    layer_passes: number of times that all windows pass through one layer, trial merges included;
+        0 if a plan was applied or an already merged model was loaded.
+    resumed_at: number of merges that an earlier session, or the run given by `from_run`, had
+        already done; 0 if there is none.
     """
 
     seconds: float
@@ -150,7 +159,14 @@ class CompressionResult(TypedDict):
 
 
 class CalibrationResult(TypedDict):
-    """The calibration text: where from, tokens in hand and tokens used, the windows' hash."""
+    """The calibration text.
+
+    source: description of the text.
+    corpus_tokens: tokens of the text that the windows were cut from.
+    tokens, windows: number of calibration tokens and windows.
+    removed_lines: lines left out because the held-out text contains them too.
+    hash: hash of the windows.
+    """
 
     source: str
     corpus_tokens: int
@@ -161,21 +177,25 @@ class CalibrationResult(TypedDict):
 
 
 class DistillationResult(TypedDict):
-    """What the training after the merge did.
+    """The distillation after the merge.
 
-    method, source: registry name, and what the training text is.
-    tokens: tokens trained on, repeated ones counted again; distinct_tokens: without those.
-    validation_tokens: held out of the training text.
-    steps, best_step: optimiser steps, and the one whose weights were kept, by validation.
-    processes: that trained side by side.
-    trained_parameters: how many parameters trained; apart, of one layer.
-    weight_bytes, gradient_bytes, optimizer_bytes: held while training, besides activations; apart,
-        of one layer's job.
-    seconds, tokens_per_second: of the training steps, validations not counted; apart, of all layers
-        one after another.
-    curve: [tokens, loss] of every step.
-    validation: of every validation its tokens, "loss", parts of it, and "nll", the student's
-        cross-entropy, where the whole model runs.
+    Layer-wise training (`apart`) trains every merged layer separately.
+
+    method, source: registry name of the method, and description of the training text.
+    tokens: training tokens, with repetitions.
+    distinct_tokens: training tokens, without repetitions.
+    validation_tokens: tokens held out of the training text.
+    steps, best_step: number of optimiser steps, and the step with the best validation loss, whose
+        weights are kept. Layer-wise: the largest of all layers.
+    processes: number of processes started by `accelerate launch`.
+    trained_parameters: number of trained parameters. Layer-wise: of one layer.
+    weight_bytes, gradient_bytes, optimizer_bytes: training memory, without activations.
+        Layer-wise: of one layer.
+    seconds, tokens_per_second: time and throughput of the training steps, without validation.
+        Layer-wise: the time is summed over the layers.
+    curve: [tokens, loss] at every step. Layer-wise: the loss is summed over the layers.
+    validation: at every validation, the tokens so far, "loss", its components, and, if the whole
+        model runs, "nll", the cross-entropy of the student. Layer-wise: the summed "loss" only.
     """
 
     method: str
@@ -197,18 +217,22 @@ class DistillationResult(TypedDict):
 
 
 class Result(TypedDict):
-    """Everything that a job found.
+    """The content of `result.json`: all results of a job.
 
-    job: the job's hash.
+    job: hash of the job.
     model, method: labels.
-    changes: settings of the method that the command changed, such as "refit=ridge".
-    merge_history: original layers behind every layer of the last model.
-    depths: the dense model and every merged one, deepest first.
-    calibration: the merge's, of a given plan what it was made with; None if that is not known.
-    distillation: None without.
-    eval_source: what the held-out text is; eval_also: and the further ones, by name.
+    changes: settings of the method that the command line overrides, such as "refit=ridge".
+    plan: hash of the plan of the last model.
+    merge_history: original layers merged into each layer of the last model.
+    depths: the dense model and every compressed model, deepest first; a distilled model follows
+        the merged model that it was trained from.
+    calibration: calibration text of the merge. If a plan was applied, the text that the plan was
+        computed on; None if it is unknown.
+    distillation: None if the job has none.
+    eval_source, eval_also: description of the held-out text, and of those of `eval.extra_texts`
+        by name.
     settings: the resolved settings.
-    versions: of Python and the packages that matter.
+    versions: versions of Python, of this package and of the packages that affect the numbers.
     """
 
     job: str

@@ -1,4 +1,4 @@
-"""Names to classes: the pluggable parts of the method, discovered from their packages."""
+"""Registries: short names for pluggable classes, which are discovered in their packages."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: ((str,), "a word"),
 }
-"""What may be given where a parameter's default is of a type, and how a message names it."""
+"""For each type of a parameter's default: the accepted types, and their name in error messages."""
 
 
 class Registry(Generic[T]):
-    """Maps a short name to one class of a kind; every file of `package` is imported at first use.
+    """Maps short names to classes of one kind; imports every module of `package` on first use.
 
-    A registered class has a `name` (the key) and says where it comes from: `paper` (arXiv id) and
-    `source` (where the formula is, in words), both empty unless given. `former` is a name that it
-    once had.
+    A registered class has a `name`, which is its key, and states its origin: `paper` (arXiv id)
+    and `source` (where the formula is defined, in words). It may have a `former` name, which is
+    reported as renamed.
 
     Args:
-        kind: what the entries are, as a message names it ("sensitivity metric").
-        package: dotted name of the package that holds one file per entry.
-        config_key: the configuration key that chooses an entry ("merge.sensitivity").
+        kind: what the entries are, for error messages ("sensitivity metric").
+        package: dotted name of the package, which holds one module per entry.
+        config_key: the configuration key that selects an entry ("merge.sensitivity").
     """
 
     def __init__(self, kind: str, package: str, config_key: str) -> None:
@@ -48,17 +48,17 @@ class Registry(Generic[T]):
         self._discovered = False
 
     def register(self, cls: type[T]) -> type[T]:
-        """Class decorator: enters `cls` under `cls.name`.
+        """Class decorator that registers `cls` under `cls.name`.
 
         Raises:
-            TypeError: the class has no name.
-            ValueError: the name is taken.
+            TypeError: the class has no `name`.
+            ValueError: another class is registered under this name.
         """
         if not isinstance(getattr(cls, "name", None), str):
             raise TypeError(f"{cls.__qualname__} needs a class attribute 'name' (str)")
         name: str = getattr(cls, "name")  # noqa: B009 - T carries no bound with `name`
         if not cls.__module__.startswith(self.package):
-            self._discover()  # so that a name of the package's own is seen to be taken
+            self._discover()  # a plugin must not take the name of a built-in entry
         known = self._entries.get(name)
         if known is not None and _identity(known) != _identity(cls):
             raise ValueError(
@@ -76,7 +76,8 @@ class Registry(Generic[T]):
         """The class registered under `name`.
 
         Raises:
-            ValueError: no such entry; the message lists near matches and all names.
+            ValueError: there is no such entry. The message names its new name if it was renamed,
+                otherwise close matches and all names.
         """
         self._discover()
         if name not in self._entries:
@@ -93,7 +94,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
-        """Builds entry `name` with some of its settings.
+        """Builds entry `name` with the given settings; the others keep their defaults.
 
         Raises:
             ValueError: an unknown name or setting, or a value that is not allowed.
@@ -111,7 +112,7 @@ class Registry(Generic[T]):
         return cls(**{known[key].name: value for key, value in (settings or {}).items()})
 
     def build(self, given: Any) -> T:
-        """An entry from its name, from its name and settings as plain data, or as it is.
+        """Builds an entry from its name or a mapping of name and settings; returns others as given.
 
         Raises:
             ValueError: see `create`.
@@ -125,15 +126,15 @@ class Registry(Generic[T]):
         return cast(T, given)
 
     def options(self, name: str) -> list[str]:
-        """Names of the constructor's parameters of entry `name`."""
+        """Names of the constructor parameters of entry `name`."""
         return [p for p in inspect.signature(self.get(name)).parameters if p != "self"]
 
     def create_from(self, name: str, settings: Mapping[str, Any] = {}) -> T:
-        """Builds entry `name` from those `settings` that its constructor takes.
+        """Builds entry `name` from `settings`, ignoring those that its constructor does not take.
 
         Raises:
-            ValueError: unknown name, a required constructor parameter is not in `settings`, or a
-                setting is not of the kind of the parameter's default.
+            ValueError: the name is unknown, a required constructor parameter is missing, or the
+                type of a setting does not match the parameter's default.
         """
         cls = self.get(name)
         chosen: dict[str, Any] = {}
@@ -145,7 +146,7 @@ class Registry(Generic[T]):
         return cls(**chosen)
 
     def _checked(self, name: str, parameter: inspect.Parameter, value: Any) -> Any:
-        """The value, if it is of the kind of the parameter's default (number, word, switch)."""
+        """Returns the value if its type matches the parameter's default; otherwise ValueError."""
         default = type(parameter.default)
         if default not in KINDS or (value is None and "None" in str(parameter.annotation)):
             return value
@@ -177,13 +178,13 @@ def _identity(cls: type) -> tuple[str, str]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Runs a Python file that registers entries of its own; the same file again changes nothing.
+    """Runs a Python file that registers its own entries; loading the same file again is harmless.
 
     Args:
         path: the file, as given in the setting `plugins`.
 
     Raises:
-        ValueError: no such file, or running it fails.
+        ValueError: the file does not exist, is not a Python file, or raises an exception.
     """
     path = Path(path).expanduser()
     if not path.is_file():

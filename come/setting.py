@@ -1,4 +1,4 @@
-"""Settings: a setting is a documented, checked field of the dataclass that uses it."""
+"""Settings: documented and validated fields of the dataclass that uses them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class Setting:
-    """What may be given for a setting.
+    """Documentation and allowed values of a setting.
 
     Attributes:
-        doc: what it does, one line.
-        kind: type of its values: bool, int, float, str or list.
-        least: smallest number allowed.
-        above: a number that the value must exceed.
-        most: largest number allowed.
-        below: a number that the value must stay under.
-        choices: the words allowed, of a list those of its items; empty for any.
-        words: words allowed in place of a number.
+        doc: what the setting does, one line.
+        kind: type of the values: bool, int, float, str, list or dict.
+        least: smallest allowed number, inclusive.
+        above: exclusive lower bound.
+        most: largest allowed number, inclusive.
+        below: exclusive upper bound.
+        choices: allowed strings, or allowed items of a list; empty if any are allowed.
+        words: strings that are allowed in place of a number.
         optional: whether null is allowed.
-        config: the default in a composed configuration, where an interpolation chooses it.
-        counts: whether another value can change a number, so that it names another job; not so of
-            labels and places, and not of paths, whose content counts instead.
+        config: default in the composed configuration, if it is an interpolation; otherwise None.
+        counts: whether the value is part of the job hash because it can change a result. False for
+            labels and locations, and for paths, whose content is hashed instead.
     """
 
     doc: str
@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """What may be given, in words: "a whole number of at least 1"."""
+        """Description of the allowed values, for example "a whole number of at least 1"."""
         if self.kind is list and self.choices:
             return f"a list of {', '.join(self.choices)}"
         if self.choices:
@@ -87,13 +87,13 @@ class Setting:
 
 
 def setting(default: Any, doc: str, *, kind: type | None = None, **limits: Any) -> Any:
-    """A dataclass field that is a setting.
+    """Creates a dataclass field that is a setting.
 
     Args:
-        default: its default; a list is copied for every instance.
-        doc: what it does, one line.
-        kind: type of its values; that of the default unless given.
-        limits: further attributes of `Setting`.
+        default: the default; a list or dict is copied for every instance.
+        doc: what the setting does, one line.
+        kind: type of the values; by default the type of `default`.
+        limits: other attributes of `Setting`.
     """
     about = {"setting": Setting(doc, kind or type(default), **limits)}
     if isinstance(default, list | dict):
@@ -102,13 +102,13 @@ def setting(default: Any, doc: str, *, kind: type | None = None, **limits: Any) 
 
 
 class HasSettings:
-    """Base of dataclasses with settings; their values are checked when an instance is made.
+    """Base of dataclasses with settings, whose values are validated when an instance is created.
 
-    A setting whose name is a word of Python's carries an underscore behind it there and none in
-    the configuration: `lambda_` is `merge.refit.lambda`.
+    A setting that is named like a Python keyword has a trailing underscore in the class and none
+    in the configuration: `lambda_` is `merge.refit.lambda`.
 
     Raises:
-        ValueError: a value that is not allowed, with its key and what is.
+        ValueError: a value is not allowed; the message has its key and the allowed values.
     """
 
     config_key: ClassVar[str] = ""
@@ -125,7 +125,7 @@ class HasSettings:
 
     @classmethod
     def settings(cls) -> dict[str, Field[Any]]:
-        """The settings by their keys in the configuration."""
+        """The dataclass fields of the settings, by configuration key."""
         if not hasattr(cls, "__dataclass_fields__"):
             return {}
         own = [entry for entry in fields(cls) if "setting" in entry.metadata]  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ class HasSettings:
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Default values by key, as a composed configuration holds them."""
+        """Default values by key, as they appear in the composed configuration."""
         found = {}
         for key, entry in cls.settings().items():
             config = entry.metadata["setting"].config
@@ -146,7 +146,7 @@ class HasSettings:
         return {key: getattr(self, entry.name) for key, entry in self.settings().items()}
 
     def counted(self) -> dict[str, Any]:
-        """The values that can change a number, as `record` gives them."""
+        """The values of `record` that can change a result and are part of the job hash."""
         silent = {k for k, entry in self.settings().items() if not entry.metadata["setting"].counts}
         return {key: value for key, value in self.record().items() if key not in silent}
 

@@ -1,12 +1,12 @@
-"""How well a plan's model tells right answers from wrong ones, on documents that no table reports.
+"""Accuracy and answer cross-entropy of compressed models, on documents that no table reports.
 
     python experiments/answers.py DATA runs/JOB/plan.json ...
 
-DATA: the folder with arc_easy.jsonl and piqa.jsonl. The tables report the first 500 documents of
-each, so choices are made on later ones (`--first`, `--documents`). Accuracy of some hundred
-documents moves in steps; their cross-entropy over a document's own answers, from the answers'
-summed log-likelihoods, tells smaller differences. Printed as mean minus the dense model's, paired
-by document, with standard errors; the two tasks count alike.
+DATA is the folder with arc_easy.jsonl and piqa.jsonl. The tables report the first 500 documents of
+each task, so choices are made on later documents (`--first`, `--documents`). Accuracy on a few
+hundred documents changes in steps. The cross-entropy over a document's own answers, from
+their summed log-likelihoods, resolves smaller differences. Prints the mean difference to the dense
+model, paired by document, with its standard error; both tasks have equal weight.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def questions(row: dict[str, Any]) -> tuple[str, list[str], int]:
-    """The prompt, its answers and the right one's index, as the local tasks ask for them."""
+    """The prompt, the answers and the index of the correct one, formatted as in the local tasks."""
     if "goal" in row:
         prompt, answers, right = row["goal"], [row["sol1"], row["sol2"]], row["label"]
     else:
@@ -78,7 +78,7 @@ def scores(
     tokenizer: PreTrainedTokenizerBase,
     task: list[tuple[str, list[str], int]],
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the answers and whether the right one is ahead, of every document."""
+    """For every document: cross-entropy over its answers, and whether the correct one wins."""
     texts = []
     for prompt, answers, _ in task:
         begin = tokenizer.encode(prompt, add_special_tokens=False)
@@ -108,7 +108,7 @@ def scores(
 
 
 def paired(found: list[Tensor], base: list[Tensor]) -> str:
-    """Mean over tasks of the mean difference, and its standard error."""
+    """The mean difference, averaged over tasks, and its standard error."""
     gaps = [f - b for f, b in zip(found, base, strict=True)]
     mean = sum(gap.mean().item() for gap in gaps) / len(gaps)
     error = sum(gap.var().item() / len(gap) for gap in gaps) ** 0.5 / len(gaps)

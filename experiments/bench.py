@@ -1,8 +1,8 @@
-"""What a compression costs, in forward passes: `make bench`, or with `--method come_plus`.
+"""Cost of a compression in forward passes: `make bench`, or with `--method come_plus`.
 
-Times a plain forward pass of the decoder before and after a whole progressive compression over the
-same tokens, and prints seconds, their ratio, the arithmetic behind it (layer passes that the chosen
-groups make necessary, in forward passes), and peak memory.
+Times a plain forward pass of the decoder before and after a complete progressive compression over
+the same tokens. Prints the seconds, their ratio, the expected ratio (the layer passes that the
+chosen spans require, in forward passes), and peak memory.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
 
-COME_PLUS = Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))  # as for text from the model
+COME_PLUS = Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))  # as for self-generated text
 PAPER = Method(
     selection="sbi", retention="bi_power", schedule="progressive", refit="none",
     m=2, tokens="last", norms="mean",
 )  # fmt: skip
 METHODS = {"come": (PAPER, 6, 1), "come_plus": (COME_PLUS, 15, 2)}
-"""Method, the ratio wanted, and how many sets of boundary states it keeps."""
+"""Method, target ratio, and the number of sets of boundary states that it keeps."""
 
 
 @torch.inference_mode()
 def forward_seconds(checkpoint: Path, windows: torch.Tensor, batch_size: int) -> float:
-    """Seconds of one forward pass of the dense decoder over all windows, after a warm-up batch."""
+    """Seconds for one forward pass of the dense decoder over all windows, after a warm-up batch."""
     adapter = ModelAdapter(load_weights(checkpoint, dtype="float32"))
     decoder = adapter.model.get_submodule(adapter.architecture.decoder)
     decoder(input_ids=windows[:batch_size], use_cache=False)

@@ -1,12 +1,13 @@
-"""Where a merge costs: on new tokens, on tokens seen before, or where a passage is repeated.
+"""Where a merge increases the loss: on new tokens, on tokens seen before, or on repeated passages.
 
-    python experiments/copying.py TEXT runs/JOB/plan.json ...   # what each plan's model loses
-    python experiments/copying.py TEXT --layers                 # each attention silenced in turn
+    python experiments/copying.py TEXT runs/JOB/plan.json ...   # loss increase of each plan's model
+    python experiments/copying.py TEXT --layers                 # attention of one layer zeroed
 
-Nats that a predicted token costs more than with the dense model, in windows of 256 of one part of
-the text (`--part`; the fifth for choices), as means over three kinds of tokens: "pair" where the
-same two tokens stand next to each other earlier in the window, so that a head which goes on as it
-did then ("induction head", arXiv 2209.11895) predicts it; "seen" where only the token does; "new".
+Prints how many nats per predicted token a model loses against the dense model, in windows of 256
+tokens from one part of the text (`--part`; by default the 20% that is used for choices). Means are
+over all tokens and over three kinds. "pair": the token and the one before it occur together earlier
+in the window, so an induction head (arXiv 2209.11895) predicts the token by copying. "seen": only
+the token itself occurs earlier. "new": all other tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def kinds_of(ids: Tensor) -> list[Tensor]:
-    """Masks of the predicted tokens [windows, seq - 1]: all, new, seen, pair."""
+    """Masks over the predicted tokens [windows, seq - 1]: all, new, seen, pair."""
     seen = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     pair = seen.clone()
     for window, tokens in enumerate(ids.tolist()):
@@ -80,7 +81,7 @@ def kinds_of(ids: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def token_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """-log p of every token but the first, [windows, seq - 1], nats."""
+    """-log p of every token except the first, [windows, seq - 1], in nats."""
     found = []
     for batch in ids.split(4):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -91,7 +92,7 @@ def token_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def without_attention(model: PreTrainedModel) -> Iterator[tuple[int, PreTrainedModel]]:
-    """The model with the attention of one layer after the other silenced."""
+    """Yields the model with the attention of one layer zeroed, for each layer in turn."""
     adapter = ModelAdapter(model)
     for index in range(adapter.num_layers):
         output = adapter.output_map(index, "kv_group").weight

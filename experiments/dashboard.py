@@ -2,10 +2,10 @@
 
     pip install -e .[dashboard]
     python experiments/dashboard.py PROJECT [--entity NAME] [--group GRID]         # prints them
-    python experiments/dashboard.py PROJECT --entity NAME [--group GRID] --save    # makes them
+    python experiments/dashboard.py PROJECT --entity NAME [--group GRID] --save    # creates them
 
-Only --save uses the network; it prints two links. Keys are those of metrics.jsonl. Offline runs of
-a whole grid go up first: wandb sync runs/*/wandb/offline-run-*
+Only --save uses the network; it prints two links. The keys are those of metrics.jsonl. Upload the
+offline runs of a grid first: wandb sync runs/*/wandb/offline-run-*
 """
 
 import argparse
@@ -17,7 +17,7 @@ import wandb_workspaces.workspaces as workspaces
 
 
 def sections() -> dict[str, list]:
-    """Panels by section, made anew at every call."""
+    """Panels by section; every call creates new objects."""
     line, scatter, bar = reports.LinePlot, reports.ScatterPlot, reports.BarPlot
     size = "eval/parameters"
     return {
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _plain(value: object) -> object:
-    """Dataclasses as dictionaries without what is empty."""
+    """Converts dataclasses to dictionaries and leaves out empty values."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {"": type(value).__name__} | asdict(value)
     if isinstance(value, dict):

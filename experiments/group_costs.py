@@ -1,13 +1,14 @@
-"""What each group of layers costs when it is merged alone, and what would have told.
+"""Cost of merging each span of layers alone, and the scores that could predict it.
 
-    python experiments/group_costs.py TEXT groups.jsonl     # goes on where groups.jsonl ends
+    python experiments/group_costs.py TEXT groups.jsonl     # resumes after the last line
 
-Every group of 2 to 4 layers whose angle is among the lowest of its size is merged as by
-`merge=come_plus`, calibrated on text sampled from the model. Nats a token more than the dense
-model: on one part of TEXT in windows of 256 (`text`; the fifth for choices), and on one part of
-Python's documentation in windows of 2048 (`pydocs`). Beside them what a choice could know: the
-angle, and the Kullback-Leibler divergence from the dense model on sampled windows that were not
-calibrated on (`kl`), and on the second half of windows that say the same twice (`copies`).
+Takes the spans of 2 to 4 layers whose angle is among the lowest of their size. Each is merged as by
+`merge=come_plus`, calibrated on text sampled from the model. The cost is the increase in nats per
+token over the dense model: on one part of TEXT in windows of 256 (`text`; the 20% that is used for
+choices), and on one part of Python's documentation in windows of 2048 (`pydocs`). The scores that a
+selection could use are the angle, and two KL divergences from the dense model: on sampled windows
+outside the calibration text (`kl`), and on the second half of windows that repeat their first half
+(`copies`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from come.models.loading import load_tokenizer, load_weights
 from come.stream.stream import LayerStream
 
 HELD_OUT = 16
-LOWEST = {2: 14, 3: 11, 4: 9}  # groups tried, by size
-COPIED = 128  # tokens of a passage that is said twice
+LOWEST = {2: 14, 3: 11, 4: 9}  # number of spans tried, by size
+COPIED = 128  # tokens of the passage that is repeated
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
 def candidates(
     model: PreTrainedModel, windows: Int[Tensor, "windows seq"]
 ) -> list[tuple[float, int, int]]:
-    """The groups (angle, first, last) to try."""
+    """The spans to try, as (angle, first, last)."""
     score, found = Angular(), []
     score.tokens = "all"
     stream = LayerStream(ModelAdapter(model), windows)
@@ -101,7 +102,7 @@ def candidates(
 
 @torch.no_grad()
 def loss(model: PreTrainedModel, windows: Int[Tensor, "windows seq"]) -> float:
-    """Nats a predicted token."""
+    """Mean loss in nats per predicted token."""
     batches = windows.split(max(1, 1024 // windows.shape[1]))
     return (
         torch.stack([model(ids, labels=ids, use_cache=False).loss for ids in batches]).mean().item()
@@ -115,7 +116,7 @@ def divergence(
     windows: Int[Tensor, "windows seq"],
     begin: int = 0,
 ) -> float:
-    """Mean KL(dense || merged) of the next token, nats, from position `begin` on."""
+    """Mean KL(dense || merged) of the next-token distributions from position `begin`, in nats."""
 
     def predicted(model: PreTrainedModel, ids: Tensor) -> Float[Tensor, "batch seq vocab"]:
         return model(ids, use_cache=False).logits[:, begin:].float().log_softmax(-1)

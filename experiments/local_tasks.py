@@ -1,4 +1,4 @@
-"""ARC-easy and PIQA from files on disk, as the harness's own tasks put them, without the hub.
+"""ARC-easy and PIQA from local files, in the format of lm-eval's own tasks, without the hub.
 
     python experiments/local_tasks.py DATA FOLDER
     python run.py eval=zero_shot eval.include_path=FOLDER eval.tasks=[arc_easy_local,piqa_local]

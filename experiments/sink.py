@@ -1,11 +1,11 @@
-"""What merges do to the first token of a window, the sink of attention.
+"""What merges do to the attention sink, the first token of a window.
 
     python experiments/sink.py TEXT runs/JOB/plan.json ...
 
-Behind every merged layer, and in front of the last, the state of the first token against the
-dense model's: its norm over the dense one's, the cosine of both, and |merged - dense| / |dense| of
-the first token and, as a median, of all others. Windows of 256 of one part of the text (`--part`;
-the fifth for choices).
+Compares hidden states with the dense model's, after every merged layer and before the last layer.
+For the first token: the ratio of the norms, the cosine similarity, and |merged - dense| / |dense|.
+For all other tokens: the median of |merged - dense| / |dense|. Uses windows of 256 tokens from one
+part of the text (`--part`; by default the 20% that is used for choices).
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def main() -> None:
 
 @torch.no_grad()
 def states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """The residual stream in front of every layer, and normed behind the last."""
+    """Hidden states before every layer, and after the final norm."""
     return list(model(ids, output_hidden_states=True, use_cache=False).hidden_states)
 
 
 def rows(
     history: list[list[int]], dense: list[Tensor], merged: list[Tensor]
 ) -> Iterator[tuple[str, list[float]]]:
-    """Of merged layers and of the last but one: norm ratio, cosine, errors."""
+    """Norm ratio, cosine and errors after every merged layer and after the last but one."""
     for index, span in enumerate(history[:-1]):
         if len(span) == 1 and index < len(history) - 2:
             continue

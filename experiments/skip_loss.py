@@ -1,10 +1,11 @@
-"""What SLEB's search costs with cached boundaries, over whole-model passes.
+"""Cost of SLEB's search from cached boundaries, relative to passes of the whole model.
 
     python experiments/skip_loss.py
 
-Scores every candidate of one greedy step twice, in turn: from the boundary in front of it, through
-the layers behind it; and by a pass of the whole model without the layer. Prints the ratio of the
-sums, the arithmetic behind it, and the largest difference of the two losses.
+Scores every candidate of one greedy step in two ways, alternating: from the cached boundary before
+the layer through the layers after it, and by a pass of the whole model without the layer. Prints
+the ratio of the total times, the layer passes that explain it, and the largest difference between
+the two losses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from come.stream.stream import LayerStream
 def whole_model_loss(
     adapter: ModelAdapter, windows: torch.Tensor, batch: int, dropped: int
 ) -> float:
-    """Mean loss of the model without one layer, by passes of the whole model."""
+    """Mean loss of the model without one layer, from passes of the whole model."""
     decoder, layers = adapter.model.get_submodule(adapter.architecture.decoder), adapter.layers
     name = adapter.architecture.layers.rpartition(".")[2]
     kept = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != dropped)

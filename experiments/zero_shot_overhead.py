@@ -1,10 +1,10 @@
-"""What our in-memory path adds to lm-eval's own time, in turn on the same model and tasks.
+"""Overhead of our in-memory evaluation over lm-eval alone, on the same model and tasks.
 
     python experiments/local_tasks.py DATA TASKS
     python experiments/zero_shot_overhead.py --include-path TASKS --tasks arc_easy_local --limit 40
 
-lm-eval's own time is `simple_evaluate` on the loaded model with its defaults; ours adds the
-documents' scores and the values that the report rests on.
+lm-eval alone is `simple_evaluate` with its defaults on the loaded model. Ours adds the scores of
+each document and the values that the report needs. Both are timed in turn.
 """
 
 import argparse

@@ -177,7 +177,7 @@ ELSEWHERE = {
     "distill.source", "distill.dataset", "distill.subset", "distill.split", "distill.revision",
     "distill.field", "distill.data_files", "distill.method",
     "eval.source", "eval.dataset", "eval.subset", "eval.split", "eval.revision", "eval.field",
-    "eval.data_files", "eval.name", "merge.name", "merge.plan", "merge.enabled",
+    "eval.data_files", "eval.name", "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
 OF_THE_WALK = {

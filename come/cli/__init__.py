@@ -1,6 +1,6 @@
-"""The command `come`: Hydra composes conf/ into `Settings`, and every job runs.
+"""The command `come`: Hydra composes the configuration in conf/, and every job of it runs.
 
-No other package imports Hydra.
+No other subpackage imports Hydra.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _HERE = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
 CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, or clone
-INVALID = "invalid"  # the folder name of settings that do not pass their checks
+INVALID = "invalid"  # takes the place of the job hash if the settings fail their checks
 
 
 class JobFailedError(Exception):
-    """A job of a sweep ended with an error of the user's, whose line this is."""
+    """A job of a sweep failed with a user error; the message is the printed line."""
 
 
 def schema() -> dict[str, Any]:
-    """What conf/ is merged into: the groups' classes, whose fields give types and defaults."""
+    """The structured configs that conf/ is merged into; their fields define types and defaults."""
     hints = get_type_hints(Settings)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     return {"plugins": [], "from_run": None} | {
@@ -55,7 +55,7 @@ def schema() -> dict[str, Any]:
 
 
 def to_settings(config: DictConfig) -> Settings:
-    """The typed settings of a composed configuration, interpolations resolved."""
+    """Converts a composed configuration to typed settings, and resolves its interpolations."""
     types = schema()
     own = OmegaConf.masked_copy(config, list(types))
     OmegaConf.resolve(own)
@@ -69,14 +69,15 @@ def to_settings(config: DictConfig) -> Settings:
 
 
 def main() -> int:
-    """Runs the command line: every job that it composes.
+    """Runs the command line: a single job or all jobs of a sweep.
 
-    An error of the user's is one line on stderr; any other error keeps its traceback.
+    A user error is printed as one line on stderr. Any other error keeps its traceback.
 
     Returns:
-        The exit code: 0, or 1 after an error. In a sweep the other jobs finish first.
+        The exit code: 0 on success, 1 after a user error, 130 after an interrupt. If a job of a
+        sweep fails, the other jobs still run.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function whole
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra must not shorten errors
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
@@ -89,7 +90,7 @@ def main() -> int:
             settings.merge.changes = method_changes(overrides)
             settings.check()
             check_explicit(settings, overrides)
-            from come.job.run import run  # slow to import; a wrong setting needs none of it
+            from come.job.run import run  # slow to import, so only after the checks
 
             run(settings, folder)
         except Exception as error:
@@ -114,23 +115,23 @@ def main() -> int:
         register_parts()
         sys.argv[1:] = [*as_groups(words), *model_of_run(words)]
         if "--cfg" in words and "--resolve" not in words and "hydra" not in words:
-            sys.argv.append("--resolve")  # so that interpolations show what they will be
+            sys.argv.append("--resolve")  # show the values of interpolations
         job()
 
     try:
         return _guarded(start)
     finally:
-        if GridReport.running is not None:  # also behind a job that failed
+        if GridReport.running is not None:  # also after a failed job
             _finish_sweep(GridReport.running)
             GridReport.running = None
 
 
 def _guarded(job: Callable[[], Any]) -> int:
-    """Runs the sweep or job; an error of the user's is one line."""
+    """Runs the job or sweep and returns the exit code; prints a user error as one line."""
     try:
         job()
     except JobFailedError as error:
-        _say(str(error))  # once, if it was said here when the job failed
+        _say(str(error))  # prints nothing if this process already printed it when the job failed
         return 1
     except USER_ERRORS as error:
         _say(user_line(error))
@@ -153,7 +154,7 @@ _said: set[str] = set()
 
 
 def _say(line: str) -> str:
-    """One line on stderr, once."""
+    """Prints an error line to stderr, unless it was printed before; returns the line."""
     if line not in _said:
         print(f"error: {line}", file=sys.stderr)
     _said.add(line)
@@ -161,15 +162,15 @@ def _say(line: str) -> str:
 
 
 def _keep_traceback(path: Path) -> None:
-    """Writes the traceback of the error at hand into a failed job's own log."""
+    """Appends the traceback of the current exception to the failed job's log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         traceback.print_exc(file=file)
 
 
 def _finish_sweep(folder: Path) -> None:
-    """Makes the tables once more, from all jobs of a parallel launcher, and prints them."""
-    shutil.rmtree(folder.parent / INVALID, ignore_errors=True)  # what invalid jobs left of a log
+    """Writes the sweep's final tables, with all jobs of a parallel launcher, and prints them."""
+    shutil.rmtree(folder.parent / INVALID, ignore_errors=True)  # logs of jobs that are invalid
     if (folder / LISTING).is_file():
         print(f"\n{make_report(folder)}\ntables and figure: {folder}")
 
@@ -185,14 +186,14 @@ def _job_hash(*, _root_: DictConfig) -> str:
 
 
 def _repeat_weight(*, _root_: DictConfig) -> float:
-    """The weight of repeated text in trial scores: above 0 where the model writes the text."""
+    """Default weight of repeated text in trial scores: above 0 if the model generates text."""
     text = _root_.calibration
     sampled = (text.source == SELF_GENERATED and not text.path) or text.num_continuations > 0
     return REPEAT_WEIGHT if sampled else 0.0
 
 
 def _warn_of_grid() -> None:
-    """Says that an experiment is a grid, where only its first configuration runs."""
+    """Warns that without -m, only the base configuration of an experiment with a sweep runs."""
     hydra_config = HydraConfig.get()
     params = hydra_config.sweeper.get("params") or {}
     if hydra_config.mode == RunMode.RUN and params and _experiment():
@@ -204,7 +205,7 @@ def _warn_of_grid() -> None:
 
 
 def _experiment() -> str | None:
-    """The experiment's name; a grid's jobs are one group for the trackers."""
+    """Name of the chosen experiment, or None; trackers group its jobs by this name."""
     name = HydraConfig.get().runtime.choices.get("experiment")
     return str(name) if name else None
 
@@ -214,7 +215,7 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-# Known to Hydra as soon as this module is, in the processes of parallel launchers too.
+# Registered at import, so that the worker processes of parallel launchers have them too.
 ConfigStore.instance().store(name="schema", node=schema())
 OmegaConf.register_new_resolver("job_hash", _job_hash, replace=True)
 OmegaConf.register_new_resolver("repeat_weight", _repeat_weight, replace=True)

@@ -1,4 +1,4 @@
-"""`python -m come.cli`: the command where its script is not on the path."""
+"""`python -m come.cli` runs the command `come` if its script is not on the PATH."""
 
 import sys
 

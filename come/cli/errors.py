@@ -1,4 +1,4 @@
-"""Errors of the user in one line: the setting, what is allowed, and the way out."""
+"""One-line messages for user errors: the setting, the allowed values, and how to fix it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WANTED = {
 
 
 def user_line(error: Exception) -> str:
-    """The message of an error of the user in one line."""
+    """The message of a user error on one line."""
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
     if isinstance(error, MissingConfigException):
@@ -52,13 +52,13 @@ def user_line(error: Exception) -> str:
 
 
 def near(name: str, names: list[str]) -> str:
-    """What was probably meant: "; did you mean 'x' or 'y'?", or nothing."""
+    """Suggests close matches: "; did you mean x or y?", or "" if there are none."""
     found = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
-    """Keys of all settings, such as "merge.m"."""
+    """Keys of all settings and their groups, such as "merge.m" and "merge"."""
     hints = get_type_hints(cls)
     for entry in fields(cls):
         own = hints[entry.name]
@@ -69,7 +69,7 @@ def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
 
 
 def _part_of(name: str) -> str | None:
-    """What a setting of a method's part could have been; None for other settings."""
+    """Message for an unknown setting of a method's component; None for any other setting."""
     for part, registry in PARTS.items():
         prefix = f"merge.{part}."
         if name.startswith(prefix):
@@ -89,7 +89,7 @@ def _settings(registry: Registry[Any], name: str) -> list[str]:
 
 
 def _unreadable(error: OverrideParseException) -> str:
-    """An override that Hydra cannot read, and how it is written."""
+    """Message for an override that Hydra cannot parse, with the correct quoting."""
     key, _, value = error.override.partition("=")
     quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
     word = shlex.quote(f'{key}="{quoted}"')
@@ -100,7 +100,7 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def _no_such_choice(error: MissingConfigException) -> str:
-    """A group without the choice asked for."""
+    """Message for a config group that does not have the requested choice."""
     group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
     names: list[str] = list(error.options or [])
     if not group or not names:
@@ -115,7 +115,7 @@ def _no_such_choice(error: MissingConfigException) -> str:
 
 
 def _wrong_setting(text: str) -> str:
-    """A setting that is not there, or of the wrong type."""
+    """Message for a setting that does not exist or has the wrong type."""
     key = re.search(r"full_key: (\S+)", text)
     if key is None:
         return text

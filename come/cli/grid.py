@@ -1,4 +1,4 @@
-"""A Hydra callback that lists the jobs of a sweep and keeps its tables up to date."""
+"""A Hydra callback that records the jobs of a sweep and updates its tables and figure."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from come.report.points import PARAMETERS
 
 
 class GridReport(Callback):
-    """Hydra callback: lists the jobs of a sweep, and keeps its tables and figure up to date.
+    """Hydra callback that records the jobs of a sweep and updates its tables and figure.
 
-    They stand in `runs/grid-NAME/`, NAME being the experiment's, whose sweeps share a table, or
-    "sweep"; `python -m come.report runs/grid-NAME` makes them again.
+    The output folder is `runs/grid-NAME/`. NAME is the name of the experiment, so all sweeps of an
+    experiment share one table; without an experiment it is "sweep". `python -m come.report
+    runs/grid-NAME` writes the tables and the figure again.
 
     Args:
-        x: horizontal axis of the figure: "parameters", or a key that the jobs differ in.
-        title: of the figure.
+        x: horizontal axis of the figure: "parameters", or an override key that varies over jobs.
+        title: title of the figure.
     """
 
     running: ClassVar[Path | None] = None
-    """The folder of the sweep that this process runs."""
+    """Output folder of the sweep that this process runs."""
 
     def __init__(self, x: str = PARAMETERS, title: str = "") -> None:
         self.axes = {"x": x, "title": title}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A sweep that is no experiment begins a list of its own."""
+        """Creates the output folder; a sweep without an experiment starts a new list of jobs."""
         folder = GridReport.running = self._folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "grid-sweep":
@@ -42,7 +43,7 @@ class GridReport(Callback):
         write_text(folder / AXES, json.dumps(self.axes))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Adds the job to the list and makes the tables and the figure anew."""
+        """Adds the job to the list, and writes the tables and the figure again."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = self._folder(config)

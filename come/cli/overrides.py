@@ -1,4 +1,4 @@
-"""Overrides as people write them, as Hydra reads them: the parts of a method are groups."""
+"""Translates command-line overrides for Hydra: components of a method are config groups."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ RENAMED = {
     "eval.part": "eval.text_range",
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
-"""Settings that had another key."""
+"""Former keys of settings, with their current keys."""
 
 
 def register_parts() -> None:
-    """Makes every registered part a choice of its group: `merge/refit=ridge`."""
+    """Adds every registered component as a choice of its config group: `merge/refit=ridge`."""
     store = ConfigStore.instance()
     for group, registry in PARTS.items():
         for name in registry.names():
@@ -55,10 +55,10 @@ def register_parts() -> None:
 
 
 def load_plugins(overrides: Sequence[str]) -> None:
-    """Runs the files of `plugins=[...]`, whose parts are choices like any other.
+    """Loads the files in `plugins=[...]`, so that their components are available as choices.
 
     Raises:
-        ValueError: no such file, or running it fails.
+        ValueError: a file does not exist or raises an exception.
     """
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -69,7 +69,7 @@ def load_plugins(overrides: Sequence[str]) -> None:
 
 
 def model_of_run(overrides: Sequence[str]) -> list[str]:
-    """With `from_run=FOLDER` and no model, the model settings of the run in that folder."""
+    """For `from_run=FOLDER` without a model, overrides with the model settings of that run."""
     keys = {override.lstrip("+").partition("=")[0].split(".")[0] for override in overrides}
     folder = next((o.partition("=")[2] for o in overrides if o.startswith("from_run=")), "")
     if not folder or "model" in keys:
@@ -90,10 +90,10 @@ def _quoted(value: Any) -> str:
 
 
 def as_groups(overrides: Sequence[str]) -> list[str]:
-    """`merge.refit=ridge` as `merge/refit=ridge`; other words as they are.
+    """Rewrites `merge.refit=ridge` to `merge/refit=ridge`; other overrides are unchanged.
 
     Raises:
-        ValueError: a setting that has another key now.
+        ValueError: a setting has been renamed; the message has its new key.
     """
     return [_as_group(override) for override in overrides]
 

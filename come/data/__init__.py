@@ -1,1 +1,1 @@
-"""Where calibration and evaluation text comes from, and how it becomes token windows."""
+"""Text sources, and token windows for calibration, training and evaluation."""

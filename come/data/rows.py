@@ -1,4 +1,4 @@
-"""The text of a dataset's row: plain, joined from several fields, or a chat."""
+"""Extracts the document of a dataset row: one text field, several joined fields, or a chat."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ if TYPE_CHECKING:
 
 
 Chat = list[dict[str, str]]
-"""Messages in order, each with its `role` and `content`."""
+"""Messages in order, each with a `role` and a `content`."""
 Document = str | Chat
 
-_ROLES = (("role", "content"), ("from", "value"))  # OpenAI's names, ShareGPT's
+_ROLES = (("role", "content"), ("from", "value"))  # key names of OpenAI and of ShareGPT
 
 
 def row_document(row: Mapping[str, Any], fields: str) -> Document:
-    """The document in one field of a row, or in several joined by newlines.
+    """The document in one field of a row, or in several fields joined by newlines.
 
-    Text is taken as it is, bytes are decoded as UTF-8, a list of texts is joined by newlines, and
-    a list of messages is a chat. Empty fields are left out.
+    Text is unchanged, bytes are decoded as UTF-8, a list of texts is joined by newlines, and a
+    list of messages is a chat. Empty fields are skipped.
 
     Args:
-        row: values by field.
-        fields: a field's name; several with "+" between them, as "instruction+input+output".
+        row: values by field name.
+        fields: the name of a field, or several names separated by "+", for example
+            "instruction+input+output".
 
     Raises:
-        ValueError: a field that is not there, or holds something that is not text.
+        ValueError: a field is missing or contains neither text nor a chat, or a chat would have to
+            be joined with other fields.
     """
     names = [fields] if fields in row else fields.split("+")
     found: list[Document] = []
@@ -49,10 +51,10 @@ def row_document(row: Mapping[str, Any], fields: str) -> Document:
 
 
 def document_text(document: Document, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A document as text; a chat through the tokenizer's template.
+    """A document as text; a chat is rendered by the tokenizer's chat template.
 
     Raises:
-        ValueError: a chat, and no template that renders it.
+        ValueError: the document is a chat, and there is no chat template or it fails.
     """
     if isinstance(document, str):
         return document
@@ -63,7 +65,7 @@ def document_text(document: Document, tokenizer: PreTrainedTokenizerBase | None)
         )
     try:
         return str(tokenizer.apply_chat_template(document, tokenize=False))
-    except Exception as error:  # templates raise errors of their own
+    except Exception as error:  # templates raise their own errors
         raise ValueError(
             f"the model's chat template cannot render a chat of the text: {error}"
         ) from error
@@ -91,7 +93,7 @@ def _document(value: Any) -> Document:
 
 
 def _message(item: Mapping[str, Any]) -> dict[str, str]:
-    for role, content in _ROLES:  # a table's rows have all names, and null where one is not used
+    for role, content in _ROLES:  # rows of a table have all keys; unused ones are null
         if isinstance(item.get(role), str):
             text = item.get(content)
             if isinstance(text, Sequence) and not isinstance(text, str | bytes):

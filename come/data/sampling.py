@@ -1,4 +1,4 @@
-"""Calibration text sampled from the model itself: no data needed, or a little carried further."""
+"""Samples calibration text from the model itself, without data or as continuations of text."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCE = "self_generated"
-_NUCLEUS = 2048  # tokens that top-p looks at, at most
+_NUCLEUS = 2048  # maximum number of tokens that top-p samples from
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Temperature and nucleus (top-p) sampling.
 
     Attributes:
-        temperature: divides the logits, > 0.
-        top_p: of the likeliest tokens only those that make up this share of the probability (and at
-            most 2048) are drawn from; 1 for the whole vocabulary.
+        temperature: divisor of the logits, > 0.
+        top_p: tokens are drawn from the most likely tokens whose total probability reaches this
+            value, at most 2048 of them; 1 for the whole vocabulary.
     """
 
     temperature: float = 1.0
@@ -47,7 +47,7 @@ class Sampling:
     def draw(
         self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
     ) -> Int[Tensor, "batch 1"]:
-        """One token for every row."""
+        """Draws one token per row."""
         logits = logits / self.temperature
         if self.top_p >= 1:
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -70,19 +70,22 @@ def sample(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Int[Tensor, "windows seq"]:
-    """Windows that begin with `starts` and that the model goes on with, up to `seq_len` tokens.
+    """Samples continuations of `starts` from the model, up to `seq_len` tokens per window.
 
-    Begin, end and padding tokens are never drawn, so that every window is full.
+    Begin, end and padding tokens are never drawn, so every window is full.
 
     Args:
         model: the model.
-        starts: first tokens of every window.
-        seq_len: tokens of a window.
-        sampling: how tokens are drawn.
-        generator: of the draws.
-        banned: more ids that are never drawn (see `unused_ids`).
-        batch_size: windows sampled side by side.
+        starts: the first tokens of every window.
+        seq_len: tokens per window.
+        sampling: temperature and top-p.
+        generator: CPU random generator of the draws.
+        banned: further ids that are never drawn (see `unused_ids`).
+        batch_size: windows sampled in parallel.
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the model's logits are not finite.
     """
     never = [*_special(model), *banned]
     device = model.get_input_embeddings().weight.device
@@ -128,22 +131,25 @@ def self_generated_windows(
     batch_size: int = 32,
     progress: bool = True,
 ) -> TokenWindows:
-    """Samples windows from the model, each from the begin token and one random token.
+    """Samples windows from the model, each starting with the begin token and one random token.
+
+    The begin token is omitted if the model has none. The random token is drawn uniformly from the
+    ids that are not excluded.
 
     Args:
         model: the dense model.
-        num_samples: how many windows.
-        seq_len: tokens of a window.
-        seed: seeds all draws.
-        sampling: how tokens are drawn; None for the plain distribution.
-        keep: share of the sampled windows that is kept, those that the model itself finds the
-            likeliest (mean log-likelihood of a token).
-        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
-        batch_size: windows sampled side by side.
+        num_samples: number of windows to return.
+        seq_len: tokens per window.
+        seed: seed of all draws.
+        sampling: temperature and top-p; None for the model's own distribution.
+        keep: fraction of the sampled windows that is returned, in (0, 1]: those with the highest
+            mean log-likelihood per token under the model.
+        banned: ids that are never drawn, besides begin, end and padding tokens (see `unused_ids`).
+        batch_size: windows sampled in parallel.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the model's predictions are not finite.
+        ValueError: the model's logits are not finite.
     """
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(seed)
@@ -189,23 +195,24 @@ def continued_windows(
     banned: Sequence[int] = (),
     progress: bool = True,
 ) -> TokenWindows:
-    """The given windows, and `count` more that begin like them and that the model goes on with.
+    """The given windows, followed by `count` windows that continue prompts cut from them.
 
-    The beginnings are cut from the given windows in turn: from their first token on, then from one
-    window's share of the rest further on, so that no two are alike.
+    Prompts are cut in R = ceil(count / number of given windows) rounds. Round r takes one prompt
+    from every window, from offset floor(r (seq_len - begin) / R), so that the prompts of a window
+    start at different tokens.
 
     Args:
         model: the dense model.
         given: windows of real text.
-        count: how many windows more.
-        begin: tokens of real text at the beginning of each.
-        seed: seeds the draws.
-        sampling: how tokens are drawn; None for the plain distribution.
-        banned: ids that are never drawn, beside begin, end and padding tokens (see `unused_ids`).
+        count: number of continuations.
+        begin: tokens of the prompt at the start of each continuation.
+        seed: seed of the draws.
+        sampling: temperature and top-p; None for the model's own distribution.
+        banned: ids that are never drawn, besides begin, end and padding tokens (see `unused_ids`).
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the model's predictions are not finite.
+        ValueError: the model's logits are not finite.
     """
     sampling = sampling or Sampling()
     number, seq_len = given.windows.shape
@@ -225,10 +232,10 @@ def continued_windows(
 
 
 def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows:
-    """What `make` gives, from the cache where it has been made before for the same key.
+    """Returns the windows from the cache, or calls `make` and caches its result.
 
     Args:
-        key: plain values that determine the windows: model, dtype, settings, versions.
+        key: JSON values that determine the windows: model, dtype, settings, versions.
         make: samples the windows.
     """
     name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
@@ -246,7 +253,7 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
 
 
 def unused_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Rows of the embedding that no text gives: padding of the vocabulary to a round size."""
+    """Embedding rows without a token: padding of the vocabulary to a round size."""
     return sorted(set(range(_rows(model))) - set(tokenizer.get_vocab().values()))
 
 
@@ -255,7 +262,7 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def _special(model: PreTrainedModel) -> list[int]:
-    """Ids of the begin, end and padding tokens that the embedding has rows for."""
+    """Ids of the begin, end and padding tokens that have a row in the embedding."""
     config = model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     named = {i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None}
@@ -274,7 +281,7 @@ def _check_finite(logits: Tensor, model: PreTrainedModel) -> None:
 def _log_likelihood(
     model: PreTrainedModel, windows: Int[Tensor, "windows seq"], batch_size: int
 ) -> Float[Tensor, " windows"]:
-    """Mean log-likelihood of every token but the first, of every window."""
+    """Mean log-likelihood per token of each window, over all tokens but the first."""
     device = model.get_input_embeddings().weight.device
     found = []
     for ids in windows.split(max(1, batch_size // 8)):

@@ -1,4 +1,4 @@
-"""Text to packed token windows: the calibration draw and the held-out text, kept disjoint."""
+"""Packed token windows: calibration windows, and held-out windows disjoint from them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 CALIBRATION_PART = (0.0, 0.6)
-EVALUATION_PART = (0.8, 1.0)  # what lies between is for choices: a rate, a lambda, a rule
+EVALUATION_PART = (0.8, 1.0)  # between: for choosing settings (a rate, a lambda, a rule)
 _POOL_CHARS = 2_000_000
-_CHARS_PER_TOKEN = 16  # more than any tokenizer's
-_LINE_REACH = 20_000  # characters in which a cut looks for the end of its line
-_WORD_REACH = 1_000  # and, in a longer line, for the end of its word
-_DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may stand in both texts
+_CHARS_PER_TOKEN = 16  # upper bound for any tokenizer
+_LINE_REACH = 20_000  # characters within which a cut searches for a line end
+_WORD_REACH = 1_000  # if there is none, characters within which it searches for a word end
+_DISTINCT_LINE = 40  # shorter lines (headings, "Returns:") may be in both texts
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Packed windows without padding, and how much text they come from.
+    """Packed windows without padding, and a description of the text they come from.
 
     Attributes:
         windows: token ids, [windows, seq] int64.
-        corpus_tokens: tokens of the text that they were cut from ("in hand").
-        source: what the text is, in words.
-        removed_lines: lines left out of the text because the held-out text has them too.
+        corpus_tokens: number of tokens of the text that the windows were cut from.
+        source: description of the text.
+        removed_lines: number of lines removed from the text because the held-out text has them.
     """
 
     windows: Int[Tensor, "windows seq"]
@@ -45,7 +45,7 @@ class TokenWindows:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all windows together."""
+        """Total number of tokens in all windows."""
         return self.windows.numel()
 
     @property
@@ -61,15 +61,16 @@ def corpus_text(
     max_chars: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """The documents of a source joined by blank lines, cut at a line end after `max_chars`.
+    """The documents of a source joined by blank lines, cut after the line at `max_chars`.
 
     Args:
         source: the corpus.
-        max_chars: characters after which nothing more is read; None for all.
-        tokenizer: its chat template renders documents that are chats.
+        max_chars: number of characters after which reading stops; None for all.
+        tokenizer: provides the chat template for documents that are chats.
 
     Raises:
-        ValueError: the source cannot be read or holds no text, or a chat without a template.
+        ValueError: the source cannot be read or has no text, or it has chats and there is no chat
+            template.
     """
     documents: list[str] = []
     length = 0
@@ -87,9 +88,9 @@ def corpus_text(
 
 
 def text_part(text: str, part: tuple[float, float]) -> str:
-    """The part of a text between two shares of its length, cut at line ends.
+    """The part of a text between two fractions of its length, cut at line ends.
 
-    Lines that are too long for that, as of a text on one line, are cut after a word.
+    Very long lines, for example of a text without newlines, are cut after a word.
     """
     begin, end = (
         int(share * len(text)) if share in (0.0, 1.0) else _cut(text, int(share * len(text)))
@@ -99,7 +100,7 @@ def text_part(text: str, part: tuple[float, float]) -> str:
 
 
 def _cut(text: str, position: int) -> int:
-    """Where to cut a text from `position` on: after its line, or else after its word."""
+    """The position after the line at `position`, or after the word if the line is long."""
     for sign, reach in (("\n", _LINE_REACH), (" ", _WORD_REACH)):
         end = text.find(sign, position, position + reach)
         if end >= 0:
@@ -108,7 +109,7 @@ def _cut(text: str, position: int) -> int:
 
 
 def without_lines_of(text: str, held_out: str) -> tuple[str, int]:
-    """`text` without the longer lines that `held_out` has too, and how many were left out."""
+    """Removes the long lines of `held_out` from `text`; also returns how many were removed."""
     foreign = {line.strip() for line in held_out.splitlines() if len(line.strip()) > _DISTINCT_LINE}
     lines = text.splitlines(keepends=True)
     kept = [line for line in lines if line.strip() not in foreign]
@@ -129,26 +130,27 @@ def calibration_windows(
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
-    The corpus is tokenised as one stream without special tokens and cut into windows that do not
-    overlap, of which `num_samples` are drawn without replacement. Where a held-out text comes
-    from the same corpus, calibration takes its first 60% and the held-out text its last 20%; lines
-    that still stand in both are left out of the calibration text.
+    The corpus is tokenised as one stream without special tokens and split into non-overlapping
+    windows, of which `num_samples` are drawn without replacement. If a held-out text comes from
+    the same corpus, or the source has no held-out split of its own, calibration uses the first 60%
+    of the text, and the held-out text is by default the last 20%. Lines of more than 40 characters
+    that are also in a held-out text are removed from the calibration text.
 
     Args:
         tokenizer: the model's tokenizer.
-        source: the corpus; of a very large one the first 2 million characters (more if asked
-            for many windows) are the pool to draw from.
-        num_samples: how many windows.
-        seq_len: tokens of a window.
-        seed: seeds the draw.
+        source: the corpus. Only its first 2 million characters are used, or more if needed for
+            `num_samples` windows.
+        num_samples: number of windows.
+        seq_len: tokens per window.
+        seed: seed of the draw.
         held_out: the corpora of the evaluation texts.
-        at_most: whether fewer windows will do, all that there are.
-        what: the text is for, for errors: "calibration" or "training".
-        backwards: whether the draw begins at the end of the seed's order, so that its first windows
-            are those that a draw of the same seed and length takes last.
+        at_most: whether fewer than `num_samples` windows, but at least one, are acceptable.
+        backwards: whether to draw in reverse order, so that the first windows are those that a
+            draw with the same seed and length takes last.
+        what: purpose of the text for error messages, "calibration" or "training".
 
     Raises:
-        ValueError: the corpus cannot be read, or has too few tokens; says how many there are.
+        ValueError: the corpus cannot be read, or has too few tokens; the message says how many.
     """
     asked = num_samples * seq_len
     text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked), tokenizer)
@@ -185,19 +187,19 @@ def evaluation_windows(
     others: Sequence[TextSource] = (),
     key: str = "eval",
 ) -> TokenWindows:
-    """Cuts held-out text, tokenised once, into consecutive windows that do not overlap.
+    """Splits held-out text, tokenised as one stream, into consecutive non-overlapping windows.
 
     Args:
         tokenizer: the model's tokenizer.
         source: the corpus.
-        seq_len: tokens of a window.
-        max_tokens: only the first so many tokens; None for all.
+        seq_len: tokens per window.
+        max_tokens: maximum number of tokens, from the start of the text; None for all.
         others: the corpora that calibration and training use.
-        key: where its settings are, for errors.
+        key: config key of the evaluation's settings for error messages.
 
     Raises:
-        ValueError: the corpus cannot be read, or does not fill two windows, or its `part` is one
-            that calibration draws from.
+        ValueError: the corpus cannot be read or does not fill two windows, or its `part` overlaps
+            the part that calibration draws from.
     """
     if source.part and source.part[0] < CALIBRATION_PART[1] and _shared(source, *others):
         raise ValueError(
@@ -205,7 +207,7 @@ def evaluation_windows(
             f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
         )
     text = _evaluation_text(source, tokenizer, *others)
-    if max_tokens:  # a large corpus is not tokenised for its first tokens
+    if max_tokens:  # avoids tokenising all of a large corpus
         text = text[: _CHARS_PER_TOKEN * max_tokens]
     tokens = tokenize(tokenizer, text, special=True)
     used = tokens[:max_tokens] if max_tokens else tokens
@@ -223,7 +225,7 @@ def evaluation_windows(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
 ) -> Int[Tensor, " tokens"]:
-    """Token ids of a text, int64; `special` adds the tokenizer's begin token where it has one."""
+    """Token ids of a text, int64; `special` adds the tokenizer's special tokens, if it has any."""
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
@@ -238,13 +240,13 @@ def check_token_ids(
 
     Args:
         windows: token ids.
-        rows: rows of the embedding.
-        what: what the tokens are of, for the error.
-        tokenizer: names the token in the error.
+        rows: number of rows of the embedding.
+        what: description of the tokens for the error message.
+        tokenizer: used to name the token in the error message.
 
     Raises:
-        ValueError: a token without a row, as where tokens were added to a tokenizer and the model
-            was not resized.
+        ValueError: a token has no row, for example because tokens were added to the tokenizer and
+            the model was not resized.
     """
     if not windows.numel():
         return

@@ -1,1 +1,1 @@
-"""Healing after the merge: training against the dense model, and baselines of it."""
+"""Distillation after the merge: trains the merged model on the dense one, and baselines."""

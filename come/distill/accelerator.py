@@ -1,4 +1,4 @@
-"""Device, processes and precision of a training, by accelerate."""
+"""Device, processes and precision of a training run, through accelerate."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from accelerate.state import AcceleratorState
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
-    """Device, processes and precision of this process: alone, or one of several launched together.
+    """The accelerator of this process, which may be one of several launched together.
 
     Args:
-        device: kind of device, "cpu" or "cuda".
+        device: device type, "cpu" or "cuda".
         precision: "float32", or "bfloat16" for mixed precision.
     """
-    AcceleratorState._reset_state()  # an earlier job of this process may have had another precision
+    AcceleratorState._reset_state()  # an earlier job of this process may use another precision
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bfloat16" else "no",

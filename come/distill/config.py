@@ -1,4 +1,4 @@
-"""How a training runs: steps, rates, and which windows each step sees."""
+"""Training configuration: steps, learning-rate schedule, and the order of the windows."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training; everything but the objective and the text.
+    """The settings of a training run, except for the objective and the text.
 
     Attributes:
         steps: optimiser steps.
-        batch_size: windows of a step, over all processes.
-        micro_batch: windows of one forward pass; gradients of a step are accumulated.
-        learning_rate: at its highest.
-        warmup: share of the steps in which it rises.
-        weight_decay: AdamW's.
-        clip: largest norm of the gradient.
+        batch_size: windows per step, over all processes.
+        micro_batch: windows per forward pass; a step accumulates the gradients.
+        learning_rate: peak learning rate.
+        warmup: fraction of the steps in which the learning rate rises.
+        weight_decay: weight decay of AdamW.
+        clip: maximum norm of the gradient.
         validate_every: steps between validations.
         checkpoint_every: steps between checkpoints.
-        patience: validations without a better one behind which training stops; 0 for never.
-        seed: of the order of the windows.
+        patience: number of validations without improvement after which training stops; 0 for
+            never.
+        seed: seed of the order of the windows.
         precision: "float32", or "bfloat16" for mixed precision.
     """
 
@@ -43,16 +44,16 @@ class TrainConfig:
     precision: str = "float32"
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then half a cosine down to zero."""
+        """The learning rate of a step: linear warmup, then cosine decay towards 0."""
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
         return self.learning_rate * _falling((step - rise) / max(1, self.steps - rise))
 
     def rows(self, step: int, windows: int) -> Int[Tensor, " batch"]:
-        """The windows of a step: one random order after another, each of all windows.
+        """The indices of a step's windows; every epoch visits all windows in a new random order.
 
-        A function of seed and step alone, so a resumed training sees what it would have seen.
+        The indices depend only on seed and step, so a resumed run sees the same batches.
         """
         first = step * self.batch_size
         chosen = []

@@ -1,4 +1,4 @@
-"""A forward pass of a whole model, layer by layer."""
+"""Runs a model layer by layer and collects hidden states."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ def passed(
     states: States | None = None,
     recompute: bool = False,
 ) -> dict[int, States]:
-    """Hidden states behind some of the layers first..last, with gradients where they are enabled.
+    """Hidden states after some of the layers first..last, with gradients if they are enabled.
 
     Args:
         model: the model.
-        ids: the windows, [batch, seq].
-        last: the last layer that runs.
-        keep: the layers behind which states are wanted; -1 is the embeddings' output.
-        first: the first layer that runs.
-        states: its input; None for the embeddings' output.
-        recompute: whether a layer runs again for the gradient, to save memory.
+        ids: token ids of the windows, [batch, seq].
+        last: the last layer to run.
+        keep: the layers whose outputs are returned.
+        first: the first layer to run.
+        states: input of the first layer; None for the output of the embeddings.
+        recompute: whether to recompute layers in the backward pass, to save memory.
+
+    Returns:
+        The states by layer index; also the input of layer `first` at `first - 1`, and the output
+        of the embeddings at -1, unless `first` is 0 and `states` replaces it.
     """
     embedded, keywords = model.layer_inputs(ids)
     states = embedded if states is None else states

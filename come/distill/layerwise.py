@@ -1,4 +1,4 @@
-"""Merged layers trained apart, one after another or side by side, from the teacher's boundaries."""
+"""Trains merged layers separately, in sequence or in parallel, on the teacher's hidden states."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Log = Callable[[int, Mapping[str, float | int]], None]
 def teacher_boundaries(
     pair: Pair, ids: Int[Tensor, "windows seq"], store: BoundaryStore, batch: int
 ) -> dict[int, int]:
-    """Writes the teacher's states in front of and behind every merged layer's span into a store.
+    """Stores the teacher's hidden states before and after the span of every merged layer.
 
-    Boundary i is the input of the teacher's layer i. Only these are kept, so the memory (or, with
-    a disk store, the files) does not grow with the model's depth.
+    Boundary i is the input of the teacher's layer i. Other boundaries are not stored, so memory
+    (or disk space) does not grow with the depth of the model.
 
     Returns:
-        The slot of every boundary.
+        The slot of every stored boundary.
     """
     spans = [pair.history[k] for k in pair.merged]
     wanted = sorted({span[0] for span in spans} | {span[-1] + 1 for span in spans})
@@ -65,23 +65,25 @@ def train_layerwise(
     workers: int,
     log: Log,
 ) -> tuple[dict[int, Progress], TrainingMemory]:
-    """Trains every merged layer by itself and writes it into the student.
+    """Trains every merged layer separately and writes it into the student.
 
     Args:
-        method: gives each layer's objective.
+        method: the distillation method, which provides the objective of each layer.
         pair: student and teacher.
         training: training windows.
         validation: validation windows.
-        config: steps, rates and sizes, the same for every layer.
-        accelerator: device and precision of the jobs that run one after another.
-        folder: where states are kept, a folder a layer; finished layers are not trained again.
-        job: names the job.
-        store: where the boundaries are kept, "memory" or "disk"; side by side always on disk.
-        workers: processes side by side; on CUDA machines each takes a device in turn.
+        config: training settings, the same for every layer.
+        accelerator: device and precision of the layers that this process trains.
+        folder: folder for the training states, one subfolder per layer. Finished layers are not
+            trained again.
+        job: identifies the run; training states of other runs are ignored.
+        store: store of the teacher's hidden states, "memory" or "disk"; always on disk if
+            `workers` > 1.
+        workers: number of parallel processes. On CUDA they are assigned to the devices in turn.
         log: called with the layer and its losses.
 
     Returns:
-        The progress of every layer, and the memory of one job.
+        The progress of every layer, and the training memory of one layer.
     """
     count = len(training)
     shape = (count + len(validation), training.shape[1], pair.teacher.config.hidden_size)
@@ -117,7 +119,7 @@ def train_layerwise(
                 for future in as_completed(waiting):
                     future.result()
         found: dict[int, Progress] = {}
-        for layer, task in jobs.items():  # what a worker has finished is only read here
+        for layer, task in jobs.items():  # layers that a worker trained are only loaded here
             found[layer], state = task(accelerator=accelerator, log=partial(log, layer))
             pair.student.write(layer, state)
             for losses in found[layer].curve if workers > 1 else ():
@@ -128,7 +130,7 @@ def train_layerwise(
 
 
 def _sizes(config: TrainConfig, held_out: int) -> set[int]:
-    """The numbers of windows that a forward pass may get."""
+    """The possible numbers of windows in a forward pass."""
     sizes = {config.micro_batch, config.batch_size % config.micro_batch}
     return {
         *sizes,
@@ -149,7 +151,7 @@ def _train_one(
     log: Callable[[Mapping[str, float | int]], None],
     progress_bar: bool = True,
 ) -> tuple[Progress, dict[str, Tensor]]:
-    """One layer's training, between two boundaries of all windows; validation ones come last."""
+    """Trains one layer on its boundaries; the first `count` windows train, the rest validate."""
     sides = [end.open() if isinstance(end, MappedStates) else end for end in ends]
     held_out = len(sides[0]) - count
     progress = train(
@@ -171,9 +173,10 @@ def _train_one(
 
 
 def _in_process(task: Callable, number: int, workers: int, kind: str, precision: str) -> None:
-    """Runs a job in a worker of its own, with its part of the cores or a device of its own.
+    """Runs the training of one layer in a worker, with its share of the CPU cores or a device.
 
-    The result stays on disk: tensors of a process that ends cannot be handed over.
+    The result is passed on through the checkpoint on disk, because tensors of a process cannot be
+    shared after it has ended.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
@@ -184,7 +187,7 @@ def _in_process(task: Callable, number: int, workers: int, kind: str, precision:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is gone: a run started again must find no writer."""
+    """Ends this worker when its parent ends, so that it does not write while a new run resumes."""
     parent = parent_process()
     assert parent is not None
     parent.join()

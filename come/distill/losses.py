@@ -1,4 +1,4 @@
-"""What a student's hidden states or logits miss of the teacher's."""
+"""Distillation losses between hidden states or logits of student and teacher, and task loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Loss = Callable[[States, States], Float[Tensor, ""]]
 """(student, teacher) -> mean over tokens, float32."""
 
 LOSSES = ("kl", "mse", "cosine", "mix")
-_BLOCK = 512  # tokens whose logits over the vocabulary exist at a time
+_BLOCK = 512  # tokens whose logits are in memory at a time
 
 
 def kl(student: States, teacher: States, temperature: float = 1.0) -> Float[Tensor, ""]:
     """KL( softmax(teacher / T) || softmax(student / T) ) over channels, mean over tokens, nats.
 
-    A constant added to all channels of a token changes nothing, and a channel far above the others
-    makes both distributions nearly one-hot.
+    The loss ignores a constant added to all channels of a token. A channel much larger than the
+    others makes both distributions nearly one-hot.
 
     Source: arXiv 2510.15304; direction and T are our choice.
     """
@@ -35,8 +35,8 @@ def kl(student: States, teacher: States, temperature: float = 1.0) -> Float[Tens
 def mse(student: States, teacher: States) -> Float[Tensor, ""]:
     """|student - teacher|^2 / |teacher|^2, mean over tokens.
 
-    Relative, because a few tokens have states a hundred times larger than the rest and every layer
-    behind normalises them.
+    The error is relative, because a few tokens have states a hundred times larger than the rest,
+    and every downstream layer normalises its input.
 
     Source: this project.
     """
@@ -50,17 +50,18 @@ def cosine(student: States, teacher: States) -> Float[Tensor, ""]:
 
 
 def check_temperature(temperature: float) -> float:
-    """Raises ValueError unless above 0."""
+    """Raises ValueError unless `temperature` is above 0."""
     if not temperature > 0:
         raise ValueError(f"distill.temperature={temperature}: must be above 0")
     return temperature
 
 
 def hidden_loss(name: str, weights: Mapping[str, float], temperature: float) -> Loss:
-    """The loss of a name; "mix" is the sum of those with a weight, times it.
+    """The loss between hidden states with the given name; "mix" is the sum weighted by `weights`.
 
     Raises:
-        ValueError: an unknown name, weights that are none, or a temperature that is not above 0.
+        ValueError: the name is unknown, the weights of "mix" are invalid, or the temperature is
+            not above 0.
     """
     check_temperature(temperature)
     parts: dict[str, Loss] = {"kl": partial(kl, temperature=temperature), "mse": mse}
@@ -85,16 +86,16 @@ def _mix(student: States, teacher: States, terms: Sequence[tuple[float, Loss]]) 
 def logit_kl(
     head: nn.Module, student: States, teacher_head: nn.Module, teacher: States, temperature: float
 ) -> Float[Tensor, ""]:
-    """KL of the heads' distributions over the vocabulary, mean over tokens, nats.
+    """KL( softmax(teacher's logits / T) || softmax(student's logits / T) ), mean over tokens, nats.
 
-    In blocks of tokens that are computed again for the gradient, so that the logits of all tokens
-    never exist together.
+    Logits are computed in blocks of tokens and recomputed in the backward pass, so the logits of
+    all tokens are never in memory together.
 
     Args:
-        head: the student's map to logits.
-        student: states behind its final norm.
-        teacher_head: the teacher's.
-        teacher: states behind its final norm.
+        head: the student's LM head.
+        student: the student's states after its final norm.
+        teacher_head: the teacher's LM head.
+        teacher: the teacher's states after its final norm.
         temperature: T.
     """
 
@@ -113,12 +114,12 @@ def logit_kl(
 
 
 def task_loss(head: nn.Module, states: States, ids: Tensor) -> Float[Tensor, ""]:
-    """Cross-entropy of every token but the first of each window, mean, nats, in blocks.
+    """Mean cross-entropy over all tokens but the first of each window, nats, in blocks of tokens.
 
     Args:
-        head: the map to logits.
-        states: behind the final norm, [batch, seq, hidden].
-        ids: the windows, [batch, seq].
+        head: the LM head.
+        states: hidden states after the final norm, [batch, seq, hidden].
+        ids: token ids of the windows, [batch, seq].
     """
 
     def block(own: Tensor, wanted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory of a training: weights, gradients and optimiser state."""
+"""Memory of a training run: weights, gradients and optimiser state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 
 from come.distill.objectives.base import Objective
 
-_MOMENTS = 2  # of AdamW, in the parameters' dtype
+_MOMENTS = 2  # of AdamW per parameter, in the parameter's dtype
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a training holds besides activations.
+    """Memory of a training run in bytes, without activations.
 
     Attributes:
-        parameters: how many are trained.
-        weights: of every module that has to be in memory, shared ones once.
-        gradients: of the trained parameters.
-        optimizer: AdamW's two moments of them.
+        parameters: number of trained parameters.
+        weights: bytes of the weights of all modules in memory; shared weights count once.
+        gradients: bytes of the gradients of the trained parameters.
+        optimizer: bytes of AdamW's two moments of the trained parameters.
     """
 
     parameters: int
@@ -30,7 +30,7 @@ class TrainingMemory:
 
 
 def training_memory(objective: Objective, others: Iterable[nn.Module] = ()) -> TrainingMemory:
-    """The memory of an objective, with the modules that it needs beside it."""
+    """The training memory of an objective, with the further modules `others` in memory."""
     held = {
         id(p): p.numel() * p.element_size()
         for module in (objective, *others)

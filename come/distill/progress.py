@@ -1,4 +1,4 @@
-"""What a training has reached, on disk: atomically, without pickle."""
+"""Saves and loads the state of a training run, atomically and without pickle."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ STATE = "state.json"
 
 @dataclass
 class Progress:
-    """How far a training is, and what it has seen.
+    """Progress of a training run.
 
     Attributes:
-        step: steps that are done.
-        curve: of every step its losses by name.
-        validation: of every validation its step and losses by name.
+        step: number of completed steps.
+        curve: number and losses of every step, by name.
+        validation: step and losses of every validation, by name.
         best_step: step with the lowest validation loss.
-        best_loss: that loss.
-        seconds: of training, over all sessions.
-        done: whether it has ended.
+        best_loss: lowest validation loss.
+        seconds: training time of all steps, over all sessions.
+        done: whether training has ended.
     """
 
     step: int = 0
@@ -51,10 +51,10 @@ def save_progress(
     *,
     write: bool = True,
 ) -> None:
-    """Writes weights, best weights and optimiser state, then the file that names them.
+    """Writes weights, best weights and optimiser state, then the state file that refers to them.
 
-    A kill at any moment leaves the old state or the new one. Where parameters are sharded, all
-    processes must call it, and one has `write`.
+    A run killed at any time leaves either the old state or the new one. With sharded parameters
+    all processes must call this function, one of them with `write`.
     """
     tensors = {f"weight/{name}": whole(p.detach()).cpu() for name, p in trained.items()}
     tensors |= {f"best/{name}": tensor.cpu() for name, tensor in best.items()}
@@ -80,10 +80,10 @@ def load_progress(
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[Progress, dict[str, Tensor]] | None:
-    """Restores what `save_progress` wrote for this job; None if there is nothing.
+    """Restores the state that `save_progress` wrote for this job, in place.
 
     Returns:
-        How far the training is, and the best weights.
+        The progress and the best weights; None if there is no state of this job.
     """
     path = folder / STATE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Fully sharded training: every process holds a part of each layer (FSDP)."""
+"""Fully sharded training (FSDP): every process holds a shard of each layer."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from come.distill.objectives.base import Objective, Pair
 
 
 def wants_sharding(accelerator: Accelerator) -> bool:
-    """Whether several processes were launched to hold the layers in parts.
+    """Whether several processes were launched with sharding enabled.
 
-    An accelerate config with `distributed_type: FSDP` asks for it; it sets ACCELERATE_USE_FSDP.
+    An accelerate config with `distributed_type: FSDP` enables it, through ACCELERATE_USE_FSDP.
     """
     return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objective:
-    """A copy of the objective whose layers, student's and teacher's, are spread over the processes.
+    """A copy of the objective with the layers of student and teacher sharded over the processes.
 
-    A layer is gathered while it runs and let go behind it; gradients and optimiser state exist in
-    parts alone. Embeddings, final norm and head stay whole. The objective's own parameters are not
-    touched; the teacher's layers are, since nothing needs them whole any more.
+    A layer is gathered while it runs and resharded afterwards. Gradients and optimiser state are
+    always sharded. Embeddings, final norm and head are not sharded. The objective's parameters do
+    not change. The teacher's layers are sharded in place, since they are not needed unsharded
+    later.
 
     Args:
-        objective: on the CPU, with its trained parameters chosen.
-        pair: its student and teacher, the teacher on the CPU too.
+        objective: the objective, on the CPU, with its trained parameters chosen.
+        pair: its student and teacher; the teacher is on the CPU too.
         accelerator: device and processes.
 
     Source: torch.distributed.fsdp.fully_shard; PyTorch FSDP, arXiv 2304.11277.
@@ -52,25 +53,25 @@ def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objecti
 
 
 def sharded_layers(module: nn.Module) -> list[FSDPModule]:
-    """The layers of a module that are sharded."""
+    """The sharded layers of a module."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 @torch.no_grad()
 def export_to_student(objective: Objective, sharded: Objective) -> None:
-    """Brings the trained parameters of a sharded copy back. All processes must call it."""
+    """Copies the trained parameters of a sharded copy back. All processes must call it."""
     found = sharded.trained
     for name, parameter in objective.trained.items():
         parameter.copy_(whole(found[name]))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor in one piece; where it is sharded, all processes must ask for it."""
+    """The unsharded tensor; if it is sharded, all processes must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, spread as `other` is."""
+    """Moves an unsharded tensor to the device of `other` and shards it like `other`."""
     tensor = tensor.to(other.device)
     if isinstance(other, DTensor):
         return distribute_tensor(tensor, other.device_mesh, other.placements)

@@ -1,4 +1,4 @@
-"""Which parameters of a student train."""
+"""Selects the parameters of a student that are trained, and adds and merges LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_train(train: str) -> str:
 
 
 def check_rank(rank: Any) -> int | Literal["auto"]:
-    """Raises ValueError unless a whole number above 0 or "auto"."""
+    """Raises ValueError unless `rank` is an integer above 0 or "auto"."""
     if rank == "auto":
         return "auto"
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -37,14 +37,15 @@ def choose_parameters(
     lora_rank: int | Literal["auto"] = "auto",
     seed: int = 0,
 ) -> None:
-    """Freezes the student but for parts of some layers.
+    """Freezes all parameters of the student except the chosen ones of the given layers.
 
     Args:
-        student: the model; with "lora" its linear maps get adapters, in place.
-        layers: which of its layers.
-        train: "layers" for all of their weights, "norms", "outputs" for the output maps, "lora".
+        student: the model; with "lora", adapters are added to its linear layers in place.
+        layers: indices of the layers to train.
+        train: "layers" for all of their weights, "norms", "outputs" for the output projections, or
+            "lora" for adapters.
         lora_rank: rank of the adapters, or "auto" (see `equal_rank`).
-        seed: of the adapters' first weights.
+        seed: seed of the adapters' initial weights.
     """
     layers = sorted(layers)
     student.model.requires_grad_(False)
@@ -56,7 +57,7 @@ def choose_parameters(
 
 
 def choose_in_layer(student: ModelAdapter, layer: nn.Module, train: str) -> None:
-    """Lets the weights of one layer train that "layers", "norms" or "outputs" ask for."""
+    """Sets which weights of one layer train: "layers" for all, "norms" or "outputs"."""
     for name, parameter in layer.named_parameters():
         wanted = {
             "layers": True,
@@ -72,9 +73,11 @@ def equal_rank(
     merged: int,
     rank: int | Literal["auto"] = "auto",
 ) -> int:
-    """`rank`, or for "auto" the one whose adapters have about as many parameters as whole layers.
+    """`rank`, or for "auto" the rank at which adapters have as many parameters as whole layers.
 
-    sum over the linear maps of `layers` of r (d_in + d_out) = parameters of `merged` layers
+    "auto" solves for r, rounded to an integer of at least 1:
+
+        sum over the linear layers of `layers` of r (d_in + d_out) = parameters of `merged` layers
     """
     if rank != "auto":
         return rank
@@ -84,7 +87,7 @@ def equal_rank(
 
 
 def linear_maps(student: ModelAdapter, layers: Iterable[int]) -> list[tuple[str, nn.Linear]]:
-    """All linear maps of some layers, with their full names."""
+    """All linear layers in the given decoder layers, with their full names."""
     return [
         (f"{student.architecture.layers}.{index}.{name}", module)
         for index in layers
@@ -94,9 +97,9 @@ def linear_maps(student: ModelAdapter, layers: Iterable[int]) -> list[tuple[str,
 
 
 def add_lora(student: ModelAdapter, layers: Iterable[int], rank: int, seed: int) -> None:
-    """Puts adapters W + (alpha / r) B A beside the linear maps of some layers; alpha = 2 r.
+    """Adds adapters W + (alpha / r) B A to the linear layers of some decoder layers; alpha = 2 r.
 
-    B begins at zero; A is drawn anew from `seed`, whatever was drawn before.
+    B is initialised to 0. A is drawn with `seed`, independently of the global random state.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
@@ -108,7 +111,7 @@ def add_lora(student: ModelAdapter, layers: Iterable[int], rank: int, seed: int)
 
 
 def merge_lora(student: ModelAdapter) -> None:
-    """Adds the adapters to the weights and takes them away, in place."""
+    """Merges the adapters into the weights, removes them, and freezes the model, in place."""
     from peft.tuners.lora import LoraLayer
 
     model = student.model

@@ -1,4 +1,4 @@
-"""The training loop: accumulates, clips, validates, keeps the best, and goes on where it was."""
+"""The training loop, with gradient accumulation, clipping, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from come.distill.sharding import like, sharded_layers, whole
 
 Batch = tuple[Tensor, ...]
 Windows = Callable[[Tensor], Batch]
-"""Gives the tensors of some windows, by their numbers."""
+"""Returns the input tensors of the objective for the windows with the given indices."""
 
 
 def train(
@@ -38,31 +38,32 @@ def train(
     progress_bar: bool = True,
     name: str = "distill",
 ) -> Progress:
-    """Minimises an objective with AdamW; the parameters end at their best by validation.
+    """Minimises an objective with AdamW and restores the weights with the lowest validation loss.
 
     The learning rate follows `TrainConfig.lr_at`. The first validation runs before the first
-    step, so the result is never worse on held-out windows than the start. Every process takes an
-    equal part of each step's windows, so the gradient is that of one process.
+    step, so the validation loss of the result is never higher than that of the initial weights.
+    Every process takes an equal share of each step's windows, so the gradient is the same as with
+    one process.
 
     Args:
-        objective: what is minimised; its parameters are changed.
-        windows: the training windows.
-        count: how many there are.
-        held_out: the validation windows.
-        held_out_count: how many there are.
-        config: steps, rates and sizes.
+        objective: the objective; its trained parameters are changed in place.
+        windows: returns training windows by index.
+        count: number of training windows.
+        held_out: returns validation windows by index.
+        held_out_count: number of validation windows.
+        config: training settings.
         accelerator: device, processes and precision.
-        folder: where the state is kept; a state of the same job in it is gone on from.
-        job: names the job.
-        log: called with the losses of every step and validation.
-        progress_bar: whether to show one.
-        name: of the bar.
+        folder: folder for the training state. Training resumes from a state of the same job in it.
+        job: identifies the run.
+        log: called with the losses of every step and every validation.
+        progress_bar: whether to show a progress bar.
+        name: label of the progress bar and of error messages.
 
     Returns:
-        The curves, and the best step.
+        The loss curves, and the step of the restored weights.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the training or validation loss is not finite.
     """
     share = config.batch_size // accelerator.num_processes
     assert share * accelerator.num_processes == config.batch_size
@@ -76,7 +77,7 @@ def train(
     if progress.done:
         _restore(trained, best)
         return progress
-    objective.eval()  # no dropout: the teacher has none either
+    objective.eval()  # no dropout, as in the teacher
     model = objective if parted else accelerator.prepare_model(objective)
     bar = tqdm(
         total=config.steps, initial=progress.step, desc=name, unit="step", leave=False,
@@ -84,7 +85,7 @@ def train(
     )  # fmt: skip
 
     def validate() -> None:
-        """Validates, and keeps the weights if they are the best so far."""
+        """Computes the validation losses, and keeps the weights if they are the best so far."""
         found = _validation(objective, held_out, held_out_count, config, accelerator)
         if not math.isfinite(found["loss"]):
             raise ValueError(
@@ -99,7 +100,7 @@ def train(
         log({"step": progress.step, **{f"validation_{k}": v for k, v in found.items()}})
 
     def goes_on() -> bool:
-        """Whether there is a step left, and patience."""
+        """Whether steps are left and patience is not exhausted."""
         since = [v for v in progress.validation if v["step"] > progress.best_step]
         patient = not config.patience or len(since) < config.patience
         return patient and progress.step < config.steps
@@ -143,7 +144,7 @@ def _step(
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """One optimiser step on the windows `rows` of this process; the losses over all processes."""
+    """Runs one optimiser step on this process's windows; returns mean losses of all processes."""
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     parts, layers = rows.split(config.micro_batch), sharded_layers(model)
@@ -177,7 +178,7 @@ def _validation(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean losses over all held-out windows."""
+    """Mean losses over all validation windows."""
     total: dict[str, float] = {}
     for part in torch.arange(count).split(config.micro_batch):
         batch = tuple(tensor.to(accelerator.device) for tensor in windows(part))

@@ -1,4 +1,4 @@
-"""Greedy continuations of fixed prompts: what the numbers look like as text."""
+"""Greedy continuations of fixed prompts, as a qualitative check of a model."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ PROMPTS = (
 def generate_greedily(
     model: PreTrainedModel, ids: Int[Tensor, "batch begin"], new_tokens: int, least: int = 0
 ) -> Int[Tensor, "batch seq"]:
-    """Greedy generation, whatever penalties or beams the model's own configuration asks for.
+    """Generates greedily, and ignores all other settings of the model's generation configuration.
 
     Args:
         model: the model.
-        ids: prompts of one length.
-        new_tokens: tokens generated at most.
-        least: tokens generated at least.
+        ids: token ids of prompts of equal length.
+        new_tokens: maximum number of generated tokens.
+        least: minimum number of generated tokens.
 
     Returns:
-        Prompts and what follows them.
+        Token ids of the prompts and their continuations.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert own is not None
-    try:  # generate() fills in what it is not given from the model's configuration
+    try:  # generate() takes missing arguments from the model's generation configuration
         model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
         found: Tensor = model.generate(
             ids,
@@ -62,7 +62,7 @@ def continuations(
     new_tokens: int,
     prompts: Sequence[str] = PROMPTS,
 ) -> list[str]:
-    """The greedy continuation of every prompt, without the prompt."""
+    """The greedy continuation of every prompt as text, without the prompt."""
     texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -1,4 +1,4 @@
-"""The dense model's evaluation, measured once for all jobs that share model and text."""
+"""Evaluates one model; caches the dense model's evaluation for all jobs that need the same one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of one model alone.
+    """The measurements of one model that need no other model.
 
     Attributes:
-        perplexity: on every held-out text, by name.
-        continuations: of the report's prompts, in order.
-        zero_shot: on the tasks; None where there are none.
+        perplexity: perplexity on every held-out text, by name.
+        continuations: continuations of the report's prompts, in order.
+        zero_shot: results on the zero-shot tasks; None without tasks.
     """
 
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
@@ -48,7 +48,10 @@ def evaluate(
     batch_tokens: int,
     new_tokens: int,
 ) -> Evaluation:
-    """Perplexity on the texts, the tasks, if any, and continuations of `new_tokens` tokens."""
+    """Measures perplexity and zero-shot tasks, and generates continuations of `new_tokens` tokens.
+
+    Nothing is measured for an empty `texts`, for `tasks=None` and for `new_tokens=0`.
+    """
     return Evaluation(
         {
             name: perplexity(model, text.windows, batch_tokens=batch_tokens)
@@ -71,18 +74,18 @@ def evaluate_dense(
     batch_tokens: int,
     new_tokens: int,
 ) -> Evaluation:
-    """`evaluate` of the dense model, from the cache where it has been measured before.
+    """Runs `evaluate` on the dense model, or reads its result from the cache.
 
     Args:
-        load: loads the dense model; called only if something must be measured.
+        load: loads the dense model; called only if the result is not in the cache.
         tokenizer: its tokenizer.
         texts: held-out windows by name.
         tasks: zero-shot tasks.
-        identity: of the dense model's files, the tokenizer's among them.
-        dtype: dtype that it runs in.
-        device: device that it runs on.
-        batch_tokens: tokens of one forward pass.
-        new_tokens: tokens of a continuation.
+        identity: identifies the dense model's files, including the tokenizer's.
+        dtype: dtype of the model.
+        device: device of the model; its type is part of the cache key.
+        batch_tokens: tokens per forward pass.
+        new_tokens: tokens per continuation.
     """
     if not (texts or new_tokens or tasks):
         return Evaluation()
@@ -101,7 +104,7 @@ def evaluate_dense(
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_folder() / "evaluations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # jobs side by side wait for the first
+    with FileLock(path.with_suffix(".lock")):  # parallel jobs wait for the first
         if not path.is_file():
             measured = evaluate(
                 load(), tokenizer, texts, tasks, batch_tokens=batch_tokens, new_tokens=new_tokens

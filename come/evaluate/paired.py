@@ -1,4 +1,4 @@
-"""Which differences are real: two models on the same documents."""
+"""Paired tests and bootstrap intervals for two models on the same documents."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 9999
-_BLOCK = 500  # resamples drawn at a time
+_BLOCK = 500  # resamples per batch, to bound memory
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A model's mean score minus another's, on the same documents.
+    """The mean score of a model minus that of a reference model, on the same documents.
 
     Attributes:
         value: the difference.
-        low: lower end of its 95% interval, paired bootstrap over documents.
-        high: upper end.
-        p: McNemar's exact test: probability of a split at least as uneven as the one seen among the
-            documents that one model alone gets right, if both were equally good.
+        low: lower end of its 95% confidence interval, by a paired bootstrap over documents.
+        high: upper end of that interval.
+        p: two-sided p-value of McNemar's exact test: the probability, if both models are equally
+            good, of a split at least as uneven as the observed one among the documents that only
+            one of the models answers correctly.
     """
 
     value: float
@@ -31,20 +32,24 @@ class Difference:
 
     @property
     def real(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return not self.low <= 0 <= self.high
 
 
 def mean_difference(
     groups: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]],
 ) -> tuple[float, float]:
-    """95% interval of the mean, over what was asked for, of the difference of two models.
+    """95% confidence interval of the mean difference of two models over several groups of tasks.
 
-    What was asked for is a task, or a group whose documents all count the same. Documents are drawn
-    again within their task.
+    The difference of a group is the mean over the documents of all its tasks; groups have equal
+    weight. The paired bootstrap resamples documents within their task.
 
     Args:
-        groups: of each the scores of its tasks, the model's and those it is compared with.
+        groups: for each group, the pairs (scores of the model, scores of the reference model) of
+            its tasks. A single task is a group with one pair.
+
+    Returns:
+        Lower and upper end of the interval.
     """
     generator = np.random.default_rng(0)
     means = np.zeros(_RESAMPLES)
@@ -62,11 +67,13 @@ def mean_difference(
 
 
 def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Difference:
-    """The difference of two models' scores, 0 or 1 a document, with its interval and test.
+    """The mean difference of two models' scores, with its bootstrap interval and McNemar's test.
+
+    For scores other than 0 and 1, the test is the sign test of which model scores higher.
 
     Args:
-        scores: of the model.
-        reference: of the one that it is compared with, in the same order.
+        scores: score of the model on every document.
+        reference: score of the reference model on the same documents, in the same order.
     """
     from scipy import stats  # takes a second to import
 

@@ -1,4 +1,4 @@
-"""Perplexity on packed windows, with an interval over windows."""
+"""Perplexity on packed windows, with a confidence interval over windows."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Perplexity:
     """Perplexity of one model on one text.
 
     Attributes:
-        nll: mean negative log-likelihood of a predicted token, nats, of every window.
-        tokens: tokens read, seq times windows.
-        predicted: tokens predicted, seq - 1 a window.
+        nll: mean negative log-likelihood per predicted token of every window, in nats.
+        tokens: number of tokens read, seq per window.
+        predicted: number of tokens predicted, seq - 1 per window.
     """
 
     nll: tuple[float, ...]
@@ -49,11 +49,11 @@ class Perplexity:
 
     @property
     def interval(self) -> Interval:
-        """Exp of the mean over windows, with Student's t interval over windows."""
+        """Exp of the mean of `nll` over windows, with Student's t interval over windows."""
         return _exp_interval(self.nll)
 
     def ratio_to(self, dense: Perplexity) -> Interval:
-        """Perplexity over that of another model on the same windows, paired by window."""
+        """Ratio to the perplexity of another model on the same windows, paired by window."""
         return _exp_interval([a - b for a, b in zip(self.nll, dense.nll, strict=True)])
 
 
@@ -65,20 +65,21 @@ def perplexity(
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> Perplexity:
-    """Exp of the mean cross-entropy of every token but the first of each window.
+    """Exp of the mean cross-entropy of every token except the first of each window.
 
         ppl = exp( mean_{w, t > 1} -log p(x_t | x_1 .. x_{t-1}) )
 
-    Logits are taken in blocks of tokens, so that only one block of [block, vocab] exists.
+    Logits are computed in blocks of tokens, so only one [block, vocab] block is in memory at a
+    time.
 
     Args:
         model: the model.
-        windows: token ids, windows that do not overlap.
-        batch_tokens: tokens of one forward pass; at least one window goes.
+        windows: token ids, non-overlapping windows.
+        batch_tokens: tokens per forward pass; a pass has at least one window.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: a token without a row in the embedding, or a loss that is not finite.
+        ValueError: a token id has no row in the embedding, or a loss is not finite.
     """
     check_token_ids(windows, model.get_input_embeddings().weight.shape[0], "the text")
     adapter = ModelAdapter(model)
@@ -110,10 +111,10 @@ def perplexity(
 
 
 def _exp_interval(values: Sequence[float]) -> Interval:
-    """Exp of a mean with Student's t interval, which is taken before exp.
+    """Exp of a mean and of the ends of its Student's t interval.
 
-    A finite end beyond the largest float is the largest float; a single value's interval is
-    unbounded.
+    Results above the largest float are clipped to it. The interval of a single value is
+    [0, infinity].
     """
     from scipy import stats  # takes a second to import
 
@@ -127,5 +128,5 @@ def _exp_interval(values: Sequence[float]) -> Interval:
 
 
 def _exp(value: float) -> float:
-    """Exp, at most the largest float."""
+    """Exp, clipped to the largest float."""
     return math.exp(value) if value < math.log(sys.float_info.max) else sys.float_info.max

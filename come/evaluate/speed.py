@@ -1,4 +1,4 @@
-"""Speed of prompt processing and generation, models alternating in one run."""
+"""Speed of prompt processing and generation, measured alternately for several models."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated timings of one piece of work.
+    """Repeated timings of the same work.
 
     Attributes:
-        tokens: tokens processed or generated in one repetition.
-        seconds: of every repetition, in order.
+        tokens: number of tokens processed or generated per repetition.
+        seconds: duration of every repetition, in order.
     """
 
     tokens: int
@@ -36,24 +36,24 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens over the median seconds."""
+        """Tokens per second of the median repetition."""
         return self.tokens / statistics.median(self.seconds)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Slowest and fastest repetition, tokens/s."""
+        """Tokens per second of the slowest and the fastest repetition."""
         return self.tokens / max(self.seconds), self.tokens / min(self.seconds)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Prompt processing and generation of one model.
+    """Speed and memory of one model.
 
     Attributes:
-        prompt: processing of the prompt.
-        generation: greedy generation.
-        peak_bytes: the model's weights, and the most that tensors took above them while it worked.
-        cache_bytes: keys and values of the prompt.
+        prompt: timing of prompt processing.
+        generation: timing of greedy generation.
+        peak_bytes: bytes of the model's weights, plus the peak of other tensors during the work.
+        cache_bytes: bytes of the KV cache of the prompt.
     """
 
     prompt: Timing
@@ -72,17 +72,18 @@ def compare_speed(
     repeats: int = 3,
     progress: bool = True,
 ) -> dict[str, Speed]:
-    """Times the models in turn, A B A B ..., after one warm-up of each.
+    """Times the models alternately, A B A B ..., after one warm-up of each.
 
-    Turns share whatever the machine does meanwhile, so ratios of medians hold where absolute
-    times drift. Memory is measured beside the warm-up, not in the timed turns.
+    Because the models alternate, other load on the machine affects all of them, and ratios of
+    medians are reliable even if absolute times drift. Memory is measured in the warm-up round, not
+    in the timed repetitions.
 
     Args:
         models: models by label.
-        prompt_tokens: length of the prompt (batch 1).
+        prompt_tokens: length of the prompt (batch size 1).
         new_tokens: tokens generated greedily for each of `batch` prompts of 16 tokens.
-        batch: prompts generated for side by side.
-        repeats: counted repetitions of each.
+        batch: batch size of the generation.
+        repeats: number of timed repetitions.
         progress: whether to show a progress bar.
     """
     found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}
@@ -127,13 +128,13 @@ def _prompt(model: PreTrainedModel, tokens: int) -> Any:
 
 
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of keys and values behind a prompt."""
+    """Bytes of the KV cache after a prompt."""
     layers = _prompt(model, tokens).past_key_values.layers
     return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
 def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
-    """The most bytes that tensors take above what there was before, whichever model runs first."""
+    """Peak bytes of tensors above the level before `work`, independent of the models' order."""
     device = _device(model)
     if device.type == "cuda":
         with PeakMemory(device) as memory:
@@ -154,7 +155,7 @@ def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Nothing reaches stderr: the profiler's own library writes lines there."""
+    """Discards all output to stderr, because the profiler's C++ library writes log lines there."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: found by name, identified by content, and held against the model."""
+"""Zero-shot tasks: loading by name, hashing by content, and checks against the model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# The harness (lm-eval) takes seconds to import, so it is imported where it is used.
+# The harness (lm-eval) takes seconds to import, so it is imported inside the functions.
 
-_GENERATED = 256  # tokens that the harness generates where a task does not say
+_GENERATED = 256  # the harness's default for max_gen_toks
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks with their documents, loaded once for all models of a run.
+    """Zero-shot tasks with their documents, loaded once for all models of a job.
 
     Attributes:
-        names: as they were asked for.
-        limit: only the first so many documents of each; None for all.
-        batch_size: sequences of one forward pass.
-        loaded: the harness's tasks and groups.
-        tasks: the tasks alone, by name.
-        members: the tasks behind each name.
-        manager: the harness's index of them.
-        identity: hash of what determines the documents and prompts.
+        names: requested names of tasks and groups.
+        limit: number of first documents to use of each task; None for all.
+        batch_size: sequences per forward pass.
+        loaded: the harness's task and group objects.
+        tasks: the tasks, including those of groups, by name.
+        members: names of the tasks that each requested name stands for.
+        manager: the harness's task manager.
+        identity: hash of everything that determines the documents and prompts.
     """
 
     names: list[str]
@@ -55,9 +55,10 @@ class TaskSet:
 
 
 def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | None) -> str:
-    """Hash of the tasks' names, of all local files that may define them, and of the harness.
+    """Hash of the task names, the limit, all files in `include_path`, and the harness's version.
 
-    Files, folders and patterns that a YAML names count by their content, wherever they are.
+    Files, folders and glob patterns that a YAML file refers to are hashed by their content,
+    wherever they are.
     """
     parts = [*names, str(limit), version("lm-eval")]
     if include_path:
@@ -70,7 +71,7 @@ def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | 
 
 
 def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
-    """What a task's YAML says, with the content of all that it names in place of paths."""
+    """The words of a task's YAML file, with each path replaced by its content or a hash of it."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _AnyTag)
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -81,7 +82,7 @@ def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
             found.append(local_hash(word) or word)
             continue
         beside = [path.parent / name for name in (word, f"{word}.yaml")]
-        # os.path, since a word may be a whole prompt, which is no name of a file
+        # os.path and not Path: a word may be a whole prompt, which is not a valid file name
         named = next((p for p in beside if os.path.isfile(p) and p not in (path, *seen)), None)
         if named is None:
             found.append(word)
@@ -93,7 +94,7 @@ def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
 
 
 def _words(tree: Any) -> Iterator[str]:
-    """Keys and values of a tree, as text."""
+    """All keys and values of a nested structure, as text."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield str(key)
@@ -115,13 +116,15 @@ _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
 def load_tasks(
     names: Sequence[str], *, include_path: str | None, limit: int | None, batch_size: int
 ) -> TaskSet:
-    """Finds tasks by name and loads their documents; before any model, so that errors come early.
+    """Finds tasks by name and loads their documents.
 
-    Local tasks (YAML files below `include_path`) are found at once; the harness's own take 20
-    seconds more to be indexed, and their data come from the hub.
+    This happens before any weights are loaded, so that errors occur early. Local tasks (YAML files
+    in `include_path`) are found immediately. The harness's own tasks take 20 seconds more to index,
+    and their data are downloaded from the hub.
 
     Raises:
-        ValueError: no such folder or task, or documents that cannot be read.
+        ValueError: there is no such folder or task, the documents cannot be read, or a task scores
+            a text as a whole (`loglikelihood_rolling`).
     """
     from lm_eval.tasks import TaskManager
 
@@ -144,7 +147,7 @@ def load_tasks(
         try:
             with quiet_harness():
                 found = manager.load([name])
-        except Exception as error:  # datasets raises errors of many kinds
+        except Exception as error:  # datasets raises many kinds of exceptions
             raise ValueError(
                 f"eval.tasks has {name!r}: its documents cannot be read ({one_line(error)}); tasks "
                 "of the hub need network, local ones files that are there "
@@ -175,19 +178,22 @@ def load_tasks(
 def check_tasks(
     tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, rows: int, longest: int | None
 ) -> None:
-    """Checks that the model can do the tasks, before anything is loaded.
+    """Checks that the model can run the tasks; needs no weights.
 
     Args:
-        tasks: from `load_tasks`.
+        tasks: the tasks, from `load_tasks`.
         tokenizer: the model's tokenizer.
-        rows: rows of the model's embedding.
-        longest: tokens that the model reads at most, if there is a limit.
+        rows: number of rows of the model's embedding.
+        longest: maximum number of tokens that the model reads; None without a limit.
 
     Raises:
-        ValueError: no begin or end token, which the harness puts where a prompt is empty, or one
-            without a row in the embedding; another token of a prompt without a row; a task that
-            generates without an end token or longer than the model reads; or one that would run
-            code that the model writes.
+        ValueError: one of these holds:
+            - The tokenizer has neither a begin nor an end token, which the harness uses as the
+              context of an empty prompt, or that token has no row in the embedding.
+            - Another token of a prompt has no row in the embedding.
+            - A task generates text, and the tokenizer has no end token or the maximum length
+              exceeds what the model reads.
+            - A task executes code that the model writes.
     """
     for name, task in tasks.tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
@@ -218,7 +224,7 @@ def check_tasks(
         )
     if max(tokenizer.get_vocab().values()) < rows:
         return
-    for name, task in tasks.tasks.items():  # some token has no row: does a prompt have it?
+    for name, task in tasks.tasks.items():  # some token has no row: check the prompts
         with quiet_harness():
             task.build_all_requests(limit=tasks.limit, rank=0, world_size=1)
         words = [word for i in task.instances for word in i.args if isinstance(word, str) and word]
@@ -227,14 +233,14 @@ def check_tasks(
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the harness puts where a prompt is empty."""
+    """The token that the harness uses as the context of an empty prompt."""
     begin = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
 
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keeps the harness's log to warnings."""
+    """Silences the harness's log messages below the level ERROR."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

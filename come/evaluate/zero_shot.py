@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through EleutherAI's harness, in memory."""
+"""Zero-shot accuracy of a model in memory, by EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_RESAMPLES = 1000  # of the standard errors that the harness has no formula for
+_RESAMPLES = 1000  # bootstrap resamples for standard errors without a closed form
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """What one model does on the tasks.
+    """The results of one model on the zero-shot tasks.
 
     Attributes:
-        metrics: of every task its metrics by name, and "METRIC_stderr" of each.
-        scores: of every task the metric that counts, a number for every document in their order;
-            None where that metric is not a mean over documents (a correlation, F1, BLEU).
-        documents: of every task how many.
-        values: of every task or group that was asked for the metric that counts; of a group the
-            harness's own aggregate, or the mean over its tasks.
-        members: the tasks behind each of those.
+        metrics: for every task, its metrics by name, with their standard errors as
+            "METRIC_stderr".
+        scores: for every task, the headline metric of every document, in order; None if that
+            metric is not a mean over documents (a correlation, F1, BLEU).
+        documents: number of documents of every task.
+        values: headline metric of every requested task or group; for a group, the harness's
+            aggregate, or the mean over its tasks if there is none.
+        members: names of the tasks that each requested name stands for.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -43,35 +44,36 @@ class ZeroShot:
     members: dict[str, list[str]]
 
     def value(self, task: str) -> float:
-        """The metric of a task that counts."""
+        """The headline metric of a task."""
         return self.metrics[task][headline(self.metrics[task])]
 
     @property
     def average(self) -> float:
-        """Mean over what was asked for, a group counting as much as a task."""
+        """Mean of `values`; a group has the same weight as a task."""
         return sum(self.values.values()) / len(self.values)
 
 
 def headline(metrics: Mapping[str, float]) -> str:
-    """The metric of a task that counts: acc where there is one, else its first."""
+    """Name of a task's headline metric: acc if it has one, otherwise its first metric."""
     return "acc" if "acc" in metrics else next(iter(metrics))
 
 
 def zero_shot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet
 ) -> ZeroShot:
-    """Runs the tasks on a model that is in memory; nothing is saved, no answer is cached.
+    """Runs the tasks on a model in memory, without saving the model or caching answers.
 
-    Prompts, few-shot numbers and metrics are the tasks' own. The harness seeds all global
-    generators.
+    Prompts, numbers of few-shot examples and metrics are those of the task definitions. The
+    harness seeds all global random generators.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        tasks: from `load_tasks`.
+        tasks: the tasks, from `load_tasks`.
 
     Raises:
-        ValueError: see `check_tasks`; or predictions or metrics that are not finite.
+        ValueError: see `check_tasks`; also if a log-likelihood is NaN, a metric overflows, or a
+            task has no finite metric.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -79,12 +81,12 @@ def zero_shot(
     rows = model.get_input_embeddings().weight.shape[0]
     longest = getattr(model.config, "max_position_embeddings", None)
     check_tasks(tasks, tokenizer, rows, longest)
-    tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a padding token
+    tokenizer = copy.deepcopy(tokenizer)  # the harness sets its padding token
     if (tokenizer.pad_token_id or 0) >= rows:
         tokenizer.pad_token_id = prefix_token(tokenizer)
     with quiet_harness():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size)
-        if not sys.stderr.isatty():  # a line for every step of a bar fills a job's log
+        if not sys.stderr.isatty():  # in a log file, every update is a line
             for kind in ("loglikelihood", "generate_until"):
                 setattr(wrapped, kind, partial(getattr(wrapped, kind), disable_tqdm=True))
         try:
@@ -112,7 +114,7 @@ def zero_shot(
         if not metrics[name]:
             raise ValueError(f"zero-shot: no metric of {name} is a finite number")
         counts = headline(metrics[name])
-        only = samples[0].get("filter")  # of several filters the first counts
+        only = samples[0].get("filter")  # use the first of several filters
         ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
         documents[name] = len(ordered)
         scores[name] = _scores([sample[counts] for sample in ordered], metrics[name][counts])
@@ -125,7 +127,7 @@ def zero_shot(
 
 
 def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> None:
-    """Checks that log-likelihoods are numbers: of an answer that is not one, any would win."""
+    """Raises ValueError if a log-likelihood is NaN, because the choice would then be arbitrary."""
     for sample in samples:
         for answers in sample["resps"]:
             for answer in answers:
@@ -139,7 +141,7 @@ def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTr
 
 
 def _scores(values: Sequence[Any], metric: float) -> list[float] | None:
-    """One number for each document, or None unless the metric is the mean of such numbers."""
+    """The score of every document, or None if the metric is not the mean of these scores."""
     if not all(isinstance(value, Real | np.bool_) for value in values):
         return None
     scores = [float(value) for value in values]
@@ -151,9 +153,10 @@ def _document(sample: Mapping[str, Any]) -> int:
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by plain names, of several filters the first: "acc_stderr,none" -> "acc_stderr".
+    """Metrics without the filter in their names: "acc_stderr,none" becomes "acc_stderr".
 
-    What is not a finite number, as the standard error of one document, is left out.
+    The first of several filters is used. Values that are not finite, such as the standard error
+    of a single document, are omitted.
     """
     plain: dict[str, float] = {}
     for key, value in result.items():

@@ -1,1 +1,1 @@
-"""One job: identity, folder, stages, estimate."""
+"""One job: its hash, its folder, its stages and its cost estimate."""

@@ -1,4 +1,4 @@
-"""What a compression will cost, said before it starts."""
+"""Estimates the cost of a compression before it starts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from come.report.numbers import duration, megabytes
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a progressive compression.
+    """The estimated cost of a progressive compression.
 
     Attributes:
-        tokens: calibration tokens.
+        tokens: number of calibration tokens.
         num_layers: layers of the dense model.
-        least: layer passes if every group is the last possible.
-        most: layer passes if every group is the first possible.
-        weight_bytes: the model's weights.
-        boundary_bytes: hidden states at every boundary.
-        store: where those are kept.
-        extra: settings whose trials or gradients run passes of their own on top.
+        least: number of layer passes if every merge takes the last possible span.
+        most: number of layer passes if every merge takes the first possible span.
+        weight_bytes: bytes of the model's weights.
+        boundary_bytes: bytes of the hidden states stored at the layer boundaries.
+        store: where the hidden states are stored, "memory" or "disk".
+        extra: settings that need additional passes (trial merges, gradients, refits), which
+            `least` and `most` do not include.
     """
 
     tokens: int
@@ -35,7 +36,7 @@ class Cost:
     extra: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What to tell before the start."""
+        """Lines to log before the compression starts."""
         extra = f"; the passes of {', '.join(self.extra)} come on top" if self.extra else ""
         places = "main memory" if self.store == "memory" else "memory-mapped files"
         return [
@@ -47,7 +48,7 @@ class Cost:
         ]
 
     def estimate(self, first_layer_seconds: float) -> str:
-        """What to tell after the first layer's pass."""
+        """Estimate of the total time, extrapolated from the first layer's pass."""
         least, most = (duration(first_layer_seconds * n) for n in (self.least, self.most))
         more = ", and more for what comes on top" if self.extra else ""
         return (
@@ -59,7 +60,7 @@ class Cost:
 def compression_cost(
     shape: ModelShape, *, num_samples: int, seq_len: int, target: int, method: Method, store: str
 ) -> Cost:
-    """The cost of merging a model of `shape` down to `target` layers."""
+    """Estimates the cost of merging a model of `shape` down to `target` layers."""
     layers, rules = shape.num_layers, method.constraints(shape.num_layers, target)
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
     fewest = most = [target]
@@ -79,7 +80,7 @@ def compression_cost(
     tokens = num_samples * seq_len
     slots = layers + 1 if method.block == "layer" else 2 * layers + 1
     if metric.gradient == "path" or method.needs_dense:
-        slots += layers + 1  # the second stream's, or the dense model's
+        slots += layers + 1  # the boundaries of a second stream or of the dense model
     state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""A job's folder: its lock, and the files that say whether the job is done."""
+"""A job folder: its exclusive lock, its result, and the files that a resumed job reads."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ STATES = "distill"  # the folder of training checkpoints
 
 
 def find_run(path: str) -> Path:
-    """The model folder of a finished run, or of a path that is one itself.
+    """The model folder at `path`, which is a finished run's folder or a model folder.
 
     Raises:
-        ValueError: there is no model with a plan.
+        ValueError: there is no model with weights and a plan at `path`.
     """
     folder = Path(path).expanduser()
     for model in (folder / "model", folder):
@@ -43,10 +43,10 @@ def find_run(path: str) -> Path:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds a job's folder, so that no second process works in it; waits for one that does.
+    """Holds an exclusive lock on the job folder; blocks while another process holds it.
 
     Raises:
-        ValueError: the folder cannot be made.
+        ValueError: the folder cannot be created or written.
     """
     check_folder(folder, 0)
     lock = FileLock(folder / ".lock")
@@ -62,7 +62,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
-    """The result of a finished job, or None if it has not finished.
+    """The result of a job, or None if the job has not finished.
 
     Raises:
         ValueError: the folder holds the result of another job.
@@ -80,17 +80,17 @@ def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes `result.json`, the last file of a job, atomically.
+    """Writes `result.json` atomically; it is the last file that a job writes.
 
     Raises:
-        ValueError: a number that is not finite, by its place.
+        ValueError: a number is not finite; the message has its key.
     """
     check_finite(result, RESULT)
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def check_finite(values: Any, place: str) -> None:
-    """Raises ValueError, naming its place, for a number in nested values that is not finite."""
+    """Raises ValueError, with the key, if a number in nested values is not finite."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             check_finite(value, f"{place}: {key}" if place == RESULT else f"{place}.{key}")
@@ -102,7 +102,7 @@ def check_finite(values: Any, place: str) -> None:
 
 
 def partial_plan(folder: Path, job: str) -> Plan | None:
-    """The plan of an interrupted compression of the same job, or None."""
+    """The partial plan of an interrupted compression of the same job, or None."""
     path = folder / PARTIAL_PLAN
     if not path.is_file():
         return None
@@ -111,14 +111,14 @@ def partial_plan(folder: Path, job: str) -> Plan | None:
 
 
 def check_folder(folder: Path, needed: int) -> None:
-    """Checks that a folder can be written and has room.
+    """Creates the job folder and checks that it is writable and that its disk has enough space.
 
     Args:
-        folder: the job's folder.
-        needed: bytes that the job will write.
+        folder: the job folder.
+        needed: number of bytes that the job writes.
 
     Raises:
-        ValueError: it cannot be made or written, or its disk is too full.
+        ValueError: the folder cannot be created or written, or the free space is too small.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A job's name, and the files that say whether it is done."""
+"""The job hash: a hash of everything that determines a job's result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def model_identity(model: ModelSettings) -> str:
-    """What names a model whatever folder it is in: a hash of its files, or the hub id."""
+    """Identifies a model independently of its location: a hash of its files, or its hub id."""
     folder = Path(model.path or "").expanduser()
     if model.path and folder.is_dir():
         try:
@@ -39,9 +39,10 @@ def model_identity(model: ModelSettings) -> str:
 def job_hash(settings: Settings) -> str:
     """Hash of everything that determines a job's result: 12 hexadecimal digits.
 
-    This package's own code counts, and that of plugins and of the packages that compute. Paths
-    count by their content. Batch sizes count, since sums over tokens are rounded by batches, and
-    so does the kind of device. Labels, stores and tracking do not count.
+    The hash includes the code of this package and of plugins, and the versions of the packages
+    that do the computation. For a path, it includes the content. It includes batch sizes, because
+    they change the rounding of sums over tokens, and the device type. It excludes labels, the
+    store of hidden states, and tracking.
     """
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],
@@ -52,7 +53,7 @@ def job_hash(settings: Settings) -> str:
         "eval": settings.eval.counted(),
         "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
     }
-    if settings.merge.enabled and settings.eval.perplexity:  # which part of a text is held out
+    if settings.merge.enabled and settings.eval.perplexity:  # decides which part is held out
         calibrating = settings.calibration
         parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
     if settings.eval.extra_texts:

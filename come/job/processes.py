@@ -1,4 +1,4 @@
-"""This process's part in a job that `accelerate launch` started in several."""
+"""Accelerate's process state for jobs that `accelerate launch` starts in several processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from come.schema import Settings
 
 
 def processes(settings: Settings) -> Accelerator:
-    """This process's part in the run: alone, or one of several that `accelerate launch` started.
+    """The `Accelerator` of this process, which runs alone or was started by `accelerate launch`.
 
     Raises:
-        ValueError: several processes, and a job that cannot be shared between them.
+        ValueError: several processes were launched for a job that only one can run, or
+            `distill.batch_size` is not a multiple of their number.
     """
     distill = settings.distill
     device = choose_device(settings.model.device)

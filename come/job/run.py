@@ -1,4 +1,4 @@
-"""One job from settings to `result.json`: prepare, merge, distil, evaluate, report."""
+"""Runs one job from its settings to `result.json`: prepare, merge, distil, evaluate, report."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, folder: Path) -> Result:
-    """Runs a job, or returns its result if it has finished before.
+    """Runs a job, or returns its result if it has already finished.
 
-    Leaves in `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ (and model-N/ for every
-    depth of `merge.save_at`; without weights where `merge.save_weights` is false), report.md and
-    its figures, and result.json, written last. After a distillation `model/` is the trained model
-    and model-merged/ the one before it. An interrupted job resumes at its last finished merge, with
-    the trial merges that it had finished, or at the last checkpoint of its training.
+    Writes to `folder`: resolved.yaml, metrics.jsonl, plan.json, model/ and model-N/ for every
+    depth N of `merge.save_at` (without weights if `merge.save_weights` is false), report.md with
+    its figures, and result.json, which is written last. With distillation, model/ is the trained
+    model and model-merged/ is the merged model that it was trained from.
+
+    An interrupted job resumes after its last finished merge and reuses the scores of its finished
+    trial merges; schedules with `restarts` start the merge over. An interrupted distillation
+    resumes from its last checkpoint.
 
     Raises:
-        ValueError: settings that do not fit each other, the model or the texts; before any
-            weight is loaded.
+        ValueError: settings contradict each other or do not fit the model or the texts, which is
+            checked before any weights are loaded; or a result is not finite.
     """
     settings.check()
     name, crew = job_hash(settings), processes(settings)
@@ -51,7 +54,7 @@ def run(settings: Settings, folder: Path) -> Result:
 
 def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
     finished = finished_result(folder, name)
-    broadcast_object_list([finished is None])  # the others wait for this
+    broadcast_object_list([finished is None])  # the worker processes wait for this
     if finished is not None:
         log.info("job %s has finished before; remove its folder to run it again", name)
         _tidy(folder, cast(Result, finished))
@@ -59,7 +62,7 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
-    from come.report.write import write_report  # plots are slow to import; a wrong job needs none
+    from come.report.write import write_report  # matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
     with _trackers(job) as trackers:
@@ -81,7 +84,7 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
 
 
 def _tidy(folder: Path, result: Result) -> None:
-    """Removes what a finished job has no use for: partial plans, checkpoints, unwanted weights."""
+    """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
     for leftover in (partial, tensors_path(partial), folder / TRIALS, folder / COST):
         leftover.unlink(missing_ok=True)
@@ -93,7 +96,7 @@ def _tidy(folder: Path, result: Result) -> None:
 
 
 def _follow(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
-    """The part of a process that helps to distil: waits for the merge, and trains along."""
+    """Runs a worker process: waits until the main process has merged, then joins the training."""
     (goes_on,) = broadcast_object_list([None])
     if not goes_on:
         return cast(Result, {})

@@ -1,1 +1,1 @@
-"""Loading, saving and changing causal language models."""
+"""Loads causal language models, accesses their parts, and edits their layers and files."""

@@ -1,4 +1,4 @@
-"""The closed list of questions that an algorithm may ask of a model."""
+"""The model adapter: the only interface through which algorithms access a model."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
 Unit = Literal["kv_group", "channel"]
 UNITS: tuple[Unit, ...] = ("kv_group", "channel")
 Block = Literal["layer", "attention", "ffn"]
-"""What is merged or dropped: whole layers, or one of their two parts."""
+"""What is merged or dropped: whole layers, or only their attention or MLP ("ffn")."""
 UNITS_OF: dict[Block, tuple[Unit, ...]] = {
     "layer": UNITS,
     "attention": ("kv_group",),
     "ffn": ("channel",),
 }
 LayerState = dict[str, Tensor]
-"""All tensors of one decoder layer by their name inside the layer."""
+"""All tensors of one decoder layer, by their names relative to the layer."""
 
 
 class Part(Enum):
-    """What merging does with a tensor of a layer."""
+    """How a merge treats a tensor of a layer."""
 
-    UNITS = "units"  # cut along one axis into units that are kept or dropped whole
-    NORM = "norm"  # scale or bias of a norm in front of a block
+    UNITS = "units"  # split along one axis into units; each unit is kept or dropped as a whole
+    NORM = "norm"  # scale or bias of the norm before attention or MLP
     SHARED = "shared"  # belongs to no unit: output biases, per-head norms
 
 
 @dataclass(frozen=True)
 class Role:
-    """How one tensor of a layer is made up of units.
+    """How one tensor of a layer is split into units.
 
     Attributes:
-        part: what kind of tensor it is.
-        unit: the units it is cut into (`Part.UNITS` only).
-        axis: 0 where a unit owns rows, 1 where it owns columns.
-        size: rows or columns a unit owns; they are adjacent.
-        norm: name of the norm module whose output these rows read (rows only).
+        part: how a merge treats the tensor.
+        unit: kind of the units (`Part.UNITS` only).
+        axis: 0 if a unit is a set of rows, 1 if it is a set of columns.
+        size: number of rows or columns per unit; they are adjacent.
+        norm: name of the norm module whose output the rows read (`axis` 0 only).
     """
 
     part: Part
@@ -61,9 +61,9 @@ class Role:
 
 
 class ModelAdapter:
-    """A causal language model of a supported family, seen as a stack of layers made of units.
+    """A causal language model of a supported family, as a stack of layers that consist of units.
 
-    A layer has `K` KV groups (a KV head with the query heads that read it) and `F` FFN channels.
+    A layer has `K` KV groups (a KV head with its query heads) and `F` MLP channels.
 
     Raises:
         ValueError: the family, a variant of it, or a tensor of its layers is not supported.
@@ -82,24 +82,24 @@ class ModelAdapter:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, in depth order."""
+        """The decoder layers, from first to last."""
         layers = self.model.get_submodule(self.architecture.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     @property
     def num_layers(self) -> int:
-        """How many decoder layers the model has now."""
+        """Current number of decoder layers."""
         return len(self.layers)
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings, and so the hidden states, live."""
+        """The device of the embeddings, and so of the hidden states."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def unit_counts(self) -> dict[Unit, int]:
-        """How many units of each kind every layer has: `{"kv_group": K, "channel": F}`."""
+        """Number of units of each kind per layer: `{"kv_group": K, "channel": F}`."""
         config = self.config
         heads = config.num_attention_heads
         return {
@@ -109,27 +109,27 @@ class ModelAdapter:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
+        """Number of channels of one attention head."""
         config = self.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def layer_state(self, index: int) -> LayerState:
-        """The tensors of layer `index`, not copied."""
+        """The tensors of layer `index`, without copying them."""
         return dict(self.layers[index].state_dict())
 
     def output_map(self, index: int, unit: Unit) -> nn.Linear:
-        """The linear map of layer `index` whose input channels are the units' outputs."""
+        """The output projection of layer `index` whose input channels are the units' outputs."""
         linear = self.layers[index].get_submodule(self._output_module(unit))
         assert isinstance(linear, nn.Linear)
         return linear
 
     def output_tensors(self, *units: Unit) -> list[str]:
-        """Names of the output maps' weights and biases, of all units unless some are named."""
+        """Names of the output projections' weights and biases, for `units`, or for all if none."""
         modules = [self._output_module(unit) for unit in units or UNITS]
         return [name for name in self.roles if name.rpartition(".")[0] in modules]
 
     def block_tensors(self, block: Block) -> list[str]:
-        """Names of the tensors of a layer that belong to a block, its norm among them."""
+        """Names of the tensors of a layer that belong to a block, including its norm."""
         arch = self.architecture
         ffn = {arch.ffn_norm, *arch.ffn_inputs, arch.ffn_output}
         own = {
@@ -143,16 +143,16 @@ class ModelAdapter:
         return [tensors[name] for name in self.block_tensors(block) if tensors[name].dim() == 2]
 
     def mlp_norm_module(self, index: int) -> nn.Module:
-        """The norm of layer `index` whose input is the state between attention and FFN."""
+        """The norm of layer `index` before the MLP; its input is the state after attention."""
         return self.layers[index].get_submodule(self.architecture.ffn_norm)
 
     def norm(self, unit: Unit) -> str:
-        """Name, inside a layer, of the norm that the units of a kind read."""
+        """Name, relative to a layer, of the norm whose output the units of a kind read."""
         arch = self.architecture
         return arch.attention_norm if unit == "kv_group" else arch.ffn_norm
 
     def zeroed(self, index: int, block: Block) -> LayerState:
-        """The tensors of layer `index` with a block that adds nothing to the residual stream."""
+        """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
         state = self.layer_state(index)
         silenced = self.output_tensors(*UNITS_OF[block])
         return state | {name: torch.zeros_like(state[name]) for name in silenced}
@@ -165,21 +165,22 @@ class ModelAdapter:
             tensors[name].copy_(tensor)
 
     def columns_per_unit(self, unit: Unit) -> int:
-        """Input columns of `output_map` that belong to one unit."""
+        """Number of input columns of `output_map` per unit."""
         return self.roles[f"{self._output_module(unit)}.weight"].size
 
     @torch.no_grad()
     def layer_inputs(
         self, tokens: Int[Tensor, "batch seq"]
     ) -> tuple[Float[Tensor, "batch seq hidden"], list[dict[str, Any]]]:
-        """What the model hands to its first layer, and the keyword arguments of every layer.
+        """The input of the first layer, and the keyword arguments of every layer.
 
-        Asked of the model itself, with its layers replaced by a recorder for one call, so masks,
-        positions and rotary embeddings are the family's own. Nothing of the cache is kept:
-        repeated calls would grow it.
+        The model's own forward pass computes them, with recorders in place of its layers, so
+        masks, positions and rotary embeddings are those of the family. The arguments contain no
+        KV cache, because repeated calls would grow it.
 
         Returns:
-            `h_0` in the model's dtype, and one dict of keyword arguments a layer.
+            `h_0`, [batch, seq, hidden] in the model's dtype, and one dict of keyword arguments per
+            layer.
         """
         calls: list[tuple[Tensor, dict[str, Any]]] = []
         decoder = self.model.get_submodule(self.architecture.decoder)
@@ -190,16 +191,16 @@ class ModelAdapter:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm between the last layer and the head."""
+        """The norm between the last layer and the LM head."""
         return self.model.get_submodule(self.architecture.final_norm)
 
     @property
     def head(self) -> nn.Module:
-        """The map from normed hidden states to logits."""
+        """The LM head, which maps normalised hidden states to logits."""
         return self.model.get_output_embeddings()
 
     def copy_layer(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-        """A layer beside the model, like layer `index` but with the tensors `state`."""
+        """A copy of layer `index` with the tensors `state`, which is not part of the model."""
         layer = copy.deepcopy(self.layers[index])
         layer.load_state_dict(dict(state))
         return layer
@@ -210,7 +211,7 @@ class ModelAdapter:
 
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:
-        """Multiplies the output maps of layer `index`, weights and biases, in place."""
+        """Multiplies the output projections of layer `index`, weights and biases, in place."""
         tensors = self.layer_state(index)
         for name in self.output_tensors():
             tensors[name].mul_(factor)
@@ -223,7 +224,7 @@ class ModelAdapter:
         """The role of every tensor of a layer.
 
         Query head h reads KV head h // (n_heads / n_kv_heads), so the query rows of one KV group
-        are adjacent and a unit is a block of rows in every projection.
+        are adjacent. A unit is therefore a block of rows in every input projection.
         """
         arch, head_dim = self.architecture, self.head_dim
         queries = self.config.num_attention_heads // self.unit_counts["kv_group"] * head_dim
@@ -259,7 +260,7 @@ class ModelAdapter:
 
 @contextmanager
 def _recording(layers: nn.ModuleList, calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
-    """Makes every layer note its input and keyword arguments and pass its input on."""
+    """Makes every layer record its input and keyword arguments and return its input, while open."""
 
     def recorder() -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:

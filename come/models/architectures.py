@@ -1,4 +1,4 @@
-"""Decoder families as data: where each part of a layer lives. Nothing else knows a family."""
+"""Module names of the supported decoder families; the only family-specific code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Architecture:
     """Dotted module names of one pre-norm decoder family.
 
-    Names below `layer` are relative to one decoder layer, the others to the causal LM.
-    `head_norms` are norms over head_dim that follow a projection (Qwen3).
+    `layers` and `final_norm` are relative to the causal LM; the other module names are relative to
+    one decoder layer. `head_norms` are norms over head_dim after the query and key projections
+    (Qwen3). `ffn_size_key` is the configuration key of the number of MLP channels.
     """
 
     model_type: str
@@ -38,14 +39,14 @@ class Architecture:
 
     @property
     def attention(self) -> str:
-        """The module of a layer's attention: states in, what it adds and its weights out."""
+        """The attention module of a layer; it returns its residual update and attention weights."""
         return self.queries.rpartition(".")[0]
 
     def check(self, config: PretrainedConfig) -> None:
-        """Refuses variants of the family whose layers are not plain pre-norm blocks.
+        """Rejects variants of the family whose layers are not plain pre-norm blocks.
 
         Raises:
-            ValueError: a post-norm OPT, or an OPT with projected embeddings.
+            ValueError: the model is a post-norm OPT, or an OPT with projected embeddings.
         """
         if self.model_type != "opt":
             return
@@ -86,7 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, naming the supported families, for any other."""
+    """Raises ValueError, naming the supported families, for an unsupported model type."""
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"model type {model_type!r} is not supported; supported are "
@@ -95,7 +96,7 @@ def check_model_type(model_type: str | None) -> None:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The family of a model's configuration.
+    """The architecture that a model's configuration belongs to.
 
     Raises:
         ValueError: the family, or this variant of it, is not supported.

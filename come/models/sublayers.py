@@ -1,4 +1,4 @@
-"""The two halves of a decoder layer, run apart: attention, then FFN."""
+"""Runs the two sublayers of a decoder layer, attention and MLP, separately."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Features = Float[Tensor, "batch seq width"]
 
 
 class _EnoughError(Exception):
-    """Ends a layer's forward pass early."""
+    """Raised to end a layer's forward pass early."""
 
 
 @torch.no_grad()
 def run_attention(
     adapter: ModelAdapter, layer: nn.Module, states: States, keywords: Mapping[str, Any]
 ) -> tuple[Features, States]:
-    """Runs a layer up to the middle, where the FFN begins.
+    """Runs a layer's attention, without its MLP.
 
     Args:
         adapter: the model.
-        layer: a layer of the model, or one beside it.
+        layer: a layer of the model, or a modified copy of one.
         states: the layer's input.
         keywords: the layer's keyword arguments for a batch of this size.
 
     Returns:
-        What its attention's output map reads, [batch, seq, heads * head_dim], and the residual
-        stream behind the attention.
+        The input of the attention's output projection, [batch, seq, heads * head_dim], and the
+        residual stream after attention.
     """
     seen: list[Tensor] = []
 
@@ -58,16 +58,16 @@ def run_attention(
 def run_mlp(
     adapter: ModelAdapter, layer: nn.Module, middle: States, keywords: Mapping[str, Any]
 ) -> tuple[Features, States]:
-    """Runs a layer's FFN on a residual stream, its attention left out.
+    """Runs a layer's MLP on a residual stream, without its attention.
 
     Args:
         adapter: the model.
-        layer: a layer of the model, or one beside it.
-        middle: the residual stream in front of the FFN.
+        layer: a layer of the model, or a modified copy of one.
+        middle: the residual stream before the MLP.
         keywords: the layer's keyword arguments for a batch of this size.
 
     Returns:
-        What its FFN's output map reads, [batch, seq, channels], and the layer's output.
+        The input of the MLP's output projection, [batch, seq, channels], and the layer's output.
     """
     seen: list[Tensor] = []
     output = layer.get_submodule(adapter.architecture.ffn_output)
@@ -86,21 +86,22 @@ def activation_derivative(
     keywords: Mapping[str, Any],
     name: str,
 ) -> tuple[States, Features]:
-    """How the FFN's features move with what one of its input maps gives.
+    """Derivative of the MLP's hidden activations by the output of one of its input projections.
 
-    Feature j of a token hangs on row j of each input map alone, so that its slope is one number:
+    Each hidden activation f_tj depends on one row of each input projection, so its derivative is a
+    scalar:
 
         D_tj = d f_tj / d (W n_t)_j
 
     Args:
         adapter: the model.
-        layer: a layer of the model, or one beside it.
-        middle: the residual stream in front of the FFN.
+        layer: a layer of the model, or a modified copy of one.
+        middle: the residual stream before the MLP.
         keywords: the layer's keyword arguments for a batch of this size.
-        name: the input map W, one of the family's `ffn_inputs`.
+        name: the input projection W, one of the family's `ffn_inputs`.
 
     Returns:
-        n, what W reads, [batch, seq, hidden], and D, [batch, seq, channels].
+        n, the input of W, [batch, seq, hidden], and D, [batch, seq, channels].
     """
     seen: list[Tensor] = []
 
@@ -131,13 +132,13 @@ def activation_derivative(
 
 @contextmanager
 def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None]:
-    """The attention of `layer` adds nothing, and costs nothing, while open."""
+    """Replaces the attention of `layer` by one that returns 0 and computes nothing, while open."""
     attention = layer.get_submodule(adapter.architecture.attention)
 
     def silent(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
-    own = vars(attention).get("forward")  # where hooks of other libraries have put one
+    own = vars(attention).get("forward")  # set by hooks of other libraries
     attention.forward = silent
     try:
         yield
@@ -151,7 +152,7 @@ def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None
 def _before(
     module: nn.Module, see: Callable[[nn.Module, tuple[Tensor, ...]], None]
 ) -> Iterator[None]:
-    """Calls `see` before every forward pass of `module` while open."""
+    """Calls `see` before every forward pass of `module`, while open."""
     handle = module.register_forward_pre_hook(see)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Replaces a span of decoder layers by one: modules, layer indices and the configuration."""
+"""Replaces a span of decoder layers by one, and updates layer indices and configuration."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ if TYPE_CHECKING:
 
 
 Span = list[int]
-"""The original layers that one layer of the current model stands for."""
+"""The original layers that were merged into one layer of the current model."""
 
-# Configuration keys that describe layers one by one, by what their value is.
+# Per-layer configuration keys, by the kind of their value.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 LAYER_INDEX_LISTS = ("mlp_only_layers",)
 LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
-# Lists whose length may equal the number of layers by chance.
+# Other lists, whose length may equal the number of layers by coincidence.
 OTHER_LISTS = ("architectures", "eos_token_id", "bos_token_id", "suppress_tokens")
 
 
 def check_layer_config(config: PretrainedConfig) -> None:
-    """Refuses a configuration with per-layer entries that layer removal cannot keep in step.
+    """Rejects a configuration with per-layer entries that removing layers cannot update.
 
     Raises:
-        ValueError: an unknown list with one entry a layer, or layers of several kinds.
+        ValueError: there is an unknown list with one entry per layer, or the layers are of several
+            kinds.
     """
     count = config.num_hidden_layers
     known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *OTHER_LISTS}
@@ -48,12 +49,12 @@ def check_layer_config(config: PretrainedConfig) -> None:
 
 
 def remaining_layers(count: int, first: int, last: int) -> list[int]:
-    """Old indices of the layers that stay when first..last become one layer at `first`."""
+    """Old indices of the layers that remain when first..last are merged into layer `first`."""
     return [i for i in range(count) if not first < i <= last]
 
 
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Brings every per-layer key of `config` in step with the layers `kept` (old indices)."""
+    """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
     for key in PER_LAYER_LISTS:
         value = getattr(config, key, None)
@@ -78,17 +79,17 @@ def replace_layers(
     last: int,
     state: Mapping[str, Tensor],
 ) -> None:
-    """Writes `state` into layer `first` in place and removes layers first+1..last.
+    """Writes `state` into layer `first` in place and removes layers first + 1 .. last.
 
-    In place, because the weights of a freshly loaded model are a private mapping of its file:
-    writing into it costs no memory beyond the pages touched.
+    Writing in place saves memory: the weights of a newly loaded model are a private memory map of
+    its file, so only the written pages use memory.
 
     Args:
-        layers: the decoder layers of the whole model.
-        config: the model's configuration, changed in step.
+        layers: the decoder layers of the model.
+        config: the model's configuration, updated in place.
         first: first layer of the span.
         last: last layer of the span, inclusive.
-        state: all tensors of the new layer, of the shapes of the old one.
+        state: all tensors of the new layer, with the shapes of the old one.
     """
     assert 0 <= first < last < len(layers) == config.num_hidden_layers
     target = dict(layers[first].state_dict())

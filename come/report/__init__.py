@@ -1,1 +1,1 @@
-"""Tables, figures and cards made from a run's results."""
+"""Tables, figures and model cards from the results of jobs."""

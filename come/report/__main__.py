@@ -1,4 +1,4 @@
-"""Table and figure of a grid, from whatever has finished: python -m come.report FOLDER."""
+"""Writes tables and figure of a sweep from its finished jobs: python -m come.report FOLDER."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from come.report.points import PARAMETERS
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m come.report", description=__doc__)
     parser.add_argument("grid", type=Path, help="the grid's folder, with jobs.jsonl")
     parser.add_argument("--out", type=Path, help="where to write; the grid's folder by default")

@@ -1,4 +1,4 @@
-"""The model card of a compressed model, which continues that of its base."""
+"""The model card of a compressed model, with metadata from the base model's card."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> ModelCard:
-    """The card of one saved model.
+    """The model card of one saved model.
 
-    Licence and language are those of the base model's card, where it has one. `base_model` is
-    the hub id that the model was loaded by, or `model.base_model`; without either it is left out.
+    Licence and language are copied from the base model's card, if it has one. `base_model` is
+    `model.base_model`, or else the hub id that the model was loaded from; without either it is
+    omitted.
 
     Args:
-        result: what the job found.
-        depth: the model.
-        plan: its plan.
+        result: result of the job.
+        depth: result of the model.
+        plan: plan of the model.
         base: folder of the base model.
     """
     operator = OPERATORS.get(plan.operator)
@@ -123,9 +124,9 @@ def _base_model(result: Result) -> str | None:
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
-    """What a model card's metadata says of name, licence and language.
+    """Name, licence and language from the metadata of a model card.
 
-    Empty where there is no card, or none that can be read: a base's card never stops a run.
+    Empty if the card does not exist or cannot be parsed: a base model's card never stops a run.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -133,7 +134,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
     block = _METADATA.match(text)
     try:
-        found = yaml.load(block[1], yaml.BaseLoader) if block else {}  # "no" is a language
+        found = yaml.load(block[1], yaml.BaseLoader) if block else {}  # "no" is Norwegian
     except yaml.YAMLError as error:
         log.warning("the card of the base model is left out (%s)", one_line(error))
         return {}
@@ -150,7 +151,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
 
 def _healing(plan: Plan) -> tuple[str, str]:
-    """How the merged layers were repaired, and the files that hold the plan."""
+    """Describes the distillation or refit of the merged layers, and the files of the plan."""
     if trained := plan.provenance.get("distillation"):
         method = DISTILL.get(trained["method"])
         return (

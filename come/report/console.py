@@ -1,4 +1,4 @@
-"""The table that ends a run, on the console."""
+"""Prints the summary table of a job to the console."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from come.records import DepthResult, Result
 from come.report.numbers import duration, interval, megabytes, title
 
-_WIDTH = 150  # of the table where the output is not a terminal
+_WIDTH = 150  # characters, if the output is not a terminal
 COLUMNS = (
     "layers",
     "parameters",
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:
-    """One row a model, as text, under `COLUMNS`."""
+    """The table's rows, one per model, as text; the columns are `COLUMNS`."""
     rows = [[*_row(depth), "-"] for depth in result["depths"]]
     if result["distillation"]:
         for row, depth in zip(rows[1:], result["depths"][1:], strict=True):
@@ -32,7 +32,7 @@ def table_rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def summary_lines(result: Result) -> list[str]:
-    """What the numbers rest on and what the compression cost."""
+    """Describes the data behind the numbers, the distillation, and the cost of the compression."""
     compression, calibration = result["compression"], result["calibration"]
     lines = []
     first = result["depths"][0]["perplexity"]
@@ -71,7 +71,7 @@ def summary_lines(result: Result) -> list[str]:
 
 
 def show(result: Result, folder: Path) -> None:
-    """Prints the table, what it rests on, and where the result is."""
+    """Prints the table, the summary lines and the job folder."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Pictures of a plan and its results."""
+"""Figures of a plan and its results."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from come.report.numbers import label, title
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
 _DPI = 110
-_DARK = 1.2  # sum of red, green and blue below which a label is white
+_DARK = 1.2  # labels are white if the colour's red + green + blue is below this
 
 
 def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
-    """Which original layers, and how many units of each, make up every new layer.
+    """The original layers that every merged layer consists of, with the units of each.
 
     Args:
         plan: the plan.
         unit: the kind of unit.
 
     Returns:
-        For every layer of the merged model a map from original layer to units (a share of all
-        units where an operator mixes layers), in depth order of the originals.
+        For every layer of the merged model, a map from original layer to number of units, ordered
+        by original layer. Operators that mix layers contribute fractions of units, by their shares.
     """
     count = plan.base.units[unit]
     steps = plan.steps if unit in UNITS_OF[plan.block] else []
@@ -65,7 +65,7 @@ def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
 
 
 def draw_puzzle(plan: Plan, path: Path) -> None:
-    """Every new layer as a bar cut into its pieces, coloured by original layer."""
+    """Draws every merged layer as a stacked bar of its units, coloured by original layer."""
     depth = plan.num_layers
     whole = plan.block == "layer"
     figure, axes = plt.subplots(
@@ -103,7 +103,7 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
 
 
 def draw_influence(plan: Plan, path: Path) -> None:
-    """Group score and block influence over depth, a line a step."""
+    """Draws span scores and block influence over depth, with one line per merge step."""
     figure, (scores, influence) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = plt.get_cmap("viridis")
     for number, step in enumerate(plan.steps):
@@ -137,14 +137,14 @@ def draw_influence(plan: Plan, path: Path) -> None:
 
 
 def draw_depth(result: Result, path: Path) -> None:
-    """Perplexity against depth, with the intervals over windows."""
+    """Draws perplexity over the number of layers, with confidence intervals over windows."""
     points = [(d["layers"], d["perplexity"]) for d in result["depths"] if d["perplexity"]]
     figure, axis = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     assert isinstance(axis, Axes)
     layers = [layer for layer, _ in points]
     values = [found["value"] for _, found in points if found]
     low = [found["value"] - found["low"] for _, found in points if found]
-    longest = 100 * max(values, default=0.0)  # of a bar; some intervals end nowhere near
+    longest = 100 * max(values, default=0.0)  # limit of an error bar
     high = [min(found["high"] - found["value"], longest) for _, found in points if found]
     axis.errorbar(layers, values, yerr=[low, high], fmt="o-", capsize=4)
     for layer, value in zip(layers, values, strict=True):
@@ -160,7 +160,7 @@ def draw_depth(result: Result, path: Path) -> None:
 
 
 def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
-    """Draws every picture that the run has data for; returns them by name."""
+    """Draws every figure that the job has data for; returns their paths by name."""
     drawings: dict[str, Callable[[Path], None]] = {}
     if plan.steps:
         drawings["puzzle"] = lambda path: draw_puzzle(plan, path)

@@ -1,4 +1,4 @@
-"""The results of many jobs: tables and a figure, from their `result.json`."""
+"""Collects the `result.json` of a sweep's jobs, and writes its tables and figure."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from come.report.tables import long_table, perplexity_table, speed_table, zero_s
 
 
 def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[dict[str, str]]]:
-    """What a sweep has finished, from the list of its jobs and their `result.json`.
+    """Reads the results of a sweep's finished jobs.
 
     Args:
-        folder: the grid's folder, with `jobs.jsonl`; of a job that is listed twice the last entry
-            counts.
-        also: `results.jsonl` files of the same grid, written elsewhere; a job of the sweep itself
-            takes the place of the same one there.
+        folder: the sweep's folder, with `jobs.jsonl`. If a job is listed more than once, its last
+            entry is used.
+        also: `results.jsonl` files of the same sweep, written elsewhere. A job in `folder` replaces
+            the job with the same overrides there.
 
     Returns:
-        The finished jobs, and the overrides of those that have not.
+        The finished jobs, and the overrides of the unfinished jobs.
     """
     listing = folder / LISTING
     jobs: dict[str, tuple[dict[str, str], Path]] = {}
@@ -31,7 +31,7 @@ def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            continue  # torn when its job was killed; it is listed again when it runs again
+            continue  # incomplete because the job was killed; a rerun lists the job again
         overrides = {}
         for item in entry["overrides"]:
             key, _, value = item.lstrip("+").partition("=")
@@ -62,18 +62,19 @@ def write_grid(
 ) -> str:
     """Writes `table.md`, `table.tex`, `table.csv`, `figure.png` and `results.jsonl`.
 
-    Jobs that differ in nothing but a seed share a row of the table, as mean and [lowest, highest];
-    in the CSV every model has lines of its own.
+    In the perplexity and accuracy tables, jobs that differ only in a seed share a row: means over
+    the seeds, for perplexity ratios also [lowest, highest]. In the CSV, every model has its own
+    lines.
 
     Args:
-        folder: where to.
-        rows: finished jobs.
-        missing: overrides of jobs that have not finished.
-        x: the figure's horizontal axis: "parameters", or a key that the jobs differ in.
-        title: of the figure.
+        folder: the output folder.
+        rows: the finished jobs.
+        missing: overrides of the unfinished jobs.
+        x: horizontal axis of the figure: "parameters", or an override key that varies over jobs.
+        title: title of the figure.
 
     Returns:
-        The table, Markdown.
+        The tables with their notes, as Markdown.
     """
     varying = varying_keys([*(row["overrides"] for row in rows), *missing])
     found = [point for row in rows for point in points(row, varying, x)]
@@ -136,14 +137,14 @@ def _without_documents(zero_shot: Mapping[str, Any] | None) -> dict[str, Any] | 
 
 
 def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Files by their names alone, where no two files of the grid share one."""
+    """Maps each path to its file name, if no other path of the sweep has the same file name."""
     paths = sorted({v for job in jobs for k, v in job.items() if k.endswith("path")})
     names = [Path(path).name for path in paths]
     return {path: name for path, name in zip(paths, names, strict=True) if names.count(name) == 1}
 
 
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
-    """What the table and figure rest on, without settings, windows and documents."""
+    """The part of a result for tables and figure, without per-window and per-document data."""
     depths = [
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"perplexity": _without_windows(depth["perplexity"] or {})}

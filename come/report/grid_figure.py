@@ -1,4 +1,4 @@
-"""The figure of a grid."""
+"""The figure of a sweep."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from come.report.numbers import label as plain_label
 from come.report.points import PARAMETERS, Point
 
 _DPI = 110
-_INSIDE = 16  # lines of a legend that leave room for the curves
-_CUT = 15  # ratios above it leave the figure, so that the others can be told apart
+_INSIDE = 16  # longer legends are drawn outside the axes
+_CUT = 15  # the y axis ends at this ratio to dense, so that smaller ratios stay distinguishable
 
 
 def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
-    """Perplexity over the horizontal axis, a line for each label (and depth, where x is a key).
+    """Draws perplexity over `x`, with one line per label (and per depth, if `x` is a key).
 
-    Jobs that were evaluated on different texts are drawn relative to their dense models.
+    If the jobs were evaluated on different texts, the ratio to dense is drawn instead.
     """
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1

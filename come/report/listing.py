@@ -1,4 +1,4 @@
-"""The list of a sweep's jobs, which several processes may write to."""
+"""The list of a sweep's jobs; several processes may write to it concurrently."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from come.files import AXES, LISTING
 
 
 def list_job(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Adds a job, its folder and its overrides, to the list of a grid."""
+    """Appends a job, with its folder and its overrides, to the list of a sweep."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"), open(folder / LISTING, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def make_report(folder: Path) -> str:
-    """Makes a grid's tables and figure from what has finished; returns the table, Markdown."""
+    """Writes a sweep's tables and figure from its finished jobs; returns the tables as Markdown."""
     from come.report.grid import read_grid, write_grid  # plotting is slow to import
 
     axes = folder / AXES

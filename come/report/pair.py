@@ -1,4 +1,4 @@
-"""Two runs on the same text and documents, paired: python -m come.report.pair RUN OTHER."""
+"""Compares two runs on the same text and documents: python -m come.report.pair RUN OTHER."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from come.report.tables import Table
 Scores = tuple[list[float], list[float]]
 
 HEAD = ["layers", "measured", "run", "other", "run against other", "McNemar's p"]
-SAME = 0.05  # nats by which the dense model may differ on a window: another dtype, not another text
+SAME = 0.05  # nats; a dense model's loss on a window may differ this much, for example by dtype
 
 
 def compare(run: Result, other: Result) -> Table:
-    """What `run` measured against what `other` did, at every depth that both have.
+    """Compares the results of two runs at every depth that both have.
 
-    Perplexity as a ratio, run over other, with Student's t interval over windows; accuracy as a
-    difference, run minus other, with the paired bootstrap's interval over documents and McNemar's
-    exact test; 95%. Of a depth that was distilled too the distilled model counts.
+    Perplexity is compared by the ratio run / other, with Student's t interval over windows.
+    Accuracy is compared by the difference run - other, with the paired bootstrap interval over
+    documents and McNemar's exact test. All intervals are 95% confidence intervals. If a depth has
+    both a merged and a distilled model, the distilled model is used.
 
     Raises:
-        ValueError: nothing that both measured, or on other windows or documents.
+        ValueError: the runs share no measurement, or used different windows or documents.
     """
     mine, theirs = _models(run), _models(other)
     rows = []
@@ -52,7 +53,7 @@ def compare(run: Result, other: Result) -> Table:
 
 
 def _models(result: Result) -> dict[int, DepthResult]:
-    """The compressed models by depth; of two the later one."""
+    """The compressed models by depth; the last one if a depth has several."""
     return {depth["layers"]: depth for depth in result["depths"][1:]}
 
 
@@ -78,7 +79,7 @@ def _perplexity(own: PerplexityResult, its: PerplexityResult) -> list[str]:
 
 
 def _accuracies(own: ZeroShotResult, its: ZeroShotResult) -> Iterator[list[str]]:
-    """A row for each task that both ran, and one for their mean."""
+    """Rows for each task of both runs, and for the mean of two or more tasks with scores."""
     pairs: list[list[Scores]] = []
     for name in own["tasks"]:
         if name not in its["tasks"]:
@@ -115,7 +116,7 @@ def _read(folder: Path) -> Result:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m come.report.pair", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("other", type=Path, help="the one it is compared with")

@@ -1,4 +1,4 @@
-"""The models of a grid: which line and place each belongs to, and what was measured of it."""
+"""The models of a sweep: their position in tables and figure, and their measurements."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PARAMETERS = "parameters"
-_SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # seen on the axis already
-_SILENT = ("merge.save_weights", "merge.keep")  # without effect on the result
+_SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # the x axis shows the size
+_SILENT = ("merge.save_weights", "merge.keep")  # have no effect on the measurements
 
 Row = dict[str, Any]
-"""One finished job: `job` (its hash), `overrides` (what its command line set, key to value), and of
-its result `method`, `depths` (dense first), `compression`, `merge_history` and, if any,
-`distillation`."""
+"""One finished job: `job` (its hash), `overrides` (of its command line, key to value), and from its
+result `method`, `depths` (dense first), `compression`, `merge_history` and, if any, `distillation`.
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A value of a model, and the dense model's on the same work.
+    """A measured value of a model, and its comparison with the dense model on the same data.
 
     Attributes:
-        value: perplexity, an accuracy, or a speed in tokens/s.
-        against: perplexity or speed over the dense model's, or accuracy minus the dense model's.
-        low: of the 95% interval of `against`; None where there is none.
-        high: of the 95% interval of `against`.
+        value: perplexity or accuracy.
+        against: ratio to the dense model's perplexity, or difference to its accuracy.
+        low: lower end of the 95% confidence interval of `against`; None if there is none.
+        high: upper end of that interval; None if there is none.
     """
 
     value: float
@@ -35,21 +35,22 @@ class Measured:
 
 @dataclass(frozen=True)
 class Point:
-    """One compressed model of one job: where it stands in tables and figures.
+    """One model of one job: its position in tables and figure, and its measurements.
 
     Attributes:
-        line: label of its line in the figure and its row in the table.
-        x: place on the horizontal axis.
+        line: label of its line in the figure and of its row in the tables.
+        x: position on the horizontal axis, as text.
         layers: depth of the model.
-        parameters: its size.
-        seed: the seeds that its command line set.
-        perplexity: on the main text; None where it was not measured.
-        dense: perplexity of the dense model, tokens and windows of that text.
-        also: perplexity on further texts, by name.
-        tasks: accuracy, by what was asked for: a task or a group.
+        parameters: number of parameters.
+        seed: the seeds that the command line sets, such as "merge.selection.seed=1".
+        perplexity: perplexity on the main text; None if not measured.
+        dense: perplexity of the dense model, and numbers of tokens and windows of the main text;
+            zeros if not measured.
+        also: perplexity on the texts of `eval.extra_texts`, by name.
+        tasks: accuracy by name of the requested task or group.
         average: mean accuracy; None without tasks.
-        retention: that average over the dense model's.
-        speed: SpeedResult; None where it was not timed.
+        retention: average accuracy divided by the dense model's.
+        speed: a `SpeedResult`; None if not timed.
     """
 
     line: str
@@ -67,13 +68,13 @@ class Point:
 
 
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys of the command line that the jobs differ in, in its order."""
+    """Override keys whose values differ between the jobs, in order of first appearance."""
     keys = dict.fromkeys(key for job in jobs for key in job)
     return [key for key in keys if len({job.get(key) for job in jobs}) > 1]
 
 
 def label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
-    """A job by what sets it apart from the others."""
+    """Label of a job: its values for `keys`, which distinguish it from the other jobs."""
     parts = [
         overrides[key] if "." not in key else f"{key.split('.', 1)[1]}={overrides[key]}"
         for key in keys
@@ -85,10 +86,12 @@ def label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
 def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     """One point for every compressed model of a job that was measured.
 
+    With `merge=none`, the only point is the dense model.
+
     Args:
         row: the job.
-        varying: keys that the grid's jobs differ in.
-        x: the horizontal axis: "parameters", or one of those keys.
+        varying: override keys that vary over the jobs of the sweep.
+        x: horizontal axis: "parameters", or an override key.
     """
     overrides, (dense, *depths) = row["overrides"], row["depths"]
     distilled = "distillation" in row
@@ -131,7 +134,7 @@ def _perplexity(found: Mapping[str, Any]) -> Measured:
 
 
 def _tasks(found: Mapping[str, Any]) -> dict[str, Measured]:
-    """What was asked for: tasks and groups."""
+    """Accuracy of the requested tasks and groups, by name."""
     return {
         name: _accuracy(value, found["differences"][name])
         for name, value in found["values"].items()
@@ -143,5 +146,5 @@ def _accuracy(value: float, difference: Mapping[str, Any]) -> Measured:
 
 
 def _place(value: str) -> str:
-    """A value's place on the axis: itself, or the first layer of a group given by hand."""
+    """Position of a value on the axis: itself, or for `merge.groups` the first layer listed."""
     return value.strip("[").split(",")[0] if value.startswith("[[") else value

@@ -1,4 +1,4 @@
-"""Tables of a grid: Markdown to read, LaTeX to print, CSV to compute with."""
+"""Tables of a sweep, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from come.report.points import PARAMETERS, Measured, Point
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text.
+    """A table whose cells are text.
 
     Attributes:
-        head: of every column.
-        rows: cells.
-        labels: how many columns stand on the left.
+        head: header of every column.
+        rows: cells of every row.
+        labels: number of first columns, which are left-aligned; the others are right-aligned.
     """
 
     head: list[str]
@@ -27,20 +27,20 @@ class Table:
     labels: int = 1
 
     def markdown(self) -> str:
-        """Lines of Markdown."""
+        """The table as Markdown."""
         aligned = "---|" * self.labels + "---:|" * (len(self.head) - self.labels)
         lines = [f"| {' | '.join(cells)} |" for cells in (self.head, *self.rows)]
         return "\n".join([lines[0], f"|{aligned}", *lines[1:]]) + "\n"
 
     def latex(self) -> str:
-        """A tabular with booktabs' rules."""
+        """The table as a LaTeX tabular with booktabs rules."""
         columns = "l" * self.labels + "r" * (len(self.head) - self.labels)
         frame = pd.DataFrame(self.rows, columns=self.head)
         return frame.to_latex(index=False, escape=True, column_format=columns)
 
 
 def perplexity_table(points: Sequence[Point], x: str) -> Table:
-    """A row for each line and place, a column for each depth; cells are perplexity, x dense."""
+    """Perplexity and its ratio to dense: a row per label, `x` and text, and a column per depth."""
     by_x = x != PARAMETERS
     texts = list(dict.fromkeys(["", *(name for point in points for name in point.also)]))
     depths = sorted({point.layers for point in points}, reverse=True)
@@ -61,9 +61,10 @@ def perplexity_table(points: Sequence[Point], x: str) -> Table:
 
 
 def zero_shot_table(points: Sequence[Point], x: str) -> Table:
-    """A row for each model, a column for each task; a star where the difference to dense is real.
+    """Accuracy and its difference to dense: one row per model, one column per task.
 
-    Of several seeds means, without stars.
+    A star marks a difference whose 95% confidence interval excludes zero. Models that differ only
+    in a seed share a row of means, without stars.
     """
     by_x = x != PARAMETERS
     points = [point for point in points if point.average is not None]
@@ -85,7 +86,7 @@ def zero_shot_table(points: Sequence[Point], x: str) -> Table:
 
 
 def speed_table(points: Sequence[Point], x: str) -> Table:
-    """A row for each model: tokens/s and x dense (of the ideal), memory."""
+    """Tokens/s, ratio to dense (share of the ideal saving realised) and memory: a row per model."""
     by_x = x != PARAMETERS
     head = ["", *([x] if by_x else []), "layers", "prompt, tokens/s", "generation, tokens/s"]
     rows = []
@@ -103,10 +104,10 @@ def speed_table(points: Sequence[Point], x: str) -> Table:
 
 
 def long_table(points: Sequence[Point], x: str) -> str:
-    """One line of CSV for every model and measured value.
+    """A CSV with one line for every model and measured value.
 
-    `ratio` is over the dense model's (perplexity, speed), `difference` from it (accuracy); `low`
-    and `high` their 95% interval where there is one.
+    `ratio` is the ratio to the dense model (perplexity, speed), and `difference` the difference to
+    it (accuracy). `low` and `high` are the ends of the 95% confidence interval, if there is one.
     """
     records = []
     for point in points:

@@ -1,4 +1,4 @@
-"""`report.md` with its figures, and the model card of every saved model."""
+"""Writes `report.md` with its figures, and the model card of every saved model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ CAPTIONS = {
 
 
 def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[str, Path]:
-    """Writes figures, `report.md` and the cards; returns the figures by name.
+    """Writes the figures, `report.md` and the model cards; returns the figures' paths by name.
 
     Args:
-        folder: the job's folder.
-        result: what it found.
-        plan: the plan of its last model.
-        base: folder of the base model, whose card is continued.
+        folder: the job folder.
+        result: result of the job.
+        plan: plan of the job's last model.
+        base: folder of the base model, whose card provides metadata.
     """
     figures = draw_all(folder, result, plan)
     lines = [f"# {title(result)}", "", *_table(result), ""]
@@ -65,7 +65,7 @@ def _table(result: Result) -> list[str]:
 
 
 def _further_texts(result: Result) -> list[str]:
-    """Perplexity on the texts of eval.extra_texts."""
+    """Section with the perplexity on the texts of `eval.extra_texts`."""
     if not result["eval_also"]:
         return []
     lines = ["", "## Further texts", ""]
@@ -85,7 +85,7 @@ def _further_texts(result: Result) -> list[str]:
 
 
 def _speed(depths: list[DepthResult]) -> list[str]:
-    """Speed and memory of the models that were timed."""
+    """Section with the speed and memory of the timed models."""
     if depths[0]["speed"] is None:
         return []
     lines = [
@@ -127,7 +127,7 @@ def _speed(depths: list[DepthResult]) -> list[str]:
 
 
 def _place(depth: DepthResult) -> str:
-    """Layers, and the stage where two models of a depth stand side by side."""
+    """Number of layers, with the stage for a distilled model."""
     return (
         f"{depth['layers']} {depth['stage']}"
         if depth["stage"] == "distilled"
@@ -136,7 +136,7 @@ def _place(depth: DepthResult) -> str:
 
 
 def _tasks(depths: list[DepthResult]) -> list[str]:
-    """The zero-shot tasks, each against the dense model on the same documents."""
+    """Section with the zero-shot tasks, each compared with dense on the same documents."""
     dense = depths[0]["zero_shot"]
     if dense is None:
         return []
@@ -179,7 +179,7 @@ def _average(depth: DepthResult) -> tuple[float, Difference]:
 
 
 def _gap(gap: Difference) -> str:
-    """A difference with its interval, if any, bold where that leaves out zero."""
+    """Formats a difference with its interval, if any; bold if the interval excludes zero."""
     if gap["low"] is None or gap["high"] is None:
         return f"{gap['value']:+.3f}"
     text = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"

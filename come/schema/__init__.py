@@ -1,4 +1,4 @@
-"""The typed schema of a run's settings and the rules between them; mirrors conf/."""
+"""The typed schema of a job's settings, with the rules between them; mirrors conf/."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ModelSettings(HasSettings):
 
 @dataclass
 class TrackingSettings(HasSettings):
-    """`tracking`: what is written besides metrics.jsonl."""
+    """`tracking`: which tracker is used in addition to metrics.jsonl."""
 
     config_key = "tracking"
 
@@ -61,7 +61,7 @@ class TrackingSettings(HasSettings):
     )
 
     def check(self) -> None:
-        """Raises ValueError for a mode without its backend, or a missing package."""
+        """Raises ValueError if `mode` is set without wandb, or the backend is not installed."""
         if self.backend != "wandb" and self.mode != "offline":
             raise ValueError(
                 f"tracking.mode={self.mode} is for tracking=wandb, not {self.backend}; leave it out"
@@ -78,10 +78,10 @@ class Settings:
     """All settings of one job.
 
     Attributes:
-        plugins: Python files that register metrics, scores, rules, operators or sources of their
-            own; they are run before names are looked up.
-        from_run: folder of a finished run, or a model that one saved, to start from instead of
-            calibrating and merging.
+        plugins: Python files that register their own metrics, scores, rules, operators or text
+            sources; they are loaded before names are looked up.
+        from_run: folder of a finished run, or one of its model folders. The job starts from that
+            model instead of calibrating and merging.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -98,10 +98,10 @@ class Settings:
         return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
 
     def check(self) -> None:
-        """All rules that need no model.
+        """Checks all rules that need no model.
 
         Raises:
-            ValueError: with the value, what is allowed, and the key.
+            ValueError: a rule is violated; the message has the key, the value and what is allowed.
         """
         choose_device(self.model.device)
         self.calibration.check()
@@ -119,18 +119,18 @@ class Settings:
 
     @property
     def training(self) -> TextSettings:
-        """Where the text to train on is described."""
+        """The settings that describe the training text: those of `distill` or of `calibration`."""
         own = self.distill.path or self.distill.source != "calibration"
         return self.distill if own else self.calibration
 
     @property
     def training_text(self) -> TextSource | None:
-        """The text to train on; None where it is sampled from the model."""
+        """The source of the training text; None if it is sampled from the model."""
         chosen = self.training
         return None if chosen.source == SELF_GENERATED and not chosen.path else chosen.text_source()
 
     def _check_distill(self) -> None:
-        """Rules between `distill` and the other groups."""
+        """Checks the rules between `distill` and the other groups."""
         merge = self.merge
         text = self.training_text
         if text is not None:

@@ -1,4 +1,4 @@
-"""Settings of the training after the merge."""
+"""Settings of the distillation after the merge."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class DistillSettings(TextSettings):
-    """`distill`: training of the merged layers against the dense model (see `come.distill`).
+    """`distill`: training of the merged layers with the dense model as teacher.
 
-    Where `seed` and `seq_len` are calibration's and the text is long enough, no validation window
-    was used for calibration.
+    If `seed` and `seq_len` equal those of `calibration` and the text is long enough, no validation
+    window is a calibration window.
     """
 
     config_key = "distill"
@@ -71,17 +71,17 @@ class DistillSettings(TextSettings):
 
     @property
     def active(self) -> bool:
-        """Whether anything trains."""
+        """Whether the method trains anything."""
         return DISTILL.get(self.method).active
 
     def distillation(self) -> Distillation:
-        """The method, made from the settings."""
+        """Builds the distillation method from the settings."""
         return DISTILL.create_from(
             self.method, {f.name: getattr(self, f.name) for f in fields(self)}
         )
 
     def train_config(self, device: str) -> TrainConfig:
-        """How training runs on a device type."""
+        """The training configuration for a device type ("cpu" or "cuda")."""
         precision = self.precision
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" else "float32"
@@ -92,7 +92,7 @@ class DistillSettings(TextSettings):
         return TrainConfig(steps=steps, precision=precision, **own)
 
     def check(self) -> None:
-        """Raises ValueError for settings that the method cannot work with."""
+        """Raises ValueError for settings that the method does not support."""
         if not self.active:
             return
         self.distillation()
@@ -103,7 +103,7 @@ class DistillSettings(TextSettings):
             )
 
     def warn_unread(self) -> None:
-        """Says which settings the method does not read."""
+        """Warns of settings that differ from their default but are not read by the method."""
         taken = DISTILL.options(self.method)
         keys = ("loss", "loss_weights", "temperature", "logit_weight", "train", "lora_rank")
         unread = {key for key in (*keys, "gradient_checkpointing") if key not in taken}

@@ -15,7 +15,7 @@ from come.setting import setting
 
 @dataclass
 class EvaluationText(TextSettings):
-    """A text that perplexity is measured on: that of `eval`, or one of `eval.extra_texts`."""
+    """A held-out text for perplexity: the text of `eval`, or one of `eval.extra_texts`."""
 
     config_key = "eval"
 
@@ -31,13 +31,14 @@ class EvaluationText(TextSettings):
     )
 
     def evaluated(self, key: str) -> TextSource:
-        """The text source with its part, not read yet.
+        """The text source, restricted to `text_range`; the text is not read yet.
 
         Args:
-            key: where these settings are, for errors.
+            key: configuration key of these settings, for error messages.
 
         Raises:
-            ValueError: an unknown source, a missing setting, or no such part.
+            ValueError: the source is unknown, a setting that it needs is missing, or `text_range`
+                is invalid.
         """
         part = self.text_range
         if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
@@ -55,7 +56,7 @@ class EvaluationText(TextSettings):
 
 @dataclass
 class EvalSettings(EvaluationText):
-    """`eval`: what is measured of the dense and the merged model."""
+    """`eval`: what is measured of the dense model and of every saved model."""
 
     name: str = setting("perplexity", "label", counts=False)
     extra_texts: dict[str, EvaluationText] = setting(
@@ -87,7 +88,7 @@ class EvalSettings(EvaluationText):
     )
 
     def check(self) -> None:
-        """Raises ValueError for settings that contradict each other."""
+        """Raises ValueError for settings that contradict each other, or an invalid text source."""
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"eval.tasks={list(self.tasks)}: a task is named twice")
         if self.extra_texts and not self.perplexity:
@@ -99,10 +100,10 @@ class EvalSettings(EvaluationText):
             text.check()
 
     def texts(self) -> dict[str, TextSource]:
-        """The texts that perplexity is measured on, not read yet; the one of its own is "".
+        """The held-out texts for perplexity by name, not read yet; the main text is named "".
 
         Raises:
-            ValueError: an unknown source, or a setting that the source needs is missing.
+            ValueError: see `EvaluationText.evaluated`.
         """
         if not self.perplexity:
             return {}

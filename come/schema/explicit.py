@@ -1,4 +1,4 @@
-"""Settings that a command names and nothing reads: none is ignored in silence."""
+"""Reports settings on the command line that have no effect, so that none is silently ignored."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ log = logging.getLogger(__name__)
 
 
 def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
-    """Refuses settings of the method and the training that have no effect, and warns of others.
+    """Checks that the overrides have an effect.
+
+    For settings of the method and of the distillation, an override without effect is an error. For
+    settings of the evaluation, it is a warning.
 
     Args:
-        settings: of the job.
-        overrides: what the command line says, such as "merge.m=2".
+        settings: the job's settings.
+        overrides: overrides on the command line, such as "merge.m=2".
 
     Raises:
-        ValueError: a setting that has no effect, and with what.
+        ValueError: a setting has no effect; the message has the setting that disables it.
     """
     given = [override.lstrip("+").partition("=") for override in overrides]
     keys = [key.replace("/", ".") for key, _, value in given if value != "null" and key[0] != "~"]
@@ -38,7 +41,7 @@ def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
 
 
 def method_changes(overrides: Iterable[str]) -> list[str]:
-    """The overrides that make the method another one than its name says: ["refit=ridge"]."""
+    """The overrides that change the named method, without their prefix: ["refit=ridge"]."""
     found = []
     for override in overrides:
         key, _, value = override.lstrip("+").replace("merge/", "merge.", 1).partition("=")
@@ -49,12 +52,12 @@ def method_changes(overrides: Iterable[str]) -> list[str]:
 
 
 def _is_part_of(key: str, prefixes: list[str]) -> bool:
-    """Whether a key is a setting of a part that one of the prefixes names."""
+    """Whether a key is a setting of a component that one of the prefixes names."""
     return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix != "merge")
 
 
 def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
-    """Keys of the method and the training that nothing reads, and why."""
+    """Keys of the method and of the distillation that nothing reads, each with the reason."""
     merge = settings.merge
     own = [f"merge.{key}" for key in (*merge.settings(), *merge.record())]
     kept = {"merge.save_weights", "merge.enabled", "merge.name", "merge.changes"}
@@ -73,7 +76,7 @@ def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
 
 
 def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
-    """Keys of parts of the method that its other parts do not ask."""
+    """Keys of components of the method that its other components do not use."""
     merge = settings.merge
     operator = f"merge.operator={merge.operator.name}"
     if merge.operator.drops or merge.operator.fixed_shares(2) is not None:
@@ -89,7 +92,7 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
 
 
 def _unmeasured(settings: Settings) -> Iterator[tuple[list[str], str]]:
-    """Keys of evaluations that are switched off."""
+    """Keys of evaluations that are disabled, each with the reason."""
     asked = settings.eval
     if not asked.speed:
         timing = ("prompt_tokens", "new_tokens", "speed_batch", "repeats")

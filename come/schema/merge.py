@@ -16,7 +16,7 @@ DEFAULT_SPARSITY = 0.10
 
 @dataclass
 class MergeSettings(Method):
-    """`merge`: the method, and where it stops."""
+    """`merge`: the merging method, its target depth, and what is saved."""
 
     name: str = setting("come_plus", "label of the method", counts=False)
     changes: list[str] = setting(
@@ -44,11 +44,11 @@ class MergeSettings(Method):
     )
 
     def record(self) -> dict[str, Any]:
-        """All settings, the method's and those of where it stops."""
+        """All settings: those of the method and those of this class."""
         return {**super().record(), **HasSettings.record(self)}
 
     def check(self) -> None:
-        """Raises ValueError for depths that contradict each other."""
+        """Raises ValueError for depths that contradict each other, or a missing plan."""
         if self.name == "from_plan" and self.plan is None:
             raise ValueError("merge=from_plan needs the plan to apply: merge.plan=FILE")
         if self.target_layers is not None and self.sparsity is not None:

@@ -1,4 +1,4 @@
-"""Settings of texts: `calibration`, and what it shares with `distill` and `eval`."""
+"""Settings of texts: `calibration`, and the settings that it shares with `distill` and `eval`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _word(doc: str) -> Optional[str]:
 
 @dataclass
 class TextSettings(HasSettings):
-    """Where a text comes from."""
+    """Selects the source of a text."""
 
     source: str = setting("pydocs", "registry name of a text source", counts=False)
     path: Optional[str] = _word("file of text_file, which it chooses when given alone")
@@ -33,10 +33,10 @@ class TextSettings(HasSettings):
     data_files: Optional[str] = _word("files of a dataset builder")
 
     def text_source(self) -> TextSource:
-        """The text source, not read yet.
+        """The text source; the text is not read yet.
 
         Raises:
-            ValueError: unknown name, or a setting that the source needs is missing.
+            ValueError: the name is unknown, or a setting that the source needs is missing.
         """
         name = "text_file" if self.path else self.source
         settings = {
@@ -47,7 +47,7 @@ class TextSettings(HasSettings):
 
 @dataclass
 class CalibrationSettings(TextSettings):
-    """`calibration`: the text that statistics are measured on, its windows, and how they run."""
+    """`calibration`: the calibration text, its windows, and how they are processed."""
 
     config_key = "calibration"
 
@@ -72,7 +72,7 @@ class CalibrationSettings(TextSettings):
     )
 
     def check(self) -> None:
-        """Raises ValueError for settings that contradict each other."""
+        """Raises ValueError for settings that contradict each other, or an invalid text source."""
         if self.num_continuations and self.prefix_tokens >= self.seq_len:
             raise ValueError(
                 f"calibration.prefix_tokens={self.prefix_tokens}: must be below "
@@ -98,7 +98,7 @@ class CalibrationSettings(TextSettings):
 
     @property
     def windows(self) -> int:
-        """How many windows there are in all."""
+        """Total number of calibration windows."""
         return self.num_samples + self.num_continuations
 
     @property

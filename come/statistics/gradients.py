@@ -1,4 +1,4 @@
-"""Gradients of the calibration loss, layer by layer: the stream run backwards."""
+"""Gradients of the calibration loss, by backpropagation through one layer at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ PATH_STEPS = 10
 def backward(
     stream: LayerStream, first: int, leaves: Callable[[int], Sequence[Tensor]]
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Gradients of the mean loss over all calibration tokens, from the last layer to `first`.
+    """Gradients of the mean calibration loss per predicted token, from the last layer to `first`.
 
-    Every layer is computed once more from its input boundary, so the graph of one layer and one
-    batch is all that exists at a time, beside one boundary of gradients. Costs about three layer
-    passes for each layer, and the head.
+    Every layer is recomputed from its input boundary. Memory holds the graph of one layer and one
+    batch, and one boundary of gradients. The cost is about three layer passes per layer, and the
+    head.
 
     Args:
-        stream: all boundaries of the model as it is.
-        first: the layer to stop at.
-        leaves: the tensors of layer `index` whose gradients are wanted; they must require them.
+        stream: a stream with all boundaries of the current model.
+        first: the last layer to process, since layers run in reverse order.
+        leaves: returns the tensors of layer `index` to differentiate with respect to; they must
+            require gradients.
 
     Yields:
-        index, and dL/dleaf of each leaf, in its shape, float32 or wider, nats per unit of it.
+        The layer's index, and dL/dleaf of each leaf, in its shape, float32 or wider, in nats per
+        unit of the leaf.
     """
     adapter = stream.adapter
     gradient = _loss_gradient(stream)
@@ -54,7 +56,8 @@ def backward(
 def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
     """dL/dh of the last boundary, in the model's dtype, in main memory.
 
-    The loss of a token depends on its own state alone, so one block of tokens has logits at a time.
+    A token's loss depends only on the state that predicts it, so the logits of one block of tokens
+    are computed at a time.
     """
     adapter = stream.adapter
     found = []
@@ -74,14 +77,14 @@ def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
 
 
 def output_maps(adapter: ModelAdapter, index: int) -> list[Tensor]:
-    """Weights of a layer's two output maps, in the order of `UNITS`."""
+    """Weights of a layer's two output projections (attention, MLP), in the order of `UNITS`."""
     return [adapter.output_map(index, unit).weight for unit in UNITS]
 
 
 def weight_gradients(
     stream: LayerStream, layers: Sequence[int]
 ) -> dict[tuple[int, Unit], Float[Tensor, "out in"]]:
-    """dL/dW of both output maps of some layers, float32 or wider."""
+    """dL/dW of both output projections of the given layers, float32 or wider."""
     found: dict[tuple[int, Unit], Tensor] = {}
 
     def leaves(index: int) -> list[Tensor]:
@@ -101,12 +104,13 @@ def path_gradients(
 
         A_j = integral_0^1 dL/ds_j at s = (a, .., a) da, by the midpoint rule in `steps` steps
 
-    s_j multiplies channel j of an output map's input; all channels of all layers' maps go from 0
-    to 1 together, so that the A_j of the whole model add up to L(1) - L(0). Costs `steps` times a
-    forward pass and a backward pass down to the first of the layers, and boundaries of its own.
+    s_j scales channel j of an output projection's input. The scales of all channels of all layers
+    go from 0 to 1 together, so the A_j of the whole model sum to L(1) - L(0), up to the error of
+    the midpoint rule. The cost is `steps` forward passes, `steps` backward passes down to the
+    first of `layers`, and a second set of boundaries.
 
     Returns:
-        For each map of the layers its A, [d_in], nats, signed.
+        A of each output projection of `layers`, [d_in], float64, nats, signed.
     """
     adapter = stream.adapter
     keys = [(index, unit) for index in range(adapter.num_layers) for unit in UNITS]
@@ -137,7 +141,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 @contextmanager
 def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
-    """Lets gradients flow to the parameters of some layers, and nowhere else."""
+    """Enables gradients for the parameters of the given layers only, while open."""
     before = {p: p.requires_grad for p in adapter.model.parameters()}
     try:
         adapter.model.requires_grad_(False)
@@ -151,7 +155,7 @@ def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> Iterator[None]:
-    """Multiplies the input of every output map by its scale."""
+    """Multiplies the input of every output projection by its scale, while open."""
 
     def hook(scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
         return lambda module, inputs: inputs[0] * scale

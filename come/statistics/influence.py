@@ -1,4 +1,4 @@
-"""Block influence and the cosines it is made of."""
+"""Block influence, and the cosine similarities it is computed from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TOKENS = Literal["all", "last"]
-_CHUNK = 256  # tokens whose float64 copies stay in a processor's cache
+_CHUNK = 256  # tokens per block; their float64 copies fit into the CPU cache
 
 
 def check_tokens(tokens: str) -> TOKENS:
@@ -23,16 +23,16 @@ def check_tokens(tokens: str) -> TOKENS:
 def chosen_tokens(
     states: Float[Tensor, "batch seq hidden"], tokens: TOKENS
 ) -> Float[Tensor, "batch chosen hidden"]:
-    """The hidden states of the tokens that count."""
+    """The hidden states of all tokens, or of the last token of each window."""
     return states if tokens == "all" else states[:, -1:]
 
 
 def token_cosine(
     before: Float[Tensor, "*batch hidden"], after: Float[Tensor, "*batch hidden"]
 ) -> Float[Tensor, " tokens"]:
-    """cos(before, after) of every token, flat, float64.
+    """cos(before, after) of every token, flattened, float64.
 
-    Computed in float64: near 1, where adjacent layers are, arccos loses half of the digits.
+    Adjacent layers have cosines near 1, where arccos loses half of the digits, hence float64.
     """
     cosines = []
     width = before.shape[-1]

@@ -1,4 +1,4 @@
-"""Streaming statistics of one layer: block influence and moments of its maps' inputs."""
+"""Streaming statistics of one layer: block influence, and moments of its projections' inputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class InputMoments:
     """Running moments of a linear map's input, summed over tokens in float64.
 
     Args:
-        kinds: which of "abs", "square", "mean" to keep.
-        width: input channels d_in.
+        kinds: which moments to accumulate: "abs", "square", "mean".
+        width: number of input channels d_in.
     """
 
     def __init__(self, kinds: Sequence[str], width: int) -> None:
@@ -30,7 +30,7 @@ class InputMoments:
         self._blocks = TokenBlocks(self._accumulate)
 
     def update(self, inputs: Float[Tensor, "*batch width"]) -> None:
-        """Adds a batch of inputs; within a block of tokens sums run in float32 or wider."""
+        """Adds a batch of inputs; sums within a block of tokens run in float32 or wider."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(flat)
         self._blocks.add(flat)
@@ -42,18 +42,18 @@ class InputMoments:
             total += values.sum(dim=0, dtype=wide).double().cpu()
 
     def mean(self, kind: str) -> Float[Tensor, " width"] | None:
-        """The moment, [d_in] float64; None if it was not kept."""
+        """The mean over tokens of a moment, [d_in] float64; None if it was not accumulated."""
         self._blocks.finish()
         return self.sums[kind] / self.tokens if kind in self.sums else None
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one pass of the calibration windows says of one layer.
+    """Statistics of one layer from one pass of the calibration windows.
 
     Attributes:
         bi: block influence, mean_tokens(1 - clamp(cos(input, output), 0, 1)), in [0, 1].
-        moments: of the inputs of the two output maps, by kind of unit.
+        moments: moments of the inputs of the two output projections, by kind of unit.
     """
 
     bi: float
@@ -65,8 +65,9 @@ class StatisticsCollector:
 
     Args:
         adapter: the model.
-        kinds: which of "abs", "square", "mean" of the output maps' inputs to keep.
-        tokens: which tokens count for BI, "all" or "last" of each window.
+        kinds: which moments of the output projections' inputs to accumulate: "abs", "square",
+            "mean".
+        tokens: tokens that BI averages over: "all", or the "last" of each window.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class StatisticsCollector:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Update]:
-        """Watches the inputs of layer `index`'s two output maps and its block influence."""
+        """Accumulates the statistics of layer `index` while open."""
         maps = {unit: self.adapter.output_map(index, unit) for unit in UNITS}
         moments = {unit: InputMoments(self.kinds, maps[unit].in_features) for unit in UNITS}
         influence, count = 0.0, 0
@@ -109,7 +110,7 @@ class StatisticsCollector:
 
 @contextmanager
 def watch_inputs(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Calls `see` with every input of `module` while open."""
+    """Calls `see` with the input of every forward pass of `module`, while open."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         see(inputs[0])

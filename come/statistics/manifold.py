@@ -1,4 +1,4 @@
-"""MKA's view of hidden states: a diffusion map, and the information that two maps share."""
+"""MKA's similarity of layers: diffusion maps of hidden states, and their mutual information."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from torch import Tensor
 
 from come.stream.stream import LayerStream
 
-NEIGHBOUR = 8  # the neighbour whose distance is a point's own scale
-ALPHA = 0.5  # how much of the sampling density is taken out
+NEIGHBOUR = 8  # k of the k-th nearest neighbour, whose distance is a point's kernel scale
+ALPHA = 0.5  # exponent of the density normalisation
 DIMENSIONS = 2
 MIN_WINDOWS = 5
 
 
 def last_states(stream: LayerStream, boundary: int) -> Float[Tensor, "windows hidden"]:
-    """Hidden states of the last token of every window at a boundary, float64."""
+    """Hidden states of the last token of every window at a boundary, float64.
+
+    Raises:
+        ValueError: there are fewer than `MIN_WINDOWS` windows.
+    """
     if len(stream.windows) < MIN_WINDOWS:
         raise ValueError(
             f"calibration.num_samples={len(stream.windows)}: MKA compares layers by one state a "
@@ -27,15 +31,15 @@ def last_states(stream: LayerStream, boundary: int) -> Float[Tensor, "windows hi
 
 
 def diffusion_map(points: Float[Tensor, "points hidden"]) -> Float[Tensor, "points 2"]:
-    """Two coordinates of the random walk between points, ranked into [0, 1).
+    """Two diffusion coordinates of every point, as ranks scaled to [0, 1), float64.
 
-        K_ij = exp(-|x_i - x_j|^2 / (s_i s_j)),  s_i the distance to the 8th neighbour
+        K_ij = exp(-|x_i - x_j|^2 / (s_i s_j)),  s_i the distance to the 8th nearest neighbour
         K_ij <- K_ij / (q_i q_j)^alpha,  q_i = sum_j K_ij,  alpha = 1/2;  P = K / row sums
 
-    The coordinates are the right eigenvectors of P behind the constant one, times their
-    eigenvalues; each is replaced by its ranks.
+    The coordinates are the first two right eigenvectors of P after the constant one, times their
+    eigenvalues. Each is replaced by its ranks divided by the number of points.
 
-    Source: arXiv 2406.16330 (MKA), diffusion kernel and constants of its published code.
+    Source: arXiv 2406.16330 (MKA), diffusion kernel and constants of the published code.
     """
     count = len(points)
     distance = torch.cdist(points, points)
@@ -52,12 +56,13 @@ def diffusion_map(points: Float[Tensor, "points hidden"]) -> Float[Tensor, "poin
 
 
 def shared_information(one: Float[Tensor, "points 2"], other: Float[Tensor, "points 2"]) -> float:
-    """Normalised pairwise information of two embeddings of the same points, about [0, 1].
+    """Normalised mutual information of two embeddings of the same points, about [0, 1].
 
         S = I(one; other) / sqrt( I(one; one) I(other; other) )
 
-    I is the mean over pairs of coordinates of a nearest-neighbour estimate, nats. Differs from the
-    paper's code, which divides by an estimate of the entropies that may have either sign.
+    I is a nearest-neighbour estimate, in nats, averaged over pairs of coordinates. 0 if the
+    product under the root is not positive. Differs from the paper's code, which divides by an
+    estimate of the entropies that may be negative.
     """
     from sklearn.feature_selection import mutual_info_regression  # takes a second to import
 

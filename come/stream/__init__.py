@@ -1,1 +1,1 @@
-"""Calibration text, the layer stream and the statistics that ride on it."""
+"""The layer stream: hidden states of the calibration windows at every layer boundary."""

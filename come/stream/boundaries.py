@@ -1,4 +1,4 @@
-"""Where the hidden states at layer boundaries are kept."""
+"""Storage for the hidden states at layer boundaries, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Store = Literal["memory", "disk"]
 class BoundaryStore(ABC):
     """Hidden states of all windows at every layer boundary, [windows, seq, hidden] each.
 
-    Boundary i is the input of layer i; the last one is the output of the last layer. A slot is
-    made when it is first asked for and reused after a merge.
+    Boundary i is the input of layer i. The last boundary is the output of the last layer. A slot
+    is allocated on first access and reused after a merge.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -40,7 +40,7 @@ class BoundaryStore(ABC):
     def _allocate(self, index: int) -> Float[Tensor, "windows seq hidden"]: ...
 
     def trim(self, count: int) -> None:
-        """Frees all slots but the first `count`."""
+        """Frees all slots except the first `count`."""
         del self._slots[count:]
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class BoundaryStore(ABC):
 
 
 class MemoryStore(BoundaryStore):
-    """Boundaries in main memory."""
+    """Boundaries in main memory (CPU tensors)."""
 
     def _allocate(self, index: int) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype)
@@ -64,7 +64,7 @@ class MappedStates:
     dtype: torch.dtype
 
     def open(self) -> Float[Tensor, "windows seq hidden"]:
-        """The states; what is written into them is in the file."""
+        """Maps the file as a tensor; writes to the tensor change the file."""
         size = torch.Size(self.shape).numel()
         flat = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
         return flat.view(self.shape)
@@ -74,14 +74,14 @@ class DiskStore(BoundaryStore):
     """Boundaries in memory-mapped files, removed at `close`.
 
     Args:
-        shape: windows, seq, hidden.
+        shape: (windows, seq, hidden).
         dtype: dtype of the states.
-        folder: where the folder `NAME.partial` is made, in place of one that a killed run left;
+        folder: parent of the folder `NAME.partial`, which replaces the one left by a killed run;
             None for a temporary folder.
-        name: of that folder.
+        name: name of that folder.
 
     Raises:
-        OSError: the disk is full; said when a file is made, not when it is written.
+        OSError: the disk is full; raised when a slot is allocated, not when it is written.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DiskStore(BoundaryStore):
         return mapped.open()
 
     def mapped(self, index: int) -> MappedStates:
-        """Where slot `index` lies, for another process to open."""
+        """The file of slot `index`, which another process can open."""
         return MappedStates(self._folder / f"{index}.bin", self.shape, self.dtype)
 
     def close(self) -> None:
@@ -131,10 +131,10 @@ def make_store(
     folder: Path | None = None,
     name: str = "boundaries",
 ) -> BoundaryStore:
-    """A store by its kind; `name` tells those of one folder apart.
+    """Creates a store of the given kind; `name` must be unique among the stores in a folder.
 
     Raises:
-        ValueError: neither "memory" nor "disk".
+        ValueError: `kind` is neither "memory" nor "disk".
     """
     if check_store(kind) == "memory":
         return MemoryStore(shape, dtype)

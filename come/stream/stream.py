@@ -1,4 +1,4 @@
-"""The layer stream: all calibration windows through one decoder layer at a time."""
+"""The layer stream: runs all calibration windows through one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from come.stream.boundaries import BoundaryStore, make_store
 
 Update = Callable[[Tensor, Tensor], None]
 Route = Sequence[tuple[int, nn.Module]]
-"""Layers to pass in turn: each with the index whose mask and positions it is given."""
+"""Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
 
 
 @runtime_checkable
 class LayerObserver(Protocol):
-    """Accumulates something while windows pass through a layer."""
+    """Accumulates statistics while the windows pass through a layer."""
 
     def layer(self, index: int) -> AbstractContextManager[Update]:
-        """Open while all windows pass layer `index`.
+        """Returns a context that is open while all windows pass through layer `index`.
 
-        The value is called with the layer's input and output, [batch, seq, hidden], after every
-        batch; hooks are installed on entry and removed on exit.
+        The context's value is called after every batch with the layer's input and output,
+        [batch, seq, hidden] each. Hooks are installed on entry and removed on exit.
         """
         ...
 
 
 @dataclass
 class Meter:
-    """Counts passes of tokens over layers."""
+    """Counts forward passes of one token through one layer."""
 
     tokens: int = 0
 
@@ -47,22 +47,23 @@ class Meter:
 class LayerStream:
     """Hidden states of all windows at every layer boundary of a model that is being merged.
 
-    Boundary i is the input of layer i, so a group of layers a..b lies between boundaries a and
-    b + 1. After a merge only what lies behind the merged layer is computed again.
+    Boundary i is the input of layer i, so a span of layers a..b lies between boundaries a and
+    b + 1. After a merge, only the boundaries after the merged layer's input are recomputed.
 
     Args:
         adapter: the model.
         windows: packed token windows without padding, [windows, seq] int64.
-        batch_size: windows in one batch.
+        batch_size: windows per batch.
         store: "memory", or "disk" for memory-mapped files.
-        folder: where the files of the disk store go; None for the system's temporary place.
+        folder: folder for the files of the disk store; None for the system's temporary folder.
         progress: whether to show a progress bar.
-        block: what spans are made of: whole layers, or one part of each. For parts the states
-            between attention and FFN are kept too, which doubles what is kept.
-        name: of the files of the disk store.
-        meter: counts the passes; a new one unless given.
+        block: what a span consists of: whole layers, or only their attention or MLP. For
+            "attention" and "ffn" the states between attention and MLP are stored too, which
+            doubles the storage.
+        name: name of the disk store's folder.
+        meter: counts the layer passes; a new one if None.
 
-    Use it as a context manager: leaving it frees the boundaries.
+    Use it as a context manager: leaving the context frees the boundaries.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class LayerStream:
         self._dense: BoundaryStore | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
-        self._valid = -1  # the last boundary that belongs to the model as it is
+        self._valid = -1  # the last boundary that matches the current model
 
     def __enter__(self) -> LayerStream:
         return self
@@ -115,46 +116,46 @@ class LayerStream:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model as it is now."""
+        """Number of layers of the current model."""
         return self.adapter.num_layers
 
     @property
     def tokens(self) -> int:
-        """Tokens of all windows together."""
+        """Total number of tokens in all windows."""
         return self.windows.numel()
 
     @property
     def predicted(self) -> int:
-        """Tokens that the loss is a mean over: all but the first of each window."""
+        """Number of predicted tokens: all but the first of each window. The loss is their mean."""
         return len(self.windows) * (self.windows.shape[1] - 1)
 
     @property
     def layer_passes(self) -> float:
-        """Passes of all windows over one layer so far; backward passes are not counted."""
+        """Forward passes of all windows through one layer so far; backward passes do not count."""
         return self._meter.tokens / self.tokens
 
     @property
     def batches(self) -> Sequence[slice]:
-        """The rows of every batch, in order."""
+        """The window indices of every batch, in order."""
         return self._batches
 
     @property
     def valid(self) -> int:
-        """The last boundary that belongs to the model as it is."""
+        """The last boundary that matches the current model; -1 before `embed`."""
         return self._valid
 
     def boundary(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
-        """One batch of a boundary of the model as it is, on its device."""
+        """One batch of a boundary of the current model, on the model's device."""
         assert 0 <= index <= self._valid
         return self._store[index][rows].to(self.adapter.device)
 
     @property
     def has_dense(self) -> bool:
-        """Whether there are boundaries of the dense model to compare with."""
+        """Whether the boundaries of the dense model are stored."""
         return self._dense is not None
 
     def snapshot_dense(self) -> None:
-        """Keeps a copy of all boundaries, as those of the dense model."""
+        """Stores a copy of all boundaries as those of the dense model."""
         assert self._valid == self.num_layers
         shape, dtype = self._store.shape, self._store.dtype
         self._dense = make_store(self.store, shape, dtype, self._folder, "dense")
@@ -162,12 +163,12 @@ class LayerStream:
             self._dense[index].copy_(self._store[index])
 
     def dense(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
-        """One batch of a boundary that was remembered."""
+        """One batch of a boundary of the dense model, on the model's device."""
         assert self._dense is not None
         return self._dense[index][rows].to(self.adapter.device)
 
     def embed(self) -> None:
-        """Computes boundary 0, and asks the model for every layer's keyword arguments."""
+        """Computes boundary 0 and the keyword arguments of every layer."""
         for rows in self._batches:
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
             self._store[0][rows] = states
@@ -176,9 +177,9 @@ class LayerStream:
 
     @torch.no_grad()
     def advance(self, first: int, last: int, observer: LayerObserver | None = None) -> None:
-        """Sends all windows through layers first..last, one layer after the other.
+        """Runs all windows through layers first..last, one layer at a time.
 
-        Computes boundaries first + 1 .. last + 1; boundary `first` must be there.
+        Computes boundaries first + 1 .. last + 1. Boundary `first` must be valid.
         """
         assert 0 <= first <= self._valid
         assert last < self.num_layers
@@ -205,17 +206,17 @@ class LayerStream:
     def span(
         self, first: int, last: int
     ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
-        """Batches of the input and the output of the span of blocks of layers first..last.
+        """Batches of (input, output) of the span of layers, attentions or MLPs first..last.
 
-        For whole layers these are boundaries first and last + 1; an attention block ends, and an
-        FFN block begins, in the middle of its layer.
+        For whole layers these are boundaries first and last + 1. A span of attentions ends, and a
+        span of MLPs begins, at the state between attention and MLP of its layer.
         """
         assert 0 <= first <= last < self._valid
         for rows in self._batches:
             yield self._ends(first, last, rows)
 
     def route_without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
-        """The way from boundary `first` to boundary last + 1 without the blocks of these layers."""
+        """The route from boundary `first` to last + 1 that skips the blocks of these layers."""
         if self.block == "layer":
             return []
         return [
@@ -230,7 +231,7 @@ class LayerStream:
 
     @contextmanager
     def _watch_middle(self, index: int, rows: slice) -> Iterator[None]:
-        """Keeps the state between attention and FFN, where blocks are parts of layers."""
+        """Stores the states between attention and MLP, unless spans consist of whole layers."""
         if self.block == "layer":
             yield
             return
@@ -261,13 +262,13 @@ class LayerStream:
     def fork(
         self, windows: Int[Tensor, "windows seq"] | None = None, store: str | None = None
     ) -> LayerStream:
-        """A second stream of the same model, with boundaries of its own.
+        """A second stream of the same model, with its own boundaries and whole layers as blocks.
 
-        Its passes count as this stream's.
+        Its layer passes are added to this stream's count.
 
         Args:
-            windows: other windows than this stream's.
-            store: another place than this stream's.
+            windows: the windows of the new stream; None for this stream's.
+            store: the store of the new stream, "memory" or "disk"; None for this stream's.
         """
         return LayerStream(
             self.adapter,
@@ -281,9 +282,10 @@ class LayerStream:
         )
 
     def head(self, windows: int) -> LayerStream:
-        """This stream's first windows alone.
+        """A view of this stream restricted to its first windows.
 
-        It shares the boundaries, and is good until they change; only this stream closes them.
+        The view shares the boundaries and is valid until they change. Only this stream may be
+        closed.
         """
         assert windows > 0
         view = copy(self)
@@ -301,7 +303,7 @@ class LayerStream:
 
     @contextmanager
     def scratch_boundary(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
-        """Room for one more boundary, of the stream's kind of store, freed at the end."""
+        """An extra boundary in a store of the same kind, freed when the context exits."""
         store = make_store(self.store, self._store.shape, self._store.dtype, self._folder, name)
         try:
             yield store[0]
@@ -309,25 +311,25 @@ class LayerStream:
             store.close()
 
     def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
-        """The model's own layers first..last, to be passed by `through`; may be empty."""
+        """The model's own layers first..last as a route for `through`; may be empty."""
         return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]
 
     @torch.no_grad()
     def through(
         self, start: int, route: Route, batches: int | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "batch seq hidden"]]]:
-        """Boundary `start` sent through any layers, batch by batch; nothing is kept.
+        """Runs boundary `start` through a route of layers, batch by batch, storing nothing.
 
-        This is how a candidate is tried: with layers left out, or with a layer that is not in
-        the model, from the last boundary that it shares with the model.
+        Evaluates a candidate model: its route skips layers, or contains a layer that is not part
+        of the model. `start` is the last boundary that the candidate shares with the model.
 
         Args:
-            start: a boundary that is there.
-            route: the layers to pass.
-            batches: how many batches; all unless given.
+            start: a valid boundary.
+            route: the layers to run.
+            batches: number of batches; None for all.
 
         Yields:
-            The rows of the batch and the states behind the last layer of the route.
+            The window indices of the batch, and the states after the last layer of the route.
         """
         assert 0 <= start <= self._valid
         for rows in self._batches[:batches]:
@@ -338,11 +340,11 @@ class LayerStream:
             yield rows, states
 
     def loss(self, start: int, route: Route) -> float:
-        """Mean cross-entropy, nats a predicted token, if boundary `start` takes `route` to the end.
+        """Mean cross-entropy, nats per predicted token, if `route` follows boundary `start`.
 
         Args:
-            start: a boundary that is there.
-            route: the layers between it and the final norm.
+            start: a valid boundary.
+            route: the layers between that boundary and the final norm.
         """
         losses = []
         for rows, states in self.through(start, route):
@@ -353,9 +355,9 @@ class LayerStream:
         return torch.cat(losses).sum().item() / self.predicted
 
     def merged(self, first: int, last: int) -> None:
-        """Takes note that layers first..last became one layer at `first`.
+        """Records that layers first..last were merged into one layer at index `first`.
 
-        Boundary `first` stays; all behind it must be computed again.
+        Boundary `first` stays valid. All later boundaries must be recomputed.
         """
         for kwargs in self._kwargs.values():
             del kwargs[first + 1 : last + 1]
@@ -364,14 +366,14 @@ class LayerStream:
         self._valid = first
 
     def invalidate_from(self, index: int) -> None:
-        """Takes note that layer `index`, and perhaps layers behind it, have other weights."""
+        """Records that the weights of layer `index`, and possibly of later layers, have changed."""
         self._valid = min(self._valid, index)
 
     @property
     def quiet(self) -> bool | None:
-        """What a progress bar's `disable` is."""
-        return None if self.progress else True  # None: a bar only where there is a terminal
+        """The `disable` argument of tqdm: True without progress, else None."""
+        return None if self.progress else True  # None: a bar only on a terminal
 
 
 def _ignore(before: Tensor, after: Tensor) -> None:
-    """The update of a pass that nobody observes."""
+    """The update of a pass without an observer."""

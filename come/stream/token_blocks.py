@@ -1,4 +1,4 @@
-"""Sums over tokens in blocks of one size, so that they do not depend on the batch size."""
+"""Splits tokens into blocks of fixed size, so that sums do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ BLOCK = 1024  # tokens
 
 
 class TokenBlocks:
-    """Hands on rows in blocks of 1024, in their order, however they arrive.
+    """Buffers the rows of batches of any size and passes them on, in order, in blocks of 1024.
 
-    Sums of floating-point numbers depend on how they are split. With blocks of one size, batches
-    of any size give the same sum, bit for bit.
+    A floating-point sum depends on how its terms are grouped. With blocks of fixed size, batches
+    of any size give bitwise identical sums.
 
     Args:
-        use: is called with every block, the tensors' rows of the same tokens.
+        use: called with each block: the rows of every tensor for the same tokens.
     """
 
     def __init__(self, use: Callable[..., None]) -> None:
@@ -34,7 +34,7 @@ class TokenBlocks:
         self._rest = tuple(tensor[whole:] for tensor in rows) if whole < len(rows[0]) else ()
 
     def finish(self) -> None:
-        """Hands on what is left, a shorter block."""
+        """Passes on the remaining rows as a shorter block, if there are any."""
         if self._rest:
             self._use(*self._rest)
             self._rest = ()

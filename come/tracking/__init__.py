@@ -1,1 +1,1 @@
-"""Where a run's metrics go."""
+"""Trackers, which record the metrics of a run."""

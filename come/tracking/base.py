@@ -1,4 +1,4 @@
-"""One small protocol for everything a run logs, and its record on disk."""
+"""The protocol of trackers, and the tracker that writes metrics to disk."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where metrics, tables and figures of a run go."""
+    """Records metrics, tables and figures of a run."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """One record of named values; `/` in a name makes a section."""
+        """Logs one record of named values; a `/` in a name separates the section from the name."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table."""
+        """Logs a table."""
 
     def figure(self, name: str, path: Path) -> None:
-        """A picture file."""
+        """Logs an image file."""
 
     def finish(self) -> None:
-        """Ends the record."""
+        """Finishes the run."""
 
 
 class JSONL:
-    """The source of truth: one JSON object a line in `metrics.jsonl`, appended and flushed.
+    """The source of truth: appends one JSON object per line to `metrics.jsonl`, and flushes it.
 
     Args:
-        path: the file; a rerun of an interrupted job goes on at its end.
+        path: the file; a resumed job appends to it.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Appends the metrics with the time in seconds since the epoch.
+        """Appends the metrics, with the time in seconds since the epoch.
 
-        A number that is not finite, for which JSON has no form, becomes null.
+        A number that is not finite is written as null, because JSON cannot represent it.
         """
         finite = {key: _finite(value) for key, value in metrics.items()}
         self._file.write(json.dumps({"time": round(time.time(), 3), **finite}) + "\n")
         self._file.flush()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Tables are views of metrics that are already there."""
+        """Writes nothing: tables repeat metrics that are already logged."""
 
     def figure(self, name: str, path: Path) -> None:
-        """Figures lie beside the file."""
+        """Writes nothing: figures are already files in the job folder."""
 
     def finish(self) -> None:
         """Closes the file."""
@@ -63,7 +63,7 @@ def _finite(value: Any) -> Any:
 
 
 class Trackers:
-    """Several trackers as one; a context manager that finishes them."""
+    """Forwards calls to several trackers; as a context manager, finishes them at exit."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
@@ -80,21 +80,21 @@ class Trackers:
         self.finish()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Logs to all."""
+        """Logs to all trackers."""
         for tracker in self._trackers:
             tracker.log(metrics)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Gives the table to all."""
+        """Logs a table to all trackers."""
         for tracker in self._trackers:
             tracker.table(name, columns, rows)
 
     def figure(self, name: str, path: Path) -> None:
-        """Gives the figure to all."""
+        """Logs a figure to all trackers."""
         for tracker in self._trackers:
             tracker.figure(name, path)
 
     def finish(self) -> None:
-        """Finishes all."""
+        """Finishes all trackers."""
         for tracker in self._trackers:
             tracker.finish()

@@ -1,4 +1,4 @@
-"""Trackio, local and without an account; the only module that imports it."""
+"""Tracker for Trackio, which runs locally without an account; no other module imports trackio."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import trackio
 
 
 class Trackio:
-    """A run in Trackio, one per job, named by the job's hash; a rerun goes on with it.
+    """A Trackio run per job, named by group and job hash; a resumed job continues its run.
 
-    `trackio show` opens the dashboard. Data lie in TRACKIO_DIR, else in the hub's cache folder.
+    `trackio show` opens the dashboard. The data are in TRACKIO_DIR, by default in the hub's cache
+    folder.
 
     Args:
-        run_id: the job's hash.
+        run_id: the job hash.
         project: project name.
-        group: the grid that the job belongs to.
-        config: the resolved configuration, plain values.
+        group: name of the group of runs, such as the experiment's.
+        config: the resolved settings, as plain data.
     """
 
     def __init__(self, *, run_id: str, project: str, group: str, config: Mapping[str, Any]) -> None:
@@ -43,9 +44,9 @@ class Trackio:
         self.run.log({f"tables/{name}": table})
 
     def figure(self, name: str, path: Path) -> None:
-        """Logs a picture."""
+        """Logs an image file."""
         self.run.log({f"figures/{name}": trackio.Image(str(path))})
 
     def finish(self) -> None:
-        """Ends the run."""
+        """Finishes the run."""
         self.run.finish()

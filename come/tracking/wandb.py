@@ -1,4 +1,4 @@
-"""Weights & Biases; the only module that imports it."""
+"""Tracker for Weights & Biases; no other module imports wandb."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ MODES = ("online", "offline")
 
 
 class WandB:
-    """A run in Weights & Biases, one per job; its id is the job's hash, so a rerun overwrites.
+    """A Weights & Biases run per job; its id is the job hash, so running a job again overwrites it.
 
-    Metrics under `merge/` are drawn over `merge/step`, those under `layer/` over `layer_idx`.
+    Metrics named `merge/*` are plotted over `merge/step`, and `layer/*` over `layer_idx`.
 
     Args:
-        folder: the job's folder; offline records go below it.
-        run_id: the job's hash.
+        folder: the job folder, which offline runs are written to.
+        run_id: the job hash.
         project: project name.
-        group: the grid that the job belongs to.
-        job_type: the stage.
+        group: name of the group of runs, such as the experiment's.
+        job_type: "compress", "distill" or "evaluate".
         mode: "online" or "offline".
-        tags: method, model and the like.
-        config: the resolved configuration, plain values.
+        tags: tags of the run, such as model and method.
+        config: the resolved settings, as plain data.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WandB:
         config: Mapping[str, Any],
     ) -> None:
         assert mode in MODES
-        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # offline artifacts stay with the run
+        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # for offline artifacts
         self.run = wandb.init(
             dir=str(folder),
             id=run_id,
@@ -67,9 +67,9 @@ class WandB:
         self.run.log({f"tables/{name}": table})
 
     def figure(self, name: str, path: Path) -> None:
-        """Logs a picture."""
+        """Logs an image file."""
         self.run.log({f"figures/{name}": wandb.Image(str(path))})
 
     def finish(self) -> None:
-        """Ends the run, so that the next job of this process gets its own."""
+        """Finishes the run, so that the next job in this process starts a new one."""
         self.run.finish()

@@ -1,10 +1,10 @@
-"""How much unit scores and kept units agree between draws, by the number of calibration windows.
+"""Agreement of unit scores and kept units between seeds, by the number of calibration windows.
 
     python experiments/calibration_size/correlation.py TEXT
 
-For every size the dense model is measured once per draw. Printed for KV groups and FFN channels, as
-means over layers and pairs of draws: Spearman's rank correlation of CoMe's sensitivities inside a
-layer, and the share of units that both draws keep when half of a layer's units are kept.
+Measures the dense model once per size and seed. For KV groups and for FFN channels it prints two
+means over layers and pairs of seeds: Spearman's rank correlation of CoMe's sensitivities within a
+layer, and the share of units that both seeds keep when half of a layer's units are kept.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def draw_scores(adapter, tokenizer, text, size, seq_len, seed):
-    """CoMe's sensitivities of every layer on one draw, by kind of unit."""
+    """CoMe's sensitivities of every layer for one seed, by kind of unit."""
     windows = calibration_windows(
         tokenizer, text, num_samples=size, seq_len=seq_len, seed=seed, held_out=[text]
     ).windows
@@ -81,7 +81,7 @@ def draw_scores(adapter, tokenizer, text, size, seq_len, seed):
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Share of the kept half of the units that both scores keep."""
+    """Share of units that both scores keep when each keeps half."""
     half = -(-len(one) // 2)
     return len({*top_units(one, half)} & {*top_units(other, half)}) / half
 

@@ -1,11 +1,11 @@
-"""Throughput of CoMe-sp against its bound: what the passes alone would cost.
+"""Throughput of CoMe-sp relative to its upper bound, the passes alone.
 
     python experiments/distill/bench.py
 
-A step of sp needs the teacher's forward pass up to the last merged layer, and a forward and a
-backward pass of the student from the first merged layer to the last. Both are timed in turn with
-the whole step of the trainer (losses, clipping, AdamW), on the same windows; printed are tokens/s,
-and the step's share of the bound.
+A step of CoMe-sp needs a forward pass of the teacher up to the last merged layer, and a forward and
+a backward pass of the student from the first merged layer to the last. These passes and the
+trainer's complete step (losses, clipping, AdamW) are timed in turn on the same windows. Prints
+tokens/s of both, and the step's share of the bound.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from come.models.loading import load_tokenizer, load_weights
 
 
 def bound_seconds(pair: Pair, ids: torch.Tensor) -> float:
-    """Seconds of the passes that a step cannot do without."""
+    """Seconds for the passes that every step needs."""
     first, last = pair.merged[0], pair.merged[-1]
     front, end = pair.history[first][0] - 1, pair.history[last][-1]
     began = time.perf_counter()
@@ -93,7 +93,7 @@ def main() -> None:
                 progress_bar=False,
             ).seconds
         if turn == 0:
-            continue  # a warm-up
+            continue  # warm-up
         shares.append(bound / step)
         print(
             f"turn {turn}: step {ids.numel() / step:.0f} tokens/s, bound "

@@ -1,11 +1,11 @@
-"""Recovery curves and the table of memory and speed, of finished distillations.
+"""Recovery curves, and the table of memory and speed, from finished distillation jobs.
 
     python experiments/distill/curves.py runs/JOB runs/JOB ... --out experiments/distill
 
-Curves: the student's perplexity on held-out windows of the training text against tokens, over the
-first one's. CoMe-mp never runs the whole student while it trains: its dashed line goes through the
-ends of jobs of several lengths, each measured on the evaluation text. The table holds what the
-final evaluation says of all of them.
+A curve shows the student's perplexity on held-out windows of the training text against training
+tokens, relative to its first value. CoMe-mp never runs the whole student during training, so its
+dashed line connects the final results of jobs of several lengths, measured on the evaluation text.
+The table has the final evaluation of all jobs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def label(result: dict[str, Any]) -> list[str]:
-    """Merge, method, loss where there is a choice of it, and text where it is not calibration's."""
+    """Merge, method, loss where it can be chosen, and text where it is not the calibration text."""
     settings = result["settings"]["distill"]
     method, source = settings["method"], settings["source"]
     loss = settings["loss"] if method.startswith("come") else ""
@@ -53,12 +53,12 @@ def label(result: dict[str, Any]) -> list[str]:
 
 
 def ratio(result: dict[str, Any], stage: str) -> float:
-    """Perplexity over the dense model's, by the final evaluation."""
+    """Perplexity relative to the dense model, from the final evaluation."""
     return next(d for d in result["depths"] if d["stage"] == stage)["perplexity"]["ratio"]
 
 
 def row(result: dict[str, Any]) -> str:
-    """A job's line of the table."""
+    """The table row of a job."""
     training = result["distillation"]
     merged, healed = ratio(result, "merged"), ratio(result, "distilled")
     sizes = [training[f"{part}_bytes"] / 1e6 for part in ("weight", "gradient", "optimizer")]
@@ -75,7 +75,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A line for every job that knows the student's cross-entropy, one for all that do not."""
+    """Plots one line per job that logs the student's cross-entropy, one per label otherwise."""
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     ends: dict[str, list[tuple[float, float]]] = {}
     for result in results:

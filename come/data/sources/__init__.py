@@ -1,1 +1,1 @@
-"""Where text comes from."""
+"""Text sources; one file per source."""

@@ -1,4 +1,4 @@
-"""What a text source gives; the registry of text sources."""
+"""The interface of text sources, and their registry."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from come.registry import Registry
 
 
 class TextSource(ABC):
-    """A corpus: documents in a fixed order.
+    """A corpus, read as documents in a fixed order.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the corpus, or "".
-        source: where the text comes from, in words.
-        always_split: whether it has no held-out split of its own although it is used for both
-            calibration and evaluation, so that each takes its part of it.
+        source: description of where the text comes from.
+        always_split: whether calibration and evaluation always use separate parts of the text,
+            because the corpus has no held-out split.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     source: ClassVar[str]
     always_split: ClassVar[bool] = False
-    part: tuple[float, float] | None = None  # the share of it that evaluates, where it is given
+    part: tuple[float, float] | None = None  # fractions of the text to evaluate on, if set
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Equal for two sources that hold the same text; never a path."""
+        """Identifies the text: equal for two sources with the same text, and never a path."""
 
     @property
     def content(self) -> str:
-        """What two sources share that read one corpus, perhaps by other fields or loaders."""
+        """Identifies the corpus: equal for two sources that read it by other fields or loaders."""
         return self.identity
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """The documents, in order: text, or chats for the tokenizer's template.
+        """The documents, in order, as text or as chats for the tokenizer's chat template.
 
         Raises:
-            ValueError: the corpus is not there or cannot be read; says what to do.
+            ValueError: the corpus is missing or cannot be read; the message says what to do.
         """
 
     def check(self) -> None:  # noqa: B027 - most sources have nothing to check
-        """Cheap checks before anything is loaded.
+        """Runs cheap checks before anything is loaded.
 
         Raises:
-            ValueError: the corpus cannot be there.
+            ValueError: the corpus is missing or its format is not supported.
         """
 
 

@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face hub, or local files through the same loader."""
+"""Datasets of the Hugging Face hub, and local files read with the same loader."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from come.files import local_hash
 
 @TEXT.register
 class Hub(TextSource):
-    """Rows of a dataset, read in order by `datasets`' streaming loader.
+    """Rows of a dataset, read in order with the streaming loader of `datasets`.
 
-    No script of the dataset is run. Local files work without network: `dataset=json`,
-    `text` or `parquet` with `data_files`.
+    Dataset scripts are not run. Local files need no network: `dataset=json`, `text` or `parquet`
+    with `data_files`.
 
     Args:
-        dataset: hub id, or a builder's name.
+        dataset: hub id, or the name of a builder.
         subset: configuration of the dataset.
-        split: its split.
+        split: split of the dataset; None for "train".
         revision: branch, tag or commit.
-        field: field of the text, or of the chat; several fields of a row are named with "+"
-            between them, and joined by newlines.
+        field: field with the text or the chat, or several fields separated by "+", which are
+            joined by newlines; None for "text".
         data_files: files for a builder.
     """
 
@@ -52,7 +52,7 @@ class Hub(TextSource):
 
     @property
     def identity(self) -> str:
-        """Dataset, subset, split, revision and field; of local files and folders their content."""
+        """Dataset, subset, split, revision and field, with a content hash for local files."""
         files = (self.data_files and local_hash(self.data_files)) or self.data_files
         dataset = local_hash(self.dataset) or self.dataset
         parts = (dataset, self.subset, self.split, self.revision, self.field, files)
@@ -60,7 +60,7 @@ class Hub(TextSource):
 
     @property
     def content(self) -> str:
-        """Of a local file the hash of its content; else the dataset with its subset and split."""
+        """The content hash of local `data_files`, or else dataset, subset and split."""
         files = local_hash(self.data_files) if self.data_files else None
         return files or " ".join(filter(None, (self.dataset, self.subset, self.split)))
 

@@ -1,4 +1,4 @@
-"""MMLU's development questions."""
+"""The development questions of MMLU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PROMPTS = Path("tasks/mmlu/flan_cot_fewshot/_cot_prompts.json")
 
 @TEXT.register
 class MMLU(TextSource):
-    """MMLU development questions with worked answers, five a subject, that lm-eval ships.
+    """MMLU development questions with worked answers, four or five per subject, from lm-eval.
 
-    No network. The test questions, on which MMLU is scored, are not among them.
+    Needs no network. The test questions, on which MMLU is scored, are not included.
     """
 
     name = "mmlu"
@@ -31,7 +31,7 @@ class MMLU(TextSource):
         return f"mmlu lm-eval {version('lm_eval')}"
 
     def documents(self) -> Iterator[str]:
-        """One document a question with its answer, by subject."""
+        """One document per question and answer, ordered by subject."""
         spec = find_spec("lm_eval")
         if spec is None or not spec.submodule_search_locations:
             raise ValueError("calibration=mmlu reads the questions that lm-eval ships: install it")

@@ -1,4 +1,4 @@
-"""The reference documentation that comes with Python itself."""
+"""The reference documentation that ships with Python."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from come.data.sources.base import TEXT, TextSource
 class PyDocs(TextSource):
     """CPython's reference documentation, `pydoc_data.topics`: English technical prose.
 
-    Topics repeat each other's sections; every paragraph is kept once, where it first comes, so
-    that parts cut by position share none. Its size depends on the version of Python, about
-    100k tokens.
+    Topics repeat sections of other topics. Only the first occurrence of every paragraph is kept,
+    so that disjoint parts of the text share no paragraph. The size is about 100k tokens and
+    depends on the Python version.
     """
 
     name = "pydocs"
@@ -29,7 +29,7 @@ class PyDocs(TextSource):
         return f"pydocs {platform.python_version()}"
 
     def documents(self) -> Iterator[str]:
-        """One document a topic, in alphabetical order, without repeated paragraphs."""
+        """One document per topic, in alphabetical order, without repeated paragraphs."""
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
         seen: set[str] = set()
         for title in sorted(topics):

@@ -1,4 +1,4 @@
-"""A text file of the user's."""
+"""A text file of the user."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TextFile(TextSource):
 
     Args:
         path: the file.
-        field: the field that holds the text, or the chat, of a row; several are named with "+"
-            between them, and joined by newlines.
+        field: field of a row with the text or the chat, or several fields separated by "+", which
+            are joined by newlines; None for "text".
     """
 
     name = "text_file"
@@ -40,7 +40,7 @@ class TextFile(TextSource):
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the file's content, its kind, and of rows the field."""
+        """Hash of the file's content; for rows also the file's kind and the field."""
         self.check()
         kind = "" if self.path.suffix == ".txt" else f" {self.path.suffix[1:]} {self.field}"
         return f"file {file_hash(self.path)}{kind}"
@@ -52,7 +52,7 @@ class TextFile(TextSource):
         return file_hash(self.path)
 
     def check(self) -> None:
-        """Raises ValueError for a missing or empty file, or one of an unknown kind."""
+        """Raises ValueError if the file is missing, empty or of an unknown kind."""
         if not self.path.is_file():
             raise ValueError(f"text file {self.path} does not exist")
         if self.path.suffix not in SUFFIXES:

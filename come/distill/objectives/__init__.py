@@ -1,1 +1,1 @@
-"""What merged layers are trained to: one file, one method."""
+"""Distillation methods and their objectives; one file per method."""

@@ -1,4 +1,4 @@
-"""What a distillation sees and gives; the registry of distillations."""
+"""The interface of distillation methods, and their registry."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from come.registry import Registry
 
 @dataclass(frozen=True)
 class Pair:
-    """The merged model that learns and the dense model that it learns from.
+    """The student and the teacher of a distillation.
 
     Attributes:
-        student: the merged model; a distillation writes into it.
+        student: the merged model; the trained weights are written into it.
         teacher: the dense model, frozen.
-        history: original layers behind every layer of the student.
+        history: original layers that were merged into each layer of the student.
     """
 
     student: ModelAdapter
@@ -30,37 +30,37 @@ class Pair:
 
     @property
     def merged(self) -> list[int]:
-        """Layers of the student that stand for several of the teacher's."""
+        """Indices of the student's layers that were merged from several layers."""
         return [index for index, span in enumerate(self.history) if len(span) > 1]
 
 
 class Objective(nn.Module, ABC):
-    """What training minimises, as a module whose parameters with `requires_grad` are trained."""
+    """A training objective; its parameters with `requires_grad` are trained."""
 
     @abstractmethod
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        """The loss on a batch of windows: "loss", mean over tokens, and its parts by name."""
+        """The losses on a batch: "loss", mean over tokens, which is minimised, and its terms."""
 
     def validate(self, *batch: Tensor) -> dict[str, Tensor]:
-        """What is told of held-out windows; "loss" chooses the best weights."""
+        """The losses on a batch of validation windows; "loss" selects the best weights."""
         return self(*batch)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
+        """The trained parameters, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 class Distillation(ABC):
-    """A way to heal a merged model.
+    """A method to train a merged model.
 
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: where the procedure stands, in words.
-        active: whether it does anything.
+        source: description of the source of the procedure.
+        active: whether the method trains anything.
         uses_teacher: whether training runs the dense model.
-        apart: whether every merged layer is trained by itself, from the teacher's boundaries.
+        apart: whether every merged layer is trained separately, on the teacher's hidden states.
     """
 
     name: ClassVar[str]
@@ -72,15 +72,15 @@ class Distillation(ABC):
 
     @abstractmethod
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
-        """What is minimised.
+        """The objective to minimise.
 
         Args:
             pair: student and teacher.
-            layer: the merged layer, where each is trained apart.
+            layer: the merged layer to train, if `apart`; None otherwise.
         """
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:  # noqa: B027
-        """Brings what was trained into the student as ordinary weights, where it is not yet."""
+        """Writes the trained parameters to the student, if they are not its weights already."""
 
 
 DISTILL: Registry[Distillation] = Registry(

@@ -1,4 +1,4 @@
-"""CoMe-mp: every merged layer by itself, between the teacher's states."""
+"""CoMe-mp: trains every merged layer separately on the teacher's hidden states."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from come.models.adapter import ModelAdapter
 
 
 class OneLayer(Objective):
-    """The loss of one layer between the teacher's states in front of its span and behind it.
+    """The loss of one merged layer that maps the teacher's states before its span to those after.
 
     Args:
-        pair: student and teacher; neither is changed or kept.
-        index: the merged layer.
-        loss: of hidden states.
-        train: which of its weights train.
+        pair: student and teacher; they are not changed, and no reference to them is stored.
+        index: index of the merged layer.
+        loss: loss between hidden states.
+        train: which of the layer's weights to train.
     """
 
     def __init__(self, pair: Pair, index: int, loss: Loss, train: str) -> None:
@@ -35,11 +35,11 @@ class OneLayer(Objective):
         self._keywords: dict[int, dict[str, Any]] = {}
 
     def expect(self, student: ModelAdapter, ids: Tensor) -> None:
-        """Asks the model for the layer's mask and positions, for batches of this shape."""
+        """Computes the layer's keyword arguments (mask, positions) for batches of this shape."""
         self._keywords[len(ids)] = student.layer_inputs(ids)[1][self.index]
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Of states in front of and behind the span, [batch, seq, hidden] each: "loss"."""
+        """The "loss" for states before and after the span, [batch, seq, hidden] each."""
         before, after = batch
         parameter = next(self.layer.parameters())
         keywords = send_to_device(self._keywords[len(before)], parameter.device)
@@ -48,20 +48,22 @@ class OneLayer(Objective):
 
 @DISTILL.register
 class ComeMP(Distillation):
-    """Each merged layer alone: from the teacher's h_{a-1}, towards its h_b.
+    """Trains each merged layer separately to map the teacher's h_{a-1} to the teacher's h_b.
 
         L_k = loss( layer_k(h_{a-1} of the teacher), h_b of the teacher )
 
-    The jobs are independent: one after another in the memory of one layer, or side by side.
+    for every merged layer k that replaces the teacher's layers a..b. The layers are independent:
+    they are trained in sequence, with the gradients and optimiser state of one layer in memory at
+    a time, or in parallel.
 
-    Source: arXiv 2510.15304, CoMe-mp; differs from it in the default loss (see `come_sp`).
+    Source: arXiv 2510.15304, CoMe-mp. Differs from the paper in the default loss (see `come_sp`).
     Optimiser, schedule and text are our choice.
 
     Args:
         loss: mse, kl (the paper's), cosine or mix.
-        loss_weights: of the parts of "mix".
+        loss_weights: weights of the terms of "mix".
         temperature: T of the KL.
-        train: what of the merged layer trains: layers, norms, outputs.
+        train: weights of the merged layer to train: layers (all), norms or outputs.
     """
 
     name = "come_mp"
@@ -82,7 +84,7 @@ class ComeMP(Distillation):
             raise ValueError("distill.train=lora: distill=come_mp trains layers, norms or outputs")
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
-        """The loss of one merged layer."""
+        """The loss of merged layer `layer`."""
         assert layer is not None
         return OneLayer(pair, layer, self.loss, self.train)
 

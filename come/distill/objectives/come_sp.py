@@ -1,4 +1,4 @@
-"""CoMe-sp: all merged layers of the student together."""
+"""CoMe-sp: trains all merged layers of the student jointly."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from come.distill.trainable import check_rank, check_train, choose_parameters, m
 class MatchedStates(Objective):
     """Sum over the merged layers k of the loss between the student's h_k and the teacher's h_b.
 
-    One forward pass of each: the layers in front of the first merged one run once for both, where
-    they are the teacher's own; behind the last merged one nothing runs, unless logits are asked
-    for.
+    Student and teacher run one forward pass each. If the layers before the first merged layer
+    equal the teacher's, they run only once, in the teacher. The layers after the last merged layer
+    run only for the logit loss, and in the student for validation.
 
     Args:
         pair: student and teacher.
-        loss: of hidden states; None for none.
-        logit_weight: of the KL between logits; 0 for none.
-        temperature: of that KL.
-        recompute: whether the student's layers run again for the gradient, to save memory.
+        loss: loss between hidden states; None for no such loss.
+        logit_weight: weight of the KL between logits; 0 for none.
+        temperature: temperature of that KL.
+        recompute: whether to recompute the student's layers in the backward pass, to save memory.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class MatchedStates(Objective):
         self._first = pair.merged[0] if _same_front(pair) else 0
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Of windows [batch, seq]: "loss", "layer_K" of every merged layer K, "logits"."""
+        """The losses on windows [batch, seq]: "loss", "layer_K" per merged layer K, "logits"."""
         (ids,) = batch
         return self._losses(ids, whole=self._logit_weight > 0)[0]
 
     def validate(self, *batch: Tensor) -> dict[str, Tensor]:
-        """The same, and "nll": the student's cross-entropy, nats a token."""
+        """The same losses, and "nll": the student's cross-entropy, nats per predicted token."""
         (ids,) = batch
         losses, states = self._losses(ids, whole=True)
         student = self._pair.student
@@ -58,13 +58,13 @@ class MatchedStates(Objective):
         return losses
 
     def _losses(self, ids: Tensor, whole: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses, and the student's state behind the last layer that ran."""
+        """The losses, and the student's states after the last layer that was run."""
         pair, history = self._pair, self._pair.history
         student, teacher, merged = pair.student, pair.teacher, pair.merged
         depth = len(history) if whole else merged[-1] + 1
         logits = whole and self._logit_weight > 0
         ends = {history[k][-1] for k in merged} if self._loss else set()
-        front = history[self._first][0]  # where the student sets in
+        front = history[self._first][0]  # the teacher's layer at which the student starts
         last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
         with torch.no_grad():
             wanted = passed(teacher, ids, last, {*ends, front - 1, last})
@@ -97,9 +97,9 @@ class MatchedStates(Objective):
 
 
 def _same_front(pair: Pair) -> bool:
-    """Whether student and teacher are the same up to the first merged layer.
+    """Whether embeddings and layers before the first merged layer equal the teacher's.
 
-    Compared in the teacher's dtype: a student of half precision trains in float32.
+    They are compared in the teacher's dtype, because a half-precision student trains in float32.
     """
     own, other = pair.student, pair.teacher
     modules = [(own.model.get_input_embeddings(), other.model.get_input_embeddings())]
@@ -113,25 +113,25 @@ def _same_front(pair: Pair) -> bool:
 
 @DISTILL.register
 class ComeSP(Distillation):
-    """One student forward pass, all merged layers optimised together, all else frozen.
+    """Trains all merged layers jointly in one forward pass of the student; the rest is frozen.
 
         L = sum_k L_k( h_k of the student, h_b of the teacher )  [+ logit_weight * KL of the logits]
 
-    for every merged layer k that stands for the teacher's layers a..b.
+    for every merged layer k that replaces the teacher's layers a..b.
 
-    Source: arXiv 2510.15304, CoMe-sp. Differs from the paper in the default loss: the paper's
-    KL falls while perplexity rises (experiments/distill). Optimiser, schedule and text are our
-    choice.
+    Source: arXiv 2510.15304, CoMe-sp. Differs from the paper in the default loss, because with the
+    paper's KL the loss falls while perplexity rises (experiments/distill). Optimiser, schedule and
+    text are our choice.
 
     Args:
         loss: mse, kl (the paper's), cosine or mix.
-        loss_weights: of the parts of "mix".
+        loss_weights: weights of the terms of "mix".
         temperature: T of the KLs.
-        logit_weight: of the KL between logits.
-        train: what of the merged layers trains: layers, norms, outputs, lora.
-        lora_rank: of adapters; "auto" for as many parameters as the layers have.
-        gradient_checkpointing: whether layers run again for the gradient.
-        seed: of adapters.
+        logit_weight: weight of the KL between logits.
+        train: parameters of the merged layers to train: layers (all), norms, outputs or lora.
+        lora_rank: rank of the adapters; "auto" for as many parameters as the merged layers have.
+        gradient_checkpointing: whether to recompute layers in the backward pass, to save memory.
+        seed: seed of the adapters.
     """
 
     name = "come_sp"
@@ -158,10 +158,10 @@ class ComeSP(Distillation):
         self.recompute = gradient_checkpointing
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
-        """The sum over all merged layers."""
+        """The sum of the losses of all merged layers; chooses the trained parameters."""
         choose_parameters(pair.student, pair.merged, self.train, self.rank, self.seed)
         return MatchedStates(pair, self.loss, self.logit_weight, self.temperature, self.recompute)
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
-        """Adapters become weights."""
+        """Merges the adapters into the weights."""
         merge_lora(pair.student)

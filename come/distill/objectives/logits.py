@@ -1,4 +1,4 @@
-"""Logit distillation of the merged layers, a baseline."""
+"""Logit distillation of the merged layers, as a baseline."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from come.distill.objectives.come_sp import ComeSP
 
 @DISTILL.register
 class Logits(ComeSP):
-    """KL( softmax(teacher's logits / T) || softmax(student's logits / T) ) alone.
+    """Minimises only the KL divergence between the teacher's and the student's logits.
 
-    The same weights train as with CoMe-sp; nothing is asked of hidden states.
+        L = KL( softmax(teacher's logits / T) || softmax(student's logits / T) )
+
+    The same weights are trained as with CoMe-sp. Hidden states are not matched.
 
     Source: arXiv 1503.02531.
 
     Args:
         temperature: T.
-        train: what of the merged layers trains: layers, norms, outputs, lora.
-        lora_rank: of adapters.
-        gradient_checkpointing: whether layers run again for the gradient.
-        seed: of adapters.
+        train: parameters of the merged layers to train: layers (all), norms, outputs or lora.
+        lora_rank: rank of the adapters; "auto" for as many parameters as the merged layers have.
+        gradient_checkpointing: whether to recompute layers in the backward pass, to save memory.
+        seed: seed of the adapters.
     """
 
     name = "logits"

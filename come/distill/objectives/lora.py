@@ -1,4 +1,4 @@
-"""LoRA on the task loss, a baseline."""
+"""LoRA training on the task loss, as a baseline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from come.distill.trainable import add_lora, check_rank, equal_rank, merge_lora
 
 
 class TaskLoss(Objective):
-    """The student's own cross-entropy; the teacher has no part in it.
+    """The student's cross-entropy on the text; the teacher is not used.
 
     Args:
-        pair: the student.
-        recompute: whether layers run again for the gradient, to save memory.
+        pair: student and teacher.
+        recompute: whether to recompute layers in the backward pass, to save memory.
     """
 
     def __init__(self, pair: Pair, recompute: bool) -> None:
@@ -27,7 +27,7 @@ class TaskLoss(Objective):
         self._recompute = recompute
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Of windows [batch, seq]: "loss" and "nll", the same number, nats a predicted token."""
+        """The loss on windows [batch, seq], nats per predicted token, as "loss" and "nll"."""
         (ids,) = batch
         adapter, last = self._adapter, self._adapter.num_layers - 1
         states = passed(adapter, ids, last, {last}, recompute=self._recompute)[last]
@@ -37,15 +37,17 @@ class TaskLoss(Objective):
 
 @DISTILL.register
 class Lora(Distillation):
-    """Low-rank adapters on every linear map of every layer, trained on the task loss.
+    """Trains low-rank adapters on all linear layers of all decoder layers with the task loss.
 
-    Source: arXiv 2106.09685, the usual recovery of pruned models. Afterwards the adapters are added
-    to the weights, so the result is an ordinary checkpoint.
+    The adapters are merged into the weights after training, so the result is an ordinary
+    checkpoint.
+
+    Source: arXiv 2106.09685, a common recovery step for pruned models.
 
     Args:
-        lora_rank: of the adapters; "auto" for as many parameters as the merged layers have.
-        gradient_checkpointing: whether layers run again for the gradient.
-        seed: of the adapters.
+        lora_rank: rank of the adapters; "auto" for as many parameters as the merged layers have.
+        gradient_checkpointing: whether to recompute layers in the backward pass, to save memory.
+        seed: seed of the adapters.
     """
 
     name = "lora"
@@ -61,7 +63,7 @@ class Lora(Distillation):
         self.seed = seed
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
-        """The task loss, with adapters in the student."""
+        """The task loss; adds adapters to the student."""
         layers = range(pair.student.num_layers)
         rank = equal_rank(pair.student, layers, len(pair.merged), self.rank)
         pair.student.model.requires_grad_(False)
@@ -69,5 +71,5 @@ class Lora(Distillation):
         return TaskLoss(pair, self.recompute)
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
-        """Adapters become weights."""
+        """Merges the adapters into the weights."""
         merge_lora(pair.student)

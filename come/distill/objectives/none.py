@@ -7,7 +7,7 @@ from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 
 @DISTILL.register
 class NoDistillation(Distillation):
-    """Leaves the model as the merge made it."""
+    """Does not train; the merged model is unchanged."""
 
     name = "none"
     paper = ""
@@ -15,5 +15,5 @@ class NoDistillation(Distillation):
     active = False
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
-        """There is none."""
+        """Raises AssertionError, since there is no objective."""
         raise AssertionError("nothing to train")

@@ -1,4 +1,4 @@
-"""The healing stage: trains the merged model against the dense one, and saves it."""
+"""The distillation stage: trains the merged model with the dense model as teacher, and saves it."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-APART = 1_000_003  # added to the seed of sampled text, or it would be calibration's
+APART = 1_000_003  # offset of the sampling seed, so that training text differs from calibration's
 
 
 def distill(
     job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers, crew: Accelerator
 ) -> tuple[PreTrainedModel, Plan, DistillationResult]:
-    """Trains the merged model and saves it as `model/`; the merged one stays in `model-merged/`."""
+    """Trains the merged model and saves it as `model/`; `model-merged/` stays unchanged.
+
+    Raises:
+        ValueError: no layer of the model was merged from several layers.
+    """
     settings = job.settings.distill
     settings.warn_unread()
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
-    model.float()  # AdamW on weights of half precision loses its small steps
+    model.float()  # in half precision, small AdamW updates would be rounded away
     parted = wants_sharding(crew)
     if parted:
-        model.cpu()  # no device needs to hold all of it
+        model.cpu()  # sharded training: no device holds the whole model
     teacher = job.load(device="cpu" if parted else str(crew.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
@@ -54,7 +58,7 @@ def distill(
             f"distill={settings.method}: no layer of the model stands for several, so there is "
             "nothing to train"
         )
-    with crew.main_process_first():  # the others find sampled text in the cache
+    with crew.main_process_first():  # the workers read the sampled text from the cache
         text = job.training or sampled(job, teacher, train_config.steps * train_config.batch_size)
     validation, training = text.windows.split(
         [settings.validation_samples, len(text.windows) - settings.validation_samples]
@@ -106,7 +110,7 @@ def distill(
         model.to(crew.device)
     result = _result(job, text, train_config, progress, memory, len(training), crew)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # and no buffer: rotary tables stay in float32
+        parameter.data = parameter.data.to(dtype)  # not buffers: rotary tables stay in float32
     crew.free_memory()
     if crew.is_main_process:
         told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
@@ -117,7 +121,7 @@ def distill(
 
 
 def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
-    """Training text sampled from the dense model, once, and not what the merge was solved on."""
+    """Training text sampled from the dense model; cached, and different from calibration text."""
     settings, how = job.settings.distill, job.settings.calibration
     seed = settings.seed + APART
     count = windows + settings.validation_samples
@@ -137,7 +141,7 @@ def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
 
 
 def _together(found: Mapping[int, Progress]) -> Progress:
-    """The layers' trainings as one: sums of losses, step by step; seconds added up."""
+    """Combines the progress of all layers: losses are summed step by step, seconds in total."""
     curves = [progress.curve for progress in found.values()]
     validations = [progress.validation for progress in found.values()]
     return Progress(

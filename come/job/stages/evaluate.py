@@ -1,4 +1,4 @@
-"""The evaluation stage: the dense model and every saved depth, on the same work."""
+"""The evaluation stage: measures the dense model and every saved model on the same data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def evaluate_depths(
     job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers
 ) -> list[DepthResult]:
-    """Measures the dense model and every saved depth; the dense one comes first."""
+    """Measures the dense model and every saved model; the dense model comes first."""
     settings = job.settings.eval
     batch_tokens, new_tokens = settings.batch_tokens, settings.continuation_tokens
     saved = _saved(job)
@@ -94,7 +94,7 @@ def evaluate_depths(
 
 
 def _saved(job: Job) -> list[tuple[int, str, str]]:
-    """Depth, stage and folder of every model that the job left."""
+    """Depth, stage and folder of every model that the job saved."""
     if not job.settings.merge.enabled:
         return []
     saved = [
@@ -162,7 +162,7 @@ def _perplexity(own: Perplexity, dense: Perplexity) -> PerplexityResult:
 
 
 def _speed(own: Speed, dense: Speed, gone: float) -> SpeedResult:
-    """The speeds against the dense model's; `gone` is the share of the layers' parameters."""
+    """Speed relative to dense; `gone` is the removed share of the layers' parameters."""
     prompt = own.prompt.tokens_per_second / dense.prompt.tokens_per_second
     generation = own.generation.tokens_per_second / dense.generation.tokens_per_second
     return {
@@ -180,7 +180,7 @@ def _speed(own: Speed, dense: Speed, gone: float) -> SpeedResult:
 
 
 def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
-    """The tasks' results, each against the dense model's on the same documents."""
+    """Results of the zero-shot tasks, each paired with the dense model's on the same documents."""
     own, reference = found.zero_shot, dense.zero_shot
     if own is None or reference is None:
         return None
@@ -216,12 +216,12 @@ def _zero_shot(found: Evaluation, dense: Evaluation) -> ZeroShotResult | None:
 
 
 Pairs = list[tuple[list[float] | None, list[float] | None]]
-"""Scores of the documents of several tasks, the model's and the dense model's; None where a metric
+"""For each task, the per-document scores of the model and of the dense model; None if the metric
 is not a mean over documents."""
 
 
 def _difference(value: float, groups: list[Pairs]) -> Difference:
-    """A difference with its paired interval, where every task has scores for its documents."""
+    """A difference with its paired bootstrap interval, if every task has per-document scores."""
     paired = [[(own, its) for own, its in group if own and its] for group in groups]
     if [len(group) for group in paired] != [len(group) for group in groups]:
         return {"value": value, "low": None, "high": None}

@@ -1,4 +1,4 @@
-"""The merge stage: loads the dense model, merges it in place, saves every depth asked for."""
+"""The merge stage: loads the dense model, merges it in place and saves every requested depth."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COST = "compression.json"  # what the merge cost, for a session that distils later
+COST = "compression.json"  # cost of the merge, for a later session that resumes the distillation
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
-    """Loads the dense model, merges it in place and saves it at every depth asked for.
+    """Loads the dense model, merges it in place and saves it at every requested depth.
 
-    A merged model that is there already is loaded: that of `from_run`, or, where a distillation
-    follows, the one that an earlier session of the job has finished. With `merge=none` the dense
-    model comes back as it is.
+    An existing merged model is loaded instead: the model of `from_run`, or, if the job distils,
+    the model that an earlier session of this job has merged. With `merge=none`, the dense model is
+    returned unchanged.
     """
     merged = job.folder / job.merged
     if not job.settings.merge.enabled:
@@ -70,9 +70,9 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
     earlier = partial_plan(job.folder, job.hash)
     if method.schedule.restarts:
-        earlier = None  # its choices rest on the dense model
+        earlier = None  # the schedule chooses spans on the dense model, so it starts over
     if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
-        earlier = None  # of other weights: a branch of the hub moved on
+        earlier = None  # made from other weights, for example after an update on the hub
     if earlier is not None:
         log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
@@ -93,7 +93,9 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             if passed and method.schedule.nested:
                 save(job, model, f"model-{plan.num_layers}", plan)
             partial = replace(plan, provenance={**plan.provenance, "seconds": seconds()})
-            if plan.num_layers != job.target:  # so that its tensors only grow: a kill may come
+            # The checkpoint omits an intermediate downstream refit, so a crash between the writes
+            # of tensors and plan never leaves missing tensors.
+            if plan.num_layers != job.target:
                 partial = replace(partial, finish=SolvedTensors({}))
             partial.save(job.folder / PARTIAL_PLAN)
             _log_step(trackers, plan)
@@ -141,12 +143,12 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
 
 
 def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:
-    """Saves a model as `name` in the job's folder, with the base's files beside its weights."""
+    """Saves a model as `name` in the job folder, with the base model's other files."""
     save_model(model, job.tokenizer, job.folder / name, plan, base=job.checkpoint)
 
 
 def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
-    """What determines text that is sampled from the dense model, for the cache."""
+    """Cache key of text sampled from the dense model: everything that determines it."""
     return [
         identity(job.checkpoint),
         package_hash(),
@@ -160,7 +162,7 @@ def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> l
 
 
 def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
-    """The calibration windows, with those that are sampled from the model; each sampled once."""
+    """The calibration windows, including those sampled from the model, which are cached."""
     given, settings = job.calibration, job.settings.calibration
     if given is not None and not settings.num_continuations:
         return given
@@ -194,7 +196,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
 
 
 def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
-    """The dense model, and a plan that does nothing."""
+    """Loads the dense model, and returns it with an empty plan."""
     model = job.load()
     base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
     plan = Plan(base, "none", "none", provenance={"job": job.hash, "method": "none"})
@@ -213,7 +215,7 @@ def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
 
 
 def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
-    """A model that was merged before, with its plan, and what merging it cost if this job did."""
+    """Loads an existing merged model with its plan, and its merge cost if this job merged it."""
     model = job.load(folder)
     plan, cost = Plan.load(plan_path(folder)), job.folder / COST
     log.info("merged before, %d layers: %s", plan.num_layers, folder)
@@ -228,7 +230,7 @@ def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, Co
 
 
 def _compress_apart(job: Job) -> None:
-    """Other depths of a method whose depths do not lie on one path, each from the dense model."""
+    """Compresses the dense model separately to every other depth, for schedules not `nested`."""
     settings = job.settings
     assert job.calibration is not None
     for depth in settings.merge.save_at:
@@ -251,7 +253,7 @@ def _compress_apart(job: Job) -> None:
 
 
 def _made_by(job: Job, folder: Path) -> bool:
-    """Whether an earlier session of the same job left the whole model in this folder."""
+    """Whether an earlier session of this job has saved the complete model in this folder."""
     path = plan_path(folder)
     return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
 
@@ -273,7 +275,7 @@ def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
 
 
 def _apply_plan(job: Job, model: PreTrainedModel) -> Plan:
-    """Applies the plan of `merge=from_plan`, saving the depths asked for on the way."""
+    """Applies the plan of `merge.plan`, and saves a model for every other depth of `save_at`."""
     plan = job.plan
     assert plan is not None
     apply(plan, model)
@@ -310,7 +312,7 @@ def _log_step(trackers: Trackers, plan: Plan) -> None:
 
 
 def calibration_result(job: Job) -> CalibrationResult | None:
-    """What calibration text the job used; None where a plan was applied."""
+    """The calibration text of the job; None if the job did not calibrate."""
     windows = job.calibration
     if windows is None:
         return None
@@ -325,7 +327,7 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this project and of the packages that the numbers depend on."""
+    """Versions of Python, of this package and of the packages that affect the numbers."""
     return {
         "python": platform.python_version(),
         "come": come.__version__,
@@ -334,7 +336,7 @@ def versions() -> dict[str, str]:
 
 
 def _deed(step: MergeStep) -> str:
-    """What a step did, in words."""
+    """Describes a merge step in words."""
     if step.keeper is not None:
         gone = [_span(span) for i, span in enumerate(step.spans) if i != step.keeper]
         return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.keeper])}"

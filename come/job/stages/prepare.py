@@ -1,4 +1,4 @@
-"""Before anything is loaded: settings held against the checkpoint, the folder and the texts."""
+"""The preparation stage: checks settings against checkpoint, job folder and texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A job whose settings have been held against its model and texts; nothing is loaded yet."""
+    """A job whose settings have been checked against its model and texts, without weights."""
 
     settings: Settings
     folder: Path
@@ -53,25 +53,25 @@ class Job:
     plan: Plan | None
     calibration: TokenWindows | None
     held_out: dict[str, TokenWindows] = field(default_factory=dict)
-    """Texts that perplexity is measured on; the main one is named ""."""
+    """Held-out texts for perplexity, by name; the name of the main text is ""."""
     training: TokenWindows | None = None
     tasks: TaskSet | None = None
     start: Path | None = None
-    """A merged model to start from, with its plan beside it."""
+    """The folder of a merged model to start from, with its plan."""
 
     @property
     def merged(self) -> str:
-        """The folder of the merged model, inside the job's."""
+        """Name of the merged model's folder in the job folder."""
         return "model-merged" if self.settings.distill.active else "model"
 
     @property
     def label(self) -> str:
-        """Name of the model."""
+        """Name of the model in tables and tags."""
         settings = self.settings.model
         return settings.name if settings.name != "local" else self.checkpoint.name
 
     def load(self, folder: Path | None = None, device: str | None = None) -> PreTrainedModel:
-        """The dense model, or another in a folder, on the job's device or another."""
+        """Loads the dense model, or the model in `folder`, on `device` or the job's device."""
         model = self.settings.model
         return load_weights(
             folder or self.checkpoint,
@@ -82,7 +82,7 @@ class Job:
 
 
 def prepare(settings: Settings, folder: Path, name: str) -> Job:
-    """Everything that can go wrong early: checkpoint, target, output folder, texts.
+    """Checks checkpoint, target, job folder and texts, so that errors occur before a long run.
 
     Raises:
         ValueError: see `run`.
@@ -231,7 +231,7 @@ def _held_out(
     tokenizer: PreTrainedTokenizerBase,
     others: Sequence[TextSource],
 ) -> dict[str, TokenWindows]:
-    """The texts that perplexity is measured on, apart from the others; the main one is ""."""
+    """The held-out texts by name, disjoint from `others`; the name of the main text is ""."""
     chosen = settings.eval
     if chosen.speed:
         _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
@@ -266,13 +266,15 @@ def _held_out(
 def _training(
     settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
 ) -> TokenWindows | None:
-    """Training windows, disjoint from the held-out text; None without, or where they are sampled.
+    """Training windows, disjoint from the held-out text; None if no text is read.
 
-    The first of them validate. Merging may have solved for the windows that it was calibrated on,
-    so these are the last that calibration would draw.
+    No text is read without distillation, and for training text that is sampled from the model.
+    The first windows are for validation. A merge may have been solved on the windows that
+    calibration draws, so training draws in the opposite order, and the validation windows are the
+    last that calibration would draw.
 
     Raises:
-        ValueError: too little text for a step beside the validation windows.
+        ValueError: the text is too short for one training step and the validation windows.
     """
     distill, text = settings.distill, settings.training_text
     if not distill.active or text is None:
@@ -303,7 +305,7 @@ def _training(
 
 
 def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
-    """Holds the target, and the groups given by hand, against the model's depth."""
+    """Checks that the target, or the depths of `merge.groups`, can be reached for this model."""
     merge = settings.merge
     rules = merge.constraints(shape.num_layers, target)
     if not merge.groups:
@@ -345,7 +347,7 @@ def _target_layers(settings: Settings, shape: ModelShape) -> int:
 
 
 def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
-    """Holds a plan against the model it is to be applied to."""
+    """Checks a plan against the model that it will be applied to."""
     OPERATORS.get(plan.operator)
     left = plan.base.num_layers
     for number, step in enumerate(plan.steps, start=1):
