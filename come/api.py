@@ -14,7 +14,7 @@ from come.data.sampling import self_generated_windows, unused_ids
 from come.data.sources.base import TextSource
 from come.data.sources.text_file import TextFile
 from come.data.windows import calibration_windows, check_token_ids
-from come.merge.constraints import layers_for_sparsity
+from come.merge.constraints import DEFAULT_SPARSITY, layers_for_sparsity
 from come.merge.loop import compress as compress_layers
 from come.merge.method import Method, groups_target
 from come.merge.plan import Plan
@@ -23,8 +23,6 @@ from come.models.adapter import ModelAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SPARSITY = 0.10
 
 
 def compress(
@@ -45,9 +43,9 @@ def compress(
     Args:
         model: the dense model, changed in place.
         tokenizer: its tokenizer.
-        target_layers: number of layers to reach; ignored if `method.groups` is set.
+        target_layers: number of layers to reach.
         sparsity: share of the parameters to remove, instead of `target_layers`; 0.1 if neither is
-            given. Ignored if `method.groups` is set.
+            given. `method.groups` determine the depth themselves.
         text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
             documents, or token ids, either one window per row or a single sequence. None samples
             `num_samples` windows from the model.
@@ -62,12 +60,16 @@ def compress(
         saves it with the model.
 
     Raises:
-        ValueError: the model is not supported, both `target_layers` and `sparsity` are given, or
+        ValueError: the model is not supported, the depth is given twice, or
             the text is too short.
     """
     if target_layers is not None and sparsity is not None:
         raise ValueError(
             f"both target_layers={target_layers} and sparsity={sparsity} are given; leave one out"
+        )
+    if method is not None and method.groups and (target_layers or sparsity):
+        raise ValueError(
+            f"both method.groups={method.groups} and a depth are given; the groups determine it"
         )
     if text is None:
         method = method or Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))
@@ -94,7 +96,7 @@ def compress(
     if method.groups:
         target_layers = groups_target(method.groups, model.config.num_hidden_layers)
     elif target_layers is None:
-        target_layers = _depth(model, method, SPARSITY if sparsity is None else sparsity)
+        target_layers = _depth(model, method, DEFAULT_SPARSITY if sparsity is None else sparsity)
     return compress_layers(model, windows, method, target_layers=target_layers, progress=progress)
 
 
@@ -116,8 +118,6 @@ def _are_texts(values: Sequence[object]) -> bool:
 
 def _depth(model: PreTrainedModel, method: Method, sparsity: float) -> int:
     """The number of layers that remains when `sparsity` of the parameters is removed."""
-    adapter = ModelAdapter(model)
-    sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
-    each = sum(sizes[name] for name in adapter.block_tensors(method.block))
+    each = ModelAdapter(model).block_parameters[method.block]
     total = sum(p.numel() for p in model.parameters())
     return layers_for_sparsity(sparsity, model.config, total, each)

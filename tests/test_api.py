@@ -64,6 +64,10 @@ def test_groups_by_hand_say_the_depth(loaded):
     ("settings", "message"),
     [
         ({"target_layers": 20, "sparsity": 0.1}, "both target_layers=20 and sparsity=0.1"),
+        (
+            {"method": come.Method(groups=[[3, 4]]), "target_layers": 20},
+            "both method.groups=.* and a depth",
+        ),
         ({"text": torch.arange(5)}, "at least seq_len=16 token ids"),
         ({"text": torch.full((2, 16), 9999)}, "9999"),
     ],

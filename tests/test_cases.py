@@ -17,7 +17,7 @@ from come.job.folder import check_finite, write_result
 from come.job.identity import job_hash
 from come.models.checkpoint import check_checkpoint
 from come.models.loading import inspect_model, load_model, load_tokenizer, load_weights
-from tests.bases import TEMPLATE, byte_level, change_weights, edit, lone_token, saved
+from tests.bases import TEMPLATE, change_weights, edit, lone_token, saved
 from tests.conftest import VOCAB
 from tests.jobs import QUICK, before_loading, job_settings, questions, start
 from tests.test_zero_shot import TASK
@@ -396,9 +396,3 @@ def test_frequencies_and_a_redundant_head_in_the_file(tmp_path):
     written = load_file(tmp_path / "out/model/model.safetensors")
     assert "lm_head.weight" not in written
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").config.tie_word_embeddings
-
-
-def test_a_folder_without_weights_beside_the_tokenizer(tmp_path):
-    byte_level(tmp_path)
-    with pytest.raises(ValueError, match=r"has no config.json"):
-        check_checkpoint(tmp_path)

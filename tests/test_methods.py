@@ -198,7 +198,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ({"operator": "replaceme"}, "set merge.protect_first=1 or more"),
         ({"schedule": "one_shot", "allow_remerge": True}, "allow_remerge=true is not possible"),
         ({"schedule": "one_shot", "operator": "drop", "m": 3}, "drops single layers; merge.m=3"),
-        ({"schedule": "one_shot", "operator": "prune_comp"}, "solves on the model as it is"),
+        ({"schedule": "one_shot", "operator": "prune_comp"}, "solves on the merged model"),
         (
             {"schedule": "laco", "operator": "prune_comp"},
             "merge.schedule=laco merges on trial without what merge.operator=prune_comp solves for",
@@ -209,7 +209,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ),
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
-        ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 stands in two groups"),
+        ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 is in two groups"),
         ({"sublayers": ("mlp",)}, r"merge.sublayers=\['mlp'\]: must be a list of attention, ffn"),
         ({"sublayers": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
         ({"protect_first": -1}, "merge.protect_first=-1: must be a whole number of at least 0"),

@@ -15,6 +15,7 @@ from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
 from come.models.loading import inspect_model, load_model, load_weights
 from come.models.surgery import check_layer_config, reindex_config
+from tests.bases import byte_level
 from tests.conftest import LAYERS, pico
 
 
@@ -209,3 +210,9 @@ def test_half_precision_models_keep_their_dtype(pico_folder):
     assert model.dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(pico_folder).dtype == torch.float32
     assert len(ModelAdapter(model).layers) == 24 != LAYERS
+
+
+def test_a_folder_without_weights_beside_the_tokenizer(tmp_path):
+    byte_level(tmp_path)
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        check_checkpoint(tmp_path)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -158,15 +156,6 @@ class Gram:
         rows = stacked(found).to(self.gram)
         fit = (rows * (self.gram @ rows)).sum() - 2 * (rows * self.moment).sum()
         return self.energy + fit.item()
-
-
-def check_lambda(key: str, ratio: object) -> float | Literal["auto"]:
-    """The lambda; raises ValueError with the key unless it is a number above 0 or "auto"."""
-    if ratio == "auto":
-        return "auto"
-    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < math.inf:
-        return float(ratio)
-    raise ValueError(f"{key}={ratio}: must be a number above 0, or auto")
 
 
 def best_lambda(fit: Gram, held_out: Gram, prior: Map, grid: Sequence[float]) -> float:

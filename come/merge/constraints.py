@@ -11,6 +11,8 @@ from come.models.surgery import Span
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+DEFAULT_SPARSITY = 0.10  # share of the parameters that is removed unless a depth is given
+
 
 def smallest_depth(num_layers: int, m: int, allow_remerge: bool, protected: int = 0) -> int:
     """The smallest depth that spans of at most `m` layers can reach.

@@ -118,8 +118,8 @@ class InputMap:
             total += (gap.square().sum(dim=1) * weights).sum().item()
 
         blocks = TokenBlocks(accumulate)
-        for middle, wanted, weights, keywords in self._batches():
-            blocks.add(self._gap(middle, wanted, keywords), weights)
+        for middle, target, weights, keywords in self._batches():
+            blocks.add(self._gap(middle, target, keywords), weights)
         blocks.finish()
         self.weight.copy_(kept)
         return total
@@ -141,17 +141,17 @@ class InputMap:
             tokens += len(read)
 
         blocks = TokenBlocks(accumulate)
-        for middle, wanted, weights, keywords in self._batches():
+        for middle, target, weights, keywords in self._batches():
             read, slopes = self._slopes(middle, keywords)
-            blocks.add(read, slopes, self._gap(middle, wanted, keywords), weights)
+            blocks.add(read, slopes, self._gap(middle, target, keywords), weights)
         blocks.finish()
         sizes = self.output.double().square().sum(dim=0)
         return gram / tokens, pull, (squares * sizes).mean().item(), error
 
-    def _gap(self, middle: States, wanted: States, keywords: dict[str, Any]) -> Tensor:
+    def _gap(self, middle: States, target: States, keywords: dict[str, Any]) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]."""
         output = run_mlp(self.adapter, self.layer, middle, keywords)[1]
-        return (wanted - output).flatten(0, 1).to(self.output)
+        return (target - output).flatten(0, 1).to(self.output)
 
     def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The input n of W, [tokens, hidden], and the derivatives D, [tokens, channels]."""
@@ -164,22 +164,22 @@ class InputMap:
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.goals.stream
         for rows in stream.batches:
-            _, wanted, weights = self.goals.input_output(rows)
+            _, target, weights = self.goals.input_output(rows)
             middle = self.middles[rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.goals.first)
-            yield middle, wanted, weights.to(self.output), keywords
+            yield middle, target, weights.to(self.output), keywords
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> Tensor:
-    """Approximates x with product(x) = wanted by conjugate gradients from x = 0.
+def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:
+    """Approximates x with product(x) = target by conjugate gradients from x = 0.
 
     Args:
-        product: multiplies a symmetric positive definite matrix with a tensor shaped as `wanted`.
-        wanted: the right-hand side.
+        product: multiplies a symmetric positive definite matrix with a tensor shaped as `target`.
+        target: the right-hand side.
         steps: largest number of iterations; it stops early when the residual vanishes.
     """
-    found = torch.zeros_like(wanted)
-    rest = wanted.clone()
+    found = torch.zeros_like(target)
+    rest = target.clone()
     direction = rest.clone()
     size = rest.square().sum()
     start = size

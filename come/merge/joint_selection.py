@@ -109,15 +109,15 @@ def stacked_gram(
     sums = equations(prior, adapter)
     for goal in goals:
         if unit == "kv_group":
-            features, wanted = _heads(goals, layers, goal), goal.middle - goal.states
+            features, target = _heads(goals, layers, goal), goal.middle - goal.states
         else:
             middle = _read(goals, layers, attention, goal)
             keywords = stream.keywords(len(middle), goals.first)
             features = torch.cat(
                 [run_mlp(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
             )
-            wanted = goal.output - middle
-        sums.add(features.flatten(0, 1), wanted.flatten(0, 1), goal.weights)
+            target = goal.output - middle
+        sums.add(features.flatten(0, 1), target.flatten(0, 1), goal.weights)
     return sums
 
 

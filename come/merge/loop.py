@@ -391,6 +391,6 @@ def _check_finite(statistics: list[LayerStatistics]) -> None:
     for index, layer in enumerate(statistics):
         if not math.isfinite(layer.bi):
             raise ValueError(
-                f"the hidden states behind layer {index} are not finite; "
+                f"the hidden states after layer {index} are not finite; "
                 "try model.dtype=float32 or bfloat16"
             )

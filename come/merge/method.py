@@ -214,5 +214,5 @@ def check_groups(groups: Sequence[Sequence[int]]) -> None:
                 "from 0, such as [3,4]"
             )
         if seen & set(group):
-            raise ValueError(f"merge.groups: layer {min(seen & set(group))} stands in two groups")
+            raise ValueError(f"merge.groups: layer {min(seen & set(group))} is in two groups")
         seen |= set(group)

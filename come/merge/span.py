@@ -79,5 +79,5 @@ class Group:
 
     def full_route(self, split: UnitAllocation) -> Route:
         """All layers from the boundary before the span to the end, if `split` merges the span."""
-        behind = self.stream.route(self.last + 1, self.stream.num_layers - 1)
-        return [*self.trial(split), *behind]
+        downstream = self.stream.route(self.last + 1, self.stream.num_layers - 1)
+        return [*self.trial(split), *downstream]

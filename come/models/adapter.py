@@ -128,6 +128,12 @@ class ModelAdapter:
         modules = [self._output_module(unit) for unit in units or UNITS]
         return [name for name in self.roles if name.rpartition(".")[0] in modules]
 
+    @property
+    def block_parameters(self) -> dict[Block, int]:
+        """Parameters of one decoder layer, and of its attention and its MLP with their norms."""
+        sizes = {name: p.numel() for name, p in self.layers[0].named_parameters()}
+        return {block: sum(sizes[name] for name in self.block_tensors(block)) for block in UNITS_OF}
+
     def block_tensors(self, block: Block) -> list[str]:
         """Names of the tensors of a layer that belong to a block, including its norm."""
         arch = self.architecture

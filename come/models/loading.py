@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from come.errors import one_line
-from come.models.adapter import UNITS_OF, Block, ModelAdapter
+from come.models.adapter import Block, ModelAdapter
 from come.models.architectures import check_model_type
 from come.models.checkpoint import (
     check_checkpoint,
@@ -135,12 +135,10 @@ def inspect_model(
             )
     else:
         skeleton.tie_weights()
-    sizes = {name: p.numel() for name, p in adapter.layers[0].named_parameters()}
-    blocks: dict[Block, int] = {
-        block: sum(sizes[name] for name in adapter.block_tensors(block)) for block in UNITS_OF
-    }
     total = sum(p.numel() for p in skeleton.parameters())
-    return ModelShape(skeleton.config, total, blocks, choose_dtype(dtype, config, folder))
+    return ModelShape(
+        skeleton.config, total, adapter.block_parameters, choose_dtype(dtype, config, folder)
+    )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

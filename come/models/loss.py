@@ -79,13 +79,13 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
 
 @torch.no_grad()
 def token_divergence(
-    head: nn.Module, wanted: Predictions, states: Float[Tensor, "batch seq hidden"]
+    head: nn.Module, reference: Predictions, states: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, "batch seq"]:
     """KL(p || q) of the next-token distributions of two models at every position.
 
     Args:
         head: the LM head, a linear map that both models share.
-        wanted: predictions p of the reference model.
+        reference: predictions p of the reference model.
         states: hidden states after the final norm of the other model, whose predictions are q.
 
     Returns:
@@ -93,5 +93,5 @@ def token_divergence(
         logits.
     """
     sizes = [head(block).float().logsumexp(-1) for block in states.flatten(0, 1).split(BLOCK)]
-    inner = (wanted.rows.double() * states.double()).sum(dim=-1)
-    return wanted.constant - inner + torch.cat(sizes).double().view(inner.shape)
+    inner = (reference.rows.double() * states.double()).sum(dim=-1)
+    return reference.constant - inner + torch.cat(sizes).double().view(inner.shape)

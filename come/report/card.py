@@ -107,7 +107,7 @@ with transformers {" and ".join(TESTED_TRANSFORMERS)}.
 
 Calibration: {origin}.
 
-Merge history (original layers behind every layer): `{plan.history}`
+Merge history (the original layers of every layer): `{plan.history}`
 
 Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} weights bit for bit.
 The licence is that of the base model{f" ({licence})" if licence else ""}.

@@ -101,8 +101,8 @@ def write_grid(
     return text
 
 
-_ACCURACY = """Accuracy, and behind it minus the dense model's on the same documents, with a star
-where the 95% interval (paired bootstrap) leaves out zero.
+_ACCURACY = """Accuracy, followed by the difference to the dense model on the same
+documents, with a star where the 95% interval (paired bootstrap) leaves out zero.
 """
 
 
@@ -117,7 +117,7 @@ def _note(points: Sequence[Point]) -> str:
         for value, tokens, windows in sorted({point.dense for point in points})
     )
     return (
-        "Perplexity, and behind it perplexity over the dense model's; of several seeds\n"
+        "Perplexity, followed by its ratio to the dense model's; of several seeds\n"
         f"means, and [lowest, highest] of the latter. Dense:\n\n{texts}"
     )
 

@@ -42,7 +42,7 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
     lines = [f"# {title(result)}", "", *_table(result), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
     lines += [*_further_texts(result), *_speed(result["depths"]), *_tasks(result["depths"])]
-    lines += ["", "Merge history (original layers behind every layer):", ""]
+    lines += ["", "Merge history (the original layers of every layer):", ""]
     lines += [f"`{result['merge_history']}`", ""]
     for name, path in figures.items():
         lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from come.merge.constraints import DEFAULT_SPARSITY
 from come.merge.method import Method
 from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
-
-DEFAULT_SPARSITY = 0.10
 
 
 @dataclass
@@ -22,7 +21,7 @@ class MergeSettings(Method):
     changes: list[str] = setting(
         [], "settings of the method that differ from the named one, for titles", counts=False
     )
-    enabled: bool = setting(True, "false measures the model as it is")
+    enabled: bool = setting(True, "false measures the model without merging")
     target_layers: Optional[int] = setting(None, "depth to reach", kind=int, least=1, optional=True)
     sparsity: Optional[float] = setting(
         None,

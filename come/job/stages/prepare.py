@@ -22,7 +22,7 @@ from come.evaluate.tasks import TaskSet, check_tasks, load_tasks
 from come.files import check_replaceable
 from come.job.estimate import compression_cost
 from come.job.folder import check_folder, find_run
-from come.merge.constraints import check_target, layers_for_sparsity
+from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
 from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
@@ -30,7 +30,6 @@ from come.merge.saving import MARKS, plan_path
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
 from come.schema import Settings
-from come.schema.merge import DEFAULT_SPARSITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -37,7 +37,7 @@ class ReplaceMe(Drop):
         super().check(method)
         if not method.groups and method.protect_first < 1:
             raise ValueError(
-                f"merge.operator={self.name} needs a layer in front of what it drops: set "
+                f"merge.operator={self.name} needs a layer before the dropped ones: set "
                 "merge.protect_first=1 or more"
             )
 

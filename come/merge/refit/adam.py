@@ -51,11 +51,11 @@ class Adam(Ridge):
         with torch.enable_grad():
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]
-                states, wanted, weights = goals.input_output(rows)
+                states, target, weights = goals.input_output(rows)
                 keywords = as_float(stream.keywords(len(states), index))
                 output = layer(states.float(), **keywords)
-                gap = (wanted.float() - output).flatten(0, 1)
-                size = wanted.float().flatten(0, 1)
+                gap = (target.float() - output).flatten(0, 1)
+                size = target.float().flatten(0, 1)
                 loss = (weights * gap.square().sum(dim=1)).sum()
                 loss = loss / (weights * size.square().sum(dim=1)).sum()
                 optimizer.zero_grad()

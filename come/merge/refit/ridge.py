@@ -95,16 +95,16 @@ class Ridge(Refit):
             for goal in goals:
                 keywords = goals.stream.keywords(len(goal.states), index)
                 features, middle = run_attention(adapter, layer, goal.states, keywords)
-                wanted = goal.middle - goal.states
+                target = goal.middle - goal.states
                 if unit == "channel":
                     features, _ = run_mlp(adapter, layer, middle, keywords)
-                    wanted = goal.output - middle
+                    target = goal.output - middle
                 apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.lambda_ == "auto")
                 for sums, chosen in ((fit, ~apart), (held_out, apart)):
                     sums.add(
                         features[chosen].flatten(0, 1),
-                        wanted[chosen].flatten(0, 1),
-                        goal.weights.view(wanted.shape[:2])[chosen].flatten(),
+                        target[chosen].flatten(0, 1),
+                        goal.weights.view(target.shape[:2])[chosen].flatten(),
                     )
             solved = self._solve(fit, held_out, prior)
             tensors = as_tensors(adapter, unit, solved, state)

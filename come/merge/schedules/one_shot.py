@@ -30,7 +30,7 @@ class OneShot(Schedule):
         elif method.operator.solves:
             reason = (
                 f"measures the dense model once, and merge.operator={method.operator.name} solves "
-                "on the model as it is; choose merge.schedule=progressive or block"
+                "on the merged model; choose merge.schedule=progressive or block"
             )
         if reason:
             raise ValueError(f"merge.schedule={self.name} {reason}")

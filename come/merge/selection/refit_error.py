@@ -30,7 +30,7 @@ class RefitError(GroupScore):
 
     name = "refit_error"
     paper = ""
-    source = "error behind the refitted layer"
+    source = "error of the refitted layer"
     uses_targets = True
 
     shortlist: int = setting(4, "spans that are merged on trial", least=1)
@@ -55,8 +55,8 @@ class RefitError(GroupScore):
         missed, total = 0.0, 0.0
         for goal in goals:
             output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))
-            wanted = goal.output.flatten(0, 1).double()
-            gap = wanted - output.flatten(0, 1).double()
+            target = goal.output.flatten(0, 1).double()
+            gap = target - output.flatten(0, 1).double()
             missed += (goal.weights * gap.square().sum(dim=1)).sum().item()
-            total += (goal.weights * wanted.square().sum(dim=1)).sum().item()
+            total += (goal.weights * target.square().sum(dim=1)).sum().item()
         return missed / total

@@ -23,5 +23,5 @@ class SkipLoss(GroupScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The loss, nats per token, >= 0."""
-        behind = stream.route(last + 1, stream.num_layers - 1)
-        return stream.loss(first, [*stream.route_without(first, last), *behind])
+        downstream = stream.route(last + 1, stream.num_layers - 1)
+        return stream.loss(first, [*stream.route_without(first, last), *downstream])

@@ -60,7 +60,7 @@ class TrialKL(GroupScore):
     )
     _once: int = field(init=False, repr=False, default=0)
     _judge: LayerStream | None = field(init=False, repr=False, default=None)
-    _wanted: list[Predictions] = field(init=False, repr=False, default_factory=list)
+    _reference: list[Predictions] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, stream: LayerStream) -> None:
         """Sets the validation windows apart."""
@@ -71,7 +71,7 @@ class TrialKL(GroupScore):
 
     def release(self) -> None:
         """Frees the hidden states of the validation windows."""
-        self._judge, self._wanted = None, []
+        self._judge, self._reference = None, []
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without the validation windows."""
@@ -106,17 +106,17 @@ class TrialKL(GroupScore):
             self._judge = stream.fork(self._windows, store="memory")
             self._judge.embed()
             self._judge.advance(0, stream.num_layers - 1)
-            self._wanted = [
+            self._reference = [
                 predictions(
                     adapter.head, adapter.final_norm(self._judge.boundary(stream.num_layers, rows))
                 )
                 for rows in self._judge.batches
             ]
         gaps_of, once = [], self._once
-        for wanted, (_, states) in zip(
-            self._wanted, self._judge.through(group.first, route), strict=True
+        for reference, (_, states) in zip(
+            self._reference, self._judge.through(group.first, route), strict=True
         ):
-            gaps = token_divergence(adapter.head, wanted, adapter.final_norm(states))
+            gaps = token_divergence(adapter.head, reference, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
             if once == gaps.shape[1]:  # no repeated text
                 again = new
