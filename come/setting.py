@@ -32,10 +32,10 @@ class Setting:
 
     doc: str
     kind: type
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     optional: bool = False

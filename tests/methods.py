@@ -33,7 +33,7 @@ def method(base: dict, changes: dict) -> Method:
     own = [key for key in changes if key in Method.__dataclass_fields__]
     for key in [*own, *(key for key in changes if key not in own)]:
         value = changes[key]
-        value = list(value) if isinstance(value, tuple) else value
+        value = _lists(value)
         if key in own:
             data[key] = value
             continue
@@ -47,6 +47,10 @@ def method(base: dict, changes: dict) -> Method:
         else:
             raise AssertionError(f"no chosen part has {key}")
     return Method(**data)
+
+
+def _lists(value):
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def paper(**changes) -> Method:

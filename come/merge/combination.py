@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Combination(Protocol):
     """Components and settings of a `come.merge.method.Method`, which documents them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sampling import Sampling
@@ -14,9 +14,8 @@ from come.setting import HasSettings, setting
 # ruff: noqa: UP045
 
 
-def _word(doc: str) -> Optional[str]:
-    found: Optional[str] = setting(None, doc, kind=str, optional=True, counts=False)
-    return found
+def _word(doc: str) -> Any:
+    return setting(None, doc, kind=str, optional=True, counts=False)
 
 
 @dataclass
