@@ -225,7 +225,9 @@ def test_recipes_that_are_refused(settings, message):
         paper(**settings)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", ["come", "come_plus", "come_p", "laco", "mka", "shortgpt", "taylor_plus", "replaceme"]
+)
 def test_batches_of_any_size_give_one_plan(name):
     windows = torch.randint(3, VOCAB, (12, 100), generator=torch.Generator().manual_seed(7))
     plans = {

@@ -102,7 +102,6 @@ def test_a_group_counts_as_one_task(tasks, pico_folder):
 @pytest.mark.parametrize(
     ("names", "break_it", "message"),
     [
-        (["layer"], None, "eval.tasks has 'layer': no such task in .*; did you mean layers"),
         (["layers"], "layers.jsonl", "eval.tasks has 'layers': its documents cannot be read"),
         (["arc_easy"], None, "eval.tasks has 'arc_easy': its documents cannot be read.*network"),
     ],

@@ -6,6 +6,7 @@ No other subpackage imports Hydra.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -45,6 +46,7 @@ class JobFailedError(Exception):
     """A job of a sweep failed with a user error; the message is the printed line."""
 
 
+@functools.cache
 def schema() -> dict[str, Any]:
     """The structured configs that conf/ is merged into; their fields define types and defaults."""
     hints = get_type_hints(Settings)
