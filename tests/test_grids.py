@@ -86,9 +86,7 @@ def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher
     assert table in output
 
 
-@pytest.mark.parametrize(
-    "error", ["KeyError", pytest.param("ValueError", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("error", ["KeyError", pytest.param("ValueError", marks=pytest.mark.slow)])
 def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
