@@ -7,17 +7,36 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
+_SMALL = [
     "calibration=pydocs",
     "calibration.num_samples=8",
     "calibration.seq_len=32",
-    "eval.seq_len=64",
-    "eval.max_tokens=512",
-    "eval.prompt_tokens=16",
-    "eval.new_tokens=4",
-    "eval.repeats=1",
-    "eval.continuation_tokens=4",
+    "eval.perplexity.seq_len=64",
+    "eval.perplexity.max_tokens=512",
+    "eval.speed.prompt_tokens=16",
+    "eval.speed.new_tokens=4",
+    "eval.speed.repeats=1",
+    "eval.continuations.tokens=4",
 ]
+
+
+def small(*overrides):
+    """Settings of a small job, without those of evaluations that the overrides do not choose."""
+    chosen = ["perplexity", "speed", "continuations"]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "experiment" and value != "smoke":
+            chosen = ["perplexity"]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "eval":
+            chosen = value.strip("[]").split(",")
+    return chosen_only(_SMALL, chosen)
+
+
+def chosen_only(words, chosen):
+    """The overrides without settings of evaluations that are not chosen."""
+    return [word for word in words if not word.startswith("eval.") or word.split(".")[1] in chosen]
 
 
 def finish(process):

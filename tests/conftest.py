@@ -37,7 +37,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, SMALL
+from tests.commands import ROOT, small
 
 torch.set_num_threads(1)
 
@@ -184,7 +184,7 @@ def command(pico_folder, tmp_path):
         if not any(o.startswith(given) for o in overrides):
             words.append("merge=come")
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *words, *SMALL, *overrides],
+            [sys.executable, str(ROOT / "run.py"), *words, *small(*overrides), *overrides],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
@@ -203,7 +203,13 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("come.cli._said", set())
-        words = ["run.py", f"model.path={pico_folder}", "model=local", "merge=come", *SMALL]
+        words = [
+            "run.py",
+            f"model.path={pico_folder}",
+            "model=local",
+            "merge=come",
+            *small(*overrides),
+        ]
         given = {word.partition("=")[0] for word in overrides}
         given |= {"merge"} if "from_run" in given else set()
         words = [word for word in words if word.partition("=")[0] not in given]

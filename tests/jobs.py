@@ -15,17 +15,12 @@ from come.job.run import run
 from come.job.stages.prepare import prepare
 from come.schema import Settings
 from come.schema.explicit import check_explicit
-from tests.commands import SMALL
+from tests.commands import small
 from tests.test_zero_shot import TASK
 
 ONE_LAYER_LESS = ("merge=come", "merge.target_layers=5")
-QUICK = ("eval.speed=false", "eval.continuation_tokens=0")
-ONLY_TASKS = (
-    "eval.perplexity=false",
-    "eval.speed=false",
-    "eval.continuation_tokens=0",
-    "eval.task_batch=4",
-)
+QUICK = ("eval=perplexity",)
+ONLY_TASKS = ("eval=zero_shot", "eval.zero_shot.batch_size=4")
 
 
 def settings(*overrides: str) -> Settings:
@@ -37,7 +32,8 @@ def settings(*overrides: str) -> Settings:
 
 def job_settings(base: Path, *overrides: str) -> Settings:
     """Settings of a small job on a model of six layers."""
-    asked = settings("model=local", f'model.path="{base}"', *SMALL, *ONE_LAYER_LESS, *overrides)
+    words = ["model=local", f'model.path="{base}"', *small(*overrides), *ONE_LAYER_LESS]
+    asked = settings(*words, *overrides)
     asked.check()
     check_explicit(asked, overrides)
     return asked
@@ -63,4 +59,4 @@ def questions(folder: Path, task: str = TASK) -> list[str]:
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "asked.yaml").write_text(task.format(name="asked", data=folder / "data.jsonl"))
-    return [f"eval.include_path={folder}", "eval.tasks=[asked]", *ONLY_TASKS]
+    return [f"eval.zero_shot.include_path={folder}", "eval.zero_shot.tasks=[asked]", *ONLY_TASKS]

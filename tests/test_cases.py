@@ -58,9 +58,8 @@ def test_a_changed_tokenizer_is_measured_anew(base, tmp_path, monkeypatch):
     second = start(base, tmp_path / "b", *asked)
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "fresh"))
     fresh = start(base, tmp_path / "c", *asked)
-    tasks = [r["depths"][0]["zero_shot"]["tasks"]["asked"] for r in (first, second, fresh)]
-    assert tasks[1]["metrics"] == tasks[2]["metrics"]
-    assert tasks[0]["metrics"] != tasks[1]["metrics"]
+    tasks = [r["depths"][0]["metrics"] for r in (first, second, fresh)]
+    assert tasks[1] == tasks[2] != tasks[0]
 
 
 @pytest.mark.parametrize(
@@ -216,17 +215,18 @@ def test_a_metric_that_is_no_number_for_each_document(base, tmp_path):
     asked = questions(tmp_path / "tasks", task)
     result = start(base, tmp_path / "out", *asked)
     for depth in result["depths"]:
-        found = depth["zero_shot"]["tasks"]["asked"]
-        assert found["metric"] == "mcc"
-        assert found["documents"] == 20
+        found = depth["metrics"]["zero_shot/asked"]
+        assert found["details"]["metric"] == "mcc"
+        assert found["data"] == "20 documents"
         assert -1 <= found["value"] <= 1
-        assert found["stderr"] > 0
-        assert found["scores"] is found["mcnemar_p"] is found["difference_low"] is None
-        assert depth["zero_shot"]["average_difference"]["low"] is None
-    dense, merged = (d["zero_shot"]["tasks"]["asked"] for d in result["depths"])
-    assert merged["difference"] == merged["value"] - dense["value"]
+        assert found["details"]["stderr"] > 0
+        assert not found["samples"]
+    dense, merged = (d["metrics"]["zero_shot/asked"] for d in result["depths"])
+    relative = {"value": merged["value"] - dense["value"], "low": None, "high": None, "p": None}
+    assert merged["relative"] == relative
+    assert result["depths"][1]["metrics"]["zero_shot"]["relative"]["low"] is None
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"{merged['difference']:+.3f} |  |" in report
+    assert f"| {relative['value']:+.3f} |" in report
 
 
 @pytest.mark.parametrize("place", ["calibration", "eval", "distill"])
@@ -234,7 +234,8 @@ def test_token_ids_beyond_the_embedding(base, tmp_path, text_file, place):
     token, index = lone_token(base)
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text().replace("layers", f"layers {token}"))
-    asked = [f"{place}.path={text}"] + ["distill=come_sp"] * (place == "distill")
+    group = "eval.perplexity" if place == "eval" else place
+    asked = [f"{group}.path={text}"] + ["distill=come_sp"] * (place == "distill")
     with pytest.raises(ValueError, match=rf"text .* '{token}' with id {index}.* {index} rows"):
         before_loading(base, tmp_path / "out", *asked)
     before_loading(base, tmp_path / "out", f"calibration.path={text_file}")
@@ -287,9 +288,9 @@ def test_the_harness_leaves_the_tokenizer_as_it_is(base, tmp_path):
 @pytest.mark.parametrize(
     ("key", "asked"),
     [
-        ("eval.continuation_tokens=64 after", ["eval.continuation_tokens=64"]),
-        ("eval.prompt_tokens=64", ["eval.prompt_tokens=64"]),
-        (r"eval.new_tokens \+ 16=56", ["eval.new_tokens=40"]),
+        ("eval.continuations.tokens=64 after", ["eval.continuations.tokens=64"]),
+        ("eval.speed.prompt_tokens=64", ["eval.speed.prompt_tokens=64"]),
+        (r"eval.speed.new_tokens \+ 16=56", ["eval.speed.new_tokens=40"]),
         ("calibration.seq_len=49", ["calibration.seq_len=49"]),
         ("distill.seq_len=49", ["distill=come_sp", "distill.seq_len=49"]),
     ],
@@ -306,10 +307,12 @@ def test_every_length_is_held_against_the_model(tmp_path, key, asked):
 def test_one_text_on_one_line_for_calibration_and_evaluation(base, tmp_path):
     text = tmp_path / "line.txt"
     text.write_text(" ".join(f"Layer {i} speaks of {i * i} groups." for i in range(3000)))
-    job = before_loading(base, tmp_path / "out", f"calibration.path={text}", f"eval.path={text}")
+    job = before_loading(
+        base, tmp_path / "out", f"calibration.path={text}", f"eval.perplexity.path={text}"
+    )
     tokenizer = load_tokenizer(base)
     seen = tokenizer.decode(job.calibration.windows.flatten())
-    unseen = tokenizer.decode(job.held_out[""].windows.flatten())
+    unseen = tokenizer.decode(job.evaluations["perplexity"][1][""].windows.flatten())
     numbers = [
         {int(w) for w in part.split() if w.isdigit() and len(w) == 4} for part in (seen, unseen)
     ]

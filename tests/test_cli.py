@@ -22,7 +22,7 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     assert [d["layers"] for d in result["depths"]] == [24, 21, 18]
     assert [d["folder"] for d in result["depths"]] == ["", "model-21", "model"]
     for depth in result["depths"]:
-        assert depth["perplexity"]["windows"] == 8
+        assert len(depth["metrics"]["perplexity"]["samples"]) == 8
         assert str(depth["layers"]) in output
     assert str(folder) in output
     assert "tokens in hand" in output
@@ -60,7 +60,7 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
         18,
     ]
     keys = {key for h in logged["history"] for key in h}
-    for name in ("figures/puzzle", "tables/steps", "layer/bi", "eval/perplexity_value"):
+    for name in ("figures/puzzle", "tables/steps", "layer/bi", "eval/perplexity"):
         assert any(key.startswith(name) for key in keys), name
     assert list((folder / "wandb").glob("offline-run-*/files/media/images/figures/puzzle*.png"))
     assert logged["group"] == f"{result['model']}-come"
@@ -188,7 +188,7 @@ class Loud(SensitivityMetric):
 @pytest.mark.slow
 def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
     folder = tmp_path / "out"
-    where = (f"hydra.run.dir={folder}", "eval.speed=false")
+    where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
     code, _, errors = finish(command("merge=uidl", "merge.save_at=[22,20]", *where))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
@@ -204,7 +204,7 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
 def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     folder = tmp_path / "out"
     method = ("merge=shortgpt", "merge.sublayers=[attention]", "merge.save_at=[22,20]")
-    where = (f"hydra.run.dir={folder}", "eval.speed=false")
+    where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
     code, output, errors = finish(command(*method, *where))
     assert code == 0, errors
     assert "dropped" in errors + output
@@ -237,7 +237,7 @@ def test_self_generated_calibration_needs_no_text(command, tmp_path):
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     assert result["calibration"]["source"].startswith("self_generated")
-    assert result["depths"][1]["perplexity"] is None
+    assert not result["depths"][1]["metrics"]
 
 
 def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path):
@@ -262,7 +262,10 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
         (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
         (["merge.sparsity=1.5"], "above 0 and below 1"),
         (["merge.sparsity=0.55"], "the largest that can is 0."),
-        (["eval.prompt_tokens=4096"], "eval.prompt_tokens=4096: the model reads at most 512"),
+        (
+            ["eval.speed.prompt_tokens=4096"],
+            "eval.speed.prompt_tokens=4096: the model reads at most 512",
+        ),
         (["merge.target_layers=11"], "smallest depth that can is 12"),
         (["merge.sparsity=0.1", "merge.target_layers=20"], "leave one of them out"),
         (["model.path=/no/such/folder"], "no such folder"),

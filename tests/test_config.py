@@ -129,8 +129,8 @@ def test_typos_fail_at_composition(override, message):
         (["calibration.source=pydoc"], "did you mean 'pydocs'"),
         (["calibration=mmlu", "calibration.path=x.txt"], "is for calibration=text_file"),
         (["calibration=text_file", "calibration.path=/no/file.txt"], "does not exist"),
-        (["eval.path=/no/file.txt"], "does not exist"),
-        (["eval.repeats=0"], "eval.repeats=0"),
+        (["eval.perplexity.path=/no/file.txt"], "does not exist"),
+        (["eval.speed.repeats=0"], "eval.speed.repeats=0"),
         (["tracking.backend=mlflow"], "tracking.backend='mlflow': must be one of none, wandb"),
         (["tracking.mode=maybe"], "must be one of online, offline"),
         (["distill.method=sp"], "distill.method='sp': unknown distillation"),
@@ -157,7 +157,10 @@ def test_typos_fail_at_composition(override, message):
         (["merge=shortgpt", "merge.retention.p=2"], "retention.p has no effect with .*=drop"),
         (["merge=uidl", "merge.m=2"], "merge.m has no effect with .*=block"),
         (["distill.tokens=5"], "distill.tokens has no effect with distill=none"),
-        (["+eval.extra_texts={a:{source:no}}"], "eval.extra_texts.a.source='no': unknown"),
+        (
+            ["+eval.perplexity.extra_texts={a:{source:no}}"],
+            "eval.perplexity.extra_texts.a.source='no': unknown",
+        ),
         (["tracking=trackio", "tracking.mode=online"], "tracking.mode=online is for tracking=wan"),
         (
             ["merge=shortgpt", "merge.sensitivity=taylor"],
@@ -166,23 +169,31 @@ def test_typos_fail_at_composition(override, message):
         (["merge=none", "merge.m=3"], "merge.m has no effect with merge=none"),
         (["merge=none", "distill=come_sp"], "distill=come_sp trains merged layers"),
         (
-            ["eval=none", "+eval.extra_texts={a:{}}"],
-            "eval.extra_texts has a, and eval.perplexity=false",
+            ["+eval.perplexity.extra_texts={a:{file:x}}"],
+            "eval.perplexity.extra_texts.a.file: no such setting; a text has source, path",
         ),
-        (["+eval.extra_texts={a:{max_tokens:3}}"], "eval.max_tokens=3: must be"),
+        (["eval=zero_shot", "eval.zero_shot.tasks=[]"], "names no task"),
+        (["eval=zero_shot", "eval.zero_shot.tasks=[a,a]"], "names a task twice"),
+        (
+            ["+eval.perplexity.extra_texts={a:{max_tokens:3}}"],
+            "eval.perplexity.extra_texts.a.max_tokens=3: must be",
+        ),
         (
             ["merge=from_plan", "merge.plan=x", "merge.refit=ridge"],
             "merge.refit has no effect with merge.plan",
         ),
-        (["eval.text_range=[0.8]"], r"eval.text_range=\[0.8\]: two shares"),
-        (["eval.text_range=[0.8,0.6]"], "two shares of the text, the first below the second"),
+        (["eval.perplexity.text_range=[0.8]"], r"eval.perplexity.text_range=\[0.8\]: two shares"),
         (
-            ["+eval.extra_texts={a:{text_range:[0.5,2]}}"],
-            r"eval.extra_texts.a.text_range=\[0.5, 2.0\]: two shares",
+            ["eval.perplexity.text_range=[0.8,0.6]"],
+            "two shares of the text, the first below the second",
+        ),
+        (
+            ["+eval.perplexity.extra_texts={a:{text_range:[0.5,2]}}"],
+            r"eval.perplexity.extra_texts.a.text_range=\[0.5, 2\]: two shares",
         ),
         (["model.device=tpux"], "model.device=tpux"),
         (["model.dtype=float8"], "model.dtype='float8'"),
-        (["eval.max_tokens=-5"], "eval.max_tokens=-5"),
+        (["eval.perplexity.max_tokens=-5"], "eval.perplexity.max_tokens=-5"),
     ],
 )
 def test_rules_between_settings(overrides, message):
@@ -206,14 +217,15 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
         "merge.norms=fold",
         "calibration.seed=1",
         "calibration.num_samples=8",
-        "eval.seq_len=64",
+        "eval.perplexity.seq_len=64",
         "model.dtype=bfloat16",
         "merge.save_at=[20]",
-        f"eval.path={text_file}",
+        f"eval.perplexity.path={text_file}",
         "calibration=pydocs",
         "calibration.batch_size=2",
-        "eval.batch_tokens=512",
-        "eval.task_batch=2",
+        "eval.perplexity.batch_tokens=512",
+        "eval=zero_shot",
+        "eval.speed.repeats=2",
         "distill=come_sp",
     ):
         assert job_hash(settings(*local, other)) != base, other
@@ -228,10 +240,12 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     assert job_hash(settings(*local, "model.device=cpu")) == base
     copied = tmp_path / "elsewhere.txt"
     copied.write_text(text_file.read_text())
-    paths = [job_hash(settings(*local, f"eval.path={path}")) for path in (text_file, copied)]
+    paths = [
+        job_hash(settings(*local, f"eval.perplexity.path={path}")) for path in (text_file, copied)
+    ]
     assert paths[0] == paths[1]
     copied.write_text(text_file.read_text() + "x")
-    assert job_hash(settings(*local, f"eval.path={copied}")) != paths[0]
+    assert job_hash(settings(*local, f"eval.perplexity.path={copied}")) != paths[0]
 
 
 def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path):

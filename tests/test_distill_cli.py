@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.commands import ROOT, SMALL, equal, finish
+from tests.commands import ROOT, equal, finish, small
 
 TRAIN = [
     "distill.tokens=2560",
@@ -77,11 +77,15 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert result(again)["merge_history"] == found["merge_history"]
     assert equal(again / "model-merged", folder / "model-merged")
     assert not equal(again / "model", folder / "model")
-    assert result(again)["depths"][1]["perplexity"] == found["depths"][1]["perplexity"]
+    assert result(again)["depths"][1]["metrics"] == found["depths"][1]["metrics"]
 
     # only evaluated
     code, _, errors = finish(
-        command("eval.max_tokens=256", f"from_run={folder}", f"hydra.run.dir={tmp_path / 'eval'}")
+        command(
+            "eval.perplexity.max_tokens=256",
+            f"from_run={folder}",
+            f"hydra.run.dir={tmp_path / 'eval'}",
+        )
     )
     assert code == 0, errors
     assert equal(tmp_path / "eval" / "model", folder / "model")
@@ -121,7 +125,7 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--standalone"]
-    words = [f"model.path={pico_folder}", "model=local", *SMALL, *settings]
+    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
     own = {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     own |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
 

@@ -9,10 +9,12 @@ import torch
 from scipy import stats
 
 from come.data.windows import TokenWindows
+from come.evaluate.base import Metric, Relative, against
+from come.evaluate.continuations import Continuations
 from come.evaluate.dense import evaluate_dense
+from come.evaluate.paired import exp_interval
 from come.evaluate.perplexity import Perplexity, perplexity
-from come.evaluate.speed import Speed, Timing, compare_speed
-from come.job.stages.evaluate import _speed
+from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_speed
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
 from tests.conftest import pico
@@ -24,38 +26,34 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(family, windows, batch_toke
     found = perplexity(model, windows, batch_tokens=batch_tokens, progress=False)
     logits = model.double()(windows).logits[:, :-1].log_softmax(-1)
     nll = -logits.gather(-1, windows[:, 1:, None]).squeeze(-1)
-    assert found.nll == pytest.approx(nll.mean(1).tolist(), rel=1e-4)
-    assert found.interval.value == pytest.approx(math.exp(nll.mean()), rel=1e-4)
-    assert found.tokens == windows.numel()
-    assert found.predicted == nll.numel()
+    assert found.samples == pytest.approx(nll.mean(1).tolist(), rel=1e-4)
+    assert found.value == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+    assert found.data == f"{windows.numel()} tokens in {len(windows)} windows"
 
 
 def test_intervals_are_students_over_windows():
-    dense = Perplexity((1.0, 1.2, 1.1, 1.5), 0, 0)
-    merged = Perplexity((1.3, 1.4, 1.5, 1.8), 0, 0)
+    dense, merged = exp_interval([1.0, 1.2, 1.1, 1.5]), [1.3, 1.4, 1.5, 1.8]
     low, high = stats.t.interval(0.95, 3, loc=1.2, scale=stats.sem([1.0, 1.2, 1.1, 1.5]))
-    assert (dense.interval.low, dense.interval.high) == pytest.approx(
-        (math.exp(low), math.exp(high))
-    )
+    assert (dense.low, dense.high) == pytest.approx((math.exp(low), math.exp(high)))
     difference = [0.3, 0.2, 0.4, 0.3]
     low, high = stats.t.interval(0.95, 3, loc=0.3, scale=stats.sem(difference))
-    ratio = merged.ratio_to(dense)
+    own = Metric(1.0, comparison="ratio", samples=merged)
+    ratio = against(own, Metric(1.0, comparison="ratio", samples=[1.0, 1.2, 1.1, 1.5]))
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx(
         (math.exp(0.3), math.exp(low), math.exp(high))
     )
-    assert Perplexity((1.0,), 0, 0).interval.high == math.inf
+    assert exp_interval([1.0]).high == math.inf
 
 
 def test_windows_of_very_different_losses_have_finite_intervals():
     """exp is taken last, and no further than floats go."""
-    far = Perplexity((2.0, 900.0), 0, 0)
+    far = exp_interval([2.0, 900.0])
     low, high = stats.t.interval(0.95, 1, loc=451, scale=449)
-    assert far.interval.value == pytest.approx(math.exp(451))
-    assert far.interval.high == sys.float_info.max < math.inf
-    assert far.interval.low == pytest.approx(math.exp(low))
+    assert far.value == pytest.approx(math.exp(451))
+    assert far.high == sys.float_info.max < math.inf
+    assert far.low == pytest.approx(math.exp(low))
     assert high > 710
-    assert far.ratio_to(far).high == 1
-    assert Perplexity((2000.0, 2000.0), 0, 0).interval.value == sys.float_info.max
+    assert exp_interval([2000.0, 2000.0]).value == sys.float_info.max
 
 
 def test_speed_counts_every_turn():
@@ -97,17 +95,19 @@ def test_peak_memory_sees_what_is_gone_again():
 )
 def test_the_share_of_the_ideal_that_speed_realises(seconds, gone, ratio, realised):
     """Share of the dense model's time that is saved, over the share of its layers that is gone."""
-    dense = Speed(Timing(10, (5.0,)), Timing(20, (40.0, 20.0, 30.0)), 7, 3)
-    own = Speed(Timing(10, seconds), Timing(20, (24.0,)), 5, 2)
-    found = _speed(own, dense, gone)
-    assert found["prompt_ratio"] == pytest.approx(ratio)
-    assert found["prompt_realised"] == pytest.approx(realised)
-    assert found["generation"] == pytest.approx(20 / 24)
-    assert found["generation_ratio"] == pytest.approx(30 / 24)
-    assert found["generation_realised"] == pytest.approx((1 - 24 / 30) / gone)
-    assert found["prompt_spread"] == [10 / max(seconds), 10 / min(seconds)]
-    assert (found["peak_bytes"], found["cache_bytes"]) == (5, 2)
-    assert _speed(dense, dense, 0.0)["prompt_realised"] == 0
+    dense = ModelSpeed(Timing(10, (5.0,)), Timing(20, (40.0, 20.0, 30.0)), 7, 3)
+    own = ModelSpeed(Timing(10, seconds), Timing(20, (24.0,)), 5, 2)
+    found = Speed.compare(_metrics(own), _metrics(dense), gone)
+    prompt, generation = found["speed/prompt"], found["speed/generation"]
+    assert prompt.relative.value == pytest.approx(ratio)
+    assert prompt.details["realised"] == pytest.approx(realised)
+    assert generation.value == pytest.approx(20 / 24)
+    assert generation.relative.value == pytest.approx(30 / 24)
+    assert generation.details["realised"] == pytest.approx((1 - 24 / 30) / gone)
+    assert prompt.details["slowest"] == 10 / max(seconds)
+    assert prompt.details["fastest"] == 10 / min(seconds)
+    assert (found["speed/peak_memory"].value, found["speed/kv_cache"].value) == (5, 2)
+    assert "realised" not in Speed.compare(_metrics(dense), _metrics(dense))["speed/prompt"].details
 
 
 def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
@@ -118,16 +118,12 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
     text = TokenWindows(windows, windows.numel(), "text")
     loads = []
 
-    def measure(**changes):
-        how = {
-            "identity": "a",
-            "dtype": torch.float32,
-            "device": torch.device("cpu"),
-            "batch_tokens": 16,
-            "new_tokens": 0,
-        } | changes
-        found = how.pop("texts", {"": text})
-        return evaluate_dense(lambda: loads.append(1) or pico("llama_gqa"), tokenizer, found, **how)
+    def measure(chosen=Perplexity, data=None, settings=None, **changes):
+        how = {"identity": "a", "dtype": torch.float32, "device": torch.device("cpu")} | changes
+        chosen = chosen(**(settings or {}))
+        data = {"": text} if data is None else data
+        load = lambda: loads.append(1) or pico("llama_gqa")  # noqa: E731
+        return evaluate_dense(chosen, data, load, tokenizer, **how)
 
     first = measure()
     assert measure() == first
@@ -136,10 +132,10 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
         {"identity": "b"},
         {"dtype": torch.bfloat16},
         {"device": torch.device("meta")},
-        {"batch_tokens": 32},
-        {"new_tokens": 2},
-        {"texts": {"": TokenWindows(windows.flip(0), windows.numel(), "text")}},
-        {"texts": {"": text, "more": text}},
+        {"settings": {"batch_tokens": 32}},
+        {"chosen": Continuations, "data": [[3, 4]], "settings": {"tokens": 2, "prompts": ["a"]}},
+        {"data": {"": TokenWindows(windows.flip(0), windows.numel(), "text")}},
+        {"data": {"": text, "more": text}},
     ):
         before = len(loads)
         measure(**changes)
@@ -147,3 +143,26 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
     monkeypatch.setattr("come.evaluate.dense.package_hash", lambda: "other code")
     measure()
     assert len(loads) == 9
+
+
+def test_significance_needs_the_interval_and_mcnemar():
+    def metric(comparison, low, high, p=None):
+        return Metric(1.0, comparison=comparison, relative=Relative(1.0, low, high, p))
+
+    assert metric("ratio", 1.01, 1.1).significant
+    assert not metric("ratio", 0.99, 1.1).significant
+    assert metric("difference", 0.01, 0.1).significant
+    assert metric("difference", -0.1, -0.01, 0.04).significant
+    assert not metric("difference", -0.1, -0.01, 0.06).significant
+    assert not metric("difference", -0.1, 0.01, 0.01).significant
+    assert not metric("difference", None, None).significant
+    assert not Metric(1.0).significant
+
+
+def test_continuations_agree_up_to_the_first_difference():
+    def metrics(*ids):
+        return {"continuations": Metric(1.0, details={"ids": ids, "texts": {}})}
+
+    own, dense = metrics([1, 2, 9, 4], [5, 6]), metrics([1, 2, 3, 4], [5, 6, 7, 8])
+    assert Continuations.compare(own, dense)["continuations"].value == (0.5 + 0.5) / 2
+    assert Continuations.compare(dense, dense)["continuations"].value == 1

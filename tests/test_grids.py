@@ -11,20 +11,21 @@ import time
 import numpy as np
 import pytest
 
+from come.evaluate.base import Metric, Relative
 from come.evaluate.paired import mean_difference
 from come.report.grid import read_grid
 from come.report.points import PARAMETERS, points
-from come.report.tables import zero_shot_table
+from come.report.tables import metric_table
 from tests.commands import ROOT, finish
 
 SMALL_GRID = [
     "experiment=ablation_small",
     "calibration.seq_len=32",
     "merge.target_layers=21",
-    "eval.seq_len=64",
-    "eval.max_tokens=256",
+    "eval.perplexity.seq_len=64",
+    "eval.perplexity.max_tokens=256",
 ]
-TWO_JOBS = ["merge.m=2,3", "merge.target_layers=20", "eval.speed=false"]
+TWO_JOBS = ["merge.m=2,3", "merge.target_layers=20", "eval=[perplexity,continuations]"]
 
 
 def results(folder):
@@ -148,28 +149,28 @@ def test_one_job_twice_at_once_runs_once(command, tmp_path):
 
 
 def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
-    further = f"+eval.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
+    further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     folder = tmp_path / "out"
     code, _, errors = finish(command("merge=none", further, f"hydra.run.dir={folder}"))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     (depth,) = result["depths"]
     assert (depth["stage"], depth["sparsity"], depth["folder"]) == ("dense", 0, "")
-    assert depth["perplexity"]["ratio"] == depth["also"]["other"]["ratio"] == 1
-    assert depth["also"]["other"]["tokens"] == 256
-    assert depth["also"]["other"]["value"] != depth["perplexity"]["value"]
-    assert set(result["eval_also"]) == {"other"}
-    assert depth["speed"]["peak_bytes"] > 0
+    metrics = depth["metrics"]
+    assert metrics["perplexity"]["relative"] is metrics["perplexity/other"]["relative"] is None
+    assert metrics["perplexity/other"]["data"].startswith("256 tokens in 4 windows of text_file")
+    assert metrics["perplexity/other"]["value"] != metrics["perplexity"]["value"]
+    assert metrics["speed/peak_memory"]["value"] > 0
     layers, heads, width = 24, 2, 8  # keys and values of 16 tokens, float32
-    assert depth["speed"]["cache_bytes"] == 2 * layers * heads * width * 16 * 4
+    assert metrics["speed/kv_cache"]["value"] == 2 * layers * heads * width * 16 * 4
     assert not list(folder.glob("model*"))
     assert "other" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow
 def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
-    grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval.speed=false"]
-    further = f"+eval.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
+    grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval=[perplexity,continuations]"]
+    further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     code, _, errors = finish(command(*grid, further, "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-sweep"
@@ -184,7 +185,7 @@ def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_fi
     assert "\\toprule" in (folder / "table.tex").read_text()
     with open(folder / "table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8
+    assert len(rows) == 12  # two jobs, two depths: two texts and the continuations
     for row in rows:
         (job,) = [
             r
@@ -192,9 +193,11 @@ def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_fi
             if (r := json.loads(p.read_text()))["method"] == row["line"]
         ]
         (depth,) = [d for d in job["depths"][1:] if d["layers"] == int(row["layers"])]
-        found = depth["also"]["other"] if "other" in row["measure"] else depth["perplexity"]
+        found = depth["metrics"][row["metric"]]
         assert float(row["value"]) == found["value"]
-        assert float(row["low"]) == found["ratio_low"]
+        assert float(row["low"] or "nan") == pytest.approx(
+            (found["relative"] or {}).get("low", math.nan), nan_ok=True
+        )
 
 
 @pytest.mark.slow
@@ -219,17 +222,13 @@ def test_the_dashboard_is_printed_without_network():
     workspace, report = printed.split("}\n{")
     assert '"name": "beyond"' in workspace
     for part in (workspace, report):
-        assert '"eval/perplexity_ratio"' in part
+        assert '"eval/perplexity_dense_ratio_value"' in part
         assert '"figures/puzzle"' in part
 
 
 def test_rows_of_a_grid_carry_no_windows_and_no_documents(tmp_path):
-    task = {"value": 0.5, "documents": 2, "scores": [1.0, 0.0]}
-    depth = {
-        "layers": 3,
-        "perplexity": {"value": 2.0, "nll": [0.7, 0.7]},
-        "zero_shot": {"tasks": {"a": task}, "average": 0.5},
-    }
+    task = Metric(0.5, samples=[1.0, 0.0], details={"metric": "acc", "texts": {"a": "b"}})
+    depth = {"layers": 3, "metrics": {"zero_shot/a": task.record()}}
     cost = {"seconds": 1.0, "layer_passes": 2.0, "peak_bytes": 3}
     found = {"job": "x", "method": "come", "depths": [depth], "compression": cost}
     (tmp_path / "result.json").write_text(json.dumps(found | {"merge_history": []}))
@@ -238,28 +237,26 @@ def test_rows_of_a_grid_carry_no_windows_and_no_documents(tmp_path):
     ((row,), missing) = read_grid(tmp_path)
     assert not missing
     assert row["overrides"] == {"merge.m": "2"}
-    assert row["depths"][0]["perplexity"] == {"value": 2.0}
-    assert row["depths"][0]["zero_shot"]["average"] == 0.5
-    assert row["depths"][0]["zero_shot"]["tasks"] == {"a": {"value": 0.5, "documents": 2}}
+    (found,) = row["depths"]
+    assert found["metrics"]["zero_shot/a"] == Metric(0.5, details={"metric": "acc"}).record() | {
+        "samples": []
+    }
 
 
 def test_differences_and_their_stars():
     """A group's star comes from its own interval, as the average's does."""
-    gap = {"value": -0.1, "low": -0.2, "high": 0.01}
-    real = {"value": -0.1, "low": -0.15, "high": -0.05}
-    tasks = {
-        "values": {"mmlu": 0.4, "piqa": 0.6},
-        "differences": {"mmlu": gap, "piqa": real},
-        "average": 0.5,
-        "average_difference": real,
-        "retention": 0.83,
+    unsure, sure = Relative(-0.1, -0.2, 0.01), Relative(-0.1, -0.15, -0.05)
+    metrics = {
+        "zero_shot": Metric(0.5, comparison="difference", relative=sure),
+        "zero_shot/mmlu": Metric(0.4, comparison="difference", relative=unsure),
+        "zero_shot/piqa": Metric(0.6, comparison="difference", relative=sure),
     }
-    depth = {"layers": 3, "parameters": 10, "stage": "merged", "perplexity": {}, "zero_shot": tasks}
-    row = {"overrides": {}, "depths": [depth | {"zero_shot": None}, depth]}
-    table = zero_shot_table(points(row, [], PARAMETERS), PARAMETERS)
-    assert table.rows == [
-        ["all", "3", "0.400 (-0.100)", "0.600 (-0.100*)", "0.500 (-0.100*)", "83.0%"]
-    ]
+    depth = {"layers": 3, "parameters": 10, "stage": "merged"}
+    depth["metrics"] = {name: metric.record() for name, metric in metrics.items()}
+    row = {"overrides": {}, "depths": [depth | {"metrics": {}}, depth]}
+    table = metric_table(points(row, [], PARAMETERS), "zero_shot", PARAMETERS)
+    assert table.head == ["", "layers", "zero-shot", "mmlu", "piqa"]
+    assert table.rows == [["all", "3", "0.500 (-0.100*)", "0.400 (-0.100)", "0.600 (-0.100*)"]]
 
 
 def test_the_interval_of_an_average_weighs_tasks_alike():

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from come.data.sources.hub import Hub
 from come.data.sources.text_file import TextFile
-from come.evaluate.continuations import continuations
+from come.evaluate.base import Subject
+from come.evaluate.continuations import Continuations
 from come.evaluate.perplexity import perplexity
 from come.evaluate.tasks import tasks_identity
 from come.job.identity import job_hash
@@ -35,7 +36,7 @@ def test_a_trial_that_overflows_is_not_the_best_one(tmp_path):
     """Logits that overflow on the calibration text alone: no trial has a divergence."""
     base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
     change_weights(base, lambda t: t["lm_head.weight"][40:60].mul_(60000))
-    trials = ("merge.selection=trial_kl", "eval.perplexity=false", *QUICK)
+    trials = ("merge.selection=trial_kl", "eval=none")
     with pytest.raises(ValueError, match="gives no number for layers"):
         start(base, tmp_path / "out", "merge=come", *trials)
 
@@ -75,15 +76,16 @@ def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
     result = start(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
     model = load_weights(tmp_path / "out" / "model")
     job = before_loading(base, tmp_path / "again")
-    again = perplexity(model, job.held_out[""].windows, batch_tokens=2048, progress=False)
-    assert result["depths"][-1]["perplexity"]["nll"] == list(again.nll)
+    windows = job.evaluations["perplexity"][1][""].windows
+    again = perplexity(model, windows, batch_tokens=2048, progress=False)
+    assert result["depths"][-1]["metrics"]["perplexity"]["samples"] == again.samples
 
 
 def test_the_part_of_a_text_that_is_held_out_counts(base, text_file, tmp_path):
     """With a plan, calibration text only decides which part of the same text is held out."""
     start(base, tmp_path / "out", *QUICK)
     plan = ["merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}"]
-    asked = [*plan, "merge.target_layers=null", f"eval.path={text_file}"]
+    asked = [*plan, "merge.target_layers=null", f"eval.perplexity.path={text_file}"]
     apart = job_hash(job_settings(base, *asked))
     assert job_hash(job_settings(base, *asked, f"calibration.path={text_file}")) != apart
 
@@ -194,7 +196,7 @@ def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
 )
 def test_a_base_with_any_card(base, tmp_path, card):
     (base / "README.md").write_text(card)
-    start(base, tmp_path / "out", "eval.perplexity=false", *QUICK)
+    start(base, tmp_path / "out", "eval=none")
     found = (tmp_path / "out" / "model" / "README.md").read_text()
     assert ("language: 'no'" in found) == ("language: no" in card)
     assert ("base model (mit, apache-2.0)" in found) == ("apache" in card)
@@ -202,7 +204,7 @@ def test_a_base_with_any_card(base, tmp_path, card):
 
 def test_names_with_dollar_signs_are_drawn(tmp_path):
     base = saved(tmp_path / "a$x_{$ b", "llama_gqa")
-    start(base, tmp_path / "out", "eval.speed=false", "eval.continuation_tokens=0")
+    start(base, tmp_path / "out", "eval=perplexity")
     assert (tmp_path / "out" / "perplexity.png").is_file()
 
 
@@ -214,10 +216,12 @@ def test_the_prompts_of_the_report_are_held_against_the_embedding(base, tmp_path
 
 def test_continuations_are_greedy_whatever_the_generation_configuration(base):
     model, tokenizer = load_model(base)
-    plain = continuations(model, tokenizer, new_tokens=12)
+    chosen = Continuations(tokens=12)
+    data = chosen.prepare(Subject(tokenizer, len(tokenizer), None))
+    plain = chosen.measure(model, tokenizer, data)
     model.generation_config.num_beams = 3
     model.generation_config.repetition_penalty = 5.0
-    assert continuations(model, tokenizer, new_tokens=12) == plain
+    assert chosen.measure(model, tokenizer, data) == plain
 
 
 def test_weights_that_the_configuration_names(base, tmp_path):

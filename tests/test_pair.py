@@ -4,22 +4,29 @@ import json
 import math
 import subprocess
 import sys
+from statistics import fmean
 
 import pytest
 
+from come.evaluate.base import Metric
 from come.report.pair import compare
 
 DENSE = [3.0, 3.2, 2.9, 3.1]
 
 
+def record(value, comparison, samples, **more):
+    return Metric(value, comparison=comparison, samples=samples, **more).record()
+
+
 def depth(layers, nll, right=None):
-    tasks = {name: {"scores": scores} for name, scores in (right or {}).items()}
-    mean = math.exp(sum(nll) / len(nll))
-    return {
-        "layers": layers,
-        "perplexity": {"value": mean, "nll": nll, "tokens": 8 * len(nll)},
-        "zero_shot": {"tasks": tasks} if tasks else None,
-    }
+    metrics = {"perplexity": record(math.exp(sum(nll) / len(nll)), "ratio", nll)}
+    for name, scores in (right or {}).items():
+        metrics[f"zero_shot/{name}"] = record(fmean(scores), "difference", scores)
+    if right:
+        mean = fmean(metrics[f"zero_shot/{name}"]["value"] for name in right)
+        groups = {"groups": {name: [name] for name in right}}
+        metrics["zero_shot"] = record(mean, "difference", [], details=groups)
+    return {"layers": layers, "metrics": metrics}
 
 
 def result(*depths, dense=DENSE):
@@ -35,7 +42,7 @@ def test_perplexity_is_paired_by_window():
     gaps = [0.1, 0.0, 0.1, 0.0]
     spread = math.sqrt(sum((g - 0.05) ** 2 for g in gaps) / 3 / 4)
     low, high = (math.exp(0.05 + sign * 3.182446 * spread) for sign in (-1, 1))
-    assert against == f"{math.exp(0.05):.3f} x [{low:.3f}, {high:.3f}]"
+    assert against == f"{math.exp(0.05):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def test_accuracy_is_paired_by_document():
@@ -43,29 +50,33 @@ def test_accuracy_is_paired_by_document():
     theirs = {"a": [1.0] * 20 + [0.0] * 20, "b": [1.0, 0.0] * 20}
     first, second = result(depth(24, DENSE, ours)), result(depth(24, DENSE, theirs))
     _, a, b, mean = compare(first, second).rows
-    assert a[:4] == ["24", "a", "0.750", "0.500"]
+    assert a[:4] == ["24", "zero_shot/a", "0.750", "0.500"]
     assert a[4].startswith("+0.250 [+0.1")
     assert a[5] == f"{2 * 0.5**10:.3f}"  # ten documents that one alone gets right
     assert b[4:] == ["+0.000 [+0.000, +0.000]", "1.000"]
-    assert mean[1:4] == ["mean", "0.625", "0.500"]
+    assert mean[1:4] == ["zero_shot", "0.625", "0.500"]
     assert mean[4].startswith("+0.125 [+0.0")
     assert compare(second, first).rows[1][4].startswith("-0.250 [-0.")
 
 
 def test_only_what_both_measured_alike_is_compared():
     ours = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
-    with pytest.raises(ValueError, match="other windows.*eval.text_range"):
+    with pytest.raises(ValueError, match="other windows.*eval.perplexity.path, text_range"):
         compare(ours, result(depth(24, DENSE), dense=[3.0, 3.2, 2.9, 3.3]))
     with pytest.raises(ValueError, match="other windows"):
         compare(ours, result(depth(24, DENSE), dense=DENSE[:3]))
-    with pytest.raises(ValueError, match="a was asked 2 and 3 documents.*eval.limit"):
+    with pytest.raises(ValueError, match="zero_shot/a has 2 and 3 documents.*eval.zero_shot.limit"):
         compare(ours, result(depth(24, DENSE, {"a": [1.0, 0.0, 1.0]})))
     with pytest.raises(ValueError, match="24 and 27, 21 layers"):
         compare(ours, result(depth(27, DENSE), depth(21, DENSE)))
-    of_old = result(depth(24, DENSE, {"a": []}))
-    of_old["depths"][1]["zero_shot"]["tasks"]["a"].pop("scores")
-    with pytest.raises(ValueError, match="a was asked 2 and 0 documents .0: by a version"):
-        compare(ours, of_old)
+
+
+def test_other_groups_of_tasks_and_speeds_are_left_out():
+    first = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
+    second = result(depth(24, DENSE, {"a": [1.0, 0.0], "b": [1.0, 0.0]}))
+    for found in (first, second):
+        found["depths"][1]["metrics"]["speed/prompt"] = record(5.0, "ratio", [])
+    assert [row[1] for row in compare(first, second).rows] == ["perplexity", "zero_shot/a"]
 
 
 def test_the_command_reads_folders_and_names_a_missing_one(tmp_path):
@@ -76,7 +87,10 @@ def test_the_command_reads_folders_and_names_a_missing_one(tmp_path):
     command = [sys.executable, "-m", "come.report.pair", str(tmp_path / "a")]
     done = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "| 24 | perplexity | 23.34 | 21.12 | 1.105 x [1.105, 1.105] |  |" in done.stdout
+    assert "| 24 | perplexity | 23.34 | 21.12 | 1.105 [1.105, 1.105] |  |" in done.stdout
+    (tmp_path / "b" / "result.json").write_text('{"depths": [{"layers": 3}]}')
+    failed = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True)
+    assert "is of an earlier version; measure its models again with from_run=" in failed.stderr
     failed = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")

@@ -77,7 +77,7 @@ def test_generated_pages_name_every_part_and_setting():
     for registry in (*PARTS.values(), DISTILL):
         for name in registry.names():
             assert f"| `{name}` |" in methods, name
-    for key in ("merge.refit.lambda", "merge.m", "calibration.seq_len", "eval.limit"):
+    for key in ("merge.refit.lambda", "merge.m", "calibration.seq_len", "eval.zero_shot.limit"):
         assert f"| `{key}` |" in listed
     assert "](https://arxiv.org/abs/2510.15304)" in methods
 

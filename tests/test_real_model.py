@@ -50,7 +50,7 @@ def texts(tmp_path_factory):
     return [
         "calibration=text_file",
         f"calibration.path={folder}/calibrate.txt",
-        f"eval.path={folder}/report.txt",
+        f"eval.perplexity.path={folder}/report.txt",
     ], BOUND["wikitext"]
 
 
@@ -63,11 +63,11 @@ def killed_run(tmp_path_factory, texts):
         "merge=come",
         "merge.target_layers=27",
         "merge.save_at=[28]",
-        "eval.seq_len=256",
-        "eval.max_tokens=6144",
-        "eval.prompt_tokens=128",
-        "eval.new_tokens=8",
-        "eval.repeats=2",
+        "eval.perplexity.seq_len=256",
+        "eval.perplexity.max_tokens=6144",
+        "eval.speed.prompt_tokens=128",
+        "eval.speed.new_tokens=8",
+        "eval.speed.repeats=2",
         f"hydra.run.dir={folder}",
     ]
     process = run(*overrides)
@@ -84,12 +84,17 @@ def killed_run(tmp_path_factory, texts):
     return folder, json.loads((folder / "result.json").read_text())
 
 
+def ratio_of(result):
+    return result["depths"][-1]["metrics"]["perplexity"]["relative"]["value"]
+
+
 def test_quality(killed_run, texts):
     _, result = killed_run
-    dense, shallow, deepest = (d["perplexity"] for d in result["depths"])
-    assert dense["ratio"] == 1
-    assert 1 < shallow["ratio"] < deepest["ratio"] <= texts[1]
-    assert deepest["ratio_low"] < deepest["ratio"] < deepest["ratio_high"]
+    dense, *others = (d["metrics"]["perplexity"]["relative"] for d in result["depths"])
+    shallow, deepest = others
+    assert dense is None
+    assert 1 < shallow["value"] < deepest["value"] <= texts[1]
+    assert deepest["low"] < deepest["value"] < deepest["high"]
 
 
 def test_the_default_method_is_better(killed_run, texts, tmp_path):
@@ -98,18 +103,18 @@ def test_the_default_method_is_better(killed_run, texts, tmp_path):
         *texts[0],
         "merge.target_layers=27",
         "merge.save_weights=false",
-        "eval.seq_len=256",
-        "eval.max_tokens=6144",
-        "eval.speed=false",
+        "eval.perplexity.seq_len=256",
+        "eval.perplexity.max_tokens=6144",
+        "eval=[perplexity,continuations]",
         f"hydra.run.dir={tmp_path / 'job'}",
     )
     _, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     result = json.loads((tmp_path / "job" / "result.json").read_text())
     assert result["method"] == "come_plus"
-    ratio = result["depths"][-1]["perplexity"]["ratio"]
+    ratio = ratio_of(result)
     assert 1 < ratio <= (1.25 if texts[1] == BOUND["wikitext"] else 1.6)
-    assert ratio < paper["depths"][-1]["perplexity"]["ratio"]
+    assert ratio < ratio_of(paper)
 
 
 def test_memory(killed_run):

@@ -25,7 +25,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
         "merge=come,shortgpt",
         "calibration.seed=0,1",
         "merge.save_at=[22,21]",
-        "eval.speed=false",
+        "eval=[perplexity,continuations]",
     )
     code, output, errors = finish(command(*grid, "-m"))
     assert code == 0, errors

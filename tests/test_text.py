@@ -67,7 +67,7 @@ def test_the_part_of_a_text_that_evaluates(tokenizer, text_file):
     source.part = (0.5, 0.8)
     evaluation_windows(tokenizer, source, seq_len=16)
     with pytest.raises(
-        ValueError, match=r"eval.text_range=\[0.5, 0.8\]: calibration or training draws"
+        ValueError, match=r"eval.perplexity.text_range=\[0.5, 0.8\]: calibration or training draws"
     ):
         evaluation_windows(tokenizer, source, seq_len=16, others=[same])
 

@@ -10,16 +10,17 @@ import pytest
 from safetensors.torch import load_file
 
 from come.distill.objectives.base import DISTILL
-from come.evaluate.speed import Speed, Timing
+from come.evaluate.base import EVALUATIONS
+from come.evaluate.speed import ModelSpeed, Timing
 from come.job.identity import job_hash
 from come.merge.method import PARTS
 from come.schema import Settings
 from tests.bases import saved
+from tests.commands import chosen_only
 from tests.jobs import job_settings
 from tests.test_zero_shot import TASK
 
 RUN = importlib.import_module("come.job.run")
-EVALUATE = importlib.import_module("come.job.stages.evaluate")
 
 # What a job leaves, and what follows from what.
 MERGED = {"plan", "weights", "merged nll"}
@@ -48,8 +49,14 @@ HEAL = (
     "distill.validate_every=2",
     "distill.checkpoint_every=2",
 )
-SPEED = ("merge=come", "eval.speed=true")
-ASKED = ("merge=come", "eval.include_path={tasks}", "eval.tasks=[a]")
+SPEED = ("merge=come", "eval=[perplexity,speed]")
+TALK = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
+ASKED = (
+    "merge=come",
+    "eval=[perplexity,zero_shot]",
+    "eval.zero_shot.include_path={tasks}",
+    "eval.zero_shot.tasks=[a]",
+)
 
 # (where, the setting, what it changes, whether the job has another name)
 CHANGES = [
@@ -141,26 +148,28 @@ CHANGES = [
     ((*HEAL, "distill=come_mp"), "distill.workers=1", set()),
     ((*HEAL, "distill=come_mp", "distill.loss=kl"), "distill.temperature=2", CURVE),
     ((*HEAL, "distill.learning_rate=3"), "distill.patience=1", {"curve", "validation"}),
-    (COME, "eval.path={third}", {*NLL, "eval text"}),
-    (COME, "eval.max_tokens=256", NLL),
-    (COME, "eval.text_range=[0.5,1]", NLL),
-    (COME, "eval.seq_len=16", NLL),
-    (COME, "eval.perplexity=false", {*NLL, "eval text"}),
-    (COME, "+eval.extra_texts={a:{path:{third},max_tokens:128}}", {"also"}),
-    ((*COME, "+eval.extra_texts={a:{path:{third},max_tokens:128}}"),
-     "eval.extra_texts.a.max_tokens=256", {"also"}),
-    ((*COME, "+eval.extra_texts={a:{path:{third},max_tokens:128}}"),
-     "+eval.extra_texts.a.text_range=[0.5,1]", {"also"}),
-    (COME, "eval.continuation_tokens=3", {"continuations"}),
-    (COME, "eval.speed=true", {"speed", "prompt_tokens", "new_tokens", "batch", "repeats"}),
-    (SPEED, "eval.prompt_tokens=20", {"prompt_tokens"}),
-    (SPEED, "eval.new_tokens=7", {"new_tokens"}),
-    (SPEED, "eval.speed_batch=2", {"batch"}),
-    (SPEED, "eval.repeats=2", {"repeats"}),
-    (COME, "+eval.include_path={tasks} eval.tasks=[a]", TASKS),
-    (ASKED, "eval.tasks=[a,b]", TASKS),
-    (ASKED, "eval.limit=5", TASKS),
-    (ASKED, "eval.include_path={tasks2}", TASKS),
+    (COME, "eval.perplexity.path={third}", {*NLL, "eval text"}),
+    (COME, "eval.perplexity.max_tokens=256", NLL),
+    (COME, "eval.perplexity.text_range=[0.5,1]", NLL),
+    (COME, "eval.perplexity.seq_len=16", NLL),
+    (COME, "eval=continuations eval.continuations.tokens=3", {*NLL, "eval text", "continuations"}),
+    (COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}", {"also"}),
+    ((*COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}"),
+     "eval.perplexity.extra_texts.a.max_tokens=256", {"also"}),
+    ((*COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}"),
+     "+eval.perplexity.extra_texts.a.text_range=[0.5,1]", {"also"}),
+    (COME, "eval=[perplexity,continuations] eval.continuations.tokens=3", {"continuations"}),
+    (TALK, "eval.continuations.tokens=4", {"continuations"}),
+    (TALK, "eval.continuations.prompts=[a]", {"continuations"}),
+    (COME, "eval=[perplexity,speed]", {"speed", "prompt_tokens", "new_tokens", "batch", "repeats"}),
+    (SPEED, "eval.speed.prompt_tokens=20", {"prompt_tokens"}),
+    (SPEED, "eval.speed.new_tokens=7", {"new_tokens"}),
+    (SPEED, "eval.speed.batch_size=2", {"batch"}),
+    (SPEED, "eval.speed.repeats=2", {"repeats"}),
+    (COME, " ".join(ASKED[1:]), TASKS),
+    (ASKED, "eval.zero_shot.tasks=[a,b]", TASKS),
+    (ASKED, "eval.zero_shot.limit=5", TASKS),
+    (ASKED, "eval.zero_shot.include_path={tasks2}", TASKS),
 ]  # fmt: skip
 # Settings that say where and how, not what: they change no number and not the job's name.
 NAMELESS = {
@@ -173,11 +182,13 @@ ELSEWHERE = {
     "model.path", "model.revision", "model.device", "model.trust_remote_code",
     "calibration.source", "calibration.dataset", "calibration.subset", "calibration.split",
     "calibration.revision", "calibration.field", "calibration.data_files",
-    "calibration.batch_size", "eval.batch_tokens", "eval.task_batch", "distill.micro_batch",
+    "calibration.batch_size", "eval.perplexity.batch_tokens", "eval.zero_shot.batch_size",
+    "distill.micro_batch",
     "distill.source", "distill.dataset", "distill.subset", "distill.split", "distill.revision",
     "distill.field", "distill.data_files", "distill.method",
-    "eval.source", "eval.dataset", "eval.subset", "eval.split", "eval.revision", "eval.field",
-    "eval.data_files", "eval.name", "merge.name", "merge.plan", "merge.enabled", "merge.changes",
+    "eval.perplexity.source", "eval.perplexity.dataset", "eval.perplexity.subset",
+    "eval.perplexity.split", "eval.perplexity.revision", "eval.perplexity.field",
+    "eval.perplexity.data_files", "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
 OF_THE_WALK = {
@@ -231,7 +242,15 @@ def fake_speed(models, **how):
     """Speeds that tell what was asked for, and not how fast this machine is."""
     timing = Timing(10, (1.0, 2.0))
     fake_speed.how = how
-    return {label: Speed(timing, timing, 1, 1) for label in models}
+    return {label: ModelSpeed(timing, timing, 1, 1) for label in models}
+
+
+def losses(depth):
+    return depth["metrics"].get("perplexity", {}).get("samples")
+
+
+def chosen_metrics(depth, prefix):
+    return {name: found for name, found in depth["metrics"].items() if name.startswith(prefix)}
 
 
 def observe(place, folder, overrides):
@@ -244,17 +263,20 @@ def observe(place, folder, overrides):
         for override in overrides
         for word in override.split(" ")
     ]
-    asked = job_settings(
-        place / "base",
+    *_, chosen = ["eval=perplexity", *(word for word in words if word.startswith("eval="))]
+    always = [
         f"calibration.path={place / 'text.txt'}",
-        f"eval.path={place / 'held_out.txt'}",
+        f"eval.perplexity.path={place / 'held_out.txt'}",
         "calibration.num_samples=6",
         "calibration.seq_len=16",
-        "eval.seq_len=32",
-        "eval.max_tokens=128",
-        "eval.speed=false",
-        "eval.continuation_tokens=0",
-        *words,
+        "eval.perplexity.seq_len=32",
+        "eval.perplexity.max_tokens=128",
+    ]
+    asked = job_settings(
+        place / "base",
+        chosen,
+        *chosen_only(always, chosen.removeprefix("eval=").strip("[]").split(",")),
+        *(word for word in words if not word.startswith("eval=")),
     )
     fake_speed.how = None
     result = RUN.run(asked, folder)
@@ -272,21 +294,21 @@ def observe(place, folder, overrides):
         "label": result["model"],
         "files": sorted(p.name for p in (folder / merged["folder"]).glob("*.safetensors")),
         "weights": digest(folder / merged["folder"]),
-        "dense nll": first["perplexity"] and first["perplexity"]["nll"],
-        "merged nll": merged["perplexity"] and merged["perplexity"]["nll"],
-        "eval text": result["eval_source"],
-        "also": [[d["also"][name]["nll"] for name in d["also"]] for d in result["depths"]],
-        "continuations": [d["continuations"] for d in result["depths"]],
+        "dense nll": losses(first),
+        "merged nll": losses(merged),
+        "eval text": first["metrics"].get("perplexity", {}).get("data", "").partition(" of ")[2],
+        "also": [chosen_metrics(d, "perplexity/") for d in result["depths"]],
+        "continuations": [chosen_metrics(d, "continuations") for d in result["depths"]],
         "speed": fake_speed.how is not None,
-        "dense tasks": first["zero_shot"] and first["zero_shot"]["tasks"],
-        "merged tasks": merged["zero_shot"] and merged["zero_shot"]["tasks"],
+        "dense tasks": chosen_metrics(first, "zero_shot"),
+        "merged tasks": chosen_metrics(merged, "zero_shot"),
         "dtype": json.loads((folder / merged["folder"] / "config.json").read_text())["dtype"],
         **(fake_speed.how or {}),
     }
     if training:
         found |= {
             "trained": digest(folder / "model"),
-            "trained nll": last["perplexity"]["nll"],
+            "trained nll": losses(last),
             "curve": training["curve"],
             "validation": training["validation"],
         }
@@ -306,7 +328,7 @@ def test_a_setting_changes_what_it_should(
     monkeypatch.setenv("COME_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
     monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
-    monkeypatch.setattr(EVALUATE, "compare_speed", fake_speed)
+    monkeypatch.setattr("come.evaluate.speed.compare_speed", fake_speed)
     if where not in known:
         known[where] = observe(place, tmp_path / "before", where)
     before, name = known[where]
@@ -334,8 +356,13 @@ def test_every_setting_is_looked_at():
         for name in registry.names()
         for key in registry.get(name).settings()
     }
+    every |= {
+        f"eval.{name}.{key}"
+        for name in EVALUATIONS.names()
+        for key in EVALUATIONS.get(name).settings()
+    }
     assert parts - changed == OF_THE_WALK  # tests/test_repairs.py has them
-    tops = {".".join(key.split(".")[:2]) for key in changed}
+    tops = {".".join(key.split(".")[: 3 if key.startswith("eval") else 2]) for key in changed}
     assert not every - tops - ELSEWHERE
     assert not ELSEWHERE - every
     assert {"come_sp", "come_mp", "logits", "lora", "none"} == set(DISTILL.names())
@@ -360,10 +387,14 @@ def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, 
         monkeypatch.setattr(whole, name, call)
 
     recorded("come.job.stages.merge", "compress")
-    recorded("come.evaluate.dense", "perplexity")
-    recorded("come.job.stages.prepare", "load_tasks")
+    recorded("come.evaluate.perplexity", "perplexity")
+    recorded("come.evaluate.zero_shot", "load_tasks")
     recorded("come.job.stages.distill", "train")
-    sizes = ("calibration.batch_size=3", "eval.batch_tokens=96", "eval.task_batch=5")
+    sizes = (
+        "calibration.batch_size=3",
+        "eval.perplexity.batch_tokens=96",
+        "eval.zero_shot.batch_size=5",
+    )
     more = ("distill.micro_batch=3", "calibration.store=disk")
     observe(place, tmp_path / "out", (*HEAL, *ASKED[1:], *sizes, *more))
     ((_, merging),) = calls["compress"]

@@ -14,7 +14,7 @@ from come.distill.config import TrainConfig
 from come.distill.objectives.base import DISTILL
 from come.distill.trainer import train
 from come.evaluate.paired import mean_difference
-from come.evaluate.speed import Speed, Timing, compare_speed
+from come.evaluate.speed import ModelSpeed, Timing, compare_speed
 from come.job.identity import _training_identity
 from come.linalg.gram import Gram
 from come.merge.plan import Plan
@@ -31,7 +31,6 @@ from tests.test_distill import pair
 
 HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
 RUN = importlib.import_module("come.job.run")
-EVALUATE = importlib.import_module("come.job.stages.evaluate")
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +61,27 @@ def numbers(tokenizer, windows):
 
 
 def test_training_text_is_parted_from_held_out_text(base, numbered, tmp_path):
-    asked = (*HEAL, f"distill.path={numbered}", f"eval.path={numbered}", "distill.tokens=8192")
+    asked = (
+        *HEAL,
+        f"distill.path={numbered}",
+        f"eval.perplexity.path={numbered}",
+        "distill.tokens=8192",
+    )
     job = before_loading(base, tmp_path / "out", *asked)
     tokenizer = load_tokenizer(base)
     assert max(numbers(tokenizer, job.training.windows)) < 0.61 * 3000
-    assert min(numbers(tokenizer, job.held_out[""].windows)) > 0.79 * 3000
+    assert min(numbers(tokenizer, job.evaluations["perplexity"][1][""].windows)) > 0.79 * 3000
 
 
 def test_held_out_text_is_parted_from_what_a_plan_was_calibrated_on(base, numbered, tmp_path):
-    texts = (f"calibration.path={numbered}", f"eval.path={numbered}")
+    texts = (f"calibration.path={numbered}", f"eval.perplexity.path={numbered}")
     start(base, tmp_path / "out", *texts, *QUICK)
     plan = ("merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}")
     job = before_loading(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
-    assert min(numbers(load_tokenizer(base), job.held_out[""].windows)) > 0.79 * 3000
+    assert (
+        min(numbers(load_tokenizer(base), job.evaluations["perplexity"][1][""].windows))
+        > 0.79 * 3000
+    )
 
 
 def test_calibration_is_parted_from_every_held_out_text(base, numbered, text_file):
@@ -246,15 +253,15 @@ def test_layers_trained_apart_validate_on_held_out_windows(base, tmp_path):
 def test_speed_is_held_against_the_share_of_the_layers(base, tmp_path, monkeypatch):
     def speeds(models, **how):
         return {
-            label: Speed(Timing(10, (s,)), Timing(10, (s,)), 1, 1)
+            label: ModelSpeed(Timing(10, (s,)), Timing(10, (s,)), 1, 1)
             for label, s in zip(models, (2.0, 1.0))
         }
 
-    monkeypatch.setattr(EVALUATE, "compare_speed", speeds)
-    result = start(base, tmp_path / "out", "eval.speed=true", "eval.continuation_tokens=0")
-    speed = result["depths"][1]["speed"]
-    assert speed["prompt_ratio"] == 2
-    assert speed["prompt_realised"] == pytest.approx((1 - 1 / 2) / (1 / 6))
+    monkeypatch.setattr("come.evaluate.speed.compare_speed", speeds)
+    result = start(base, tmp_path / "out", "eval=[perplexity,speed]")
+    prompt = result["depths"][1]["metrics"]["speed/prompt"]
+    assert prompt["relative"]["value"] == 2
+    assert prompt["details"]["realised"] == pytest.approx((1 - 1 / 2) / (1 / 6))
 
 
 def test_generation_counts_the_tokens_of_every_prompt():

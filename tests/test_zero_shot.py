@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from come.evaluate.base import Relative
 from come.evaluate.paired import paired_difference
 from come.evaluate.tasks import load_tasks, tasks_identity
-from come.evaluate.zero_shot import zero_shot
+from come.evaluate.zero_shot import ZeroShot, zero_shot
 from come.models.loading import load_model
 from tests.commands import finish
 
@@ -70,12 +71,17 @@ def test_our_numbers_are_the_harnesss_own(tasks, pico_folder, tmp_path):
     subprocess.run(words, check=True, capture_output=True)
     (path,) = out.glob("**/results*.json")
     theirs = json.loads(path.read_text())["results"]
-    for name, metrics in found.metrics.items():
-        for key, value in metrics.items():
-            assert value == theirs[name][f"{key},none"], (name, key)
-        assert len(found.scores[name]) == 24
-        assert sum(found.scores[name]) / 24 == pytest.approx(metrics["acc"])
-    assert found.average == pytest.approx(
+    for name in ("layers", "models"):
+        for key, place in (
+            ("acc", f"zero_shot/{name}"),
+            ("acc_norm", f"zero_shot/{name}/acc_norm"),
+        ):
+            metric = found[place]
+            assert metric.value == theirs[name][f"{key},none"], (name, key)
+            assert metric.details["stderr"] == theirs[name][f"{key}_stderr,none"], (name, key)
+            assert len(metric.samples) == 24
+            assert sum(metric.samples) / 24 == pytest.approx(metric.value)
+    assert found["zero_shot"].value == pytest.approx(
         (theirs["layers"]["acc,none"] + theirs["models"]["acc,none"]) / 2
     )
 
@@ -84,7 +90,7 @@ def test_a_limit_takes_the_first_documents(tasks, pico_folder):
     model, tokenizer = load_model(pico_folder)
     every = zero_shot(model, tokenizer, load(tasks, ["layers"]))
     some = zero_shot(model, tokenizer, load(tasks, ["layers"], limit=7))
-    assert some.scores["layers"] == every.scores["layers"][:7]
+    assert some["zero_shot/layers"].samples == every["zero_shot/layers"].samples[:7]
 
 
 def test_a_group_counts_as_one_task(tasks, pico_folder):
@@ -93,17 +99,27 @@ def test_a_group_counts_as_one_task(tasks, pico_folder):
     (tasks / "outer.yaml").write_text("group: outer\ntask:\n  - inner\n")
     model, tokenizer = load_model(pico_folder)
     found = zero_shot(model, tokenizer, load(tasks, ["outer", "models"]))
-    assert set(found.metrics) == {"layers", "models"}
-    assert set(found.values) == {"outer", "models"}
-    assert found.values["outer"] == found.value("layers")
-    assert found.average == pytest.approx((found.value("layers") + found.value("models")) / 2)
+    tasks = {name for name in found if not name.endswith("acc_norm")}
+    assert tasks == {"zero_shot", "zero_shot/outer", "zero_shot/layers", "zero_shot/models"}
+    layers, models = found["zero_shot/layers"].value, found["zero_shot/models"].value
+    assert found["zero_shot/outer"].value == layers
+    assert found["zero_shot"].value == pytest.approx((layers + models) / 2)
+    assert ZeroShot.compare(found, found)["zero_shot/outer"].relative == Relative(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("names", "break_it", "message"),
     [
-        (["layers"], "layers.jsonl", "eval.tasks has 'layers': its documents cannot be read"),
-        (["arc_easy"], None, "eval.tasks has 'arc_easy': its documents cannot be read.*network"),
+        (
+            ["layers"],
+            "layers.jsonl",
+            "eval.zero_shot.tasks has 'layers': its documents cannot be read",
+        ),
+        (
+            ["arc_easy"],
+            None,
+            "eval.zero_shot.tasks has 'arc_easy': its documents cannot be read.*network",
+        ),
     ],
 )
 def test_tasks_that_cannot_run(names, break_it, message, tasks):
@@ -111,7 +127,7 @@ def test_tasks_that_cannot_run(names, break_it, message, tasks):
         (tasks / break_it).unlink()
     with pytest.raises(ValueError, match=message):
         load(tasks, names)
-    with pytest.raises(ValueError, match="eval.include_path=/no/folder: no such folder"):
+    with pytest.raises(ValueError, match="eval.zero_shot.include_path=/no/folder: no such folder"):
         load_tasks(["layers"], include_path="/no/folder", limit=None, batch_size=4)
 
 
@@ -124,31 +140,46 @@ def test_the_identity_is_the_tasks_content(tasks):
 
 def test_a_run_with_tasks(tasks, command, tmp_path):
     folder = tmp_path / "out"
-    words = ["eval=zero_shot", f"eval.include_path={tasks}", "eval.tasks=[layers,models]"]
+    words = [
+        "eval=zero_shot",
+        f"eval.zero_shot.include_path={tasks}",
+        "eval.zero_shot.tasks=[layers,models]",
+    ]
     words += ["merge.target_layers=20", f"hydra.run.dir={folder}"]
     code, output, errors = finish(command(*words))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
-    dense, merged = (depth["zero_shot"] for depth in result["depths"])
-    assert dense["retention"] == 1
-    assert merged["retention"] == pytest.approx(merged["average"] / dense["average"])
-    for name, task in merged["tasks"].items():
-        assert task["documents"] == 24
-        assert task["metric"] == "acc"
-        assert task["difference"] == pytest.approx(task["value"] - dense["tasks"][name]["value"])
-        assert task["difference_low"] <= task["difference"] <= task["difference_high"]
-        assert {"acc", "acc_norm", "acc_norm_stderr"} <= set(task["metrics"])
-    assert f"{merged['average']:.1%}" in output
-    assert "| 20 | layers, acc | 24 |" in (folder / "report.md").read_text()
+    dense, merged = (depth["metrics"] for depth in result["depths"])
+    for name in ("layers", "models"):
+        for key in (f"zero_shot/{name}", f"zero_shot/{name}/acc_norm"):
+            metric, relative = merged[key], merged[key]["relative"]
+            assert metric["data"] == "24 documents"
+            assert len(metric["samples"]) == 24
+            assert metric["low"] <= metric["value"] <= metric["high"]
+            assert relative["value"] == pytest.approx(metric["value"] - dense[key]["value"])
+            assert relative["low"] <= relative["value"] <= relative["high"]
+            assert 0 <= relative["p"] <= 1
+        assert merged[f"zero_shot/{name}"]["details"]["metric"] == "acc"
+    average = merged["zero_shot"]
+    assert average["value"] == pytest.approx(
+        (merged["zero_shot/layers"]["value"] + merged["zero_shot/models"]["value"]) / 2
+    )
+    assert average["relative"]["low"] <= average["relative"]["value"] <= average["relative"]["high"]
+    assert f"{average['value']:.3f}" in output
+    assert "| 20 | layers, acc |" in (folder / "report.md").read_text()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert any("eval/layers_value" in line for line in lines)
+    assert any("eval/zero_shot/layers_dense_difference_value" in line for line in lines)
 
 
 def test_a_bad_task_name_costs_one_line(command_line, tasks, tmp_path):
-    words = ["eval=zero_shot", f"eval.include_path={tasks}", "eval.tasks=[modles]"]
+    words = [
+        "eval=zero_shot",
+        f"eval.zero_shot.include_path={tasks}",
+        "eval.zero_shot.tasks=[modles]",
+    ]
     code, printed = command_line(*words, f"hydra.run.dir={tmp_path / 'out'}")
     assert code == 1
-    assert "error: eval.tasks has 'modles': no such task" in printed
+    assert "error: eval.zero_shot.tasks has 'modles': no such task" in printed
 
 
 def test_a_paired_difference_is_that_of_the_documents():
@@ -164,12 +195,11 @@ def test_a_paired_difference_is_that_of_the_documents():
     better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
     tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
     assert found.p == pytest.approx(min(1.0, 2 * tail / 2 ** (better + worse)), rel=1e-6)
-    assert found.real == (abs(found.value) > half)
 
 
 def test_equal_models_differ_by_nothing():
     found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
-    assert (found.value, found.low, found.high, found.p, found.real) == (0, 0, 0, 1, False)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
 def test_the_data_of_a_local_task_count_wherever_they_are(tasks, tmp_path):

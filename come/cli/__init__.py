@@ -51,7 +51,7 @@ def schema() -> dict[str, Any]:
     """The structured configs that conf/ is merged into; their fields define types and defaults."""
     hints = get_type_hints(Settings)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    return {"plugins": [], "from_run": None} | {
+    return {"plugins": [], "from_run": None, "eval": {}} | {
         name: OmegaConf.structured(group) for name, group in groups.items()
     }
 

@@ -18,6 +18,7 @@ from hydra.errors import (
 from omegaconf.errors import OmegaConfBaseException
 
 from come.errors import one_line
+from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import Registry
 from come.schema import Settings
@@ -66,6 +67,9 @@ def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
             assert isinstance(own, type)
             yield from setting_names(own, f"{prefix}{entry.name}.")
         yield f"{prefix}{entry.name}"
+    if cls is Settings:
+        for name in EVALUATIONS.names():
+            yield from (f"eval.{name}.{key}" for key in EVALUATIONS.get(name).settings())
 
 
 def _part_of(name: str) -> str | None:
@@ -82,6 +86,16 @@ def _part_of(name: str) -> str | None:
                 "(come --cfg job shows what is chosen)"
             )
     return None
+
+
+def _evaluation_of(name: str) -> str | None:
+    """Message for a setting of an evaluation that was not chosen; None for any other setting."""
+    group, _, rest = name.partition(".")
+    chosen = rest.partition(".")[0]
+    if group != "eval" or "." in rest or chosen not in EVALUATIONS.names():
+        return None
+    example = ",".join(dict.fromkeys(["perplexity", chosen]))
+    return f"{name}: the evaluation {chosen} is not chosen; list it, as in eval=[{example}]"
 
 
 def _settings(registry: Registry[Any], name: str) -> list[str]:
@@ -121,7 +135,7 @@ def _wrong_setting(text: str) -> str:
         return text
     name = key[1]
     if re.search(r"\bnot in ('|struct)", text):
-        part = _part_of(name)
+        part = _part_of(name) or _evaluation_of(name)
         if part is not None:
             return part
         return (

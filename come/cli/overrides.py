@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 
+from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import load_plugin
 
@@ -38,20 +39,55 @@ RENAMED = {
     "calibration.keep": "calibration.keep_likeliest",
     "calibration.continued": "calibration.num_continuations",
     "calibration.begin": "calibration.prefix_tokens",
-    "eval.also": "eval.extra_texts",
-    "eval.part": "eval.text_range",
+    "eval.also": "eval.perplexity.extra_texts",
+    "eval.part": "eval.perplexity.text_range",
+    "eval.perplexity": "eval=none, or a list without it such as eval=[speed]",
+    "eval.speed": "a list with or without it, such as eval=[perplexity,speed]",
+    **{
+        f"eval.{key}": f"eval.perplexity.{key}"
+        for key in (
+            "source",
+            "path",
+            "dataset",
+            "subset",
+            "split",
+            "revision",
+            "field",
+            "data_files",
+            "max_tokens",
+            "text_range",
+            "extra_texts",
+            "seq_len",
+            "batch_tokens",
+        )
+    },
+    **{f"eval.{key}": f"eval.speed.{key}" for key in ("prompt_tokens", "new_tokens", "repeats")},
+    **{f"eval.{key}": f"eval.zero_shot.{key}" for key in ("tasks", "include_path", "limit")},
+    "eval.speed_batch": "eval.speed.batch_size",
+    "eval.task_batch": "eval.zero_shot.batch_size",
+    "eval.continuation_tokens": "eval.continuations.tokens",
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
 """Former keys of settings, with their current keys."""
 
 
 def register_parts() -> None:
-    """Adds every registered component as a choice of its config group: `merge/refit=ridge`."""
+    """Adds every registered component and evaluation as a choice of its config group.
+
+    `merge/refit=ridge` chooses a component. `eval=NAME` chooses an evaluation of a plugin, and for
+    the others a file in conf/eval, which takes the defaults from `eval/settings`.
+    """
     store = ConfigStore.instance()
     for group, registry in PARTS.items():
         for name in registry.names():
             node = {"name": name, **registry.get(name).defaults()}
             store.store(group=f"merge/{group}", name=name, node=node)
+    for name in EVALUATIONS.names():
+        chosen = EVALUATIONS.get(name)
+        if chosen.__module__.startswith("come."):
+            store.store(group="eval/settings", name=name, node=chosen.defaults())
+        else:
+            store.store(group="eval", name=name, node=chosen.defaults(), package=f"eval.{name}")
 
 
 def load_plugins(overrides: Sequence[str]) -> None:

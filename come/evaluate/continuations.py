@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from come.data.windows import check_token_ids
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
+from come.setting import setting
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-PROMPTS = (
-    "The capital of France is",
-    "Water boils when",
-    "In Python, a list comprehension",
-)
 
 
 @torch.inference_mode()
@@ -54,19 +51,66 @@ def generate_greedily(
     return found
 
 
-@torch.inference_mode()
-def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    new_tokens: int,
-    prompts: Sequence[str] = PROMPTS,
-) -> list[str]:
-    """The greedy continuation of every prompt as text, without the prompt."""
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        ids = ids.to(model.get_input_embeddings().weight.device)
-        output = generate_greedily(model, ids, new_tokens)
-        texts.append(str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
-    return texts
+@EVALUATIONS.register
+@dataclass
+class Continuations(Evaluation):
+    """Greedy continuations of prompts, and how far they agree with the dense model's."""
+
+    name = "continuations"
+    config_key = "eval.continuations"
+
+    tokens: int = setting(32, "tokens generated for every prompt", least=1)
+    prompts: list[str] = setting(
+        [
+            "The capital of France is",
+            "Water boils when",
+            "In Python, a list comprehension",
+        ],
+        "texts to continue",
+    )
+
+    def prepare(self, subject: Subject) -> list[list[int]]:
+        """Token ids of the prompts."""
+        ids = [subject.tokenizer(text)["input_ids"] for text in self.prompts]
+        everything = torch.tensor([[i for words in ids for i in words]])
+        what = "eval.continuations.prompts: a prompt"
+        check_token_ids(everything, subject.vocabulary, what, subject.tokenizer)
+        prompt = max(map(len, ids), default=0)
+        key = f"eval.continuations.tokens={self.tokens} after {prompt} of a prompt"
+        subject.check_length(key, prompt + self.tokens)
+        return ids
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: list[list[int]]
+    ) -> Metrics:
+        """The continuations, as token ids and as text."""
+        device = model.get_input_embeddings().weight.device
+        ids: list[list[int]] = []
+        for prompt in data:
+            begin = torch.tensor([prompt], device=device)
+            ids.append(generate_greedily(model, begin, self.tokens)[0, len(prompt) :].tolist())
+        texts = [str(tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
+        details = {
+            "metric": "agreement with dense",
+            "ids": ids,
+            "texts": dict(zip(self.prompts, texts, strict=True)),
+        }
+        return {"continuations": Metric(1.0, unit="share", details=details)}
+
+    @classmethod
+    def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
+        """Sets the value: the mean share of tokens before the first that differs from dense."""
+        found, reference = own["continuations"], dense["continuations"]
+        pairs = list(zip(found.details["ids"], reference.details["ids"], strict=True))
+        shares = [_agreement(mine, its) for mine, its in pairs]
+        return {"continuations": replace(found, value=sum(shares) / len(shares))}
+
+
+def _agreement(own: list[int], other: list[int]) -> float:
+    """Share of the tokens of the longer text that precede the first difference."""
+    same = 0
+    for mine, its in zip(own, other, strict=False):
+        if mine != its:
+            break
+        same += 1
+    return same / max(len(own), len(other), 1)

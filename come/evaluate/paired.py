@@ -1,7 +1,9 @@
-"""Paired tests and bootstrap intervals for two models on the same documents."""
+"""Confidence intervals, and paired tests of two models on the same windows or documents."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,15 @@ import numpy as np
 _CONFIDENCE = 0.95
 _RESAMPLES = 9999
 _BLOCK = 500  # resamples per batch, to bound memory
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,27 @@ class Difference:
     high: float
     p: float
 
-    @property
-    def real(self) -> bool:
-        """Whether the interval excludes zero."""
-        return not self.low <= 0 <= self.high
+
+def exp_interval(values: Sequence[float]) -> Interval:
+    """Exp of a mean and of the ends of its Student's t interval.
+
+    Results above the largest float are clipped to it. The interval of a single value is
+    [0, infinity].
+    """
+    from scipy import stats  # takes a second to import
+
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Interval(_exp(mean), 0.0, math.inf)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
+    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * spread
+    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half))
+
+
+def _exp(value: float) -> float:
+    """Exp, clipped to the largest float."""
+    return math.exp(value) if value < math.log(sys.float_info.max) else sys.float_info.max
 
 
 def mean_difference(

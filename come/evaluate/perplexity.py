@@ -1,60 +1,33 @@
-"""Perplexity on packed windows, with a confidence interval over windows."""
+"""Perplexity on held-out text, with a confidence interval over windows."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from come.data.windows import check_token_ids
+from come.data.sources.base import TextSource
+from come.data.text_settings import TextSettings
+from come.data.windows import TokenWindows, check_token_ids, evaluation_windows
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
+from come.evaluate.paired import exp_interval
 from come.models.adapter import ModelAdapter
 from come.models.loss import window_nll
+from come.setting import setting
+
+# Optional[...] rather than `X | None`: OmegaConf reads these annotations.
+# ruff: noqa: UP045
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity of one model on one text.
-
-    Attributes:
-        nll: mean negative log-likelihood per predicted token of every window, in nats.
-        tokens: number of tokens read, seq per window.
-        predicted: number of tokens predicted, seq - 1 per window.
-    """
-
-    nll: tuple[float, ...]
-    tokens: int
-    predicted: int
-
-    @property
-    def interval(self) -> Interval:
-        """Exp of the mean of `nll` over windows, with Student's t interval over windows."""
-        return _exp_interval(self.nll)
-
-    def ratio_to(self, dense: Perplexity) -> Interval:
-        """Ratio to the perplexity of another model on the same windows, paired by window."""
-        return _exp_interval([a - b for a, b in zip(self.nll, dense.nll, strict=True)])
+_KEY = "eval.perplexity"
 
 
 @torch.inference_mode()
@@ -64,7 +37,7 @@ def perplexity(
     *,
     batch_tokens: int = 2048,
     progress: bool = True,
-) -> Perplexity:
+) -> Metric:
     """Exp of the mean cross-entropy of every token except the first of each window.
 
         ppl = exp( mean_{w, t > 1} -log p(x_t | x_1 .. x_{t-1}) )
@@ -77,6 +50,10 @@ def perplexity(
         windows: token ids, non-overlapping windows.
         batch_tokens: tokens per forward pass; a pass has at least one window.
         progress: whether to show a progress bar.
+
+    Returns:
+        The perplexity with Student's t interval over windows. Its samples are the mean negative
+        log-likelihood per predicted token of every window, in nats.
 
     Raises:
         ValueError: a token id has no row in the embedding, or a loss is not finite.
@@ -107,26 +84,140 @@ def perplexity(
                     "model.dtype=float32 or bfloat16"
                 )
             bar.update(len(batch))
-    return Perplexity(tuple(nll), windows.numel(), len(windows) * (seq - 1))
+    found = exp_interval(nll)
+    return Metric(
+        found.value,
+        found.low,
+        found.high,
+        comparison="ratio",
+        samples=nll,
+        data=f"{windows.numel()} tokens in {len(windows)} windows",
+    )
 
 
-def _exp_interval(values: Sequence[float]) -> Interval:
-    """Exp of a mean and of the ends of its Student's t interval.
+@dataclass
+class HeldOutText(TextSettings):
+    """A held-out text: the main text of `eval.perplexity`, or one of its extra_texts."""
 
-    Results above the largest float are clipped to it. The interval of a single value is
-    [0, infinity].
-    """
-    from scipy import stats  # takes a second to import
+    config_key = _KEY
 
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return Interval(_exp(mean), 0.0, math.inf)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
-    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half))
+    max_tokens: Optional[int] = setting(
+        None, "only the first tokens; null for all", kind=int, least=4, optional=True
+    )
+    text_range: Optional[list[float]] = setting(
+        None,
+        "only the part between two shares, such as [0.8,1]; null for all of it, or for the last "
+        "fifth where calibration or training reads the same text",
+        kind=list,
+        optional=True,
+    )
+
+    def held_out(self, key: str) -> TextSource:
+        """The text source, restricted to `text_range`; the text is not read yet.
+
+        Args:
+            key: configuration key of these settings, for error messages.
+
+        Raises:
+            ValueError: the source is unknown, a setting that it needs is missing, or `text_range`
+                is invalid.
+        """
+        part = self.text_range
+        if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
+            raise ValueError(
+                f"{key}.text_range={list(part)}: two shares of the text, the first below the "
+                "second, such as [0.8,1]; null for all of it"
+            )
+        try:
+            source = self.text_source()
+        except ValueError as error:
+            raise ValueError(str(error).replace("calibration.source", f"{key}.source")) from None
+        source.part = (part[0], part[1]) if part else None
+        return source
 
 
-def _exp(value: float) -> float:
-    """Exp, clipped to the largest float."""
-    return math.exp(value) if value < math.log(sys.float_info.max) else sys.float_info.max
+@EVALUATIONS.register
+@dataclass
+class Perplexity(HeldOutText, Evaluation):
+    """Perplexity on held-out texts, compared with the dense model by window."""
+
+    name = "perplexity"
+
+    extra_texts: dict[str, Any] = setting(
+        {}, "further texts by name, each with the settings of a text", counts=False
+    )
+    seq_len: int = setting(2048, "tokens of a window; cut to the model's maximum", least=2)
+    batch_tokens: int = setting(2048, "tokens of a forward pass", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._texts = {"": (_KEY, cast(HeldOutText, self))}
+        for name, given in self.extra_texts.items():
+            key = f"{_KEY}.extra_texts.{name}"
+            self._texts[name] = key, _extra_text(key, given or {})
+
+    def check(self) -> None:
+        """Raises ValueError for an invalid text source."""
+        for source in self.texts().values():
+            source.check()
+
+    def texts(self) -> dict[str, TextSource]:
+        """The held-out texts by name, not read yet; the name of the main text is "".
+
+        Raises:
+            ValueError: see `HeldOutText.held_out`.
+        """
+        return {name: text.held_out(key) for name, (key, text) in self._texts.items()}
+
+    def identity(self) -> Any:
+        """Identifies the contents of the texts."""
+        return {n: [text.text_identity(), text.counted()] for n, (_, text) in self._texts.items()}
+
+    def prepare(self, subject: Subject) -> dict[str, TokenWindows]:
+        """The held-out windows by name of the text."""
+        found = {
+            name: evaluation_windows(
+                subject.tokenizer,
+                text.held_out(key),
+                seq_len=min(self.seq_len, subject.longest or self.seq_len),
+                max_tokens=text.max_tokens,
+                others=subject.others,
+                key=key,
+            )
+            for name, (key, text) in self._texts.items()
+        }
+        for text in found.values():
+            what = f"held-out text {text.source}"
+            check_token_ids(text.windows, subject.vocabulary, what, subject.tokenizer)
+        return found
+
+    def key(self, data: dict[str, TokenWindows]) -> Any:
+        """Hashes of the windows."""
+        return {name: text.hash for name, text in data.items()}
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: dict[str, TokenWindows],
+    ) -> Metrics:
+        """Perplexity on every text: "perplexity", and "perplexity/NAME" on an extra text."""
+        found = {}
+        for name, text in data.items():
+            metric = perplexity(model, text.windows, batch_tokens=self.batch_tokens)
+            found[f"perplexity/{name}" if name else "perplexity"] = replace(
+                metric, data=f"{metric.data} of {text.source}", headline=not name
+            )
+        return found
+
+
+def _extra_text(key: str, given: Mapping[str, Any]) -> HeldOutText:
+    """The settings of an extra text, with its own key in error messages."""
+    known = HeldOutText.settings()
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{key}.{name}: no such setting; a text has {', '.join(known)}")
+    try:
+        return HeldOutText(**given)
+    except ValueError as error:
+        raise ValueError(str(error).replace(_KEY, key, 1)) from None

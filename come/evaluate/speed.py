@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.memory import PeakMemory
+from come.setting import setting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PROMPT = 16  # tokens of the prompts that are continued
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Speed:
+class ModelSpeed:
     """Speed and memory of one model.
 
     Attributes:
@@ -62,6 +66,77 @@ class Speed:
     cache_bytes: int
 
 
+@EVALUATIONS.register
+@dataclass
+class Speed(Evaluation):
+    """Tokens per second of prompt processing and generation, and memory, against dense."""
+
+    name = "speed"
+    config_key = "eval.speed"
+    together = True
+
+    prompt_tokens: int = setting(512, "length of the timed prompt", least=1)
+    new_tokens: int = setting(32, "tokens generated in the timing", least=1)
+    batch_size: int = setting(1, "prompts of a batch in the timing of generation", least=1)
+    repeats: int = setting(3, "counted repetitions of each timing", least=1)
+
+    def prepare(self, subject: Subject) -> None:
+        """Checks that the model reads the prompt and what it generates."""
+        subject.check_length("eval.speed.prompt_tokens", self.prompt_tokens)
+        generated = _PROMPT + self.new_tokens
+        subject.check_length(f"eval.speed.new_tokens + {_PROMPT}", generated)
+
+    def measure_together(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        data: None,
+    ) -> dict[str, Metrics]:
+        """Tokens per second of both kinds of work, and bytes of the model and of its KV cache."""
+        found = compare_speed(
+            models,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            batch=self.batch_size,
+            repeats=self.repeats,
+        )
+        return {label: _metrics(speed) for label, speed in found.items()}
+
+    @classmethod
+    def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
+        """Adds ratios, and "realised" to the details of timings.
+
+        It is the share of the time saved divided by the share of the layers' parameters removed:
+        1 if time falls in proportion to depth.
+        """
+        found = super().compare(own, dense, removed)
+        for name in ("speed/prompt", "speed/generation"):
+            relative = found[name].relative
+            if removed and relative is not None:
+                realised = (1 - 1 / relative.value) / removed
+                details = {**found[name].details, "realised": realised}
+                told = f"{found[name].data}; {realised:.0%} of the ideal saving"
+                found[name] = replace(found[name], data=told, details=details)
+        return found
+
+
+def _metrics(speed: ModelSpeed) -> Metrics:
+    found = {}
+    for work, timing in (("prompt", speed.prompt), ("generation", speed.generation)):
+        slowest, fastest = timing.spread
+        found[f"speed/{work}"] = Metric(
+            timing.tokens_per_second,
+            unit="tokens/s",
+            comparison="ratio",
+            headline=True,
+            data=f"median of {len(timing.seconds)}, {slowest:.1f} to {fastest:.1f}",
+            details={"slowest": slowest, "fastest": fastest},
+        )
+    for name, size in (("peak_memory", speed.peak_bytes), ("kv_cache", speed.cache_bytes)):
+        found[f"speed/{name}"] = Metric(size, unit="bytes", comparison="ratio")
+    return found
+
+
 @torch.inference_mode()
 def compare_speed(
     models: Mapping[str, PreTrainedModel],
@@ -71,7 +146,7 @@ def compare_speed(
     batch: int = 1,
     repeats: int = 3,
     progress: bool = True,
-) -> dict[str, Speed]:
+) -> dict[str, ModelSpeed]:
     """Times the models alternately, A B A B ..., after one warm-up of each.
 
     Because the models alternate, other load on the machine affects all of them, and ratios of
@@ -113,7 +188,7 @@ def compare_speed(
                     peaks[label] = max(_peak_bytes(model, work) for work in works)
                 bar.update()
     return {
-        label: Speed(
+        label: ModelSpeed(
             Timing(prompt_tokens, tuple(times["prompt"])),
             Timing(new_tokens * batch, tuple(times["generation"])),
             peaks[label] + models[label].get_memory_footprint(),
@@ -167,7 +242,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def _generate(model: PreTrainedModel, batch: int, new_tokens: int) -> None:
-    ids = _probe(model, batch, 16)
+    ids = _probe(model, batch, _PROMPT)
     generate_greedily(model, ids, new_tokens, least=new_tokens)
 
 

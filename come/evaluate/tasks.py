@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # The harness (lm-eval) takes seconds to import, so it is imported inside the functions.
 
+_KEY = "eval.zero_shot.tasks"
 _GENERATED = 256  # the harness's default for max_gen_toks
 
 
@@ -129,7 +130,7 @@ def load_tasks(
     from lm_eval.tasks import TaskManager
 
     if include_path and not Path(include_path).expanduser().is_dir():
-        raise ValueError(f"eval.include_path={include_path}: no such folder")
+        raise ValueError(f"eval.zero_shot.include_path={include_path}: no such folder")
     own = str(Path(include_path).expanduser()) if include_path else None
     with quiet_harness():
         manager = TaskManager(include_path=own, include_defaults=False)
@@ -143,21 +144,21 @@ def load_tasks(
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             where = f" in {include_path}" if include_path else ""
-            raise ValueError(f"eval.tasks has {name!r}: no such task{where}{hint}")
+            raise ValueError(f"{_KEY} has {name!r}: no such task{where}{hint}")
         try:
             with quiet_harness():
                 found = manager.load([name])
         except Exception as error:  # datasets raises many kinds of exceptions
             raise ValueError(
-                f"eval.tasks has {name!r}: its documents cannot be read ({one_line(error)}); tasks "
-                "of the hub need network, local ones files that are there "
-                "(eval.include_path=FOLDER)"
+                f"{_KEY} has {name!r}: its documents cannot be read ({one_line(error)}); tasks of "
+                "the hub need network, local ones files that are there "
+                "(eval.zero_shot.include_path=FOLDER)"
             ) from error
         for task, built in found["tasks"].items():
             if built.get_config("output_type") == "loglikelihood_rolling":
                 raise ValueError(
-                    f"eval.tasks has {name!r}: {task} measures a text as a whole and has no score "
-                    "for a document; eval.perplexity=true does that"
+                    f"{_KEY} has {name!r}: {task} measures a text as a whole and has no score for "
+                    "a document; eval=perplexity does that"
                 )
         group = found["groups"].get(name)
         loaded += [group] if group is not None else list(found["tasks"].values())
@@ -198,27 +199,27 @@ def check_tasks(
     for name, task in tasks.tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
             raise ValueError(
-                f"eval.tasks: {name} runs code that the model writes, which this project does not "
+                f"{_KEY}: {name} runs code that the model writes, which this project does not "
                 "do; lm-eval's own command line can, on the saved model folder"
             )
         if task.get_config("output_type") != "generate_until":
             continue
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"eval.tasks: {name} generates up to an end token, and the tokenizer has none; "
+                f"{_KEY}: {name} generates up to an end token, and the tokenizer has none; "
                 "name one as eos_token in tokenizer_config.json"
             )
         generated = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", _GENERATED)
         if longest is not None and generated >= longest:
             raise ValueError(
-                f"eval.tasks: {name} generates {generated} tokens, and the model reads at most "
+                f"{_KEY}: {name} generates {generated} tokens, and the model reads at most "
                 f"{longest} with the prompt; set max_gen_toks in the task's generation_kwargs"
             )
     prefix = prefix_token(tokenizer)
     if prefix is None or prefix >= rows:
         found = "has neither" if prefix is None else f"has one with id {prefix} (rows: {rows})"
         raise ValueError(
-            f"eval.tasks={','.join(tasks.names)}: the harness needs a begin or end token that the "
+            f"{_KEY}={','.join(tasks.names)}: the harness needs a begin or end token that the "
             f"model's embedding has a row for, and the tokenizer {found}; name one as bos_token or "
             "eos_token in tokenizer_config.json, or measure with eval=perplexity"
         )
@@ -229,7 +230,7 @@ def check_tasks(
             task.build_all_requests(limit=tasks.limit, rank=0, world_size=1)
         words = [word for i in task.instances for word in i.args if isinstance(word, str) and word]
         ids = [i for word in words for i in tokenizer(word, add_special_tokens=False)["input_ids"]]
-        check_token_ids(torch.tensor([ids]), rows, f"eval.tasks: a prompt of {name}", tokenizer)
+        check_token_ids(torch.tensor([ids]), rows, f"{_KEY}: a prompt of {name}", tokenizer)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

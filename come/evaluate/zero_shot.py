@@ -6,51 +6,115 @@ import copy
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from come.evaluate.tasks import TaskSet, check_tasks, prefix_token, quiet_harness
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Relative, Subject
+from come.evaluate.paired import mean_difference
+from come.evaluate.tasks import (
+    TaskSet,
+    check_tasks,
+    load_tasks,
+    prefix_token,
+    quiet_harness,
+    tasks_identity,
+)
+from come.setting import setting
+
+# Optional[...] rather than `X | None`: OmegaConf reads these annotations.
+# ruff: noqa: UP045
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 _RESAMPLES = 1000  # bootstrap resamples for standard errors without a closed form
+_NORMAL = 1.959964  # 97.5% quantile of the normal distribution
 
 
-@dataclass(frozen=True)
-class ZeroShot:
-    """The results of one model on the zero-shot tasks.
+@EVALUATIONS.register
+@dataclass
+class ZeroShot(Evaluation):
+    """Accuracy on zero-shot tasks of lm-eval, compared with the dense model by document."""
 
-    Attributes:
-        metrics: for every task, its metrics by name, with their standard errors as
-            "METRIC_stderr".
-        scores: for every task, the headline metric of every document, in order; None if that
-            metric is not a mean over documents (a correlation, F1, BLEU).
-        documents: number of documents of every task.
-        values: headline metric of every requested task or group; for a group, the harness's
-            aggregate, or the mean over its tasks if there is none.
-        members: names of the tasks that each requested name stands for.
-    """
+    name = "zero_shot"
+    config_key = "eval.zero_shot"
 
-    metrics: dict[str, dict[str, float]]
-    scores: dict[str, list[float] | None]
-    documents: dict[str, int]
-    values: dict[str, float]
-    members: dict[str, list[str]]
+    tasks: list[str] = setting(
+        ["arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu"],
+        "tasks and groups of lm-eval, or of include_path",
+    )
+    include_path: Optional[str] = setting(
+        None,
+        "folder of local tasks, YAML files as lm-eval's",
+        kind=str,
+        optional=True,
+        counts=False,
+    )
+    limit: Optional[int] = setting(
+        None, "only the first documents of every task; null for all", kind=int, least=1,
+        optional=True,
+    )  # fmt: skip
+    batch_size: int = setting(8, "sequences of a forward pass", least=1)
 
-    def value(self, task: str) -> float:
-        """The headline metric of a task."""
-        return self.metrics[task][headline(self.metrics[task])]
+    def check(self) -> None:
+        """Raises ValueError for no task, or a task that is named twice."""
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            told = "names a task twice" if self.tasks else "names no task"
+            raise ValueError(f"eval.zero_shot.tasks={list(self.tasks)} {told}")
 
-    @property
-    def average(self) -> float:
-        """Mean of `values`; a group has the same weight as a task."""
-        return sum(self.values.values()) / len(self.values)
+    def identity(self) -> str:
+        """Hash of the tasks."""
+        return tasks_identity(self.tasks, self.include_path, self.limit)
+
+    def prepare(self, subject: Subject) -> TaskSet:
+        """The tasks with their documents."""
+        tasks = load_tasks(
+            self.tasks,
+            include_path=self.include_path,
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+        check_tasks(tasks, subject.tokenizer, subject.vocabulary, subject.longest)
+        return tasks
+
+    def key(self, data: TaskSet) -> Any:
+        """Hash of the tasks."""
+        return data.identity
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TaskSet
+    ) -> Metrics:
+        """See `zero_shot`."""
+        return zero_shot(model, tokenizer, data)
+
+    @classmethod
+    def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
+        """Differences of all metrics; groups have a paired bootstrap interval over their tasks.
+
+        The tasks of a group are weighted by their documents; the average weights all requested
+        tasks and groups equally.
+        """
+        found = super().compare(own, dense, removed)
+        for name, metric in own.items():
+            groups = metric.details.get("groups")
+            if not groups:
+                continue
+            pairs = [
+                [(own[f"zero_shot/{t}"].samples, dense[f"zero_shot/{t}"].samples) for t in members]
+                for members in groups.values()
+            ]
+            gap = metric.value - dense[name].value
+            if all(own and its for group in pairs for own, its in group):
+                relative = Relative(gap, *mean_difference(pairs))
+            else:
+                relative = Relative(gap)
+            found[name] = replace(metric, relative=relative)
+        return found
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -60,7 +124,7 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 def zero_shot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet
-) -> ZeroShot:
+) -> Metrics:
     """Runs the tasks on a model in memory, without saving the model or caching answers.
 
     Prompts, numbers of few-shot examples and metrics are those of the task definitions. The
@@ -70,6 +134,13 @@ def zero_shot(
         model: the model.
         tokenizer: its tokenizer.
         tasks: the tasks, from `load_tasks`.
+
+    Returns:
+        For every task, its headline metric as "zero_shot/TASK" and the others as
+        "zero_shot/TASK/METRIC", with normal intervals from the harness's standard errors; for every
+        requested group, the harness's aggregate, or the mean over its tasks if there is none; and
+        as "zero_shot" the mean over the requested tasks and groups. Samples are the scores of the
+        documents, in order; a metric that is not their mean (a correlation, F1, BLEU) has none.
 
     Raises:
         ValueError: see `check_tasks`; also if a log-likelihood is NaN, a metric overflows, or a
@@ -105,25 +176,54 @@ def zero_shot(
                 "the task out, or measure text with eval=perplexity"
             ) from error
     assert found is not None
-    metrics: dict[str, dict[str, float]] = {}
-    scores: dict[str, list[float] | None] = {}
-    documents: dict[str, int] = {}
+    metrics: Metrics = {}
     for name, samples in found["samples"].items():
         _check_answers(name, samples, model)
-        metrics[name] = _plain(found["results"][name])
-        if not metrics[name]:
-            raise ValueError(f"zero-shot: no metric of {name} is a finite number")
-        counts = headline(metrics[name])
-        only = samples[0].get("filter")  # use the first of several filters
-        ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
-        documents[name] = len(ordered)
-        scores[name] = _scores([sample[counts] for sample in ordered], metrics[name][counts])
+        metrics |= _task_metrics(name, found["results"][name], samples)
     values = {}
     for name, members in tasks.members.items():
+        own = [metrics[f"zero_shot/{task}"].value for task in members]
         whole = _plain(found["results"].get(name, {}))
-        own = [metrics[task][headline(metrics[task])] for task in members]
         values[name] = whole[headline(whole)] if whole else sum(own) / len(own)
-    return ZeroShot(metrics, scores, documents, values, tasks.members)
+        if name not in members:
+            metrics[f"zero_shot/{name}"] = Metric(
+                values[name], comparison="difference", details={"groups": {name: members}}
+            )
+    average = Metric(
+        sum(values.values()) / len(values),
+        comparison="difference",
+        data=f"mean of {', '.join(values)}",
+        headline=True,
+        details={"groups": tasks.members},
+    )
+    return {"zero_shot": average, **metrics}
+
+
+def _task_metrics(
+    name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> Metrics:
+    """The metrics of one task; the samples of the first of several filters are used."""
+    plain = _plain(result)
+    if not plain:
+        raise ValueError(f"zero-shot: no metric of {name} is a finite number")
+    only = samples[0].get("filter")
+    ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
+    metrics = {}
+    for key, value in plain.items():
+        if key.endswith("_stderr"):
+            continue
+        place = f"zero_shot/{name}" if key == headline(plain) else f"zero_shot/{name}/{key}"
+        error = plain.get(f"{key}_stderr")
+        metrics[place] = Metric(
+            value,
+            None if error is None else value - _NORMAL * error,
+            None if error is None else value + _NORMAL * error,
+            comparison="difference",
+            samples=_scores([sample.get(key) for sample in ordered], value),
+            data=f"{len(ordered)} documents",
+            details={"metric": key, "stderr": error},
+        )
+    return metrics
 
 
 def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> None:
@@ -140,12 +240,12 @@ def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTr
                     )
 
 
-def _scores(values: Sequence[Any], metric: float) -> list[float] | None:
-    """The score of every document, or None if the metric is not the mean of these scores."""
+def _scores(values: Sequence[Any], metric: float) -> list[float]:
+    """The score of every document; empty if the metric is not the mean of these scores."""
     if not all(isinstance(value, Real | np.bool_) for value in values):
-        return None
+        return []
     scores = [float(value) for value in values]
-    return scores if math.isclose(sum(scores) / len(scores), metric, abs_tol=1e-6) else None
+    return scores if math.isclose(sum(scores) / len(scores), metric, abs_tol=1e-6) else []
 
 
 def _document(sample: Mapping[str, Any]) -> int:

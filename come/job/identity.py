@@ -9,14 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from come.evaluate.tasks import tasks_identity
 from come.files import file_hash, package_hash
 from come.job.folder import find_run
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device
-from come.schema import ModelSettings, Settings, TextSettings
+from come.schema import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -50,25 +49,16 @@ def job_hash(settings: Settings) -> str:
         "model": settings.model.counted(),
         "model_identity": model_identity(settings.model),
         "merge": settings.merge.counted(),
-        "eval": settings.eval.counted(),
-        "eval_text": _text_identity(settings.eval) if settings.eval.perplexity else None,
+        "eval": {name: [e.counted(), e.identity()] for name, e in settings.eval.items()},
     }
-    if settings.merge.enabled and settings.eval.perplexity:  # decides which part is held out
+    if settings.merge.enabled and settings.held_out_texts:  # decides which part is held out
         calibrating = settings.calibration
-        parts["held_out_from"] = None if calibrating.self_generated else _text_identity(calibrating)
-    if settings.eval.extra_texts:
-        parts["eval_also"] = {
-            name: [_text_identity(text), text.counted()]
-            for name, text in settings.eval.extra_texts.items()
-        }
-    if settings.eval.tasks:
-        asked = settings.eval
-        parts["tasks"] = tasks_identity(asked.tasks, asked.include_path, asked.limit)
+        own = not calibrating.self_generated
+        parts["held_out_from"] = calibrating.text_identity() if own else None
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:
-        own = settings.distill.counted()
-        parts["distill"] = own | {"text": _training_identity(settings)}
+        parts["distill"] = settings.distill.counted() | {"text": _training_identity(settings)}
     if not settings.merge.enabled:
         parts["merge"] = None
     elif settings.from_run is not None:
@@ -82,7 +72,7 @@ def job_hash(settings: Settings) -> str:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:
         self_generated = settings.calibration.self_generated
-        text = "self_generated" if self_generated else _text_identity(settings.calibration)
+        text = "self_generated" if self_generated else settings.calibration.text_identity()
         parts |= {"calibration": settings.calibration.counted(), "calibration_text": text}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
@@ -92,11 +82,4 @@ def _training_identity(settings: Settings) -> Any:
     if settings.training_text is None:
         calibration = settings.calibration
         return ["self_generated", str(calibration.sampling), calibration.keep_likeliest]
-    return _text_identity(settings.training)
-
-
-def _text_identity(text: TextSettings) -> str:
-    try:
-        return text.text_source().identity
-    except (ValueError, OSError):
-        return f"unreadable {text.path or text.source}"
+    return settings.training.text_identity()

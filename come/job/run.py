@@ -162,8 +162,6 @@ def _result(
         "compression": compression,
         "calibration": calibration_result(job) or plan.provenance.get("calibration"),
         "distillation": distillation,
-        "eval_source": job.held_out[""].source if job.held_out else "",
-        "eval_also": {name: text.source for name, text in job.held_out.items() if name},
         "settings": job.settings.record(),
         "versions": versions(),
     }

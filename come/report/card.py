@@ -12,13 +12,15 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from come.distill.objectives.base import DISTILL
 from come.errors import one_line
+from come.evaluate.base import read_metrics
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan, tensors_path
 from come.merge.refit.base import REFITS
 from come.merge.saving import PLAN
 from come.models.dialects import TESTED_TRANSFORMERS
 from come.records import DepthResult, Result
-from come.report.numbers import number
+from come.report.numbers import comparison, heading, relative, value
+from come.report.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +54,6 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
         **{key: given[key] for key in _INHERITED if key in given},
     )
     paper = f" ([arXiv {operator.paper}](https://arxiv.org/abs/{operator.paper}))"
-    found = depth["perplexity"]
-    quality = (
-        f"Perplexity {number(found['value'], 2)}, {number(found['ratio'], 3)} times the dense "
-        "model's, on "
-        f"{found['tokens']} tokens of {result['eval_source']}."
-        if found
-        else "Not evaluated."
-    )
     calibration = result["calibration"]
     origin = (
         f"{calibration['tokens']} tokens of {calibration['source']}"
@@ -103,7 +97,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID")
 Written with transformers {result["versions"]["transformers"]}; this form of checkpoint is tested
 with transformers {" and ".join(TESTED_TRANSFORMERS)}.
 
-{quality}
+{_quality(result, depth)}
 
 Calibration: {origin}.
 
@@ -113,6 +107,26 @@ Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} weight
 The licence is that of the base model{f" ({licence})" if licence else ""}.
 """
     return ModelCard(text)
+
+
+def _quality(result: Result, depth: DepthResult) -> str:
+    """Table of the headline metrics beside those of the dense model."""
+    dense = read_metrics(result["depths"][0]["metrics"])
+    own = {name: m for name, m in read_metrics(depth["metrics"]).items() if m.headline}
+    if not own:
+        return "Not evaluated."
+    rows = [
+        [
+            heading(name, metric),
+            value(metric),
+            value(dense[name]),
+            f"{relative(metric)} {comparison(metric)}".strip(),
+            metric.data,
+        ]
+        for name, metric in own.items()
+    ]
+    head = ["", "this model [95%]", "dense [95%]", "against dense [95%]", "measured on"]
+    return Table(head, rows).without_empty_columns().markdown().strip()
 
 
 def _base_model(result: Result) -> str | None:

@@ -138,14 +138,18 @@ def draw_influence(plan: Plan, path: Path) -> None:
 
 def draw_depth(result: Result, path: Path) -> None:
     """Draws perplexity over the number of layers, with confidence intervals over windows."""
-    points = [(d["layers"], d["perplexity"]) for d in result["depths"] if d["perplexity"]]
+    points = [
+        (depth["layers"], depth["metrics"]["perplexity"])
+        for depth in result["depths"]
+        if "perplexity" in depth["metrics"]
+    ]
     figure, axis = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     assert isinstance(axis, Axes)
     layers = [layer for layer, _ in points]
-    values = [found["value"] for _, found in points if found]
-    low = [found["value"] - found["low"] for _, found in points if found]
+    values = [found["value"] for _, found in points]
+    low = [found["value"] - found["low"] for _, found in points]
     longest = 100 * max(values, default=0.0)  # limit of an error bar
-    high = [min(found["high"] - found["value"], longest) for _, found in points if found]
+    high = [min(found["high"] - found["value"], longest) for _, found in points]
     axis.errorbar(layers, values, yerr=[low, high], fmt="o-", capsize=4)
     for layer, value in zip(layers, values, strict=True):
         axis.annotate(f"{value:.1f}", (layer, value), (6, 4), textcoords="offset points", size=8)
@@ -165,7 +169,7 @@ def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     if plan.steps:
         drawings["puzzle"] = lambda path: draw_puzzle(plan, path)
         drawings["influence"] = lambda path: draw_influence(plan, path)
-    if any(depth["perplexity"] for depth in result["depths"]):
+    if any("perplexity" in depth["metrics"] for depth in result["depths"]):
         drawings["perplexity"] = lambda path: draw_depth(result, path)
     paths = {}
     for name, draw in drawings.items():

@@ -10,7 +10,7 @@ from typing import Any
 from come.files import LISTING, RESULT, write_text
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, Row, label, points, varying_keys
-from come.report.tables import long_table, perplexity_table, speed_table, zero_shot_table
+from come.report.tables import depth_table, long_table, metric_table
 
 
 def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[dict[str, str]]]:
@@ -83,15 +83,16 @@ def write_grid(
     tables, notes = [], []
     measured = [point for point in found if point.perplexity is not None]
     if measured:
-        tables.append(perplexity_table(measured, x))
+        tables.append(depth_table(measured, x))
         notes.append(_note(measured))
         draw_grid(measured, folder / "figure.png", x, title)
-    if any(point.average is not None for point in found):
-        tables.append(zero_shot_table(found, x))
-        notes.append(_ACCURACY)
-    if any(point.speed is not None for point in found):
-        tables.append(speed_table(found, x))
-        notes.append(_SPEED)
+    names = dict.fromkeys(name.partition("/")[0] for point in found for name in point.metrics)
+    for name in names:
+        if name != "perplexity":
+            tables.append(metric_table(found, name, x))
+            notes.append(f"{_COMPARED}\n")
+    if fixed := _fixed(rows, varying):
+        notes.append(f"All jobs: {fixed}.\n")
     if missing:
         notes.append(f"Not finished: {'; '.join(label(job, varying) for job in missing)}.\n")
     text = "\n".join([*(table.markdown() for table in tables), *notes])
@@ -101,39 +102,30 @@ def write_grid(
     return text
 
 
-_ACCURACY = """Accuracy, followed by the difference to the dense model on the same
-documents, with a star where the 95% interval (paired bootstrap) leaves out zero.
-"""
-
-
-_SPEED = """Speed: tokens/s of the median, x dense in the same run, and in brackets how much of
-the ideal: share of the time saved over share of the layers removed.
-"""
+_COMPARED = """Values are followed by the ratio to the dense model, or the difference to it with a
+star where it is significant: the 95% interval (paired bootstrap) leaves out zero, and McNemar's
+test agrees."""
 
 
 def _note(points: Sequence[Point]) -> str:
-    texts = "".join(
-        f"- {value:.2f}, {tokens} tokens in {windows} windows\n"
-        for value, tokens, windows in sorted({point.dense for point in points})
-    )
+    dense = {(p.dense["perplexity"].value, p.dense["perplexity"].data) for p in points}
+    texts = "".join(f"- {value:.2f}, {data}\n" for value, data in sorted(dense))
     return (
-        "Perplexity, followed by its ratio to the dense model's; of several seeds\n"
-        f"means, and [lowest, highest] of the latter. Dense:\n\n{texts}"
+        "Perplexity, followed by its ratio to the dense model's, with the 95% interval; of several"
+        "\nseeds means, with [lowest, highest]. The lowest ratio is bold. Dense:\n\n" + texts
     )
 
 
-def _without_windows(perplexity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in perplexity.items() if key != "nll"}
+def _fixed(rows: Sequence[Row], varying: Sequence[str]) -> str:
+    """The overrides that all jobs share."""
+    first = rows[0]["overrides"] if rows else {}
+    return ", ".join(f"{key}={value}" for key, value in first.items() if key not in varying)
 
 
-def _without_documents(zero_shot: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if zero_shot is None:
-        return None
-    tasks = {
-        name: {key: value for key, value in task.items() if key != "scores"}
-        for name, task in zero_shot["tasks"].items()
-    }
-    return {**zero_shot, "tasks": tasks}
+def _numbers(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric without samples, and without the texts and token ids of continuations."""
+    details = {k: v for k, v in metric["details"].items() if k not in ("texts", "ids")}
+    return {**metric, "samples": [], "details": details}
 
 
 def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -147,9 +139,7 @@ def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     """The part of a result for tables and figure, without per-window and per-document data."""
     depths = [
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
-        | {"perplexity": _without_windows(depth["perplexity"] or {})}
-        | {"also": {name: _without_windows(p) for name, p in depth.get("also", {}).items()}}
-        | {"zero_shot": _without_documents(depth.get("zero_shot")), "speed": depth.get("speed")}
+        | {"metrics": {name: _numbers(metric) for name, metric in depth["metrics"].items()}}
         for depth in result["depths"]
     ]
     return {

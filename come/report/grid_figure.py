@@ -29,13 +29,14 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1
     lines: dict[str, dict[str, list[float]]] = {}
-    texts = {point.dense for point in points}
+    texts = {(p.dense["perplexity"].value, p.dense["perplexity"].data) for p in points}
     ratios = []
     for point in points:
         if point.perplexity is None:
             continue
-        value = point.perplexity.value if len(texts) == 1 else point.perplexity.against
-        ratios.append(point.perplexity.against)
+        ratio = point.perplexity.relative.value if point.perplexity.relative else 1.0
+        value = point.perplexity.value if len(texts) == 1 else ratio
+        ratios.append(ratio)
         name = f"{point.line}, {point.layers} layers" if several else point.line
         lines.setdefault(name, {}).setdefault(point.x, []).append(value)
     numeric = all(_is_number(place) for places in lines.values() for place in places)
@@ -54,7 +55,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
             color=colours(number % 20), label=plain_label(name),
         )  # fmt: skip
-    level = points[0].dense[0] if len(texts) == 1 else 1.0
+    level = points[0].dense["perplexity"].value if len(texts) == 1 else 1.0
     axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")

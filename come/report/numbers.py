@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from come.evaluate.base import Metric
+
 _PLAIN = 10_000  # numbers from here on have an exponent
 
 
@@ -18,14 +20,60 @@ def label(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def interval(value: float, low: float, high: float, digits: int) -> str:
-    """Formats a number with its interval: "8.97 [7.38, 10.90]"."""
-    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+def plain_value(metric: Metric) -> str:
+    """Formats a metric's value by its unit: "8.97", "0.512", "81.2" (tokens/s), "538 MB"."""
+    return _by_unit(metric, metric.value)
 
 
-def megabytes(size: int) -> str:
-    """Formats a number of bytes: "538 MB"."""
-    return f"{size / 1e6:,.0f} MB"
+def value(metric: Metric) -> str:
+    """Formats a metric's value with its interval, if any: "8.97 [7.38, 10.90]"."""
+    if metric.low is None or metric.high is None:
+        return plain_value(metric)
+    low, high = _by_unit(metric, metric.low), _by_unit(metric, metric.high)
+    return f"{plain_value(metric)} [{low}, {high}]"
+
+
+def relative(metric: Metric) -> str:
+    """Formats the comparison with dense: "1.402 [1.380, 1.425]" (x dense), "-0.031 [...]"."""
+    found = metric.relative
+    if found is None:
+        return ""
+    if metric.comparison == "difference":
+        text, ends = f"{found.value:+.3f}", [f"{e:+.3f}" for e in _ends(found.low, found.high)]
+    else:
+        text, ends = number(found.value, 3), [number(e, 3) for e in _ends(found.low, found.high)]
+    return f"{text} [{', '.join(ends)}]" if ends else text
+
+
+def comparison(metric: Metric) -> str:
+    """Column title of `relative`: "x dense" or "minus dense"."""
+    return {"ratio": "x dense", "difference": "minus dense"}.get(metric.comparison, "")
+
+
+def heading(name: str, metric: Metric) -> str:
+    """Column title of a metric: "zero-shot", "prompt, tokens/s"."""
+    _, _, own = name.partition("/")
+    text = (own or name).replace("_", "-" if not own else " ")
+    return f"{text}, {metric.unit}" if metric.unit not in ("", "bytes", "share") else text
+
+
+def _ends(low: float | None, high: float | None) -> list[float]:
+    return [] if low is None or high is None else [low, high]
+
+
+def _by_unit(metric: Metric, value: float) -> str:
+    if metric.unit == "bytes":
+        return megabytes(value)
+    if metric.unit == "share":
+        return f"{value:.0%}"
+    if metric.unit == "tokens/s":
+        return f"{value:.1f}"
+    return f"{value:.3f}" if metric.comparison == "difference" else number(value, 2)
+
+
+def megabytes(size: float) -> str:
+    """Formats a number of bytes: "538 MB", "1.2 MB"."""
+    return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from come.evaluate.base import Metric, Metrics, read_metrics
+
 PARAMETERS = "parameters"
 _SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # the x axis shows the size
 _SILENT = ("merge.save_weights", "merge.keep")  # have no effect on the measurements
@@ -14,23 +16,6 @@ Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (of its command line, key to value), and from its
 result `method`, `depths` (dense first), `compression`, `merge_history` and, if any, `distillation`.
 """
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A measured value of a model, and its comparison with the dense model on the same data.
-
-    Attributes:
-        value: perplexity or accuracy.
-        against: ratio to the dense model's perplexity, or difference to its accuracy.
-        low: lower end of the 95% confidence interval of `against`; None if there is none.
-        high: upper end of that interval; None if there is none.
-    """
-
-    value: float
-    against: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -43,14 +28,8 @@ class Point:
         layers: depth of the model.
         parameters: number of parameters.
         seed: the seeds that the command line sets, such as "merge.selection.seed=1".
-        perplexity: perplexity on the main text; None if not measured.
-        dense: perplexity of the dense model, and numbers of tokens and windows of the main text;
-            zeros if not measured.
-        also: perplexity on the texts of `eval.extra_texts`, by name.
-        tasks: accuracy by name of the requested task or group.
-        average: mean accuracy; None without tasks.
-        retention: average accuracy divided by the dense model's.
-        speed: a `SpeedResult`; None if not timed.
+        metrics: metrics of the model, by name.
+        dense: metrics of the dense model, by name.
     """
 
     line: str
@@ -58,13 +37,13 @@ class Point:
     layers: int
     parameters: int
     seed: str
-    perplexity: Measured | None
-    dense: tuple[float, int, int]
-    also: dict[str, Measured] = field(default_factory=dict)
-    tasks: dict[str, Measured] = field(default_factory=dict)
-    average: Measured | None = None
-    retention: float = 0.0
-    speed: dict[str, Any] | None = None
+    metrics: Metrics
+    dense: Metrics = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> Metric | None:
+        """Perplexity on the main text; None if not measured."""
+        return self.metrics.get("perplexity")
 
 
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -100,12 +79,10 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     if "merge" in varying and "method" in row:
         overrides = {"merge": row["method"]} | overrides
     line = label(overrides, [k for k in varying if k not in unseen and not k.endswith("seed")])
-    text = dense["perplexity"]
+    reference = read_metrics(dense["metrics"])
     found = []
     for depth in depths:
-        tasks = depth.get("zero_shot")
-        speed = depth.get("speed")
-        if not (depth["perplexity"] or tasks or speed):
+        if not depth["metrics"]:
             continue
         merged = distilled and depth["stage"] == "merged"
         found.append(
@@ -115,34 +92,11 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
                 layers=depth["layers"],
                 parameters=depth["parameters"],
                 seed=", ".join(f"{k}={v}" for k, v in overrides.items() if k.endswith("seed")),
-                perplexity=_perplexity(depth["perplexity"]) if depth["perplexity"] else None,
-                dense=(round(text["value"], 3), text["tokens"], text["windows"])
-                if text
-                else (0.0, 0, 0),
-                also={name: _perplexity(p) for name, p in depth.get("also", {}).items()},
-                tasks=_tasks(tasks) if tasks else {},
-                average=_accuracy(tasks["average"], tasks["average_difference"]) if tasks else None,
-                retention=tasks["retention"] if tasks else 0.0,
-                speed=speed,
+                metrics=read_metrics(depth["metrics"]),
+                dense=reference,
             )
         )
     return found
-
-
-def _perplexity(found: Mapping[str, Any]) -> Measured:
-    return Measured(found["value"], found["ratio"], found["ratio_low"], found["ratio_high"])
-
-
-def _tasks(found: Mapping[str, Any]) -> dict[str, Measured]:
-    """Accuracy of the requested tasks and groups, by name."""
-    return {
-        name: _accuracy(value, found["differences"][name])
-        for name, value in found["values"].items()
-    }
-
-
-def _accuracy(value: float, difference: Mapping[str, Any]) -> Measured:
-    return Measured(value, difference["value"], difference["low"], difference["high"])
 
 
 def _place(value: str) -> str:

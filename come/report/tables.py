@@ -1,15 +1,16 @@
-"""Tables of a sweep, as Markdown, LaTeX and CSV."""
+"""Tables, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from come.report.numbers import number
-from come.report.points import PARAMETERS, Measured, Point
+from come.evaluate.base import Metric, Relative
+from come.report.numbers import heading, number, plain_value, relative
+from come.report.points import PARAMETERS, Point
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Table:
     rows: list[list[str]]
     labels: int = 1
 
+    def without_empty_columns(self) -> Table:
+        """The table without columns that have no value in any row."""
+        kept = [i for i in range(len(self.head)) if any(row[i] for row in self.rows)]
+        labels = sum(i < self.labels for i in kept)
+        return Table(
+            [self.head[i] for i in kept], [[row[i] for i in kept] for row in self.rows], labels
+        )
+
     def markdown(self) -> str:
         """The table as Markdown."""
         aligned = "---|" * self.labels + "---:|" * (len(self.head) - self.labels)
@@ -35,117 +44,141 @@ class Table:
     def latex(self) -> str:
         """The table as a LaTeX tabular with booktabs rules."""
         columns = "l" * self.labels + "r" * (len(self.head) - self.labels)
-        frame = pd.DataFrame(self.rows, columns=self.head)
+        rows = [[cell.replace("**", "") for cell in row] for row in self.rows]
+        frame = pd.DataFrame(rows, columns=self.head)
         return frame.to_latex(index=False, escape=True, column_format=columns)
 
 
-def perplexity_table(points: Sequence[Point], x: str) -> Table:
-    """Perplexity and its ratio to dense: a row per label, `x` and text, and a column per depth."""
-    by_x = x != PARAMETERS
-    texts = list(dict.fromkeys(["", *(name for point in points for name in point.also)]))
-    depths = sorted({point.layers for point in points}, reverse=True)
-    head = ["", *([x] if by_x else []), *(["text"] if len(texts) > 1 else [])]
-    rows = []
-    for line, place in dict.fromkeys((p.line, p.x if by_x else "") for p in points):
-        for text in texts:
-            cells = [line, *([place] if by_x else []), *([text or "-"] if len(texts) > 1 else [])]
-            for depth in depths:
-                here = [
-                    p.also.get(text) if text else p.perplexity
-                    for p in points
-                    if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
-                ]
-                cells.append(_perplexity_cell([m for m in here if m is not None]))
-            rows.append(cells)
-    return Table([*head, *(f"{depth} layers" for depth in depths)], rows, len(head))
+def depth_table(points: Sequence[Point], x: str) -> Table:
+    """Perplexity and its ratio to dense: a row per label, `x` and text, and a column per depth.
 
-
-def zero_shot_table(points: Sequence[Point], x: str) -> Table:
-    """Accuracy and its difference to dense: one row per model, one column per task.
-
-    A star marks a difference whose 95% confidence interval excludes zero. Models that differ only
-    in a seed share a row of means, without stars.
+    A single model's ratio has its 95% interval; several seeds have the mean ratio and [lowest,
+    highest]. The lowest ratio of a column is bold, if a column has several.
     """
     by_x = x != PARAMETERS
-    points = [point for point in points if point.average is not None]
-    names = list(dict.fromkeys(name for point in points for name in point.tasks))
-    head = ["", *([x] if by_x else []), "layers", *names, "average", "of dense"]
+    texts = _names(points, "perplexity")
+    depths = sorted({point.layers for point in points}, reverse=True)
+    head = ["", *([x] if by_x else []), *(["text"] if len(texts) > 1 else [])]
+    rows, ratios = [], []
+    for line, place in dict.fromkeys((p.line, p.x if by_x else "") for p in points):
+        for text in texts:
+            name = text.partition("/")[2] or "-"
+            row = [line, *([place] if by_x else []), *([name] if len(texts) > 1 else [])]
+            found = [
+                [
+                    p.metrics[text]
+                    for p in points
+                    if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
+                    and text in p.metrics
+                ]
+                for depth in depths
+            ]
+            rows.append([*row, *map(_ratio_cell, found)])
+            ratios.append((text, [_ratio(cell) for cell in found]))
+    labels = len(head)
+    for text in texts:
+        for column in range(len(depths)):
+            own = [
+                (ratio[column], row)
+                for (of, ratio), row in zip(ratios, rows, strict=True)
+                if of == text and ratio[column] is not None
+            ]
+            if len(own) > 1:
+                _, best = min(own, key=lambda entry: entry[0] or 0.0)
+                best[labels + column] = f"**{best[labels + column]}**"
+    return Table([*head, *(f"{depth} layers" for depth in depths)], rows, labels)
+
+
+def metric_table(points: Sequence[Point], evaluation: str, x: str) -> Table:
+    """The metrics of an evaluation with their comparison to dense: one row per model.
+
+    A star marks a significant difference. Models that differ only in a seed share a row of means,
+    without stars.
+    """
+    by_x = x != PARAMETERS
+    names = _names(points, evaluation)
+    head = ["", *([x] if by_x else []), "layers"]
     rows = []
+    heads: dict[str, str] = {}
     keys = dict.fromkeys((p.line, p.x if by_x else "", p.layers) for p in points)
     for line, place, depth in keys:
-        here = [
-            p for p in points if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
-        ]
         cells = [line, *([place] if by_x else []), str(depth)]
         for name in names:
-            cells.append(_accuracy_cell([p.tasks[name] for p in here if name in p.tasks]))
-        cells.append(_accuracy_cell([p.average for p in here if p.average is not None]))
-        cells.append(f"{_mean([p.retention for p in here]):.1%}")
-        rows.append(cells)
-    return Table(head, rows, 1 + by_x)
-
-
-def speed_table(points: Sequence[Point], x: str) -> Table:
-    """Tokens/s, ratio to dense (share of the ideal saving realised) and memory: a row per model."""
-    by_x = x != PARAMETERS
-    head = ["", *([x] if by_x else []), "layers", "prompt, tokens/s", "generation, tokens/s"]
-    rows = []
-    for point in points:
-        if (found := point.speed) is None:
-            continue
-        cells = [point.line, *([point.x] if by_x else []), str(point.layers)]
-        for work in ("prompt", "generation"):
-            cells.append(
-                f"{found[work]:.1f}, {found[f'{work}_ratio']:.2f} ({found[f'{work}_realised']:.0%})"
-            )
-        cells += [f"{found['peak_bytes'] / 1e6:.0f}", f"{found['cache_bytes'] / 1e6:.1f}"]
-        rows.append(cells)
-    return Table([*head, "peak memory, MB", "keys and values, MB"], rows, 1 + by_x)
+            here = [
+                p.metrics[name]
+                for p in points
+                if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
+                and name in p.metrics
+            ]
+            if here:
+                heads[name] = heading(name, here[0])
+            cells.append(_cell(here))
+        if any(cells[len(head) :]):
+            rows.append(cells)
+    return Table([*head, *(heads.get(name, name) for name in names)], rows, 1 + by_x)
 
 
 def long_table(points: Sequence[Point], x: str) -> str:
-    """A CSV with one line for every model and measured value.
+    """A CSV with one line for every model and metric.
 
-    `ratio` is the ratio to the dense model (perplexity, speed), and `difference` the difference to
-    it (accuracy). `low` and `high` are the ends of the 95% confidence interval, if there is one.
+    `ratio` or `difference` is the comparison with the dense model; `low` and `high` are the ends of
+    its 95% confidence interval, if there is one.
     """
     records = []
     for point in points:
         place: dict[str, Any] = {"line": point.line} | ({} if x == PARAMETERS else {x: point.x})
         place |= {"seed": point.seed, "layers": point.layers, "parameters": point.parameters}
-        ratios = {f"perplexity {name}": value for name, value in point.also.items()}
-        if point.perplexity is not None:
-            ratios = {"perplexity": point.perplexity} | ratios
-        gaps = point.tasks | ({"average": point.average} if point.average is not None else {})
-        for kind, found in (("ratio", ratios), ("difference", gaps)):
-            for name, value in found.items():
-                numbers = {"value": value.value, kind: value.against}
-                interval = {"low": value.low, "high": value.high}
-                records.append(place | {"measure": name} | numbers | interval)
-        for work in ("prompt", "generation") if point.speed else ():
-            assert point.speed is not None
-            value, ratio = point.speed[work], point.speed[f"{work}_ratio"]
-            named: dict[str, Any] = {"measure": f"{work} tokens/s", "value": value, "ratio": ratio}
-            records.append(place | named)
+        for name, metric in point.metrics.items():
+            record = place | {"metric": name, "unit": metric.unit, "value": metric.value}
+            if metric.relative is not None:
+                record[metric.comparison] = metric.relative.value
+                record |= {"low": metric.relative.low, "high": metric.relative.high}
+            records.append(record)
     return pd.DataFrame(records).to_csv(index=False)
 
 
-def _perplexity_cell(found: Sequence[Measured]) -> str:
-    if not found:
-        return ""
-    ratios = [m.against for m in found]
-    ends = number(min(ratios), 2), number(max(ratios), 2)
-    spread = f" [{', '.join(ends)}]" if len(found) > 1 else ""
-    value = number(_mean([m.value for m in found]), 1)
-    return f"{value}, {number(_mean(ratios), 2)}{spread}"
+def _names(points: Sequence[Point], evaluation: str) -> list[str]:
+    """Names of the evaluation's metrics, in order of first appearance."""
+    names = dict.fromkeys(name for point in points for name in point.metrics)
+    return [name for name in names if name.partition("/")[0] == evaluation]
 
 
-def _accuracy_cell(found: Sequence[Measured]) -> str:
+def _ratio(found: Sequence[Metric]) -> float | None:
+    ratios = [metric.relative.value for metric in found if metric.relative]
+    return _mean(ratios) if ratios else None
+
+
+def _ratio_cell(found: Sequence[Metric]) -> str:
     if not found:
         return ""
-    real = len(found) == 1 and ((found[0].low or 0) > 0 or (found[0].high or 0) < 0)
-    gap = _mean([m.against for m in found])
-    return f"{_mean([m.value for m in found]):.3f} ({gap:+.3f}{'*' if real else ''})"
+    value = number(_mean([metric.value for metric in found]), 1)
+    ratios = [metric.relative for metric in found if metric.relative]
+    if not ratios:
+        return value
+    if len(ratios) > 1:
+        low, high = min(r.value for r in ratios), max(r.value for r in ratios)
+    elif ratios[0].low is None or ratios[0].high is None:
+        return f"{value}, {number(ratios[0].value, 2)}"
+    else:
+        low, high = ratios[0].low, ratios[0].high
+    mean = _mean([r.value for r in ratios])
+    return f"{value}, {number(mean, 2)} [{number(low, 2)}, {number(high, 2)}]"
+
+
+def _cell(found: Sequence[Metric]) -> str:
+    if not found:
+        return ""
+    if len(found) == 1:
+        against = relative(found[0]).partition(" [")[0]
+        star = "*" if found[0].comparison == "difference" and found[0].significant else ""
+        return plain_value(found[0]) + (f" ({against}{star})" if against else "")
+    ratios = [metric.relative.value for metric in found if metric.relative]
+    mean = replace(
+        found[0],
+        value=_mean([metric.value for metric in found]),
+        relative=Relative(_mean(ratios)) if ratios else None,
+    )
+    return f"{plain_value(mean)} ({relative(mean)})" if ratios else plain_value(mean)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from come.evaluate.continuations import PROMPTS
+from come.evaluate.base import Metric
 from come.files import write_text
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
-from come.records import DepthResult, Difference, Result
+from come.records import DepthResult, Result
 from come.report.card import model_card
-from come.report.console import COLUMNS, summary_lines, table_rows
+from come.report.console import summary_lines, summary_table
 from come.report.figures import draw_all
-from come.report.numbers import interval, megabytes, title
+from come.report.numbers import comparison, relative, title, value
+from come.report.tables import Table
 
-_SPEED_COLUMNS = (
-    "prompt, tokens/s",
-    "x dense (of the ideal)",
-    "generation, tokens/s",
-    "x dense (of the ideal)",
-    "peak memory",
-    "keys and values",
+_BOLD = (
+    "Bold: differs from the dense model. The 95% interval (paired) excludes no difference, and "
+    "McNemar's test, if there is one, agrees (p < 0.05)."
 )
+_SHORT = 40  # characters; a longer description of the data stands below the table
 CAPTIONS = {
     "puzzle": "Which original layers, and how many units of each, make up every new layer.",
     "influence": "Score of every eligible group and block influence of every layer, step by step.",
@@ -39,14 +37,14 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
         base: folder of the base model, whose card provides metadata.
     """
     figures = draw_all(folder, result, plan)
-    lines = [f"# {title(result)}", "", *_table(result), ""]
+    lines = [f"# {title(result)}", "", summary_table(result).markdown()]
     lines += [f"- {line}" for line in summary_lines(result)]
-    lines += [*_further_texts(result), *_speed(result["depths"]), *_tasks(result["depths"])]
+    for name in dict.fromkeys(key.partition("/")[0] for key in result["depths"][0]["metrics"]):
+        lines += _section(name, result["depths"])
     lines += ["", "Merge history (the original layers of every layer):", ""]
     lines += [f"`{result['merge_history']}`", ""]
     for name, path in figures.items():
         lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]
-    lines += _continuations(result["depths"])
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     for depth in result["depths"]:
         if depth["folder"]:
@@ -56,144 +54,62 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
     return figures
 
 
-def _table(result: Result) -> list[str]:
-    return [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---:|' * len(COLUMNS)}",
-        *(f"| {' | '.join(row)} |" for row in table_rows(result)),
+def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:
+    """Section with all metrics of an evaluation, and the texts in their details."""
+    found = [
+        (_place(depth), name, Metric.read(record))
+        for depth in depths
+        for name, record in depth["metrics"].items()
+        if name.partition("/")[0] == evaluation
     ]
+    if len({name for _, name, _ in found}) == 1 and all(m.headline for _, _, m in found):
+        return []  # the summary has it
+    against = next((comparison(metric) for _, _, metric in found if metric.comparison), "")
+    data = {name: {metric.data for _, own, metric in found if own == name} for _, name, _ in found}
+    rows = [
+        [place, _label(name, metric), value(metric), _relative(metric), _p(metric),
+         metric.data if len(data[name]) > 1 or len(metric.data) < _SHORT else ""]
+        for place, name, metric in found
+    ]  # fmt: skip
+    ends = ["[95%]" if any("[" in row[column] for row in rows) else "" for column in (2, 3)]
+    head = ["layers", "metric", f"value {ends[0]}", f"{against} {ends[1]}"]
+    head += ["McNemar's p", "measured on"]
+    table = Table(head, rows, labels=2).without_empty_columns()
+    lines = ["", f"## {evaluation.replace('_', ' ').capitalize()}", "", table.markdown()]
+    lines += [
+        f"- {name}: {next(iter(texts))}"
+        for name, texts in data.items()
+        if len(texts) == 1 and len(next(iter(texts))) >= _SHORT
+    ]
+    if any("**" in cell for row in rows for cell in row):
+        lines += ["", _BOLD]
+    texts: dict[str, list[str]] = {}
+    for place, _, metric in found:
+        for prompt, text in metric.details.get("texts", {}).items():
+            texts.setdefault(prompt, []).append(f"- {place} layers: {' '.join(text.split())}")
+    for prompt, items in texts.items():
+        lines += ["", f"**{prompt}**", "", *items]
+    return lines
 
 
-def _further_texts(result: Result) -> list[str]:
-    """Section with the perplexity on the texts of `eval.extra_texts`."""
-    if not result["eval_also"]:
-        return []
-    lines = ["", "## Further texts", ""]
-    lines += ["| layers | text | perplexity [95%] | x dense [95%] |", "|---:|---|---:|---:|"]
-    for depth in result["depths"]:
-        for name, found in depth["also"].items():
-            value = interval(found["value"], found["low"], found["high"], 2)
-            ratio = interval(found["ratio"], found["ratio_low"], found["ratio_high"], 3)
-            shown = ratio if depth["folder"] else ""
-            lines.append(f"| {_place(depth)} | {name} | {value} | {shown} |")
-    sources = [
-        f"- {name}: {found['tokens']} tokens in {found['windows']} windows of "
-        f"{result['eval_also'][name]}"
-        for name, found in result["depths"][0]["also"].items()
-    ]
-    return [*lines, "", *sources]
+def _label(name: str, metric: Metric) -> str:
+    """Name of a metric in its evaluation's section, such as "arc_easy, acc"."""
+    own = name.partition("/")[2] or name.replace("_", "-")
+    kind = metric.details.get("metric", "")
+    return f"{own}, {kind}" if kind and not own.endswith(f"/{kind}") else own.replace("/", ", ")
 
 
-def _speed(depths: list[DepthResult]) -> list[str]:
-    """Section with the speed and memory of the timed models."""
-    if depths[0]["speed"] is None:
-        return []
-    lines = [
-        "",
-        "## Speed and memory",
-        "",
-        f"| layers | {' | '.join(_SPEED_COLUMNS)} |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for depth in depths:
-        if (found := depth["speed"]) is None:
-            continue
-        cells = [_place(depth)]
-        for value, spread, ratio, realised in (
-            (
-                found["prompt"],
-                found["prompt_spread"],
-                found["prompt_ratio"],
-                found["prompt_realised"],
-            ),
-            (
-                found["generation"],
-                found["generation_spread"],
-                found["generation_ratio"],
-                found["generation_realised"],
-            ),
-        ):
-            cells.append(f"{value:.1f} [{spread[0]:.1f}, {spread[1]:.1f}]")
-            cells.append(f"{ratio:.2f} ({realised:.0%})" if depth["folder"] else "")
-        cells += [megabytes(found["peak_bytes"]), f"{found['cache_bytes'] / 1e6:.1f} MB"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [
-        *lines,
-        "",
-        "Medians [slowest, fastest], dense and compressed in turn. Of the ideal: share of the time "
-        "saved over share of the layers removed. Memory: weights, and the most above them while "
-        "working.",
-    ]
+def _relative(metric: Metric) -> str:
+    shown = relative(metric)
+    return f"**{shown}**" if metric.significant else shown
+
+
+def _p(metric: Metric) -> str:
+    found = metric.relative
+    return f"{found.p:.3f}" if found is not None and found.p is not None else ""
 
 
 def _place(depth: DepthResult) -> str:
     """Number of layers, with the stage for a distilled model."""
-    return (
-        f"{depth['layers']} {depth['stage']}"
-        if depth["stage"] == "distilled"
-        else str(depth["layers"])
-    )
-
-
-def _tasks(depths: list[DepthResult]) -> list[str]:
-    """Section with the zero-shot tasks, each compared with dense on the same documents."""
-    dense = depths[0]["zero_shot"]
-    if dense is None:
-        return []
-    lines = [
-        "",
-        "## Zero-shot",
-        "",
-        "| layers | task | documents | value | standard error | minus dense [95%] | McNemar |",
-        "|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for depth in depths:
-        assert depth["zero_shot"] is not None
-        for name, task in depth["zero_shot"]["tasks"].items():
-            gap = _gap(
-                {
-                    "value": task["difference"],
-                    "low": task["difference_low"],
-                    "high": task["difference_high"],
-                }
-            )
-            test = "" if task["mcnemar_p"] is None else f"{task['mcnemar_p']:.3f}"
-            error = "" if task["stderr"] is None else f"{task['stderr']:.4f}"
-            cells = [gap, test] if depth["folder"] else ["", ""]
-            lines.append(
-                f"| {_place(depth)} | {name}, {task['metric']} | {task['documents']} | "
-                f"{task['value']:.4f} | {error} | {' | '.join(cells)} |"
-            )
-        whole = depth["zero_shot"]
-        rows = {n: (v, whole["differences"][n]) for n, v in whole["values"].items()}
-        rows = {n: row for n, row in rows.items() if n not in whole["tasks"]}  # groups
-        for name, (value, difference) in (rows | {"average": _average(depth)}).items():
-            shown = _gap(difference) if depth["folder"] else ""
-            lines.append(f"| {_place(depth)} | {name} | | {value:.4f} | | {shown} | |")
-    return [*lines, "", "Bold: the interval leaves out zero."]
-
-
-def _average(depth: DepthResult) -> tuple[float, Difference]:
-    assert depth["zero_shot"] is not None
-    return depth["zero_shot"]["average"], depth["zero_shot"]["average_difference"]
-
-
-def _gap(gap: Difference) -> str:
-    """Formats a difference with its interval, if any; bold if the interval excludes zero."""
-    if gap["low"] is None or gap["high"] is None:
-        return f"{gap['value']:+.3f}"
-    text = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-    return f"**{text}**" if gap["low"] > 0 or gap["high"] < 0 else text
-
-
-def _continuations(depths: list[DepthResult]) -> list[str]:
-    if not depths[0]["continuations"]:
-        return []
-    lines = ["## Greedy continuations", ""]
-    for number, prompt in enumerate(PROMPTS):
-        lines += [f"**{prompt}**", "", "| layers | continuation |", "|---:|---|"]
-        for depth in depths:
-            text = " ".join(depth["continuations"][number].split()).replace("|", "\\|")
-            lines.append(f"| {depth['layers']} | {text} |")
-        lines.append("")
-    return lines
+    distilled = depth["stage"] == "distilled"
+    return f"{depth['layers']} distilled" if distilled else str(depth["layers"])

@@ -8,12 +8,13 @@ from typing import Any, Optional
 
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sources.base import TextSource
+from come.data.text_settings import TextSettings
+from come.evaluate.base import EVALUATIONS, Evaluation
 from come.merge.method import Method
 from come.models.loading import DTYPES, choose_device
+from come.schema.calibration import CalibrationSettings
 from come.schema.distill import DistillSettings
-from come.schema.evaluation import EvalSettings
 from come.schema.merge import MergeSettings
-from come.schema.text import CalibrationSettings, TextSettings
 from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
@@ -80,6 +81,7 @@ class Settings:
     Attributes:
         plugins: Python files that register their own metrics, scores, rules, operators or text
             sources; they are loaded before names are looked up.
+        eval: the chosen evaluations by name; built from their settings if given as mappings.
         from_run: folder of a finished run, or one of its model folders. The job starts from that
             model instead of calibrating and merging.
     """
@@ -88,10 +90,22 @@ class Settings:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
+    eval: dict[str, Evaluation] = field(default_factory=dict)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     plugins: list[str] = field(default_factory=list)
     from_run: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        given: dict[str, Any] = self.eval
+        self.eval = {
+            name: value if isinstance(value, Evaluation) else EVALUATIONS.create(name, value)
+            for name, value in given.items()
+        }
+
+    @property
+    def held_out_texts(self) -> list[TextSource]:
+        """The held-out texts of all evaluations, not read yet."""
+        return [text for chosen in self.eval.values() for text in chosen.texts().values()]
 
     def record(self) -> dict[str, Any]:
         """All settings as plain data."""
@@ -114,7 +128,8 @@ class Settings:
         self.distill.check()
         if self.distill.active:
             self._check_distill()
-        self.eval.check()
+        for evaluation in self.eval.values():
+            evaluation.check()
         self.tracking.check()
 
     @property
@@ -149,6 +164,8 @@ class Settings:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Method):
+    if isinstance(value, Method | Evaluation):
         return value.record()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
+from come.data.text_settings import TextSettings
 from come.distill.config import TrainConfig
 from come.distill.objectives.base import DISTILL, Distillation
-from come.schema.text import TextSettings
 from come.setting import setting
 
 log = logging.getLogger(__name__)

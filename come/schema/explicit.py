@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 
 from come.merge.method import Method
 from come.schema import Settings
 
-log = logging.getLogger(__name__)
-
 
 def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
     """Checks that the overrides have an effect.
-
-    For settings of the method and of the distillation, an override without effect is an error. For
-    settings of the evaluation, it is a warning.
 
     Args:
         settings: the job's settings.
@@ -30,14 +24,6 @@ def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
         for key in keys:
             if key in prefixes or _is_part_of(key, prefixes):
                 raise ValueError(f"{key} has no effect with {reason}; leave it out")
-    warned = [
-        f"{key} ({reason})"
-        for prefixes, reason in _unmeasured(settings)
-        for key in keys
-        if key in prefixes
-    ]
-    if warned:
-        log.warning("settings without effect: %s", ", ".join(warned))
 
 
 def method_changes(overrides: Iterable[str]) -> list[str]:
@@ -89,16 +75,3 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
         yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"
     elif merge.schedule.single_span:
         yield ["merge.m"], f"merge.schedule={merge.schedule.name}"
-
-
-def _unmeasured(settings: Settings) -> Iterator[tuple[list[str], str]]:
-    """Keys of evaluations that are disabled, each with the reason."""
-    asked = settings.eval
-    if not asked.speed:
-        timing = ("prompt_tokens", "new_tokens", "speed_batch", "repeats")
-        yield [f"eval.{name}" for name in timing], "eval.speed=false"
-    if not asked.perplexity:
-        text = ("source", "path", "max_tokens", "text_range", "seq_len", "batch_tokens")
-        yield [f"eval.{name}" for name in text], "eval.perplexity=false"
-    if not asked.tasks:
-        yield [f"eval.{name}" for name in ("limit", "include_path", "task_batch")], "no eval.tasks"

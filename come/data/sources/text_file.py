@@ -32,7 +32,7 @@ class TextFile(TextSource):
     def __init__(self, path: str | None = None, field: str | None = None) -> None:
         if not path:
             raise ValueError(
-                "text_file needs a file: calibration.path=FILE or eval.path=FILE "
+                "text_file needs a file: calibration.path=FILE or eval.perplexity.path=FILE "
                 f"({', '.join(SUFFIXES)})"
             )
         self.path = Path(path).expanduser()
@@ -84,7 +84,7 @@ class TextFile(TextSource):
             return row_document(row, self.field)
         except ValueError as error:
             raise ValueError(
-                f"text file {self.path}: {error}; calibration.field or eval.field names the field "
+                f"text file {self.path}: {error}; calibration.field or eval.perplexity.field names the field "
                 "of the text"
             ) from error
 

@@ -6,19 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from come.data.sources.base import TextSource
 from come.data.windows import (
     TokenWindows,
     calibration_windows,
     check_token_ids,
-    evaluation_windows,
 )
-from come.evaluate.continuations import PROMPTS
-from come.evaluate.tasks import TaskSet, check_tasks, load_tasks
+from come.evaluate.base import Evaluation, Subject
 from come.files import check_replaceable
 from come.job.estimate import compression_cost
 from come.job.folder import check_folder, find_run
@@ -51,10 +47,9 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan | None
     calibration: TokenWindows | None
-    held_out: dict[str, TokenWindows] = field(default_factory=dict)
-    """Held-out texts for perplexity, by name; the name of the main text is ""."""
+    evaluations: dict[str, tuple[Evaluation, Any]] = field(default_factory=dict)
+    """The evaluations by name, each with the data that its `prepare` returned."""
     training: TokenWindows | None = None
-    tasks: TaskSet | None = None
     start: Path | None = None
     """The folder of a merged model to start from, with its plan."""
 
@@ -107,8 +102,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             tokenizer,
             plan=None,
             calibration=None,
-            tasks=_tasks(settings, shape, tokenizer),
-            held_out=_held_out(settings, shape, tokenizer, []),
+            evaluations=_evaluations(settings, shape, tokenizer, []),
         )
     start = find_run(settings.from_run) if settings.from_run is not None else None
     given = str(plan_path(start)) if start else merge.plan
@@ -159,13 +153,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         check_replaceable(folder / output, MARKS)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
-    tasks = _tasks(settings, shape, tokenizer)
     calibration = None
     known = None if settings.calibration.self_generated else settings.calibration.text_source()
     text = known if plan is None else None
     trained = settings.training_text if settings.distill.active else None
     others = [source for source in (known, trained) if source is not None]
-    held_out = _held_out(settings, shape, tokenizer, others)
+    evaluations = _evaluations(settings, shape, tokenizer, others)
     if text is not None:
         calibration = calibration_windows(
             tokenizer,
@@ -173,7 +166,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             num_samples=settings.calibration.num_samples,
             seq_len=settings.calibration.seq_len,
             seed=settings.calibration.seed,
-            held_out=list(settings.eval.texts().values()),
+            held_out=settings.held_out_texts,
         )
         check_token_ids(
             calibration.windows,
@@ -200,66 +193,22 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         tokenizer,
         plan,
         calibration,
-        held_out,
+        evaluations,
         _training(settings, shape, tokenizer),
-        tasks,
         start,
     )
 
 
-def _tasks(
-    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
-) -> TaskSet | None:
-    chosen = settings.eval
-    if not chosen.tasks:
-        return None
-    tasks = load_tasks(
-        chosen.tasks,
-        include_path=chosen.include_path,
-        limit=chosen.limit,
-        batch_size=chosen.task_batch,
-    )
-    longest = getattr(shape.config, "max_position_embeddings", None)
-    check_tasks(tasks, tokenizer, shape.vocabulary, longest)
-    return tasks
-
-
-def _held_out(
+def _evaluations(
     settings: Settings,
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerBase,
     others: Sequence[TextSource],
-) -> dict[str, TokenWindows]:
-    """The held-out texts by name, disjoint from `others`; the name of the main text is ""."""
-    chosen = settings.eval
-    if chosen.speed:
-        _check_length("eval.prompt_tokens", chosen.prompt_tokens, shape)
-        _check_length("eval.new_tokens + 16", chosen.new_tokens + 16, shape)
-    if chosen.continuation_tokens:
-        prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-        prompt = max(map(len, prompts))
-        ids = torch.tensor([[i for words in prompts for i in words]])
-        check_token_ids(ids, shape.vocabulary, "eval.continuation_tokens: a prompt", tokenizer)
-        _check_length(
-            f"eval.continuation_tokens={chosen.continuation_tokens} after {prompt} of a prompt",
-            prompt + chosen.continuation_tokens,
-            shape,
-        )
-    longest = getattr(shape.config, "max_position_embeddings", chosen.seq_len)
-    held_out = {
-        name: evaluation_windows(
-            tokenizer,
-            text,
-            seq_len=min(chosen.seq_len, longest),
-            max_tokens=chosen.extra_texts[name].max_tokens if name else chosen.max_tokens,
-            others=others,
-            key=f"eval.extra_texts.{name}" if name else "eval",
-        )
-        for name, text in chosen.texts().items()
-    }
-    for found in held_out.values():
-        check_token_ids(found.windows, shape.vocabulary, f"held-out text {found.source}", tokenizer)
-    return held_out
+) -> dict[str, tuple[Evaluation, Any]]:
+    """The evaluations with their data; held-out text is disjoint from `others`."""
+    longest = getattr(shape.config, "max_position_embeddings", None)
+    subject = Subject(tokenizer, shape.vocabulary, longest, others)
+    return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
 
 
 def _training(
@@ -286,7 +235,7 @@ def _training(
         num_samples=wanted,
         seq_len=distill.seq_len,
         seed=distill.seed,
-        held_out=list(settings.eval.texts().values()),
+        held_out=settings.held_out_texts,
         at_most=True,
         backwards=True,
         what="training",

@@ -1,0 +1,217 @@
+"""The interface of an evaluation, and the metrics that it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from come.data.sources.base import TextSource
+from come.evaluate.paired import exp_interval, paired_difference
+from come.registry import Registry
+from come.setting import HasSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A metric of a model compared with the same metric of another, usually the dense model.
+
+    Attributes:
+        value: ratio of the two values, or their difference; see `Metric.comparison`.
+        low: lower end of its 95% confidence interval; None if there is none.
+        high: upper end of that interval; None if there is none.
+        p: p-value of McNemar's exact test; None if the samples are not scores of documents.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number of a model.
+
+    Attributes:
+        value: the number.
+        low: lower end of its 95% confidence interval; None if there is none.
+        high: upper end of that interval; None if there is none.
+        unit: unit of the value, such as "tokens/s" or "bytes"; "" for none.
+        comparison: how models are compared: "ratio", "difference", or "" if they are not.
+        relative: comparison with the dense model; None for the dense model itself.
+        samples: values that are paired between models. For a ratio, logarithms whose mean is that
+            of the value (the loss of every window); for a difference, scores whose mean is the
+            value (one for every document).
+        data: what it was measured on, such as "16384 tokens in 8 windows of FILE".
+        headline: whether the summary table has a column for it.
+        details: further results, for the evaluation's own use.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    comparison: str = ""
+    relative: Relative | None = None
+    samples: Sequence[float] = ()
+    data: str = ""
+    headline: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the model differs from the dense model.
+
+        The interval of `relative` excludes no difference, and McNemar's test, if any, agrees
+        (p < 0.05).
+        """
+        found = self.relative
+        if found is None or found.low is None or found.high is None:
+            return False
+        equal = 1 if self.comparison == "ratio" else 0
+        return not found.low <= equal <= found.high and (found.p is None or found.p < 0.05)
+
+    def record(self) -> dict[str, Any]:
+        """The metric as plain data, for a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Metric:
+        """The metric of a `record`."""
+        relative = record.get("relative")
+        return cls(**{**record, "relative": Relative(**relative) if relative else None})
+
+
+Metrics = dict[str, Metric]
+"""Metrics by name. Names begin with the evaluation's, such as "perplexity/c4"."""
+
+
+def read_metrics(records: Mapping[str, Mapping[str, Any]]) -> Metrics:
+    """The metrics of a model in `result.json`."""
+    return {name: Metric.read(record) for name, record in records.items()}
+
+
+def against(own: Metric, other: Metric) -> Relative | None:
+    """Compares two models' values of one metric; None if the metric is not compared.
+
+    A ratio has Student's t interval over the paired samples, a difference the paired bootstrap
+    interval and McNemar's test. Without samples there is no interval.
+
+    Raises:
+        ValueError: the models have different numbers of samples.
+    """
+    paired_samples = bool(own.samples and other.samples)
+    if paired_samples and len(own.samples) != len(other.samples):
+        raise ValueError(f"{len(own.samples)} and {len(other.samples)} samples")
+    if own.comparison == "ratio":
+        if not paired_samples:
+            return Relative(own.value / other.value) if other.value else None
+        found = exp_interval([a - b for a, b in zip(own.samples, other.samples, strict=True)])
+        return Relative(found.value, found.low, found.high)
+    if own.comparison == "difference":
+        gap = own.value - other.value
+        if not paired_samples:
+            return Relative(gap)
+        paired = paired_difference(own.samples, other.samples)
+        return Relative(gap, paired.low, paired.high, paired.p)
+    return None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What evaluations know of the model before its weights are loaded.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        vocabulary: number of rows of its embedding.
+        longest: maximum number of tokens that it reads; None without a limit.
+        others: texts that the model was calibrated or trained on; held-out text excludes them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    longest: int | None
+    others: Sequence[TextSource] = ()
+
+    def check_length(self, key: str, tokens: int) -> None:
+        """Raises ValueError if the model does not read so many tokens."""
+        if self.longest is not None and tokens > self.longest:
+            shown = key if "=" in key else f"{key}={tokens}"
+            raise ValueError(f"{shown}: the model reads at most {self.longest} tokens")
+
+
+class Evaluation(HasSettings):
+    """Base of evaluations: dataclasses with the settings of `eval.NAME`.
+
+    A job calls `check` on the settings alone, `prepare` before any weights are loaded, `measure`
+    for the dense model and every saved model, and `compare` for every saved model.
+    """
+
+    name: ClassVar[str]
+    together: ClassVar[bool] = False
+    """Whether the dense and the compressed model are measured alternately (`measure_together`),
+    because the values depend on the load of the machine. Such values of the dense model are not
+    cached, and only the job's last model is measured."""
+
+    def check(self) -> None:
+        """Raises ValueError for settings that contradict each other."""
+
+    def texts(self) -> dict[str, TextSource]:
+        """The held-out texts by name, which calibration and training exclude; not read yet."""
+        return {}
+
+    def identity(self) -> Any:
+        """Identifies the content of the files that the settings name, for the job hash."""
+        return None
+
+    def prepare(self, subject: Subject) -> Any:
+        """Reads and checks the data that `measure` needs; the default needs none.
+
+        Raises:
+            ValueError: the data cannot be read, or do not fit the model.
+        """
+
+    def key(self, data: Any) -> Any:
+        """Identifies the data in the cache of dense evaluations, as JSON; the default has none."""
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Any
+    ) -> Metrics:
+        """Measures one model.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            data: what `prepare` returned.
+        """
+        raise NotImplementedError
+
+    def measure_together(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        data: Any,
+    ) -> dict[str, Metrics]:
+        """Measures several models, by label."""
+        return {label: self.measure(model, tokenizer, data) for label, model in models.items()}
+
+    @classmethod
+    def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
+        """Adds the comparison with the dense model to the metrics of a model.
+
+        Args:
+            own: metrics of the model.
+            dense: metrics of the dense model.
+            removed: share of the layers' parameters that the model lacks.
+        """
+        return {
+            name: replace(metric, relative=against(metric, dense[name]))
+            for name, metric in own.items()
+        }
+
+
+EVALUATIONS: Registry[Evaluation] = Registry("evaluation", "come.evaluate", "eval")
