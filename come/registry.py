@@ -101,12 +101,13 @@ class Registry(Generic[T]):
         """
         cls = self.get(name)
         known = cls.settings() if issubclass(cls, HasSettings) else {}
+        place = getattr(cls, "config_key", "") or self.config_key
         for key in settings or {}:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(
-                    f"{self.config_key}.{key}: {self.config_key}={name} has no such setting{hint} "
+                    f"{place}.{key}: {self.config_key}={name} has no such setting{hint} "
                     f"It has {', '.join(known) or 'none'}"
                 )
         return cls(**{known[key].name: value for key, value in (settings or {}).items()})

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from come.distill.objectives.base import DISTILL
+from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.schema import Settings
 from come.setting import HasSettings
@@ -71,6 +72,9 @@ def settings() -> str:
         if is_dataclass(kind):
             assert isinstance(kind, type)
             lines += ["", f"## {group.name}", "", *head, *table(kind, group.name)]
+    for name in EVALUATIONS.names():
+        lines += ["", f"## eval={name}", "", first_line(EVALUATIONS.get(name)), "", *head]
+        lines += table(EVALUATIONS.get(name), f"eval.{name}")
     for part, registry in PARTS.items():
         entries = [registry.get(name) for name in registry.names()]
         for cls in entries:

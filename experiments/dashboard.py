@@ -22,10 +22,17 @@ def sections() -> dict[str, list]:
     size = "eval/parameters"
     return {
         "Quality": [
-            scatter(title="perplexity against size", x=size, y="eval/perplexity_ratio", log_y=True),
-            bar(title="perplexity, x dense", metrics=["eval/perplexity_ratio"]),
-            scatter(title="accuracy kept against size", x=size, y="eval/retention"),
-            bar(title="prompt speed, x dense", metrics=["eval/speed_prompt_ratio"]),
+            scatter(
+                title="perplexity against size",
+                x=size,
+                y="eval/perplexity_dense_ratio_value",
+                log_y=True,
+            ),
+            bar(title="perplexity, x dense", metrics=["eval/perplexity_dense_ratio_value"]),
+            scatter(
+                title="accuracy minus dense", x=size, y="eval/zero_shot_dense_difference_value"
+            ),
+            bar(title="prompt speed, x dense", metrics=["eval/speed/prompt_dense_ratio_value"]),
         ],
         "Merge, step by step": [
             line(title="score of the group", x="merge/step", y=["merge/score"]),

@@ -1,7 +1,8 @@
-"""ARC-easy and PIQA from local files, in the format of lm-eval's own tasks, without the hub.
+r"""ARC-easy and PIQA from local files, in the format of lm-eval's own tasks, without the hub.
 
     python experiments/local_tasks.py DATA FOLDER
-    python run.py eval=zero_shot eval.zero_shot.include_path=FOLDER eval.zero_shot.tasks=[arc_easy_local,piqa_local]
+    python run.py eval=zero_shot eval.zero_shot.include_path=FOLDER \
+        eval.zero_shot.tasks=[arc_easy_local,piqa_local]
 
 DATA holds arc_easy.jsonl (question, choices, answer) and piqa.jsonl (goal, sol1, sol2, label).
 """

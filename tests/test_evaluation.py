@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from come.data.windows import TokenWindows
-from come.evaluate.base import Metric, Relative, against
+from come.evaluate.base import EVALUATIONS, Metric, Relative
 from come.evaluate.continuations import Continuations
 from come.evaluate.dense import evaluate_dense
 from come.evaluate.paired import exp_interval
@@ -17,7 +17,10 @@ from come.evaluate.perplexity import Perplexity, perplexity
 from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_speed
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
+from tests.bases import saved
+from tests.commands import ROOT
 from tests.conftest import pico
+from tests.jobs import start
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
@@ -38,7 +41,8 @@ def test_intervals_are_students_over_windows():
     difference = [0.3, 0.2, 0.4, 0.3]
     low, high = stats.t.interval(0.95, 3, loc=0.3, scale=stats.sem(difference))
     own = Metric(1.0, comparison="ratio", samples=merged)
-    ratio = against(own, Metric(1.0, comparison="ratio", samples=[1.0, 1.2, 1.1, 1.5]))
+    ratio = own.against(Metric(1.0, comparison="ratio", samples=[1.0, 1.2, 1.1, 1.5]))
+    assert str(ratio).startswith("1.35 [1.")
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx(
         (math.exp(0.3), math.exp(low), math.exp(high))
     )
@@ -166,3 +170,26 @@ def test_continuations_agree_up_to_the_first_difference():
     own, dense = metrics([1, 2, 9, 4], [5, 6]), metrics([1, 2, 3, 4], [5, 6, 7, 8])
     assert Continuations.compare(own, dense)["continuations"].value == (0.5 + 0.5) / 2
     assert Continuations.compare(dense, dense)["continuations"].value == 1
+
+
+def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
+    """The example of the documentation, from its file to the report and the card."""
+    monkeypatch.setattr(EVALUATIONS, "_entries", dict(EVALUATIONS._entries))
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+    blocks = (ROOT / "docs" / "extend.md").read_text().split("```python\n")
+    (code,) = [block.partition("```")[0] for block in blocks if "class Entropy(" in block]
+    (tmp_path / "entropy.py").write_text(code)
+    plugin = f"plugins=[{tmp_path / 'entropy.py'}]"
+    base = saved(tmp_path / "base", "llama_gqa")
+    asked = ("eval=[perplexity,entropy]", "eval.entropy.prompts=[a,b c,d]", plugin)
+    result = start(base, tmp_path / "out", *asked)
+    dense, merged = (depth["metrics"]["entropy"] for depth in result["depths"])
+    assert len(merged["samples"]) == 3
+    assert merged["relative"]["value"] == pytest.approx(merged["value"] - dense["value"])
+    assert merged["relative"]["low"] <= merged["relative"]["value"] <= merged["relative"]["high"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| entropy, nats | minus dense |" in report
+    assert "| entropy, nats |" in (tmp_path / "out" / "model" / "README.md").read_text()
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 3
+    with pytest.raises(ValueError, match="eval.entropy.prompt: eval=entropy has no such setting"):
+        EVALUATIONS.create("entropy", {"prompt": ["a"]})

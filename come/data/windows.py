@@ -185,7 +185,7 @@ def evaluation_windows(
     seq_len: int,
     max_tokens: int | None = None,
     others: Sequence[TextSource] = (),
-    key: str = "eval",
+    key: str = "eval.perplexity",
 ) -> TokenWindows:
     """Splits held-out text, tokenised as one stream, into consecutive non-overlapping windows.
 
@@ -215,8 +215,8 @@ def evaluation_windows(
     if available < 2:
         raise ValueError(
             f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
-            f"tokens, and two windows of eval.perplexity.seq_len={seq_len} are the least for an interval. "
-            f"Lower eval.perplexity.seq_len, raise {key}.max_tokens, or give more text"
+            f"tokens, and two windows of eval.perplexity.seq_len={seq_len} are the least for an "
+            f"interval. Lower eval.perplexity.seq_len, raise {key}.max_tokens, or give more text"
         )
     windows = used[: available * seq_len].view(available, seq_len)
     return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")

@@ -31,6 +31,9 @@ class Relative:
     high: float | None = None
     p: float | None = None
 
+    def __str__(self) -> str:
+        return _shown(self.value, self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -85,6 +88,39 @@ class Metric:
         relative = record.get("relative")
         return cls(**{**record, "relative": Relative(**relative) if relative else None})
 
+    def against(self, other: Metric) -> Relative | None:
+        """Compares the metric with another model's; None if it is not compared.
+
+        A ratio has Student's t interval over the paired samples, a difference the paired bootstrap
+        interval and McNemar's test. Without samples there is no interval.
+
+        Raises:
+            ValueError: the models have different numbers of samples.
+        """
+        paired = bool(self.samples and other.samples)
+        if paired and len(self.samples) != len(other.samples):
+            raise ValueError(f"{len(self.samples)} and {len(other.samples)} samples")
+        if self.comparison == "ratio":
+            if not paired:
+                return Relative(self.value / other.value) if other.value else None
+            gaps = [a - b for a, b in zip(self.samples, other.samples, strict=True)]
+            ratio = exp_interval(gaps)
+            return Relative(ratio.value, ratio.low, ratio.high)
+        if self.comparison == "difference":
+            gap = self.value - other.value
+            if not paired:
+                return Relative(gap)
+            found = paired_difference(self.samples, other.samples)
+            return Relative(gap, found.low, found.high, found.p)
+        return None
+
+    def __str__(self) -> str:
+        return _shown(self.value, self.low, self.high)
+
+
+def _shown(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low is not None else "")
+
 
 Metrics = dict[str, Metric]
 """Metrics by name. Names begin with the evaluation's, such as "perplexity/c4"."""
@@ -93,32 +129,6 @@ Metrics = dict[str, Metric]
 def read_metrics(records: Mapping[str, Mapping[str, Any]]) -> Metrics:
     """The metrics of a model in `result.json`."""
     return {name: Metric.read(record) for name, record in records.items()}
-
-
-def against(own: Metric, other: Metric) -> Relative | None:
-    """Compares two models' values of one metric; None if the metric is not compared.
-
-    A ratio has Student's t interval over the paired samples, a difference the paired bootstrap
-    interval and McNemar's test. Without samples there is no interval.
-
-    Raises:
-        ValueError: the models have different numbers of samples.
-    """
-    paired_samples = bool(own.samples and other.samples)
-    if paired_samples and len(own.samples) != len(other.samples):
-        raise ValueError(f"{len(own.samples)} and {len(other.samples)} samples")
-    if own.comparison == "ratio":
-        if not paired_samples:
-            return Relative(own.value / other.value) if other.value else None
-        found = exp_interval([a - b for a, b in zip(own.samples, other.samples, strict=True)])
-        return Relative(found.value, found.low, found.high)
-    if own.comparison == "difference":
-        gap = own.value - other.value
-        if not paired_samples:
-            return Relative(gap)
-        paired = paired_difference(own.samples, other.samples)
-        return Relative(gap, paired.low, paired.high, paired.p)
-    return None
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,9 @@ class Evaluation(HasSettings):
     """Whether the dense and the compressed model are measured alternately (`measure_together`),
     because the values depend on the load of the machine. Such values of the dense model are not
     cached, and only the job's last model is measured."""
+
+    def __init_subclass__(cls) -> None:
+        cls.config_key = f"eval.{cls.name}"
 
     def check(self) -> None:
         """Raises ValueError for settings that contradict each other."""
@@ -209,7 +222,7 @@ class Evaluation(HasSettings):
             removed: share of the layers' parameters that the model lacks.
         """
         return {
-            name: replace(metric, relative=against(metric, dense[name]))
+            name: replace(metric, relative=metric.against(dense[name]))
             for name, metric in own.items()
         }
 

@@ -57,7 +57,6 @@ class Continuations(Evaluation):
     """Greedy continuations of prompts, and how far they agree with the dense model's."""
 
     name = "continuations"
-    config_key = "eval.continuations"
 
     tokens: int = setting(32, "tokens generated for every prompt", least=1)
     prompts: list[str] = setting(

@@ -72,7 +72,6 @@ class Speed(Evaluation):
     """Tokens per second of prompt processing and generation, and memory, against dense."""
 
     name = "speed"
-    config_key = "eval.speed"
     together = True
 
     prompt_tokens: int = setting(512, "length of the timed prompt", least=1)

@@ -42,7 +42,6 @@ class ZeroShot(Evaluation):
     """Accuracy on zero-shot tasks of lm-eval, compared with the dense model by document."""
 
     name = "zero_shot"
-    config_key = "eval.zero_shot"
 
     tasks: list[str] = setting(
         ["arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "mmlu"],

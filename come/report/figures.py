@@ -163,6 +163,25 @@ def draw_depth(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_training(result: Result, path: Path) -> None:
+    """Draws the training loss of every step, and the validation loss, over training tokens."""
+    training = result["distillation"]
+    assert training is not None
+    figure, axis = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    tokens, losses = zip(*training["curve"], strict=True)
+    axis.plot(tokens, losses, lw=1, alpha=0.6, label="training")
+    points = [(point["tokens"], point["loss"]) for point in training["validation"]]
+    if points:
+        axis.plot(*zip(*points, strict=True), "o-", ms=4, label="validation")
+    axis.set_xlabel("training tokens")
+    axis.set_ylabel(f"loss of {training['method']}")
+    axis.set_title(label(title(result)), fontsize=10)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
 def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     """Draws every figure that the job has data for; returns their paths by name."""
     drawings: dict[str, Callable[[Path], None]] = {}
@@ -171,6 +190,8 @@ def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
         drawings["influence"] = lambda path: draw_influence(plan, path)
     if any("perplexity" in depth["metrics"] for depth in result["depths"]):
         drawings["perplexity"] = lambda path: draw_depth(result, path)
+    if result["distillation"] and result["distillation"]["curve"]:
+        drawings["training"] = lambda path: draw_training(result, path)
     paths = {}
     for name, draw in drawings.items():
         paths[name] = folder / f"{name}.png"

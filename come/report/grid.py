@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,10 @@ def write_grid(
         if name != "perplexity":
             tables.append(metric_table(found, name, x))
             notes.append(f"{_COMPARED}\n")
-    if fixed := _fixed(rows, varying):
-        notes.append(f"All jobs: {fixed}.\n")
+    notes.append(_shared(rows, varying))
     if missing:
         notes.append(f"Not finished: {'; '.join(label(job, varying) for job in missing)}.\n")
-    text = "\n".join([*(table.markdown() for table in tables), *notes])
+    text = "\n".join([*(table.markdown() for table in tables), *filter(None, notes)])
     write_text(folder / "table.md", text)
     write_text(folder / "table.tex", "\n".join(table.latex() for table in tables))
     write_text(folder / "table.csv", long_table(found, x) if found else "")
@@ -108,7 +108,7 @@ test agrees."""
 
 
 def _note(points: Sequence[Point]) -> str:
-    dense = {(p.dense["perplexity"].value, p.dense["perplexity"].data) for p in points}
+    dense = {point.text for point in points}
     texts = "".join(f"- {value:.2f}, {data}\n" for value, data in sorted(dense))
     return (
         "Perplexity, followed by its ratio to the dense model's, with the 95% interval; of several"
@@ -116,10 +116,13 @@ def _note(points: Sequence[Point]) -> str:
     )
 
 
-def _fixed(rows: Sequence[Row], varying: Sequence[str]) -> str:
-    """The overrides that all jobs share."""
+def _shared(rows: Sequence[Row], varying: Sequence[str]) -> str:
+    """Sentence with the overrides that all jobs share; empty if there are none."""
     first = rows[0]["overrides"] if rows else {}
-    return ", ".join(f"{key}={value}" for key, value in first.items() if key not in varying)
+    shared = [f"{k}={v}" for k, v in first.items() if k not in (*varying, "experiment")]
+    if not shared:
+        return ""
+    return textwrap.fill(f"All jobs: {', '.join(shared)}.", 100, break_long_words=False) + "\n"
 
 
 def _numbers(metric: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1
     lines: dict[str, dict[str, list[float]]] = {}
-    texts = {(p.dense["perplexity"].value, p.dense["perplexity"].data) for p in points}
+    texts = {point.text for point in points}
     ratios = []
     for point in points:
         if point.perplexity is None:
@@ -55,7 +55,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
             color=colours(number % 20), label=plain_label(name),
         )  # fmt: skip
-    level = points[0].dense["perplexity"].value if len(texts) == 1 else 1.0
+    level = points[0].text[0] if len(texts) == 1 else 1.0
     axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")

@@ -53,7 +53,7 @@ def comparison(metric: Metric) -> str:
 def heading(name: str, metric: Metric) -> str:
     """Column title of a metric: "zero-shot", "prompt, tokens/s"."""
     _, _, own = name.partition("/")
-    text = (own or name).replace("_", "-" if not own else " ")
+    text = own.replace("/", ", ") or name.replace("_", "-")
     return f"{text}, {metric.unit}" if metric.unit not in ("", "bytes", "share") else text
 
 

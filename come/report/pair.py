@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from come.evaluate.base import EVALUATIONS, Evaluation, Metrics, read_metrics
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, read_metrics
 from come.files import RESULT
 from come.records import Result
 from come.report.numbers import plain_value, relative
@@ -79,10 +80,9 @@ def _check_samples(name: str, own: Metrics, its: Metrics, run: Result, other: Re
     for key, metric in own.items():
         counts = len(metric.samples), len(its[key].samples)
         if metric.comparison == "ratio":
-            dense = [read_metrics(r["depths"][0]["metrics"])[key].samples for r in (run, other)]
-            if counts[0] != counts[1] or any(
-                abs(a - b) > SAME for a, b in zip(*dense, strict=False)
-            ):
+            first, second = (_dense_samples(result, key) for result in (run, other))
+            same = counts[0] == counts[1] and len(first) == len(second)
+            if not same or any(abs(a - b) > SAME for a, b in zip(first, second, strict=True)):
                 raise ValueError(
                     f"the runs measured {key} on other windows, as the dense model's show: "
                     f"evaluate both with the same eval.{name}.path, text_range, seq_len and "
@@ -93,6 +93,11 @@ def _check_samples(name: str, own: Metrics, its: Metrics, run: Result, other: Re
                 f"{key} has {counts[0]} and {counts[1]} documents: evaluate both with the same "
                 f"eval.{name}.limit"
             )
+
+
+def _dense_samples(result: Result, key: str) -> Sequence[float]:
+    record = result["depths"][0]["metrics"].get(key)
+    return Metric.read(record).samples if record else []
 
 
 def _read(folder: Path) -> Result:

@@ -45,6 +45,12 @@ class Point:
         """Perplexity on the main text; None if not measured."""
         return self.metrics.get("perplexity")
 
+    @property
+    def text(self) -> tuple[float, str]:
+        """Perplexity of the dense model on the main text, and the text's description."""
+        dense = self.dense["perplexity"]
+        return round(dense.value, 3), dense.data
+
 
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
     """Override keys whose values differ between the jobs, in order of first appearance."""

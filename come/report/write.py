@@ -1,4 +1,4 @@
-"""Writes `report.md` with its figures, and the model card of every saved model."""
+"""Writes `report.md`, `report.html` and their figures, and the card of every saved model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from come.records import DepthResult, Result
 from come.report.card import model_card
 from come.report.console import summary_lines, summary_table
 from come.report.figures import draw_all
+from come.report.html import html_report
 from come.report.numbers import comparison, relative, title, value
 from come.report.tables import Table
 
@@ -24,11 +25,12 @@ CAPTIONS = {
     "puzzle": "Which original layers, and how many units of each, make up every new layer.",
     "influence": "Score of every eligible group and block influence of every layer, step by step.",
     "perplexity": "Perplexity against depth.",
+    "training": "Loss during the distillation.",
 }
 
 
 def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[str, Path]:
-    """Writes the figures, `report.md` and the model cards; returns the figures' paths by name.
+    """Writes figures, reports and model cards; returns the figures' paths by name.
 
     Args:
         folder: the job folder.
@@ -45,7 +47,9 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
     lines += [f"`{result['merge_history']}`", ""]
     for name, path in figures.items():
         lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]
-    write_text(folder / "report.md", "\n".join(lines) + "\n")
+    report = "\n".join(lines) + "\n"
+    write_text(folder / "report.md", report)
+    write_text(folder / "report.html", html_report(report, folder))
     for depth in result["depths"]:
         if depth["folder"]:
             own = folder / depth["folder"]

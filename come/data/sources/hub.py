@@ -42,7 +42,9 @@ class Hub(TextSource):
         data_files: str | None = None,
     ) -> None:
         if not dataset:
-            raise ValueError("a hub source needs a dataset: calibration.dataset or eval.perplexity.dataset")
+            raise ValueError(
+                "a hub source needs a dataset: calibration.dataset or eval.perplexity.dataset"
+            )
         self.dataset = dataset
         self.subset = subset
         self.split = split or "train"
@@ -71,8 +73,8 @@ class Hub(TextSource):
                 yield row_document(row, self.field)
             except ValueError as error:
                 raise ValueError(
-                    f"dataset {self.identity}: {error}; calibration.field or eval.perplexity.field names the "
-                    "field of the text"
+                    f"dataset {self.identity}: {error}; calibration.field or eval.perplexity.field "
+                    "names the field of the text"
                 ) from error
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:

@@ -84,8 +84,8 @@ class TextFile(TextSource):
             return row_document(row, self.field)
         except ValueError as error:
             raise ValueError(
-                f"text file {self.path}: {error}; calibration.field or eval.perplexity.field names the field "
-                "of the text"
+                f"text file {self.path}: {error}; calibration.field or eval.perplexity.field names "
+                "the field of the text"
             ) from error
 
     def _json_rows(self) -> Iterator[Any]:
