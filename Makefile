@@ -25,13 +25,13 @@ run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." 
 	$(BIN)/python run.py $(ARGS)
 
 test: $(READY) $(VENV)/transformers4  ## the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the tests on the real model and on many processes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-shapes: $(READY)  ## tests of the method once more, every tensor held against its annotation
-	$(BIN)/python -m pytest -n 2 -m "not slow" --jaxtyping-packages=come,beartype.beartype \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --jaxtyping-packages=come,beartype.beartype \
 		-k "not every_part and not interrupted and not any_size" \
 		tests/test_methods.py tests/test_distill.py tests/test_evaluation.py tests/test_text.py \
 		tests/test_sensitivity.py tests/test_gauss_newton.py tests/test_api.py $(ARGS)

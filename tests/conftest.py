@@ -38,6 +38,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.commands import ROOT, small
+from tests.forked import Forked
 
 torch.set_num_threads(1)
 
@@ -176,15 +177,21 @@ def stream(family, windows):
 
 
 @pytest.fixture
-def command(pico_folder, tmp_path):
+def command(pico_folder, tmp_path, request):
+    """Starts run.py: in a process of its own in slow tests, otherwise in a forked one."""
+    alone = request.node.get_closest_marker("slow")
+
     def start(*overrides, model=pico_folder):
         environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         words = [f"model.path={model}", "model=local"] if model else []
         given = ("merge=", "experiment=", "+merge=", "from_run=")
         if not any(o.startswith(given) for o in overrides):
             words.append("merge=come")
+        words += [*small(*overrides), *overrides]
+        if not alone:
+            return Forked(words, tmp_path, environment)
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *words, *small(*overrides), *overrides],
+            [sys.executable, str(ROOT / "run.py"), *words],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,

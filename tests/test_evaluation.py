@@ -193,3 +193,43 @@ def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 3
     with pytest.raises(ValueError, match="eval.entropy.prompt: eval=entropy has no such setting"):
         EVALUATIONS.create("entropy", {"prompt": ["a"]})
+
+
+def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+    base = saved(tmp_path / "base", "llama_gqa")
+    asked = ("eval=[perplexity,speed,continuations]", "merge.target_layers=4", "merge.save_at=[5]")
+    calls = []
+
+    def counted(cls, name):
+        whole = getattr(cls, name)
+
+        def call(self, models, *args):
+            calls.append(cls.__name__)
+            if broken and len(calls) == 8:
+                raise KeyboardInterrupt
+            return whole(self, models, *args)
+
+        monkeypatch.setattr(cls, name, call)
+
+    counted(Perplexity, "measure")
+    counted(Continuations, "measure")
+    counted(Speed, "measure_together")
+    broken = False
+    whole = start(base, tmp_path / "whole", *asked)
+    assert len(calls) == 7  # two evaluations of three models, and one of two together
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "other cache"))
+    broken = True
+    calls.clear()
+    calls.append("the eighth is the last continuation")
+    with pytest.raises(KeyboardInterrupt):
+        start(base, tmp_path / "out", *asked)
+    assert (tmp_path / "out" / "metrics.partial.json").is_file()
+    broken = False
+    calls.clear()
+    resumed = start(base, tmp_path / "out", *asked)
+    assert calls == ["Continuations"]
+    assert not (tmp_path / "out" / "metrics.partial.json").exists()
+    for first, second in zip(whole["depths"], resumed["depths"], strict=True):
+        for name in ("perplexity", "continuations"):
+            assert first["metrics"][name] == second["metrics"][name]

@@ -144,6 +144,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 def test_every_reader_sees_the_same_model(results, readings, record_property):
     lines, failed = [], []
     for name, (base, result) in results.items():

@@ -115,10 +115,11 @@ def test_a_group_counts_as_one_task(tasks, pico_folder):
             "layers.jsonl",
             "eval.zero_shot.tasks has 'layers': its documents cannot be read",
         ),
-        (
+        pytest.param(
             ["arc_easy"],
             None,
             "eval.zero_shot.tasks has 'arc_easy': its documents cannot be read.*network",
+            marks=pytest.mark.slow,
         ),
     ],
 )

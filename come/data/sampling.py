@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from come.data.windows import TokenWindows
 from come.files import cache_folder, write_bytes
+from come.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,14 +90,8 @@ def sample(
     never = [*_special(model), *banned]
     device = model.get_input_embeddings().weight.device
     batches = []
-    with tqdm(
-        total=starts.shape[0] * seq_len,
-        desc="sampling text",
-        unit="token",
-        leave=False,
-        delay=2,
-        disable=None if progress else True,
-    ) as bar:
+    total = starts.shape[0] * seq_len
+    with ProgressBar(total=total, desc="sampling text", unit="token", shown=progress) as bar:
         for ids in starts.split(batch_size):
             ids, cache = ids[:, :seq_len], None
             bar.update(ids.numel())

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from come.distill.config import TrainConfig
 from come.distill.objectives.base import Objective
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
+from come.progress import ProgressBar
 
 Batch = tuple[Tensor, ...]
 Windows = Callable[[Tensor], Batch]
@@ -79,9 +79,9 @@ def train(
         return progress
     objective.eval()  # no dropout, as in the teacher
     model = objective if parted else accelerator.prepare_model(objective)
-    bar = tqdm(
-        total=config.steps, initial=progress.step, desc=name, unit="step", leave=False,
-        disable=None if progress_bar and main else True,
+    bar = ProgressBar(
+        total=config.steps, initial=progress.step, desc=name, unit="step",
+        shown=progress_bar and main,
     )  # fmt: skip
 
     def validate() -> None:

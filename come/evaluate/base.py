@@ -60,7 +60,7 @@ class Metric:
     unit: str = ""
     comparison: str = ""
     relative: Relative | None = None
-    samples: Sequence[float] = ()
+    samples: Sequence[float] = field(default_factory=list)
     data: str = ""
     headline: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)

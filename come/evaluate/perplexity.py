@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Optional, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from come.data.sources.base import TextSource
 from come.data.text_settings import TextSettings
@@ -19,6 +18,7 @@ from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.paired import exp_interval
 from come.models.adapter import ModelAdapter
 from come.models.loss import window_nll
+from come.progress import ProgressBar
 from come.setting import setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
@@ -65,14 +65,7 @@ def perplexity(
     head = model.get_output_embeddings()
     seq = windows.shape[1]
     nll: list[float] = []
-    with tqdm(
-        total=len(windows),
-        desc="perplexity",
-        unit="window",
-        leave=False,
-        delay=2,
-        disable=None if progress else True,
-    ) as bar:
+    with ProgressBar(total=len(windows), desc="perplexity", unit="window", shown=progress) as bar:
         for batch in windows.split(max(1, batch_tokens // seq)):
             ids = batch.to(device)
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state

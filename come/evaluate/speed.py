@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.memory import PeakMemory
+from come.progress import ProgressBar
 from come.setting import setting
 
 if TYPE_CHECKING:
@@ -163,14 +163,8 @@ def compare_speed(
     found: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}
     caches: dict[str, int] = {}
     peaks: dict[str, int] = {}
-    with tqdm(
-        total=(repeats + 1) * len(models),
-        desc="speed",
-        unit="turn",
-        leave=False,
-        delay=2,
-        disable=None if progress else True,
-    ) as bar:
+    turns = (repeats + 1) * len(models)
+    with ProgressBar(total=turns, desc="speed", unit="turn", shown=progress) as bar:
         for repeat in range(repeats + 1):
             for label, model in models.items():
                 prompt = _seconds(model, partial(_prompt, model, prompt_tokens))

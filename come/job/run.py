@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
-from come.job.folder import PARTIAL_PLAN, STATES, TRIALS, alone, finished_result, write_result
+from come.job.folder import (
+    MEASURED,
+    PARTIAL_PLAN,
+    STATES,
+    TRIALS,
+    alone,
+    finished_result,
+    write_result,
+)
 from come.job.identity import job_hash
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
@@ -24,6 +33,9 @@ from come.records import CompressionResult, DepthResult, DistillationResult, Res
 from come.report.console import show
 from come.schema import Settings
 from come.tracking.base import JSONL, Trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +50,8 @@ def run(settings: Settings, folder: Path) -> Result:
 
     An interrupted job resumes after its last finished merge and reuses the scores of its finished
     trial merges; schedules with `restarts` start the merge over. An interrupted distillation
-    resumes from its last checkpoint.
+    resumes from its last checkpoint, and an interrupted evaluation keeps the metrics of finished
+    ones.
 
     Raises:
         ValueError: settings contradict each other or do not fit the model or the texts, which is
@@ -62,31 +75,89 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
-    from come.report.write import write_report  # matplotlib is slow; import it after the checks
+    import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
     with _trackers(job) as trackers:
-        model, plan, job, compression = merge(job, trackers)
-        crew.wait_for_everyone()
-        distillation = None
-        if settings.distill.active:
-            from come.job.stages.distill import distill  # sharded training is slow to import
-
-            model, plan, distillation = distill(job, model, plan, trackers, crew)
-        depths = evaluate_depths(job, model, plan, trackers)
-        result = _result(job, plan, compression, distillation, depths)
-        for title, path in write_report(folder, result, plan, job.checkpoint).items():
-            trackers.figure(title, path)
+        state = State(job, crew, trackers)
+        for stage in STAGES:
+            stage(state)
+    result = state.result
+    assert result is not None
     write_result(folder, cast(dict[str, Any], result))
     _tidy(folder, result)
     show(result, folder)
     return result
 
 
+@dataclass
+class State:
+    """What the stages of a job have made so far; every stage reads and extends it."""
+
+    job: Job
+    crew: Accelerator
+    trackers: Trackers
+    model: PreTrainedModel | None = None
+    plan: Plan | None = None
+    compression: CompressionResult | None = None
+    distillation: DistillationResult | None = None
+    depths: list[DepthResult] = field(default_factory=list)
+    result: Result | None = None
+
+
+def _merge(state: State) -> None:
+    """Merges, or loads a merged model; leaves `model/`, or `model-merged/` before a distillation.
+
+    Resumes from the partial plan and the scores of trial merges.
+    """
+    state.model, state.plan, state.job, state.compression = merge(state.job, state.trackers)
+    state.crew.wait_for_everyone()
+
+
+def _distill(state: State) -> None:
+    """Trains the merged layers; leaves `model/`. Resumes from the last training checkpoint."""
+    if not state.job.settings.distill.active:
+        return
+    from come.job.stages.distill import distill  # sharded training is slow to import
+
+    assert state.model is not None
+    assert state.plan is not None
+    state.model, state.plan, state.distillation = distill(
+        state.job, state.model, state.plan, state.trackers, state.crew
+    )
+
+
+def _evaluate(state: State) -> None:
+    """Measures the dense model and all saved ones. Resumes from the metrics measured so far."""
+    assert state.model is not None
+    assert state.plan is not None
+    log.info("evaluate: %s", ", ".join(state.job.evaluations) or "nothing")
+    state.depths = evaluate_depths(state.job, state.model, state.plan, state.trackers)
+
+
+def _report(state: State) -> None:
+    """Writes figures, report and model cards."""
+    from come.report.write import write_report
+
+    assert state.plan is not None
+    assert state.compression is not None
+    state.result = _result(
+        state.job, state.plan, state.compression, state.distillation, state.depths
+    )
+    figures = write_report(state.job.folder, state.result, state.plan, state.job.checkpoint)
+    for title, path in figures.items():
+        state.trackers.figure(title, path)
+
+
+STAGES = (_merge, _distill, _evaluate, _report)
+"""The stages of a job after its preparation, in order."""
+
+
 def _tidy(folder: Path, result: Result) -> None:
     """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
-    for leftover in (partial, tensors_path(partial), folder / TRIALS, folder / COST):
+    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, MEASURED, COST)]
+    for leftover in (*leftovers, tensors_path(partial)):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
     if not result["settings"]["merge"]["save_weights"]:

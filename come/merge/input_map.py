@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.sublayers import States, activation_derivative, run_mlp
+from come.progress import ProgressBar
 from come.stream.token_blocks import TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
@@ -79,8 +79,8 @@ class InputMap:
             bar.update()
             return whiten(self.curved(colour(white))) + penalty * white
 
-        quiet = None if self.goals.stream.progress else True
-        with tqdm(total=steps, desc=self.name, leave=False, delay=2, disable=quiet) as bar:
+        shown = self.goals.stream.progress
+        with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
             change = colour(conjugate_gradients(product, whiten(pull), steps))
         for _ in range(HALVINGS + 1):
             if self.error(change) < before:

@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from come.models.adapter import Block, ModelAdapter
 from come.models.loss import window_nll
+from come.progress import ProgressBar
 from come.stream.boundaries import BoundaryStore, make_store
 
 Update = Callable[[Tensor, Tensor], None]
@@ -184,9 +184,7 @@ class LayerStream:
         assert 0 <= first <= self._valid
         assert last < self.num_layers
         total = (last - first + 1) * len(self._batches)
-        with tqdm(
-            total=total, desc="layers", unit="batch", leave=False, delay=2, disable=self.quiet
-        ) as bar:
+        with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
@@ -368,11 +366,6 @@ class LayerStream:
     def invalidate_from(self, index: int) -> None:
         """Records that the weights of layer `index`, and possibly of later layers, have changed."""
         self._valid = min(self._valid, index)
-
-    @property
-    def quiet(self) -> bool | None:
-        """The `disable` argument of tqdm: True without progress, else None."""
-        return None if self.progress else True  # None: a bar only on a terminal
 
 
 def _ignore(before: Tensor, after: Tensor) -> None:

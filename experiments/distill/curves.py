@@ -54,7 +54,8 @@ def label(result: dict[str, Any]) -> list[str]:
 
 def ratio(result: dict[str, Any], stage: str) -> float:
     """Perplexity relative to the dense model, from the final evaluation."""
-    return next(d for d in result["depths"] if d["stage"] == stage)["perplexity"]["ratio"]
+    depth = next(d for d in result["depths"] if d["stage"] == stage)
+    return depth["metrics"]["perplexity"]["relative"]["value"]
 
 
 def row(result: dict[str, Any]) -> str:

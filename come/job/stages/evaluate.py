@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from come.evaluate.base import Metrics
+from come.evaluate.base import Evaluation, Metrics, read_metrics
 from come.evaluate.dense import evaluate_dense
+from come.files import write_text
+from come.job.folder import MEASURED
 from come.job.stages.prepare import Job
 from come.merge.plan import Plan
 from come.models.checkpoint import identity
@@ -17,6 +22,36 @@ if TYPE_CHECKING:
 
 Found = dict[str, Metrics]
 """Metrics of every model, by its folder in the job folder; "" is the dense model."""
+
+
+class Measured:
+    """The metrics that a job has measured so far, which a resumed job does not measure again.
+
+    Args:
+        path: JSON file to which the metrics of every evaluation are written atomically.
+        job: hash of the job; metrics of other jobs are ignored.
+    """
+
+    def __init__(self, path: Path, job: str) -> None:
+        self.path = path
+        self.job = job
+        self.metrics: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            data = json.loads(path.read_text())
+            if data["job"] == job:
+                self.metrics = data["metrics"]
+
+    def get(
+        self, evaluation: str, folders: Sequence[str], measure: Callable[[], dict[str, Metrics]]
+    ) -> dict[str, Metrics]:
+        """Metrics of the models in `folders`; measured if they are not known yet."""
+        keys = {folder: f"{folder or 'dense'}: {evaluation}" for folder in folders}
+        if not all(key in self.metrics for key in keys.values()):
+            for folder, metrics in measure().items():
+                records = {name: metric.record() for name, metric in metrics.items()}
+                self.metrics[keys[folder]] = records
+            write_text(self.path, json.dumps({"job": self.job, "metrics": self.metrics}))
+        return {folder: read_metrics(self.metrics[key]) for folder, key in keys.items()}
 
 
 def evaluate_depths(
@@ -32,15 +67,10 @@ def evaluate_depths(
     """
     saved = _saved(job)
     found: Found = {folder: {} for folder in ("", *(name for _, _, name in saved))}
-    _measure_dense(job, model, found)
+    measured = Measured(job.folder / MEASURED, job.hash)
+    _measure_dense(job, model, found, measured)
     for _, _, folder in saved:
-        alone = [e for e, _ in job.evaluations.values() if not e.together]
-        at_depth = model
-        if folder != "model" and alone:
-            at_depth = job.load(job.folder / folder, str(model.device))
-        for evaluation, data in job.evaluations.values():
-            if not evaluation.together:
-                found[folder] |= evaluation.measure(at_depth, job.tokenizer, data)
+        found[folder] |= _measure_saved(job, model, folder, measured)
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
     results += [_depth(job, depth, stage, folder, found) for depth, stage, folder in saved]
     for result in results:
@@ -60,7 +90,7 @@ def evaluate_depths(
     return results
 
 
-def _measure_dense(job: Job, model: PreTrainedModel, found: Found) -> None:
+def _measure_dense(job: Job, model: PreTrainedModel, found: Found, measured: Measured) -> None:
     """Measures the dense model, and with it the last model where both are measured together."""
     compressed = job.settings.merge.enabled
     loaded = [] if compressed else [model]
@@ -70,11 +100,15 @@ def _measure_dense(job: Job, model: PreTrainedModel, found: Found) -> None:
             loaded.append(job.load(device=str(model.device)))
         return loaded[0]
 
-    for evaluation, data in job.evaluations.values():
+    for name, (evaluation, data) in job.evaluations.items():
         if evaluation.together:
-            models = {"": load(), "model": model} if compressed else {"": model}
-            measured = evaluation.measure_together(models, job.tokenizer, data)
-            for folder, metrics in measured.items():
+            folders = ["", "model"] if compressed else [""]
+
+            def alternate(chosen: Evaluation = evaluation, data: Any = data) -> Found:
+                models = {"": load(), "model": model} if compressed else {"": model}
+                return chosen.measure_together(models, job.tokenizer, data)
+
+            for folder, metrics in measured.get(name, folders, alternate).items():
                 found[folder] |= metrics
         else:
             found[""] |= evaluate_dense(
@@ -86,6 +120,23 @@ def _measure_dense(job: Job, model: PreTrainedModel, found: Found) -> None:
                 dtype=job.shape.dtype,
                 device=model.device,
             )
+
+
+def _measure_saved(job: Job, model: PreTrainedModel, folder: str, measured: Measured) -> Metrics:
+    """Measures a saved model; the job's last model is in memory."""
+    found: Metrics = {}
+    loaded = [model] if folder == "model" else []
+    for name, (evaluation, data) in job.evaluations.items():
+        if evaluation.together:
+            continue
+
+        def measure(chosen: Evaluation = evaluation, data: Any = data) -> Found:
+            if not loaded:
+                loaded.append(job.load(job.folder / folder, str(model.device)))
+            return {folder: chosen.measure(loaded[0], job.tokenizer, data)}
+
+        found |= measured.get(name, [folder], measure)[folder]
+    return found
 
 
 def _saved(job: Job) -> list[tuple[int, str, str]]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.models.adapter import LayerState
+from come.progress import ProgressBar
 from come.setting import setting
 
 
@@ -47,7 +47,7 @@ class Adam(Ridge):
         layer = stream.adapter.copy_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        steps = tqdm(range(self.steps), desc="adam", leave=False, delay=2, disable=stream.quiet)
+        steps = ProgressBar(range(self.steps), desc="adam", shown=stream.progress)
         with torch.enable_grad():
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tqdm import tqdm
-
 from come.merge.combination import Combination
 from come.merge.constraints import SpanConstraints
 from come.merge.plan import GroupCandidate, MergeStep
 from come.merge.span import Group, UnitAllocation
 from come.models.surgery import Span
+from come.progress import ProgressBar
 from come.registry import Registry
 from come.setting import HasSettings
 from come.stream.stream import LayerStream
@@ -90,7 +89,7 @@ class Search:
 
     def refined(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
         """The spans with the scores of their trial merges."""
-        trials = tqdm(spans, desc="trial merges", leave=False, delay=2, disable=self.stream.quiet)
+        trials = ProgressBar(spans, desc="trial merges", shown=self.stream.progress)
         return [GroupCandidate(a, b, self.refine(a, b)) for a, b in trials]
 
     def choose(self, candidates: list[GroupCandidate]) -> Choice:

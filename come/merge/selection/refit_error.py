@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from come.merge.refit.base import Refit
-from come.merge.selection.angular import mean_angle
 from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.cosine import mean_angle
 from come.merge.span import Group, UnitAllocation
 from come.setting import setting
 from come.stream.stream import LayerStream

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.merge.refit.base import Refit
-from come.merge.selection.angular import mean_angle
 from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.cosine import mean_angle
 from come.merge.span import Group, UnitAllocation
 from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting

@@ -1,0 +1,54 @@
+"""Runs of the command in processes that are forked where the imports have been made already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["come.cli", "come.job.run", "come.report.write", "transformers.models.llama", "tests.forked"]
+)
+
+
+class Forked:
+    """A run of `run.py` with the interface of `subprocess.Popen` that the tests use."""
+
+    def __init__(self, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
+        self._printed = Path(tempfile.mkdtemp(dir=cwd, prefix="printed-"))
+        arguments = (words, str(cwd), environment, str(self._printed))
+        self._process = _FORKS.Process(target=_run, args=arguments)
+        self._process.start()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end; what it wrote to stdout and stderr."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "it takes too long"
+        return tuple((self._printed / name).read_text() for name in ("out", "err"))
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+
+def _run(words: list[str], cwd: str, environment: dict[str, str], printed: str) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        target = os.open(f"{printed}/{name}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(target, number)
+    sys.argv = ["run.py", *words]
+    import torch
+
+    from come.cli import main
+
+    torch.set_num_threads(1)
+    try:
+        sys.exit(main())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
