@@ -24,10 +24,10 @@ $(VENV)/transformers4: $(READY) tests/transformers4.txt
 run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." for anything else)
 	$(BIN)/python run.py $(ARGS)
 
-test: $(READY) $(VENV)/transformers4  ## the fast tests
+test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the tests on the real model and on many processes
+test-slow: $(READY) $(VENV)/transformers4  ## the tests on the real model and on many processes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-shapes: $(READY)  ## tests of the method once more, every tensor held against its annotation
