@@ -46,6 +46,10 @@ PARTS = [
     *({"selection": name} for name in SELECTION.names()),
     *({"retention": name} for name in RETENTION.names()),
     *({"norms": "fold", "operator": name, "protect_first": 1} for name in OPERATORS.names()),
+    *(
+        {"norms": "fold", "operator": "drop", "refit": name, "protect_first": 1}
+        for name in ("prune_comp", "replaceme")
+    ),
     *({"schedule": name} for name in SCHEDULES.names() if name != "fixed"),
     {"groups": ((3, 4), (0, 1))},
     {"groups": ((3, 4), (0, 1)), "operator": "drop"},
@@ -94,8 +98,9 @@ def test_recipes_name_what_the_registries_hold():
         {"schedule": "one_shot", "selection": "trial_kl"},
         {"sublayers": ("ffn",), "selection": "trial_kl"},
         {"operator": "drop", "selection": "trial_kl", "refit": "ridge"},
-        {"operator": "prune_comp"},
-        {"operator": "replaceme", "protect_first": 1},
+        {"operator": "drop", "refit": "prune_comp"},
+        {"operator": "drop", "refit": "replaceme", "protect_first": 1},
+        {"operator": "drop", "refit": "prune_comp", "selection": "bi_sum", "schedule": "one_shot"},
         {"groups": ((3, 4), (0, 1))},
         {"sublayers": ("ffn",), "allow_remerge": True},
         {"sublayers": ("attention",), "operator": "drop", "selection": "skip_loss"},
@@ -195,23 +200,35 @@ def test_depths_of_a_block_method_are_found_apart(windows):
     ("settings", "message"),
     [
         ({"retention": "joint", "operator": "average"}, "merge.retention=joint ranks units"),
-        ({"operator": "replaceme"}, "set merge.protect_first=1 or more"),
+        ({"operator": "drop", "refit": "replaceme"}, "set merge.protect_first=1 or more"),
+        ({"refit": "replaceme"}, "merge.operator=concat drops none: choose merge.operator=drop"),
         ({"schedule": "one_shot", "allow_remerge": True}, "allow_remerge=true is not possible"),
         ({"schedule": "one_shot", "operator": "drop", "m": 3}, "drops single layers; merge.m=3"),
-        ({"schedule": "one_shot", "operator": "prune_comp"}, "solves on the merged model"),
         (
-            {"schedule": "laco", "operator": "prune_comp"},
-            "merge.schedule=laco merges on trial without what merge.operator=prune_comp solves for",
+            {"schedule": "laco", "operator": "drop", "refit": "prune_comp"},
+            "merge.schedule=laco merges on trial without the factor of merge.refit=prune_comp",
         ),
         (
-            {"schedule": "block", "operator": "prune_comp", "selection": "trial_kl"},
-            "merge.selection=trial_kl merges on trial without what merge.operator=prune_comp",
+            {
+                "schedule": "block",
+                "operator": "drop",
+                "refit": "prune_comp",
+                "selection": "trial_kl",
+            },
+            "merge.selection=trial_kl merges on trial without the factor of merge.refit=prune_comp",
         ),
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
         ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 is in two groups"),
         ({"sublayers": ("mlp",)}, r"merge.sublayers=\['mlp'\]: must be a list of attention, ffn"),
-        ({"sublayers": ("ffn",), "operator": "prune_comp"}, "prune_comp solves for whole layers"),
+        (
+            {"sublayers": ("ffn",), "operator": "drop", "refit": "prune_comp"},
+            "merge.refit=prune_comp reconstructs whole layers",
+        ),
+        (
+            {"operator": "drop", "refit": "prune_comp", "downstream": 1.0},
+            "merge.refit.downstream=1.0 fits states that merge.refit=prune_comp scales",
+        ),
         ({"protect_first": -1}, "merge.protect_first=-1: must be a whole number of at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
         (

@@ -54,12 +54,18 @@ def test_messages_of_hydra_come_whole(command_line):
         ),
         ("mege=come", ["mege: no such setting", "did you mean merge", "come --cfg job"]),
         ("merge.sensitivity=comme", ["merge.sensitivity='comme'", "did you mean 'come'"]),
+        (
+            "merge.operator=replaceme",
+            ["merge.operator=replaceme is now merge.operator=drop merge.refit=replaceme"],
+        ),
+        ("eval.speed=false", ["eval.speed is now a list with or without it"]),
+        ("eval=zero_shot eval.path=x", ["eval.path is now eval.perplexity.path"]),
         ("merge.refit_lambda=1", ["merge.refit_lambda is now merge.refit.lambda"]),
         ("merge.refit.lamda=1", ["merge.refit.lamda: the chosen merge.refit has no such setting"]),
         ("merge=kome", ["merge=kome: no such choice", "did you mean come", "shortgpt"]),
         ("merge.m=2,3", ["merge.m=2,3", "--multirun", "merge.m=[2,3]"]),
     ):
-        code, printed = command_line(override)
+        code, printed = command_line(*override.split(" "))
         assert code == 1
         assert len(printed.strip().splitlines()) == 1
         assert all(part in printed for part in parts), printed

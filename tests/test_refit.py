@@ -346,7 +346,10 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
         ({"refit_weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
         ({"downstream": -1.0}, "merge.refit.downstream=-1.0: must be a number above 0, or null"),
         ({"refit": "adam", "options": {"steps": 0}}, "merge.refit.steps=0: must be"),
-        ({"refit": "ridge", "operator": "prune_comp"}, "prune_comp solves for the layer itself"),
+        (
+            {"refit": "replaceme", "target": "dense"},
+            "merge.refit.target='dense': must be",
+        ),
         (
             {"downstream": 1.0, "sublayers": ("ffn",)},
             "merge.refit.downstream reconstructs whole layers",

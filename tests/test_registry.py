@@ -4,13 +4,15 @@ import pytest
 
 from come.data.sources.base import TEXT
 from come.merge.operators.base import OPERATORS
+from come.merge.refit.base import REFITS
 from come.merge.retention.base import RETENTION
 from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
 from come.registry import Registry, load_plugin
 
-REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, TEXT]
+REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, REFITS, TEXT]
+COSINES = ("sbi", "angular", "bi_sum")  # scores of one cosine stand in one file
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
@@ -18,7 +20,8 @@ def test_file_name_is_registry_name(registry):
     assert registry.names()
     for name in registry.names():
         cls = registry.get(name)
-        assert cls.__module__ == f"{registry.package}.{name}"
+        file = "cosine" if name in COSINES else name
+        assert cls.__module__ == f"{registry.package}.{file}"
         assert cls.source
         assert cls.__doc__
         assert cls.paper == "" or cls.paper[4] == "."

@@ -5,14 +5,17 @@ import copy
 import pytest
 import torch
 
+from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
+from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     decoder_layers,
     paper,
     recipe,
+    same,
     without,
 )
 from tests.reference import Reference
@@ -64,7 +67,7 @@ def test_prune_comp_equals_scaling_all_in_front(family, windows, span):
     expected = scaled(windows, use_cache=False).logits
     model, m = pico(family), 3
     protect = {"protect_first": first, "protect_last": LAYERS - 1 - last}
-    method = paper(operator="prune_comp", selection="bi_sum", m=m, **protect)
+    method = paper(operator="drop", refit="prune_comp", selection="bi_sum", m=m, **protect)
     compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
     found = model(windows).logits.double()
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
@@ -83,7 +86,7 @@ def test_replaceme_is_a_least_squares_map(family, windows):
     hook.remove()
     m, h = outputs[0], [state.flatten(0, 1) for state in reference.h]
     transform = torch.linalg.lstsq(m, m + h[4] - h[2]).solution
-    method = paper(operator="replaceme", groups=((1, 2, 3),))
+    method = paper(operator="drop", refit="replaceme", groups=((1, 2, 3),))
     model = pico(family)
     plan = compress(model, windows, method, target_layers=4, progress=False)
     old, new = ModelAdapter(dense), ModelAdapter(model)
@@ -100,6 +103,17 @@ def test_replaceme_is_a_least_squares_map(family, windows):
     for name, tensor in new.layer_state(1).items():
         if name not in plan.steps[0].solved.hashes:
             assert torch.equal(tensor, old.layer_state(1)[name])
+
+
+@pytest.mark.parametrize("name", ["replaceme", "prune_comp"])
+def test_plans_in_which_it_was_an_operator_are_read(name, windows, tmp_path):
+    model = pico("llama_gqa")
+    plan = compress(model, windows, recipe(name), target_layers=4, progress=False)
+    plan.save(tmp_path / "plan.json")
+    path = tmp_path / "plan.json"
+    path.write_text(path.read_text().replace('"operator": "drop"', f'"operator": "{name}"'))
+    assert f'"{name}"' in path.read_text()
+    assert same(apply(Plan.load(path), pico("llama_gqa")), model)
 
 
 def test_laco_keeps_merges_that_leave_the_output_similar(windows):

@@ -195,6 +195,7 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
     base = saved(tmp_path / "base", "llama_gqa")
     start(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
     model = tmp_path / "old" / "model"
+    assert "Refit `ridge`: " in (model / "README.md").read_text()
     for path in (model / "come").iterdir():
         path.rename(model / path.name)
     (model / "come").rmdir()

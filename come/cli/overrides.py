@@ -66,6 +66,8 @@ RENAMED = {
     "eval.speed_batch": "eval.speed.batch_size",
     "eval.task_batch": "eval.zero_shot.batch_size",
     "eval.continuation_tokens": "eval.continuations.tokens",
+    "merge.operator=replaceme": "merge.operator=drop merge.refit=replaceme",
+    "merge.operator=prune_comp": "merge.operator=drop merge.refit=prune_comp",
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
 """Former keys of settings, with their current keys."""
@@ -137,6 +139,8 @@ def as_groups(overrides: Sequence[str]) -> list[str]:
 def _as_group(override: str) -> str:
     key, equals, value = override.partition("=")
     plain = key.lstrip("+~")
+    if override in RENAMED:
+        raise ValueError(f"{override} is now {RENAMED[override]}")
     if equals and plain in RENAMED:
         raise ValueError(f"{plain}={value}: {plain} is now {RENAMED[plain]}")
     head, _, part = plain.partition(".")

@@ -34,7 +34,9 @@ def merged_pieces(
     states = [adapter.layer_state(index) for index in layers]
     if check_norms(norms) == "fold":
         states = [fold_norms(state, adapter.roles) for state in states]
-    return SourceLayers(states, lambda layers: operator.merge(layers, adapter.roles, shares, kept))
+    return SourceLayers(
+        states, lambda layers: operator.merge(layers, adapter.roles, shares, kept), shares
+    )
 
 
 @torch.no_grad()

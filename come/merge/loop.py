@@ -216,7 +216,6 @@ class _Compression:
         first, last = choice.first, choice.last
         group = self._group(first, last, history)
         split = self._split(group, choice.kept)
-        solution = self.operator.solve(group, split)
         self.origins = [
             *self.origins[:first],
             self.origins[first + (choice.kept or 0)],
@@ -232,8 +231,6 @@ class _Compression:
             candidates=choice.candidates,
             bi=[layer.bi for layer in self.statistics],
             keeper=choice.kept,
-            solved=SolvedTensors(solution.tensors),
-            output_scale=solution.output_scale,
         )
 
     def refitted(self, plan: Plan, step: MergeStep) -> MergeStep:
@@ -245,8 +242,8 @@ class _Compression:
         pieces = self._pieces(places, UnitAllocation(step.shares, step.kept))
         original = plan.history[step.last][-1]
         goals = self._goals(step.first, step.last, original, self.stream)
-        solved = self.refit.solve(goals, pieces)
-        return replace(step, solved=SolvedTensors(solved))
+        solved = SolvedTensors(self.refit.solve(goals, pieces))
+        return replace(step, solved=solved, output_scale=self.refit.output_scale(goals, pieces))
 
     def finished(self, plan: Plan) -> Plan:
         """The plan with the downstream refit of all layers after its first merge, if enabled."""

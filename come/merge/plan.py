@@ -48,6 +48,9 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
+_DROPS = {"replaceme": "drop", "prune_comp": "drop"}  # operators of earlier versions
+
+
 @dataclass(frozen=True)
 class GroupCandidate:
     """A span that could have been merged, or dropped, at a step: first..last and its score."""
@@ -238,10 +241,11 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"merge.plan={path}: not a plan of format {FORMAT}")
         try:
+            operator = str(data["operator"])
             steps = [_read_step(path, number, step) for number, step in enumerate(data["steps"])]
             return cls(
                 base=BaseModel(**data["base"]),
-                operator=data["operator"],
+                operator=_DROPS.get(operator, operator),
                 norms=data["norms"],
                 block=data.get("block", "layer"),
                 steps=steps,

@@ -15,10 +15,17 @@ class SourceLayers:
     Attributes:
         layers: all tensors of every layer, shallowest first.
         join: returns all tensors of the merged layer, given such layers.
+        shares: share of every layer in the merged layer.
     """
 
     layers: Sequence[LayerState]
     join: Callable[[Sequence[LayerState]], LayerState]
+    shares: Sequence[float] = ()
+
+    @property
+    def keeper(self) -> int:
+        """Index of the layer that a drop keeps."""
+        return max(range(len(self.shares)), key=lambda i: self.shares[i])
 
     @property
     def state(self) -> LayerState:

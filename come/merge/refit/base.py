@@ -77,10 +77,23 @@ class Refit(HasSettings, ABC):
             Tensors that replace those in `pieces.state`, with the same shapes and dtypes.
         """
 
+    def output_scale(self, goals: ReconstructionTargets, pieces: SourceLayers) -> float:
+        """Factor on the output projections and their biases of all layers after the merged one."""
+        return 1.0
+
     @property
     def surrogate(self) -> Refit:
         """A cheaper refit for trial merges, which only have to rank spans."""
         return self
+
+
+def check_drops(refit: Refit, method: Combination) -> None:
+    """Raises ValueError if the method's operator is not a drop."""
+    if not method.operator.drops:
+        raise ValueError(
+            f"merge.refit={refit.name} makes up for dropped layers, and merge.operator="
+            f"{method.operator.name} drops none: choose merge.operator=drop"
+        )
 
 
 REFITS: Registry[Refit] = Registry("refit", "come.merge.refit", "merge.refit")

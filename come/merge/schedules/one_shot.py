@@ -27,11 +27,6 @@ class OneShot(Schedule):
             reason = f"drops single layers; merge.m={method.m} is not possible with it"
         elif method.allow_remerge and not method.operator.drops:
             reason = "measures the dense model once, so merge.allow_remerge=true is not possible"
-        elif method.operator.solves:
-            reason = (
-                f"measures the dense model once, and merge.operator={method.operator.name} solves "
-                "on the merged model; choose merge.schedule=progressive or block"
-            )
         if reason:
             raise ValueError(f"merge.schedule={self.name} {reason}")
 

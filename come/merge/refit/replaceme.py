@@ -1,22 +1,26 @@
-"""ReplaceMe: layer dropping with a linear map in place of the dropped span."""
+"""ReplaceMe: a linear map in place of dropped layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from come.merge.combination import Combination
-from come.merge.operators.base import OPERATORS, Solution
-from come.merge.operators.drop import Drop, kept_layer
-from come.merge.span import Group, UnitAllocation
+from come.merge.reconstruction import ReconstructionTargets, Target
+from come.merge.refit.base import REFITS, Refit, check_drops
+from come.merge.source_layers import SourceLayers
+from come.models.adapter import LayerState
+from come.setting import setting
 
 
-@OPERATORS.register
-class ReplaceMe(Drop):
-    """Drops a span a..b and folds a least-squares map into the layer before it.
+@REFITS.register
+@dataclass(eq=False)
+class ReplaceMe(Refit):
+    """Folds a least-squares map for the dropped span a..b into the layer before it.
 
         T = argmin || M T - (M + h_b - h_{a-1}) ||^2,   W_down <- T^T W_down,   bias <- T^T bias
 
@@ -30,45 +34,43 @@ class ReplaceMe(Drop):
     name = "replaceme"
     paper = "2505.02819"
     source = "ReplaceMe, least squares"
-    solves = True
+
+    target: Target = setting("current", "whose states are reconstructed", choices=("current",))
 
     def check(self, method: Combination) -> None:
         """Raises ValueError, also if there may be no layer before the dropped span."""
         super().check(method)
+        check_drops(self, method)
         if not method.groups and method.protect_first < 1:
             raise ValueError(
-                f"merge.operator={self.name} needs a layer before the dropped ones: set "
+                f"merge.refit={self.name} needs a layer before the dropped ones: set "
                 "merge.protect_first=1 or more"
             )
 
-    def solve(self, group: Group, split: UnitAllocation) -> Solution:
+    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in."""
-        assert kept_layer(split.shares) == 0
-        stream, adapter = group.stream, group.stream.adapter
-        linear = adapter.output_map(group.first, "channel")
+        assert pieces.keeper == 0
+        stream, adapter = goals.stream, goals.stream.adapter
+        linear = adapter.output_map(goals.first, "channel")
         hidden = linear.out_features
         gram = torch.zeros(hidden, hidden, dtype=torch.float64)
         moment = torch.zeros(hidden, hidden, dtype=torch.float64)
         outputs: list[Tensor] = []
-        keeper = stream.route(group.first, group.first)
-        targets = stream.pairs(group.first + 1, group.last + 1)
+        kept = stream.route(goals.first, goals.first)
+        targets = stream.pairs(goals.first + 1, goals.last + 1)
         with _outputs(linear, outputs):
-            for _, (before, after) in zip(
-                stream.through(group.first, keeper), targets, strict=True
-            ):
+            for _, (before, after) in zip(stream.through(goals.first, kept), targets, strict=True):
                 m = outputs.pop().reshape(-1, hidden).double()
                 gap = after.flatten(0, 1).double() - before.flatten(0, 1).double()
                 gram += (m.T @ m).cpu()
                 moment += (m.T @ gap).cpu()
         change = torch.linalg.lstsq(gram, moment, driver="gelsd").solution
         transform = (torch.eye(hidden, dtype=torch.float64) + change).T
-        merged = group.merge(split)
-        return Solution(
-            {
-                name: (transform @ merged[name].double().cpu()).to(merged[name])
-                for name in adapter.output_tensors("channel")
-            }
-        )
+        state = pieces.state
+        return {
+            name: (transform @ state[name].double().cpu()).to(state[name])
+            for name in adapter.output_tensors("channel")
+        }
 
 
 @contextmanager
