@@ -19,7 +19,6 @@ import json
 from pathlib import Path
 
 import torch
-from come.merge.selection.angular import Angular
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from come import Method, TextFile, evaluation_windows
 from come.data.sampling import self_generated_windows
 from come.data.sources.pydocs import PyDocs
 from come.merge.loop import compress
+from come.merge.selection.cosine import Angular
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
