@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import come.cli
-from come.merge.apply import merged_pieces
+from come.merge.apply import source_layers_of
 from come.merge.operators.base import OPERATORS
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
@@ -232,8 +232,8 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
 
 
 @pytest.fixture
-def goals(windows):
-    """Gives goals of layers 2 and 3 of a pico model, and those layers' pieces."""
+def targets(windows):
+    """Gives targets of layers 2 and 3 of a pico model, and those layers."""
     opened = []
 
     def make(family, chosen=windows):
@@ -245,10 +245,10 @@ def goals(windows):
         stream.snapshot_dense()
         counts = adapter.unit_counts
         kept = {unit: [[*range(n // 2)], [*range(n // 2, n)]] for unit, n in counts.items()}
-        pieces = merged_pieces(
+        sources = source_layers_of(
             adapter, [2, 3], OPERATORS.create("concat"), "fold", [0.5, 0.5], kept
         )
-        return ReconstructionTargets(stream, 2, 3, original=3), pieces
+        return ReconstructionTargets(stream, 2, 3, original=3), sources
 
     yield make
     for stream in opened:

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from come.merge.method import PARTS, Method
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.models.adapter import UNITS, ModelAdapter
 from tests.conftest import pico
 from tests.reference import Reference
@@ -69,7 +69,7 @@ def recipe(name: str, **changes) -> Method:
     return method(read(name), changes)
 
 
-def scorer(name: str, tokens: str) -> GroupScore:
+def scorer(name: str, tokens: str) -> SpanScore:
     """A selection score that reads these tokens."""
     found = SELECTION.create(name)
     found.tokens = tokens

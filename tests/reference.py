@@ -142,22 +142,22 @@ class Reference:
 
         merged: dict[str, Tensor] = {}
         for name in states[0]:
-            pieces = []
+            sources = []
             for state, own_groups, own_channels in zip(states, groups, channels, strict=True):
                 tensor = state[name]
                 queries = [h for h in range(self.heads) if h // ratio in own_groups]
                 if ".q_proj" in name:
-                    pieces.append(tensor[head_rows(queries)])
+                    sources.append(tensor[head_rows(queries)])
                 elif ".k_proj" in name or ".v_proj" in name:
-                    pieces.append(tensor[head_rows(own_groups)])
+                    sources.append(tensor[head_rows(own_groups)])
                 elif name == f"{names['o']}.weight":
-                    pieces.append(tensor[:, head_rows(queries)].T)
+                    sources.append(tensor[:, head_rows(queries)].T)
                 elif any(name.startswith(w) for w in wide):
-                    pieces.append(tensor[own_channels])
+                    sources.append(tensor[own_channels])
                 elif name == f"{names['down']}.weight":
-                    pieces.append(tensor[:, own_channels].T)
-            if pieces:
-                joined = torch.cat(pieces)
+                    sources.append(tensor[:, own_channels].T)
+            if sources:
+                joined = torch.cat(sources)
                 is_output = name in (f"{names['o']}.weight", f"{names['down']}.weight")
                 merged[name] = joined.T if is_output else joined
             elif names["attention_norm"] in name or names["ffn_norm"] in name:

@@ -20,17 +20,17 @@ FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("ratio", "alike"), [(1e-3, False), (1.0, False), (0.1, True)])
 @torch.no_grad()
-def test_input_maps_are_the_ridge_solution(family, ratio, alike, goals, windows):
+def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, windows):
     """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64.
 
     A window's first token counts as much as all its others, and 1 where all windows begin alike.
     """
     if alike:
         windows = torch.cat([torch.full_like(windows[:, :1], 5), windows[:, 1:]], dim=1)
-    goals, pieces = goals(family, windows)
-    adapter = goals.stream.adapter
-    layers = [adapter.copy_layer(2, state) for state in pieces.layers]
-    maps = input_maps(goals, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
+    targets, sources = targets(family, windows)
+    adapter = targets.stream.adapter
+    layers = [adapter.copy_layer(2, state) for state in sources.layers]
+    maps = input_maps(targets, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
 
     dense = Reference(pico(family), windows)
     name = adapter.architecture.attention_norm
@@ -51,9 +51,9 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, goals, windows)
 
 
 @torch.no_grad()
-def test_only_rows_behind_the_norm_read_through(goals):
-    goals, pieces = goals("llama_bias")
-    adapter, state = goals.stream.adapter, pieces.layers[1]
+def test_only_rows_behind_the_norm_read_through(targets):
+    targets, sources = targets("llama_bias")
+    adapter, state = targets.stream.adapter, sources.layers[1]
     change = torch.randn(32, 32, dtype=torch.float64)
     found = fold_input_transform(adapter, "channel", state, change)
     touched = {name for name in state if not torch.equal(state[name], found[name])}
@@ -65,14 +65,14 @@ def test_only_rows_behind_the_norm_read_through(goals):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_penalty_leads_back_to_the_rows_as_they_are(family, goals):
-    goals, pieces = goals(family)
-    plain = Ridge().solve(goals, pieces)
-    held = Ridge(align=1e9).solve(goals, pieces)
+def test_the_penalty_leads_back_to_the_rows_as_they_are(family, targets):
+    targets, sources = targets(family)
+    plain = Ridge().solve(targets, sources)
+    held = Ridge(align=1e9).solve(targets, sources)
     assert set(held) > set(plain)
     for name, tensor in held.items():
         torch.testing.assert_close(
-            tensor, plain.get(name, pieces.state[name]), rtol=1e-3, atol=1e-4
+            tensor, plain.get(name, sources.state[name]), rtol=1e-3, atol=1e-4
         )
 
 

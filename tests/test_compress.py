@@ -63,8 +63,8 @@ def test_remerging_goes_below_what_single_merges_reach(windows):
     recipe = paper(allow_remerge=True)
     plan = compress(pico("llama_gqa"), windows, recipe, target_layers=1, progress=False)
     assert plan.history == [list(range(LAYERS))]
-    pieces = puzzle_pieces(plan, "channel")
-    assert sum(pieces[0].values()) == 24
+    sources = puzzle_pieces(plan, "channel")
+    assert sum(sources[0].values()) == 24
 
 
 def test_a_plan_survives_json_bit_for_bit(windows, tmp_path):
@@ -137,9 +137,9 @@ def test_truncated_plan_and_its_errors(windows, tmp_path):
 def test_puzzle_pieces_add_up(windows):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=4, progress=False)
     for unit, count in plan.base.units.items():
-        pieces = puzzle_pieces(plan, unit)
-        assert [sum(piece.values()) for piece in pieces] == [count] * 4
-        for piece, span in zip(pieces, plan.history, strict=True):
+        sources = puzzle_pieces(plan, unit)
+        assert [sum(piece.values()) for piece in sources] == [count] * 4
+        for piece, span in zip(sources, plan.history, strict=True):
             assert set(piece) <= set(span)
     average = compress(
         pico("llama_gqa"), windows, paper(operator="average"), target_layers=4, progress=False

@@ -34,10 +34,11 @@ def ffn(layer, name, weight, read):
 class Plain:
     """The layer of a goal in float64, all tokens at once."""
 
-    def __init__(self, goals, layer):
-        stream, architecture = goals.stream, goals.stream.adapter.architecture
+    def __init__(self, targets, layer):
+        stream, architecture = targets.stream, targets.stream.adapter.architecture
         states, wanted, weights = (
-            torch.cat(parts) for parts in zip(*map(goals.input_output, stream.batches), strict=True)
+            torch.cat(parts)
+            for parts in zip(*map(targets.input_output, stream.batches), strict=True)
         )
         self.middles = torch.cat(
             [
@@ -45,7 +46,7 @@ class Plain:
                     stream.adapter,
                     layer,
                     states[rows],
-                    stream.keywords(len(states[rows]), goals.first),
+                    stream.keywords(len(states[rows]), targets.first),
                 )[1]
                 for rows in stream.batches
             ]
@@ -93,20 +94,20 @@ def features_of(layer, name, given, read):
 
 
 @pytest.fixture(params=FAMILIES)
-def problem(request, goals):
-    """Gives goals, the layer beside the model, the same in float64, and its input maps' names."""
-    found, pieces = goals(request.param)
+def problem(request, targets):
+    """Gives targets, the layer beside the model, the same in float64, and its input maps' names."""
+    found, sources = targets(request.param)
     adapter = found.stream.adapter
-    plain = Plain(found, adapter.copy_layer(2, pieces.state))
-    layer = adapter.copy_layer(2, pieces.state)
+    plain = Plain(found, adapter.copy_layer(2, sources.state))
+    layer = adapter.copy_layer(2, sources.state)
     return found, layer, plain, adapter.architecture.ffn_inputs
 
 
 def test_slopes_are_the_derivatives_of_features(problem):
-    goals, layer, plain, names = problem
+    targets, layer, plain, names = problem
     for name in names:
-        rows, keywords = plain.middles[:2], goals.stream.keywords(2, 2)
-        read, slopes = activation_derivative(goals.stream.adapter, layer, rows, keywords, name)
+        rows, keywords = plain.middles[:2], targets.stream.keywords(2, 2)
+        read, slopes = activation_derivative(targets.stream.adapter, layer, rows, keywords, name)
         linear = plain.layer.get_submodule(name)
         given = linear(read.double()).detach().requires_grad_(True)
         features = features_of(plain.layer, name, given, read.double())
@@ -116,19 +117,19 @@ def test_slopes_are_the_derivatives_of_features(problem):
 
 @pytest.mark.parametrize("ratio", [0.3, 30.0])
 def test_a_step_is_the_least_squares_solution(problem, ratio):
-    goals, layer, plain, names = problem
+    targets, layer, plain, names = problem
     for name in names:
-        found = InputMap(goals, layer, plain.middles, name).step(ratio, 200)
+        found = InputMap(targets, layer, plain.middles, name).step(ratio, 200)
         expected = plain.step(name, ratio)
         assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
 def test_the_error_falls_whatever_the_penalty(problem):
-    goals, layer, plain, names = problem
+    targets, layer, plain, names = problem
     for name in names:
         weight = plain.layer.get_parameter(f"{name}.weight").detach()
         for ratio in (1e-6, 1.0):
-            asked = InputMap(goals, layer, plain.middles, name)
+            asked = InputMap(targets, layer, plain.middles, name)
             change = asked.step(ratio, 30)
             before, after = (plain.error(name, weight + z) for z in (0, change))
             assert after < before
@@ -136,13 +137,13 @@ def test_the_error_falls_whatever_the_penalty(problem):
         assert torch.equal(layer.get_parameter(f"{name}.weight").double(), weight)
 
 
-def test_nothing_changes_where_nothing_is_lacking(goals):
-    goals, _ = goals("llama_gqa")
-    goals.last = 2  # layer 2 is asked for what it does
-    goals.target = "current"
-    layer = goals.stream.adapter.copy_layer(2, goals.stream.adapter.layer_state(2))
-    middles = Plain(goals, goals.stream.adapter.copy_layer(2, layer.state_dict())).middles
-    change = InputMap(goals, layer, middles, "mlp.up_proj").step(1.0, 5)
+def test_nothing_changes_where_nothing_is_lacking(targets):
+    targets, _ = targets("llama_gqa")
+    targets.last = 2  # layer 2 is asked for what it does
+    targets.target = "current"
+    layer = targets.stream.adapter.copy_layer(2, targets.stream.adapter.layer_state(2))
+    middles = Plain(targets, targets.stream.adapter.copy_layer(2, layer.state_dict())).middles
+    change = InputMap(targets, layer, middles, "mlp.up_proj").step(1.0, 5)
     assert change.norm() < 1e-4
 
 
@@ -191,17 +192,17 @@ def test_settings_that_are_refused(settings, message):
         paper(refit="gauss_newton", norms="fold", **settings)
 
 
-def test_input_maps_are_solved_one_after_another_in_the_familys_order(goals):
+def test_input_maps_are_solved_one_after_another_in_the_familys_order(targets):
     """Gate before up: a map's step is taken on the maps before it as they were changed."""
-    found, pieces = goals("llama_gqa")
+    found, sources = targets("llama_gqa")
     adapter = found.stream.adapter
-    solved = GaussNewton(align=None, input_lambda=1.0, steps=8).solve(found, pieces)
-    by_hand = Ridge().solve(found, pieces)
-    layer = adapter.copy_layer(2, {**pieces.state, **by_hand})
+    solved = GaussNewton(align=None, input_lambda=1.0, steps=8).solve(found, sources)
+    by_hand = Ridge().solve(found, sources)
+    layer = adapter.copy_layer(2, {**sources.state, **by_hand})
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         problem = InputMap(found, layer, Plain(found, copy.deepcopy(layer)).middles, name)
         by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))
-        layer.load_state_dict({**pieces.state, **by_hand})
+        layer.load_state_dict({**sources.state, **by_hand})
     assert solved.keys() == by_hand.keys()
     for name, tensor in by_hand.items():
         torch.testing.assert_close(solved[name], tensor, rtol=1e-4, atol=1e-6)

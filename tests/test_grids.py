@@ -91,11 +91,11 @@ def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher
 def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
-        """from come.merge.selection.base import SELECTION, GroupScore
+        """from come.merge.selection.base import SELECTION, SpanScore
 
 
 @SELECTION.register
-class Broken(GroupScore):
+class Broken(SpanScore):
     \"\"\"Raises what nobody expects.\"\"\"
 
     name = "broken"

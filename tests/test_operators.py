@@ -10,7 +10,7 @@ from come.merge.operators.average import Average
 from come.merge.operators.concat import Concat
 from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
-from come.merge.span import Group
+from come.merge.span import LayerSpan
 from come.merge.units import allocate_units, top_units
 from come.models.adapter import UNITS, ModelAdapter
 from come.statistics.layer_statistics import LayerStatistics
@@ -118,7 +118,7 @@ def group(*influences):
     stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
     statistics = [LayerStatistics(bi, {}) for bi in influences]
     spans = [[i] for i in range(len(influences))]
-    return Group(stream, 0, len(influences) - 1, spans, statistics, dict, list, NoRefit())
+    return LayerSpan(stream, 0, len(influences) - 1, spans, statistics, dict, list, NoRefit())
 
 
 def test_bi_power_edges():

@@ -10,7 +10,7 @@ from come.merge.loop import compress
 from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
 from come.merge.sensitivity.come import Come
-from come.merge.span import Group
+from come.merge.span import LayerSpan
 from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
@@ -46,7 +46,7 @@ def test_statistics_and_decisions(family, windows, tokens):
         spans = [[i] for i in range(first, last + 1)]
         scores = unit_scores(stream, Come(), statistics, spans, range(first, last + 1))
         units = partial(dict, scores)
-        group = Group(stream, first, last, spans, statistics, dict, list, NoRefit(), units)
+        group = LayerSpan(stream, first, last, spans, statistics, dict, list, NoRefit(), units)
         for p in (0.0, 1.0, 3.0):
             split = BIPower(p=p).split(group)
             assert split.shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)

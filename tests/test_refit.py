@@ -40,11 +40,11 @@ def problem(request):
         for shape in ((50, 8), (50, 3), (3, 8), (3,))
     )
     weights = torch.rand(50, generator=generator).double()
-    prior = Map(start, bias if request.param else None)
+    initial = Map(start, bias if request.param else None)
     sums = Gram(8, 3, bias=request.param)
     for rows in torch.arange(50).split(7):
         sums.add(features[rows], targets[rows], weights[rows])
-    return features, targets, weights, prior, sums
+    return features, targets, weights, initial, sums
 
 
 def residual(found, features, targets, weights):
@@ -53,16 +53,16 @@ def residual(found, features, targets, weights):
 
 
 def test_normal_equations_solve_the_weighted_ridge_problem(problem):
-    features, targets, weights, prior, sums = problem
+    features, targets, weights, initial, sums = problem
     penalty = 0.3 * sums.mean_diagonal()
-    found = sums.solve(prior, penalty)
-    weight, bias = plain_ridge(features, targets, weights, prior.weight, prior.bias, penalty)
+    found = sums.solve(initial, penalty)
+    weight, bias = plain_ridge(features, targets, weights, initial.weight, initial.bias, penalty)
     torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=1e-6)
     if bias is not None:
         torch.testing.assert_close(found.bias, bias, rtol=1e-5, atol=1e-6)
     expected = residual(found, features, targets, weights)
     assert sums.error(found) == pytest.approx(expected, rel=1e-8)
-    assert expected < sums.error(prior)
+    assert expected < sums.error(initial)
 
 
 def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
@@ -77,42 +77,47 @@ def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
 
 
 def test_lambda_is_the_best_on_what_is_held_out(problem):
-    features, targets, weights, prior, sums = problem
-    held_out = Gram(8, 3, bias=prior.bias is not None)
+    features, targets, weights, initial, sums = problem
+    held_out = Gram(8, 3, bias=initial.bias is not None)
     held_out.add(features[:10] * 1.1, targets[:10] + 0.5, weights[:10])
     grid = (0.01, 1.0, 100.0)
     errors = {
         ratio: residual(
-            sums.solve(prior, ratio * sums.mean_diagonal()),
+            sums.solve(initial, ratio * sums.mean_diagonal()),
             features[:10] * 1.1,
             targets[:10] + 0.5,
             weights[:10],
         )
         for ratio in grid
     }
-    assert best_lambda(sums, held_out, prior, grid) == min(grid, key=lambda ratio: errors[ratio])
+    assert best_lambda(sums, held_out, initial, grid) == min(grid, key=lambda ratio: errors[ratio])
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
-    features, targets, weights, prior, sums = problem
+    features, targets, weights, initial, sums = problem
     penalty = 0.1 * sums.mean_diagonal()
 
     def least(units):
         """The least penalised error with the other units' columns at zero."""
         columns = torch.tensor([u * size + i for u in units for i in range(size)])
         weight, bias = plain_ridge(
-            features[:, columns], targets, weights, prior.weight[:, columns], prior.bias, penalty
+            features[:, columns],
+            targets,
+            weights,
+            initial.weight[:, columns],
+            initial.bias,
+            penalty,
         )
-        whole = torch.zeros_like(prior.weight)
+        whole = torch.zeros_like(initial.weight)
         whole[:, columns] = weight
         error = residual(Map(whole, bias), features, targets, weights)
-        return error + penalty * float((whole - prior.weight).square().sum())
+        return error + penalty * float((whole - initial.weight).square().sum())
 
     alive = list(range(8 // size))
     while len(alive) > 2:
         alive = min(([u for u in alive if u != gone] for gone in alive), key=least)
-    assert eliminate(sums, prior, penalty, keep=2, size=size, rate=1e-9) == alive
+    assert eliminate(sums, initial, penalty, keep=2, size=size, rate=1e-9) == alive
 
 
 def test_the_halves_of_a_layer_are_the_layer(family, windows):

@@ -41,7 +41,7 @@ def streamed(windows):
 @torch.no_grad()
 def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     """Layers 2 and 3 both read h_2: their moments from models in which each stands there."""
-    goals = ReconstructionTargets(streamed(family), 2, 3, original=3)
+    targets = ReconstructionTargets(streamed(family), 2, 3, original=3)
     dense = Reference(pico(family), windows)
     alone = Reference(without(pico(family), {2}), windows)  # layer 3 reads h_2
     weights = 1 / dense.h[4].flatten(0, 1).square().mean(dim=1)
@@ -50,22 +50,22 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
         return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
 
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
-    prior = stacked_map(goals, "kv_group")
-    layers = list(goals.stream.adapter.layers)[2:4]
-    sums = stacked_gram(goals, "kv_group", prior, layers)
+    initial = stacked_map(targets, "kv_group")
+    layers = list(targets.stream.adapter.layers)[2:4]
+    sums = stacked_gram(targets, "kv_group", initial, layers)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
     expected = (heads * weights[:, None]).T @ (added(2) + added(3))
     torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
 
-    columns = unit_columns([0], goals.stream.adapter.columns_per_unit("kv_group"))
-    chosen = type(prior)(prior.weight[:, columns], prior.bias)
+    columns = unit_columns([0], targets.stream.adapter.columns_per_unit("kv_group"))
+    chosen = type(initial)(initial.weight[:, columns], initial.bias)
     middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.T
     middle = middle if chosen.bias is None else middle + chosen.bias
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
-    prior = stacked_map(goals, "channel")
-    sums = stacked_gram(goals, "channel", prior, layers, (chosen, columns))
+    initial = stacked_map(targets, "channel")
+    sums = stacked_gram(targets, "channel", initial, layers, (chosen, columns))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -76,9 +76,9 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
-    goals = ReconstructionTargets(streamed(family), 1, 3, original=3)
-    layers = list(goals.stream.adapter.layers)[1:4]
-    sums = stacked_gram(goals, "kv_group", stacked_map(goals, "kv_group"), layers)
+    targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
+    layers = list(targets.stream.adapter.layers)[1:4]
+    sums = stacked_gram(targets, "kv_group", stacked_map(targets, "kv_group"), layers)
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)

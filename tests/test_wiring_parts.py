@@ -294,20 +294,20 @@ def test_what_lies_behind_a_merged_layer_must_be_computed_again(windows):
             stream.boundary(3, slice(0, 2))
 
 
-def test_lambda_is_judged_on_what_it_was_not_solved_on(goals, monkeypatch):
+def test_lambda_is_judged_on_what_it_was_not_solved_on(targets, monkeypatch):
     """Four windows of five solve, and one judges."""
-    found, pieces = goals("llama_gqa")
+    found, sources = targets("llama_gqa")
     whole, seen = ridge.best_lambda, []
 
-    def watched(fit, held_out, prior, grid):
+    def watched(fit, held_out, initial, grid):
         seen.append((energy(fit), energy(held_out)))
-        return whole(fit, held_out, prior, grid)
+        return whole(fit, held_out, initial, grid)
 
     def energy(sums: Gram):
         return float(sums.gram.trace())
 
     monkeypatch.setattr(ridge, "best_lambda", watched)
-    ridge.Ridge(lambda_="auto").solve(found, pieces)
+    ridge.Ridge(lambda_="auto").solve(found, sources)
     assert len(seen) == 2  # attention, then the FFN
     for fit, held_out in seen:
         assert fit > 2 * held_out > 0

@@ -23,8 +23,8 @@ def processes(settings: Settings) -> Accelerator:
     device = choose_device(settings.model.device)
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)
-    crew = make_accelerator(device.type, distill.train_config(device.type).precision)
-    count = crew.num_processes
+    accelerator = make_accelerator(device.type, distill.train_config(device.type).precision)
+    count = accelerator.num_processes
     if count > 1 and (not distill.active or distill.distillation().apart):
         raise ValueError(
             f"{count} processes were launched, and distill={distill.method} is for one; "
@@ -34,4 +34,4 @@ def processes(settings: Settings) -> Accelerator:
         raise ValueError(
             f"distill.batch_size={distill.batch_size}: must be a multiple of the {count} processes"
         )
-    return crew
+    return accelerator

@@ -58,19 +58,19 @@ def run(settings: Settings, folder: Path) -> Result:
             checked before any weights are loaded; or a result is not finite.
     """
     settings.check()
-    name, crew = job_hash(settings), processes(settings)
-    if not crew.is_main_process:
-        return _follow(settings, folder, name, crew)
+    name, accelerator = job_hash(settings), processes(settings)
+    if not accelerator.is_main_process:
+        return _run_worker(settings, folder, name, accelerator)
     with alone(folder):
-        return _lead(settings, folder, name, crew)
+        return _run_main(settings, folder, name, accelerator)
 
 
-def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
+def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
     finished = finished_result(folder, name)
     broadcast_object_list([finished is None])  # the worker processes wait for this
     if finished is not None:
         log.info("job %s has finished before; remove its folder to run it again", name)
-        _tidy(folder, cast(Result, finished))
+        _clean_up(folder, cast(Result, finished))
         show(cast(Result, finished), folder)
         return cast(Result, finished)
 
@@ -79,13 +79,13 @@ def _lead(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Res
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
     with _trackers(job) as trackers:
-        state = State(job, crew, trackers)
+        state = State(job, accelerator, trackers)
         for stage in STAGES:
             stage(state)
     result = state.result
     assert result is not None
     write_result(folder, cast(dict[str, Any], result))
-    _tidy(folder, result)
+    _clean_up(folder, result)
     show(result, folder)
     return result
 
@@ -95,7 +95,7 @@ class State:
     """What the stages of a job have made so far; every stage reads and extends it."""
 
     job: Job
-    crew: Accelerator
+    accelerator: Accelerator
     trackers: Trackers
     model: PreTrainedModel | None = None
     plan: Plan | None = None
@@ -111,7 +111,7 @@ def _merge(state: State) -> None:
     Resumes from the partial plan and the scores of trial merges.
     """
     state.model, state.plan, state.job, state.compression = merge(state.job, state.trackers)
-    state.crew.wait_for_everyone()
+    state.accelerator.wait_for_everyone()
 
 
 def _distill(state: State) -> None:
@@ -123,7 +123,7 @@ def _distill(state: State) -> None:
     assert state.model is not None
     assert state.plan is not None
     state.model, state.plan, state.distillation = distill(
-        state.job, state.model, state.plan, state.trackers, state.crew
+        state.job, state.model, state.plan, state.trackers, state.accelerator
     )
 
 
@@ -153,7 +153,7 @@ STAGES = (_merge, _distill, _evaluate, _report)
 """The stages of a job after its preparation, in order."""
 
 
-def _tidy(folder: Path, result: Result) -> None:
+def _clean_up(folder: Path, result: Result) -> None:
     """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
     leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, MEASURED, COST)]
@@ -166,18 +166,18 @@ def _tidy(folder: Path, result: Result) -> None:
                 weights.unlink()
 
 
-def _follow(settings: Settings, folder: Path, name: str, crew: Accelerator) -> Result:
+def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
     """Runs a worker process: waits until the main process has merged, then joins the training."""
     (goes_on,) = broadcast_object_list([None])
     if not goes_on:
         return cast(Result, {})
     job = prepare(settings, folder, name)
-    crew.wait_for_everyone()
+    accelerator.wait_for_everyone()
     from come.job.stages.distill import distill
 
     merged = job.folder / job.merged
-    model = job.load(merged, str(crew.device))
-    distill(job, model, Plan.load(plan_path(merged)), Trackers(), crew)
+    model = job.load(merged, str(accelerator.device))
+    distill(job, model, Plan.load(plan_path(merged)), Trackers(), accelerator)
     return cast(Result, {})
 
 

@@ -107,7 +107,7 @@ class Gram:
     def mean_diagonal(self) -> float:
         """Mean diagonal of the inputs' Gram matrix, the unit of a relative lambda.
 
-        Positive even if all inputs are 0, so that the penalty then gives the prior.
+        Positive even if all inputs are 0, so that the penalty then gives the initial map.
         """
         return max(self.gram.diagonal()[: self.width].mean().item(), _LEAST)
 
@@ -122,17 +122,17 @@ class Gram:
         chosen._energy = self.energy
         return chosen
 
-    def solve(self, prior: Map, penalty: float) -> Map:
+    def solve(self, initial: Map, penalty: float) -> Map:
         """argmin_W sum_t w_t |y_t - W f_t - b|^2 + penalty |W - W0|^2, by Cholesky.
 
         The bias is solved together with the weight. Its penalty is negligible and only ensures
         numerical stability.
 
         Args:
-            prior: W0 and its bias.
+            initial: W0 and its bias.
             penalty: absolute, > 0.
         """
-        solved = torch.cholesky_solve(self.pull(prior, penalty), self.factor(penalty)).T
+        solved = torch.cholesky_solve(self.pull(initial, penalty), self.factor(penalty)).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
@@ -147,9 +147,9 @@ class Gram:
         damped.diagonal().add_(self.ridge(penalty))
         return torch.linalg.cholesky(damped, out=damped)
 
-    def pull(self, prior: Map, penalty: float) -> Float[Tensor, "columns out"]:
+    def pull(self, initial: Map, penalty: float) -> Float[Tensor, "columns out"]:
         """The right-hand side: C + ridge W0^T."""
-        return self.moment + self.ridge(penalty)[:, None] * stacked(prior).to(self.moment)
+        return self.moment + self.ridge(penalty)[:, None] * stacked(initial).to(self.moment)
 
     def error(self, found: Map) -> float:
         """sum_t w_t |y_t - W f_t - b|^2."""
@@ -158,10 +158,10 @@ class Gram:
         return self.energy + fit.item()
 
 
-def best_lambda(fit: Gram, held_out: Gram, prior: Map, grid: Sequence[float]) -> float:
+def best_lambda(fit: Gram, held_out: Gram, initial: Map, grid: Sequence[float]) -> float:
     """The relative lambda whose solution on `fit` has the lowest error on `held_out`."""
     scale = fit.mean_diagonal()
-    return min(grid, key=lambda ratio: held_out.error(fit.solve(prior, ratio * scale)))
+    return min(grid, key=lambda ratio: held_out.error(fit.solve(initial, ratio * scale)))
 
 
 def stacked(found: Map) -> Float[Tensor, "in out"]:

@@ -16,10 +16,10 @@ from come.models.sublayers import States
 
 @torch.no_grad()
 def input_maps(
-    goals: ReconstructionTargets,
+    targets: ReconstructionTargets,
     unit: Unit,
     merged: nn.Module,
-    sources: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
     reads: Callable[[TargetBatch], States],
     ratio: float,
 ) -> list[Float[Tensor, "hidden hidden"]]:
@@ -42,30 +42,30 @@ def input_maps(
     Source: this project.
 
     Args:
-        goals: reconstruction targets of the span.
+        targets: reconstruction targets of the span.
         unit: kv_group for the input of the attention, channel for the input of the MLP.
         merged: a layer with the merged layer's norms.
-        sources: the layers of the span as the operator reads them.
+        layers: the layers of the span as the operator reads them.
         reads: returns x for a batch.
         ratio: lambda.
 
     Returns:
         P_i of every layer, float64.
     """
-    adapter, hidden = goals.stream.adapter, goals.stream.adapter.config.hidden_size
+    adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
     name = adapter.norm(unit)
-    norm, own = merged.get_submodule(name), [layer.get_submodule(name) for layer in sources]
+    norm, own = merged.get_submodule(name), [layer.get_submodule(name) for layer in layers]
     sums = Gram(hidden, hidden * len(own), bias=False, device=adapter.device)
-    begins = goals.stream.windows[:, 0]
-    first = goals.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
-    for goal in goals:
-        wanted = [n(states) for n, states in zip(own, goal.entering[unit], strict=True)]
-        targets = torch.cat(wanted, dim=-1).flatten(0, 1)
-        counts = targets.new_ones(goal.states.shape[:2])
+    begins = targets.stream.windows[:, 0]
+    first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
+    for batch in targets:
+        normed = [n(states) for n, states in zip(own, batch.entering[unit], strict=True)]
+        inputs = torch.cat(normed, dim=-1).flatten(0, 1)
+        counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first
-        sums.add(norm(reads(goal)).flatten(0, 1), targets, counts.flatten())
-    prior = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(own), 1))
-    found = sums.solve(prior, ratio * sums.mean_diagonal()).weight
+        sums.add(norm(reads(batch)).flatten(0, 1), inputs, counts.flatten())
+    initial = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(own), 1))
+    found = sums.solve(initial, ratio * sums.mean_diagonal()).weight
     return list(found.split(hidden))
 
 

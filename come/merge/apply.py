@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def merged_pieces(
+def source_layers_of(
     adapter: ModelAdapter,
     layers: Sequence[int],
     operator: MergeOperator,
@@ -44,8 +44,8 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     """Applies `step`, the merge after the steps of `plan`, to the model in place."""
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
-    pieces = merged_pieces(adapter, layers, operator, plan.norms, step.shares, step.kept)
-    merged = pieces.state | step.solved.tensors
+    sources = source_layers_of(adapter, layers, operator, plan.norms, step.shares, step.kept)
+    merged = sources.state | step.solved.tensors
     if block == "layer":
         adapter.replace(step.first, step.last, merged)
     else:

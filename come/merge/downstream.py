@@ -59,8 +59,8 @@ def _refitted(
 ) -> LayerState:
     """The new output projection of layer `index`; replaces `states`, its input, with its output."""
     adapter, layer = stream.adapter, stream.adapter.layers[index]
-    prior = output_map(adapter, layer, "channel")
-    sums = equations(prior, adapter)
+    initial = output_map(adapter, layer, "channel")
+    sums = equations(initial, adapter)
     for rows in stream.batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
@@ -73,7 +73,7 @@ def _refitted(
             token_weights(output, weighting),
         )
     state = adapter.layer_state(index)
-    solved = sums.solve(prior, ratio * sums.mean_diagonal())
+    solved = sums.solve(initial, ratio * sums.mean_diagonal())
     tensors = as_tensors(adapter, "channel", solved, state)
     layer = adapter.copy_layer(index, {**state, **tensors})
     for rows in stream.batches:

@@ -30,17 +30,17 @@ class InputMap:
     projection. Only the MLP's input is stored per token: each curvature product runs the MLP again.
 
     Args:
-        goals: reconstruction targets of the layer.
+        targets: reconstruction targets of the layer.
         layer: a copy of the layer outside the model; `error` changes its W and restores it.
         middles: the residual stream after its attention, [windows, seq, hidden].
         name: name of W in the layer.
     """
 
     def __init__(
-        self, goals: ReconstructionTargets, layer: nn.Module, middles: States, name: str
+        self, targets: ReconstructionTargets, layer: nn.Module, middles: States, name: str
     ) -> None:
-        self.goals = goals
-        self.adapter = goals.stream.adapter
+        self.targets = targets
+        self.adapter = targets.stream.adapter
         self.layer = layer
         self.middles = middles
         self.name = name
@@ -79,7 +79,7 @@ class InputMap:
             bar.update()
             return whiten(self.curved(colour(white))) + penalty * white
 
-        shown = self.goals.stream.progress
+        shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
             change = colour(conjugate_gradients(product, whiten(pull), steps))
         for _ in range(HALVINGS + 1):
@@ -162,11 +162,11 @@ class InputMap:
         return (((gap @ self.output) * slopes).T @ read).double()
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
-        stream = self.goals.stream
+        stream = self.targets.stream
         for rows in stream.batches:
-            _, target, weights = self.goals.input_output(rows)
+            _, target, weights = self.targets.input_output(rows)
             middle = self.middles[rows].to(self.adapter.device)
-            keywords = stream.keywords(len(middle), self.goals.first)
+            keywords = stream.keywords(len(middle), self.targets.first)
             yield middle, target, weights.to(self.output), keywords
 
 

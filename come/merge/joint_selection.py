@@ -13,23 +13,23 @@ from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.output_map import equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.models.adapter import UNITS, Unit
 from come.models.sublayers import States, run_attention, run_mlp
 
-Chosen = tuple[Map, Tensor]
+Solved = tuple[Map, Tensor]
 """The output projection of the kept attention, and its columns in the stacked projection."""
 
-Choose = Callable[[Gram, Map, int, int], list[int]]
+ChooseUnits = Callable[[Gram, Map, int, int], list[int]]
 """(Gram, stacked map of all units, number to keep, columns per unit) -> kept units, ascending."""
 
-Drive = Callable[[Gram, Map, Tensor], Map]
+Refill = Callable[[Gram, Map, Tensor], Map]
 """(Gram, map of the kept units, their columns) -> the output projection to use for these units."""
 
 
 @torch.no_grad()
 def select_units_jointly(
-    group: Group, choose: Choose, drive: Drive, align: float | None = None
+    group: LayerSpan, choose: ChooseUnits, drive: Refill, align: float | None = None
 ) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
 
@@ -43,38 +43,38 @@ def select_units_jointly(
     Returns:
         The kept units; shares are those of the kept MLP channels.
     """
-    assert group.goals is not None
-    goals, adapter = group.goals(), group.stream.adapter
+    assert group.targets is not None
+    targets, adapter = group.targets(), group.stream.adapter
     # Any allocation works: only the source layers are read.
     undecided = UnitAllocation([1 / group.size] * group.size)
-    states = list(group.pieces(undecided).layers)
+    states = list(group.sources(undecided).layers)
     layers = [adapter.copy_layer(group.first, state) for state in states]
     kept: dict[Unit, list[list[int]]] = {}
-    attention: Chosen | None = None
+    attention: Solved | None = None
     for unit in UNITS:
-        prior = stacked_map(goals, unit)
+        initial = stacked_map(targets, unit)
         if align is not None:
-            reads = partial(_read, goals, layers, attention)
-            maps = input_maps(goals, unit, layers[0], layers, reads, align)
+            reads = partial(_read, targets, layers, attention)
+            maps = input_maps(targets, unit, layers[0], layers, reads, align)
             for i, change in enumerate(maps):
                 states[i] = fold_input_transform(adapter, unit, states[i], change)
                 layers[i].load_state_dict(states[i])
-        sums = stacked_gram(goals, unit, prior, layers, attention)
+        sums = stacked_gram(targets, unit, initial, layers, attention)
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
-        units = choose(sums, prior, count, size)
+        units = choose(sums, initial, count, size)
         kept[unit] = by_layer(units, count, group.size)
         if unit == "kv_group":
             columns = unit_columns(units, size).to(sums.gram.device)
-            own = Map(prior.weight[:, columns], prior.bias)
+            own = Map(initial.weight[:, columns], initial.bias)
             attention = drive(sums, own, columns), columns
     total = adapter.unit_counts["channel"]
     return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
 
 
-def stacked_map(goals: ReconstructionTargets, unit: Unit) -> Map:
+def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
     """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed."""
-    adapter = goals.stream.adapter
-    layers = range(goals.first, goals.last + 1)
+    adapter = targets.stream.adapter
+    layers = range(targets.first, targets.last + 1)
     maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
     biases = [part.bias for part in maps if part.bias is not None]
     return Map(
@@ -85,18 +85,18 @@ def stacked_map(goals: ReconstructionTargets, unit: Unit) -> Map:
 
 @torch.no_grad()
 def stacked_gram(
-    goals: ReconstructionTargets,
+    targets: ReconstructionTargets,
     unit: Unit,
-    prior: Map,
+    initial: Map,
     layers: Sequence[nn.Module],
-    attention: Chosen | None = None,
+    attention: Solved | None = None,
 ) -> Gram:
     """Normal equations for all units of one kind, with every layer reading the span's input.
 
     Args:
-        goals: reconstruction targets of the span.
+        targets: reconstruction targets of the span.
         unit: the kind of unit.
-        prior: `stacked_map` of these units.
+        initial: `stacked_map` of these units.
         layers: the layers of the span, as the operator reads them.
         attention: for MLP channels, the kept attention before them.
 
@@ -105,14 +105,14 @@ def stacked_gram(
         channels, the equations from hidden activations, on the residual stream after `attention`,
         to the remaining difference from the target output.
     """
-    stream, adapter = goals.stream, goals.stream.adapter
-    sums = equations(prior, adapter)
-    for goal in goals:
+    stream, adapter = targets.stream, targets.stream.adapter
+    sums = equations(initial, adapter)
+    for goal in targets:
         if unit == "kv_group":
-            features, target = _heads(goals, layers, goal), goal.middle - goal.states
+            features, target = _heads(targets, layers, goal), goal.middle - goal.states
         else:
-            middle = _read(goals, layers, attention, goal)
-            keywords = stream.keywords(len(middle), goals.first)
+            middle = _read(targets, layers, attention, goal)
+            keywords = stream.keywords(len(middle), targets.first)
             features = torch.cat(
                 [run_mlp(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
             )
@@ -121,26 +121,28 @@ def stacked_gram(
     return sums
 
 
-def _heads(goals: ReconstructionTargets, layers: Sequence[nn.Module], goal: TargetBatch) -> Tensor:
+def _heads(
+    targets: ReconstructionTargets, layers: Sequence[nn.Module], goal: TargetBatch
+) -> Tensor:
     """Head outputs of all layers side by side, computed on the span's input."""
-    adapter = goals.stream.adapter
-    keywords = goals.stream.keywords(len(goal.states), goals.first)
+    adapter = targets.stream.adapter
+    keywords = targets.stream.keywords(len(goal.states), targets.first)
     return torch.cat(
         [run_attention(adapter, layer, goal.states, keywords)[0] for layer in layers], dim=-1
     )
 
 
 def _read(
-    goals: ReconstructionTargets,
+    targets: ReconstructionTargets,
     layers: Sequence[nn.Module],
-    attention: Chosen | None,
+    attention: Solved | None,
     goal: TargetBatch,
 ) -> States:
     """The residual stream before the sublayer: the span's input plus the output of `attention`."""
     if attention is None:
         return goal.states
     found, columns = attention
-    features = _heads(goals, layers, goal)[..., columns]
+    features = _heads(targets, layers, goal)[..., columns]
     added = features @ found.weight.to(features).T
     return goal.states + (added if found.bias is None else added + found.bias.to(features))
 

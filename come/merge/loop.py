@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from come.merge.apply import apply, apply_step, block_states, merged_pieces, write_finish
+from come.merge.apply import apply, apply_step, block_states, source_layers_of, write_finish
 from come.merge.constraints import check_target
 from come.merge.downstream import finish
 from come.merge.method import Method, groups_target
@@ -21,7 +21,7 @@ from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.schedules.base import Search
 from come.merge.source_layers import SourceLayers
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.trial_scores import TrialScores
 from come.merge.unit_scores import unit_scores
 from come.models.adapter import ModelAdapter
@@ -239,11 +239,11 @@ class _Compression:
             return step
         self.stream.advance(self.stream.valid, step.last)
         places = range(step.first, step.last + 1)
-        pieces = self._pieces(places, UnitAllocation(step.shares, step.kept))
+        sources = self._sources(places, UnitAllocation(step.shares, step.kept))
         original = plan.history[step.last][-1]
-        goals = self._goals(step.first, step.last, original, self.stream)
-        solved = SolvedTensors(self.refit.solve(goals, pieces))
-        return replace(step, solved=solved, output_scale=self.refit.output_scale(goals, pieces))
+        targets = self._targets(step.first, step.last, original, self.stream)
+        solved = SolvedTensors(self.refit.solve(targets, sources))
+        return replace(step, solved=solved, output_scale=self.refit.output_scale(targets, sources))
 
     def finished(self, plan: Plan) -> Plan:
         """The plan with the downstream refit of all layers after its first merge, if enabled."""
@@ -257,7 +257,7 @@ class _Compression:
         }
         return replace(plan, finish=SolvedTensors(tensors))
 
-    def _goals(
+    def _targets(
         self, first: int, last: int, original: int, stream: LayerStream
     ) -> ReconstructionTargets:
         return ReconstructionTargets(
@@ -328,7 +328,7 @@ class _Compression:
 
     def _group(
         self, first: int, last: int, history: Sequence[Span], stream: LayerStream | None = None
-    ) -> Group:
+    ) -> LayerSpan:
         """The span of layers first..last of the plan so far, in positions of the stream's model.
 
         `stream` holds the windows for targets, losses and gradients; by default all windows.
@@ -340,21 +340,21 @@ class _Compression:
         scores = None
         if self.operator.uses_units:
             scores = partial(unit_scores, stream, self.metric, statistics, spans, layers=places)
-        return Group(
+        return LayerSpan(
             stream=stream,
             first=places[0],
             last=places[-1],
             spans=spans,
             statistics=statistics,
-            pieces=partial(self._pieces, places),
+            sources=partial(self._sources, places),
             trial=partial(self._trial, places),
             refit=self.refit,
             scores=scores,
-            goals=partial(self._goals, places[0], places[-1], history[last][-1], stream),
+            targets=partial(self._targets, places[0], places[-1], history[last][-1], stream),
         )
 
-    def _pieces(self, places: Sequence[int], split: UnitAllocation) -> SourceLayers:
-        return merged_pieces(
+    def _sources(self, places: Sequence[int], split: UnitAllocation) -> SourceLayers:
+        return source_layers_of(
             self.stream.adapter,
             places,
             self.operator,
@@ -366,7 +366,7 @@ class _Compression:
     def _trial(self, places: Sequence[int], split: UnitAllocation) -> Route:
         """The layers that would replace the span; changed layers are copies outside the model."""
         adapter, block = self.stream.adapter, self.stream.block
-        merged = self._pieces(places, split).state
+        merged = self._sources(places, split).state
         if block == "layer":
             return [(places[0], adapter.copy_layer(places[0], merged))]
         keeper = split.shares.index(1.0) if self.operator.drops else None
@@ -377,7 +377,7 @@ class _Compression:
             for index in range(places[0], places[-1] + 1)
         ]
 
-    def _split(self, group: Group, kept: int | None) -> UnitAllocation:
+    def _split(self, group: LayerSpan, kept: int | None) -> UnitAllocation:
         if kept is not None:
             return UnitAllocation([float(i == kept) for i in range(group.size)])
         shares = self.operator.fixed_shares(group.size)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from come.merge.refit.base import Refit
     from come.merge.retention.base import RetentionRule
     from come.merge.schedules.base import Schedule
-    from come.merge.selection.base import GroupScore
+    from come.merge.selection.base import SpanScore
     from come.merge.sensitivity.base import SensitivityMetric
 else:  # a composed configuration holds names and plain data
-    MergeOperator = SensitivityMetric = GroupScore = RetentionRule = Schedule = Refit = Any
+    MergeOperator = SensitivityMetric = SpanScore = RetentionRule = Schedule = Refit = Any
 
 SUBLAYERS = ("attention", "ffn")
 PARTS: dict[str, Registry[Any]] = {
@@ -73,7 +73,7 @@ class Method(HasSettings):
 
     operator: MergeOperator = _part("concat")
     sensitivity: SensitivityMetric = _part("come")
-    selection: GroupScore = _part("trial_kl")
+    selection: SpanScore = _part("trial_kl")
     retention: RetentionRule = _part("adaptive")
     schedule: Schedule = _part("optimal_partition")
     refit: Refit = _part("gauss_newton")

@@ -15,10 +15,10 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
     return Map(weight, bias[0] if bias else None)
 
 
-def equations(prior: Map, adapter: ModelAdapter) -> Gram:
-    """An empty `Gram` for a map shaped as `prior`."""
-    out, width = prior.weight.shape
-    return Gram(width, out, bias=prior.bias is not None, device=adapter.device)
+def equations(initial: Map, adapter: ModelAdapter) -> Gram:
+    """An empty `Gram` for a map shaped as `initial`."""
+    out, width = initial.weight.shape
+    return Gram(width, out, bias=initial.bias is not None, device=adapter.device)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

@@ -52,7 +52,7 @@ _DROPS = {"replaceme": "drop", "prune_comp": "drop"}  # operators of earlier ver
 
 
 @dataclass(frozen=True)
-class GroupCandidate:
+class SpanCandidate:
     """A span that could have been merged, or dropped, at a step: first..last and its score."""
 
     first: int
@@ -85,7 +85,7 @@ class MergeStep:
     shares: list[float]
     kept: dict[Unit, list[list[int]]]
     score: float
-    candidates: list[GroupCandidate]
+    candidates: list[SpanCandidate]
     bi: list[float]
     keeper: int | None = None
     solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
@@ -264,7 +264,7 @@ def tensors_path(path: Path) -> Path:
 def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
     """One step of a plan's JSON, with its tensors."""
     solved = _read_tensors(path, str(number), step.get("solved", {}))
-    candidates = [GroupCandidate(**candidate) for candidate in step["candidates"]]
+    candidates = [SpanCandidate(**candidate) for candidate in step["candidates"]]
     return MergeStep(**{**step, "candidates": candidates, "solved": solved})
 
 

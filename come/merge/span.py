@@ -29,7 +29,7 @@ class UnitAllocation:
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerSpan:
     """Layers first..last of the stream's model, between boundaries first and last + 1.
 
     Attributes:
@@ -38,11 +38,11 @@ class Group:
         last: last layer of the span, inclusive.
         spans: original layers merged into each layer of the span.
         statistics: calibration statistics of each layer of the span.
-        pieces: returns the source layers and their merge function for an allocation.
+        sources: returns the source layers and their merge function for an allocation.
         trial: returns the route that replaces the span under an allocation.
         refit: the refit of the merged layer.
         scores: returns the sensitivity of every unit; None if the operator does not use units.
-        goals: returns the reconstruction targets of the span.
+        targets: returns the reconstruction targets of the span.
     """
 
     stream: LayerStream
@@ -50,11 +50,11 @@ class Group:
     last: int
     spans: Sequence[Span]
     statistics: Sequence[LayerStatistics]
-    pieces: Callable[[UnitAllocation], SourceLayers]
+    sources: Callable[[UnitAllocation], SourceLayers]
     trial: Callable[[UnitAllocation], Route]
     refit: Refit
     scores: Callable[[], UnitScores] | None = None
-    goals: Callable[[], ReconstructionTargets] | None = None
+    targets: Callable[[], ReconstructionTargets] | None = None
 
     @property
     def size(self) -> int:
@@ -68,7 +68,7 @@ class Group:
 
     def merge(self, split: UnitAllocation) -> LayerState:
         """The tensors of the merged layer, without a refit."""
-        return self.pieces(split).state
+        return self.sources(split).state
 
     def loss(self, split: UnitAllocation) -> float:
         """Calibration loss, nats per predicted token, if `split` merges the span.

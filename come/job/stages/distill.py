@@ -36,7 +36,7 @@ APART = 1_000_003  # offset of the sampling seed, so that training text differs 
 
 
 def distill(
-    job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers, crew: Accelerator
+    job: Job, model: PreTrainedModel, plan: Plan, trackers: Trackers, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, Plan, DistillationResult]:
     """Trains the merged model and saves it as `model/`; `model-merged/` stays unchanged.
 
@@ -48,17 +48,17 @@ def distill(
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
     model.float()  # in half precision, small AdamW updates would be rounded away
-    parted = wants_sharding(crew)
+    parted = wants_sharding(accelerator)
     if parted:
         model.cpu()  # sharded training: no device holds the whole model
-    teacher = job.load(device="cpu" if parted else str(crew.device)).requires_grad_(False)
+    teacher = job.load(device="cpu" if parted else str(accelerator.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
             f"distill={settings.method}: no layer of the model stands for several, so there is "
             "nothing to train"
         )
-    with crew.main_process_first():  # the workers read the sampled text from the cache
+    with accelerator.main_process_first():  # the workers read the sampled text from the cache
         text = job.training or sampled(job, teacher, train_config.steps * train_config.batch_size)
     validation, training = text.windows.split(
         [settings.validation_samples, len(text.windows) - settings.validation_samples]
@@ -80,7 +80,7 @@ def distill(
             training,
             validation,
             train_config,
-            accelerator=crew,
+            accelerator=accelerator,
             folder=folder,
             job=job.hash,
             store=job.settings.calibration.store,
@@ -91,7 +91,7 @@ def distill(
     else:
         objective = method.objective(pair)
         memory = training_memory(objective, [teacher] if method.uses_teacher else [])
-        working = shard(objective, pair, crew) if parted else objective
+        working = shard(objective, pair, accelerator) if parted else objective
         progress = train(
             working,
             lambda rows: (training[rows],),
@@ -99,7 +99,7 @@ def distill(
             lambda rows: (validation[rows],),
             len(validation),
             train_config,
-            accelerator=crew,
+            accelerator=accelerator,
             folder=folder,
             job=job.hash,
             log=lambda losses: record("", losses),
@@ -107,12 +107,12 @@ def distill(
         if parted:
             export_to_student(objective, working)
         method.settle(objective, pair)
-        model.to(crew.device)
-    result = _result(job, text, train_config, progress, memory, len(training), crew)
+        model.to(accelerator.device)
+    result = _result(job, text, train_config, progress, memory, len(training), accelerator)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not buffers: rotary tables stay in float32
-    crew.free_memory()
-    if crew.is_main_process:
+    accelerator.free_memory()
+    if accelerator.is_main_process:
         told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
         plan = replace(plan, provenance={**plan.provenance, "distillation": told})
         save(job, model, "model", plan)
@@ -166,7 +166,7 @@ def _result(
     progress: Progress,
     memory: TrainingMemory,
     windows: int,
-    crew: Accelerator,
+    accelerator: Accelerator,
 ) -> DistillationResult:
     settings = job.settings.distill
     a_step = train_config.batch_size * settings.seq_len
@@ -179,7 +179,7 @@ def _result(
         "validation_tokens": settings.validation_samples * settings.seq_len,
         "steps": progress.step,
         "best_step": progress.best_step,
-        "processes": crew.num_processes,
+        "processes": accelerator.num_processes,
         "trained_parameters": memory.parameters,
         "weight_bytes": memory.weights,
         "gradient_bytes": memory.gradients,

@@ -88,7 +88,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
 
         def on_step(plan: Plan) -> None:
             step = plan.steps[-1]
-            log.info("%s (score %.4f): %d layers", _deed(step), step.score, plan.num_layers)
+            log.info("%s (score %.4f): %d layers", _described(step), step.score, plan.num_layers)
             passed = plan.num_layers in method.save_at and plan.num_layers != job.target
             if passed and method.schedule.nested:
                 save(job, model, f"model-{plan.num_layers}", plan)
@@ -335,7 +335,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _deed(step: MergeStep) -> str:
+def _described(step: MergeStep) -> str:
     """Describes a merge step in words."""
     if step.keeper is not None:
         gone = [_span(span) for i, span in enumerate(step.spans) if i != step.keeper]

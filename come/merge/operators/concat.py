@@ -44,11 +44,11 @@ class Concat(MergeOperator):
             tensors = [layer[name] for layer in layers]
             if role.part is Part.UNITS:
                 assert role.unit is not None
-                pieces = [
+                sources = [
                     take_units(tensor, role, units)
                     for tensor, units in zip(tensors, kept[role.unit], strict=True)
                 ]
-                merged[name] = torch.cat(pieces, dim=role.axis)
+                merged[name] = torch.cat(sources, dim=role.axis)
             elif role.part is Part.NORM:
                 merged[name] = weighted_sum(tensors, [1 / len(tensors)] * len(tensors))
             else:

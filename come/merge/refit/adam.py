@@ -40,10 +40,10 @@ class Adam(Ridge):
     steps: int = setting(300, "Adam steps", least=1)
     learning_rate: float = setting(1e-4, "of the first step", above=0)
 
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """All tensors of the layer, fitted."""
-        stream, index, state = goals.stream, goals.first, pieces.state
-        start = {**state, **super().solve(goals, pieces)}
+        stream, index, state = targets.stream, targets.first, sources.state
+        start = {**state, **super().solve(targets, sources)}
         layer = stream.adapter.copy_layer(index, start).float().requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
@@ -51,7 +51,7 @@ class Adam(Ridge):
         with torch.enable_grad():
             for step in steps:
                 rows = stream.batches[step % len(stream.batches)]
-                states, target, weights = goals.input_output(rows)
+                states, target, weights = targets.input_output(rows)
                 keywords = as_float(stream.keywords(len(states), index))
                 output = layer(states.float(), **keywords)
                 gap = (target.float() - output).flatten(0, 1)

@@ -65,19 +65,19 @@ class Refit(HasSettings, ABC):
             )
 
     @abstractmethod
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The tensors that change.
 
         Args:
-            goals: the layer's inputs and its targets after attention and after the MLP.
-            pieces: the source layers of the merge; `pieces.state` has all tensors of the merged
+            targets: the layer's inputs and its targets after attention and after the MLP.
+            sources: the source layers of the merge; `sources.state` has all tensors of the merged
                 layer.
 
         Returns:
-            Tensors that replace those in `pieces.state`, with the same shapes and dtypes.
+            Tensors that replace those in `sources.state`, with the same shapes and dtypes.
         """
 
-    def output_scale(self, goals: ReconstructionTargets, pieces: SourceLayers) -> float:
+    def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """Factor on the output projections and their biases of all layers after the merged one."""
         return 1.0
 

@@ -57,21 +57,21 @@ class GaussNewton(Ridge):
             )
 
     @torch.no_grad()
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the ridge refit, and of the MLP's input projections."""
-        stream, adapter = goals.stream, goals.stream.adapter
-        found = super().solve(goals, pieces)
-        layer = adapter.copy_layer(goals.first, {**pieces.state, **found})
+        stream, adapter = targets.stream, targets.stream.adapter
+        found = super().solve(targets, sources)
+        layer = adapter.copy_layer(targets.first, {**sources.state, **found})
         with stream.scratch_boundary("refit") as middles:
             for rows in stream.batches:
-                states, _, _ = goals.input_output(rows)
-                keywords = stream.keywords(len(states), goals.first)
+                states, _, _ = targets.input_output(rows)
+                keywords = stream.keywords(len(states), targets.first)
                 middles[rows] = run_attention(adapter, layer, states, keywords)[1]
             for name in adapter.architecture.ffn_inputs:
-                problem = InputMap(goals, layer, middles, name)
+                problem = InputMap(targets, layer, middles, name)
                 change = problem.step(self.input_lambda, self.steps)
                 found[f"{name}.weight"] = problem.changed(change)
-                layer.load_state_dict({**pieces.state, **found})
+                layer.load_state_dict({**sources.state, **found})
         return found
 
     @property

@@ -17,6 +17,6 @@ class NoRefit(Refit):
     source = "no repair"
     active = False
 
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """No tensors."""
         return {}

@@ -62,17 +62,17 @@ class PruneComp(Refit):
                 "another, such as merge.schedule=block merge.selection=angular"
             )
 
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The scaled output projections of the kept layer, if it comes after the cut."""
-        if pieces.keeper == 0:
+        if sources.keeper == 0:
             return {}
-        scale, state = self.output_scale(goals, pieces), pieces.state
-        return {name: state[name] * scale for name in goals.stream.adapter.output_tensors()}
+        scale, state = self.output_scale(targets, sources), sources.state
+        return {name: state[name] * scale for name in targets.stream.adapter.output_tensors()}
 
-    def output_scale(self, goals: ReconstructionTargets, pieces: SourceLayers) -> float:
+    def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """1 / alpha."""
-        first, last = goals.first, goals.last
-        before, after = (first + 1, last + 1) if pieces.keeper == 0 else (first, last)
+        first, last = targets.first, targets.last
+        before, after = (first + 1, last + 1) if sources.keeper == 0 else (first, last)
         sums = torch.zeros(2, dtype=torch.float64)
 
         def accumulate(*norms: Tensor) -> None:
@@ -80,7 +80,7 @@ class PruneComp(Refit):
                 sums[i] += norm.sum().cpu()
 
         blocks = TokenBlocks(accumulate)
-        for pair in goals.stream.pairs(before, after):
+        for pair in targets.stream.pairs(before, after):
             blocks.add(*(states.flatten(0, 1).double().norm(dim=-1) for states in pair))
         blocks.finish()
         return (sums[0] / sums[1]).item()

@@ -47,26 +47,26 @@ class ReplaceMe(Refit):
                 "merge.protect_first=1 or more"
             )
 
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in."""
-        assert pieces.keeper == 0
-        stream, adapter = goals.stream, goals.stream.adapter
-        linear = adapter.output_map(goals.first, "channel")
+        assert sources.keeper == 0
+        stream, adapter = targets.stream, targets.stream.adapter
+        linear = adapter.output_map(targets.first, "channel")
         hidden = linear.out_features
         gram = torch.zeros(hidden, hidden, dtype=torch.float64)
         moment = torch.zeros(hidden, hidden, dtype=torch.float64)
         outputs: list[Tensor] = []
-        kept = stream.route(goals.first, goals.first)
-        targets = stream.pairs(goals.first + 1, goals.last + 1)
+        kept = stream.route(targets.first, targets.first)
+        pairs = stream.pairs(targets.first + 1, targets.last + 1)
         with _outputs(linear, outputs):
-            for _, (before, after) in zip(stream.through(goals.first, kept), targets, strict=True):
+            for _, (before, after) in zip(stream.through(targets.first, kept), pairs, strict=True):
                 m = outputs.pop().reshape(-1, hidden).double()
                 gap = after.flatten(0, 1).double() - before.flatten(0, 1).double()
                 gram += (m.T @ m).cpu()
                 moment += (m.T @ gap).cpu()
         change = torch.linalg.lstsq(gram, moment, driver="gelsd").solution
         transform = (torch.eye(hidden, dtype=torch.float64) + change).T
-        state = pieces.state
+        state = sources.state
         return {
             name: (transform @ state[name].double().cpu()).to(state[name])
             for name in adapter.output_tensors("channel")

@@ -78,9 +78,9 @@ class Ridge(Refit):
                 "merge.refit.align=null"
             )
 
-    def solve(self, goals: ReconstructionTargets, pieces: SourceLayers) -> LayerState:
+    def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
-        adapter, index, state = goals.stream.adapter, goals.first, pieces.state
+        adapter, index, state = targets.stream.adapter, targets.first, sources.state
         layer = adapter.copy_layer(index, state)
         found: LayerState = {}
         units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
@@ -88,12 +88,12 @@ class Ridge(Refit):
             if part not in self.sublayers:
                 continue
             if self.align is not None:
-                found |= self._aligned(goals, pieces, layer, unit)
+                found |= self._aligned(targets, sources, layer, unit)
                 layer.load_state_dict({**state, **found})
-            prior = output_map(adapter, layer, unit)
-            fit, held_out = equations(prior, adapter), equations(prior, adapter)
-            for goal in goals:
-                keywords = goals.stream.keywords(len(goal.states), index)
+            initial = output_map(adapter, layer, unit)
+            fit, held_out = equations(initial, adapter), equations(initial, adapter)
+            for goal in targets:
+                keywords = targets.stream.keywords(len(goal.states), index)
                 features, middle = run_attention(adapter, layer, goal.states, keywords)
                 target = goal.middle - goal.states
                 if unit == "channel":
@@ -106,7 +106,7 @@ class Ridge(Refit):
                         target[chosen].flatten(0, 1),
                         goal.weights.view(target.shape[:2])[chosen].flatten(),
                     )
-            solved = self._solve(fit, held_out, prior)
+            solved = self._solve(fit, held_out, initial)
             tensors = as_tensors(adapter, unit, solved, state)
             found |= tensors
             layer.load_state_dict({**state, **found})
@@ -123,31 +123,31 @@ class Ridge(Refit):
         )
 
     def _aligned(
-        self, goals: ReconstructionTargets, pieces: SourceLayers, layer: nn.Module, unit: Unit
+        self, targets: ReconstructionTargets, sources: SourceLayers, layer: nn.Module, unit: Unit
     ) -> LayerState:
         """The aligned input projections of one kind of unit, each layer's rows by their own map."""
-        adapter, index = goals.stream.adapter, goals.first
+        adapter, index = targets.stream.adapter, targets.first
         assert self.align is not None
 
         def reads(goal: TargetBatch) -> States:
             if unit == "kv_group":
                 return goal.states
-            keywords = goals.stream.keywords(len(goal.states), index)
+            keywords = targets.stream.keywords(len(goal.states), index)
             return run_attention(adapter, layer, goal.states, keywords)[1]
 
-        sources = [adapter.copy_layer(index, piece) for piece in pieces.layers]
-        maps = input_maps(goals, unit, layer, sources, reads, self.align)
-        joined = pieces.join(
+        layers = [adapter.copy_layer(index, state) for state in sources.layers]
+        maps = input_maps(targets, unit, layer, layers, reads, self.align)
+        joined = sources.join(
             [
                 fold_input_transform(adapter, unit, s, m)
-                for s, m in zip(pieces.layers, maps, strict=True)
+                for s, m in zip(sources.layers, maps, strict=True)
             ]
         )
         return {name: joined[name] for name in input_tensors(adapter, unit)}
 
-    def _solve(self, fit: Gram, held_out: Gram, prior: Map) -> Map:
+    def _solve(self, fit: Gram, held_out: Gram, initial: Map) -> Map:
         both = fit + held_out
         ratio = self.lambda_
         if isinstance(ratio, str):
-            ratio = best_lambda(fit, held_out, prior, GRID) if held_out.energy else 0.1
-        return both.solve(prior, ratio * both.mean_diagonal())
+            ratio = best_lambda(fit, held_out, initial, GRID) if held_out.energy else 0.1
+        return both.solve(initial, ratio * both.mean_diagonal())

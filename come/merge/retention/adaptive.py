@@ -10,7 +10,7 @@ from torch import Tensor
 from come.linalg.gram import Gram, Map
 from come.merge.joint_selection import joint_lambda, select_units_jointly, unit_columns
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.setting import setting
 
 
@@ -52,17 +52,17 @@ class Adaptive(RetentionRule):
         0.3, "share of the surplus channels that leave in one round", above=0, most=1
     )
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> UnitAllocation:
+    def split(self, group: LayerSpan) -> UnitAllocation:
         """The units that remain."""
         ratio = joint_lambda(group.refit)
 
-        def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
+        def choose(sums: Gram, initial: Map, count: int, size: int) -> list[int]:
             rate = self.rate if size == 1 else 0.0
-            return eliminate(sums, prior, ratio * sums.mean_diagonal(), count, size, rate)
+            return eliminate(sums, initial, ratio * sums.mean_diagonal(), count, size, rate)
 
         def solve(sums: Gram, own: Map, columns: Tensor) -> Map:
             return sums.columns(columns).solve(own, ratio * sums.mean_diagonal())
@@ -71,13 +71,13 @@ class Adaptive(RetentionRule):
 
 
 def eliminate(
-    sums: Gram, prior: Map, penalty: float, keep: int, size: int, rate: float
+    sums: Gram, initial: Map, penalty: float, keep: int, size: int, rate: float
 ) -> list[int]:
     """Backward elimination of units of `size` adjacent columns until `keep` units remain.
 
     Args:
         sums: normal equations of all columns.
-        prior: the map that the penalty refers to.
+        initial: the map that the penalty refers to.
         penalty: absolute.
         keep: units to keep.
         size: columns of a unit.
@@ -89,7 +89,7 @@ def eliminate(
     alive = list(range(sums.width // size))
     factor = sums.factor(penalty)
     inverse = torch.cholesky_inverse(factor, out=factor)
-    weight = inverse @ sums.pull(prior, penalty)
+    weight = inverse @ sums.pull(initial, penalty)
     while len(alive) > keep:
         growth = _growth(weight[: len(alive) * size], inverse, size)
         leaving = max(1, int((len(alive) - keep) * rate))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from come.merge.combination import Combination
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.unit_scores import UnitScores
 from come.merge.units import choose_units
 from come.registry import Registry
@@ -58,10 +58,10 @@ class RetentionRule(HasSettings, ABC):
             )
 
     @abstractmethod
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """Share rho_i of every layer of the span, in depth order; >= 0, summing to 1."""
 
-    def split(self, group: Group) -> UnitAllocation:
+    def split(self, group: LayerSpan) -> UnitAllocation:
         """The shares, and in each layer the most sensitive units, as many as its share allows.
 
         Rules that rank the units of several layers together override this.

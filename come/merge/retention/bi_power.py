@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group
+from come.merge.span import LayerSpan
 from come.setting import setting
 
 
@@ -28,7 +28,7 @@ class BIPower(RetentionRule):
 
     p: float = setting(1.0, "skewness exponent of the shares", least=0)
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """rho, one per layer, summing to 1."""
         influences = group.influences
         largest = max(influences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.units import top_units
 from come.models.adapter import Unit
 
@@ -30,11 +30,11 @@ class Joint(RetentionRule):
     source = "one ranking of all units"
     needs_units = True
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept units."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> UnitAllocation:
+    def split(self, group: LayerSpan) -> UnitAllocation:
         """The units with the highest normalised scores in the span."""
         assert group.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}

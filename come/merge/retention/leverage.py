@@ -8,7 +8,7 @@ from torch import Tensor
 from come.linalg.gram import Gram, Map
 from come.merge.joint_selection import joint_lambda, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.units import top_units
 
 
@@ -34,15 +34,15 @@ class Leverage(RetentionRule):
     uses_scores = False
     uses_targets = True
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> UnitAllocation:
+    def split(self, group: LayerSpan) -> UnitAllocation:
         """The units with the highest leverage."""
         ratio = joint_lambda(group.refit)
 
-        def choose(sums: Gram, prior: Map, count: int, size: int) -> list[int]:
+        def choose(sums: Gram, initial: Map, count: int, size: int) -> list[int]:
             scores = leverage(sums, ratio * sums.mean_diagonal())
             return top_units(scores.view(-1, size).sum(dim=1), count)
 

@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group
+from come.merge.span import LayerSpan
 from come.statistics.manifold import MIN_WINDOWS, diffusion_map, last_states, shared_information
 
 
@@ -26,7 +26,7 @@ class MKA(RetentionRule):
     paper = "2406.16330"
     source = "MKA, fusion ratios"
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """The two weights; 1/m each if the span has more than two layers."""
         if group.size != 2:
             return [1 / group.size] * group.size

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from come.merge.retention.base import RETENTION, RetentionRule, with_units
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.setting import setting
 
 
@@ -34,11 +34,11 @@ class Posterior(RetentionRule):
 
     granularity: int = setting(20, "steps of a share from 0 to 1", least=1)
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """The best shares found."""
         return self.split(group).shares
 
-    def split(self, group: Group) -> UnitAllocation:
+    def split(self, group: LayerSpan) -> UnitAllocation:
         """The best allocation found."""
         scores = group.scores() if group.scores else None
         losses: dict[str, float] = {}

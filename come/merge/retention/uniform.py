@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from come.merge.retention.base import RETENTION, RetentionRule
-from come.merge.span import Group
+from come.merge.span import LayerSpan
 
 
 @RETENTION.register
@@ -14,6 +14,6 @@ class Uniform(RetentionRule):
     paper = ""
     source = "control"
 
-    def shares(self, group: Group) -> list[float]:
+    def shares(self, group: LayerSpan) -> list[float]:
         """1/m for every layer."""
         return [1 / group.size] * group.size

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from come.merge.combination import Combination
 from come.merge.constraints import SpanConstraints
-from come.merge.plan import GroupCandidate, MergeStep
-from come.merge.span import Group, UnitAllocation
+from come.merge.plan import MergeStep, SpanCandidate
+from come.merge.span import LayerSpan, UnitAllocation
 from come.models.surgery import Span
 from come.progress import ProgressBar
 from come.registry import Registry
@@ -34,7 +34,7 @@ class Choice:
     last: int
     kept: int | None
     score: float
-    candidates: list[GroupCandidate]
+    candidates: list[SpanCandidate]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Search:
     stops: Sequence[int]
     rules: SpanConstraints
     score: Callable[[int, int], float]
-    group: Callable[[int, int], Group]
-    split: Callable[[Group, int | None], UnitAllocation]
+    group: Callable[[int, int], LayerSpan]
+    split: Callable[[LayerSpan, int | None], UnitAllocation]
     refine: Callable[[int, int], float]
     shortlist: int = 0
 
@@ -82,17 +82,17 @@ class Search:
             candidates = self.refined([(c.first, c.last) for c in best])
         return self.choose(candidates)
 
-    def scored(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
+    def scored(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with their scores."""
         own = self.origins
-        return [GroupCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
+        return [SpanCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
 
-    def refined(self, spans: Sequence[tuple[int, int]]) -> list[GroupCandidate]:
+    def refined(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges."""
         trials = ProgressBar(spans, desc="trial merges", shown=self.stream.progress)
-        return [GroupCandidate(a, b, self.refine(a, b)) for a, b in trials]
+        return [SpanCandidate(a, b, self.refine(a, b)) for a, b in trials]
 
-    def choose(self, candidates: list[GroupCandidate]) -> Choice:
+    def choose(self, candidates: list[SpanCandidate]) -> Choice:
         """The candidate with the lowest score; ties go to the first one."""
         best = min(candidates, key=lambda candidate: candidate.score)
         first, last, kept = self.rules.group(best.first, best.last)

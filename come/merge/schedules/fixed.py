@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from come.merge.combination import Combination
-from come.merge.plan import GroupCandidate
+from come.merge.plan import SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 
@@ -41,4 +41,4 @@ class Fixed(Schedule):
         last = first + len(group) - 1
         score = search.score(search.origins[first], search.origins[last])
         kept = 0 if search.rules.drops else None
-        return Choice(first, last, kept, score, [GroupCandidate(first, last, score)])
+        return Choice(first, last, kept, score, [SpanCandidate(first, last, score)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from come.merge.plan import GroupCandidate
+from come.merge.plan import SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 from come.setting import setting
 from come.statistics.influence import token_cosine
@@ -66,7 +66,7 @@ class LaCo(Schedule):
                         tried[span] = self._similarity(search, *span)
                     if tried[span] > self.threshold:
                         self._position -= self.interval
-                        candidates = [GroupCandidate(*s, 1 - value) for s, value in tried.items()]
+                        candidates = [SpanCandidate(*s, 1 - value) for s, value in tried.items()]
                         return Choice(*search.rules.group(*span), 1 - tried[span], candidates)
                 self._position -= 1
             self.threshold -= self.relax

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from come.merge.plan import GroupCandidate
+from come.merge.plan import SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
 
@@ -38,5 +38,5 @@ class Mixed(Schedule):
             )
         own = search.origins
         return search.choose(
-            [GroupCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
+            [SpanCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
         )

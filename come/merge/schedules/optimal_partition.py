@@ -8,13 +8,13 @@ from math import prod
 from statistics import fmean
 
 from come.merge.combination import Combination
-from come.merge.plan import GroupCandidate, MergeStep
+from come.merge.plan import MergeStep, SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
 
-Group = tuple[int, int]  # first and last layer
+Bounds = tuple[int, int]  # first and last layer
 Cost = Callable[[int, int], float | None]  # of the span first..last; None if it must not merge
 State = tuple[int, ...]  # layers removed so far for each remaining depth
-Found = tuple[float, tuple[tuple[int, Group], ...]]  # total cost; each span with its depth's index
+Found = tuple[float, tuple[tuple[int, Bounds], ...]]  # total cost; each span with its depth's index
 LARGEST = 1 << 17  # most dynamic-programming states at one layer
 
 
@@ -90,7 +90,7 @@ class OptimalPartition(Schedule):
             count = max(search.shortlist, 2 * (layers - search.target))
         known = sum(last - first == 1 for first, last in costs)
         missing = _ranked(search, waiting)[: count - known] if count > known else []
-        measured: list[GroupCandidate] = []
+        measured: list[SpanCandidate] = []
         while True:
             waiting = [pair for pair in waiting if pair not in missing]
             found = search.refined(missing) if search.shortlist else search.scored(missing)
@@ -117,10 +117,10 @@ class OptimalPartition(Schedule):
         first, last = groups[0][0]
         score = cost(first, last)
         assert score is not None
-        return Choice(first, last, None, score, measured or [GroupCandidate(first, last, score)])
+        return Choice(first, last, None, score, measured or [SpanCandidate(first, last, score)])
 
 
-def _ranked(search: Search, pairs: list[Group]) -> list[Group]:
+def _ranked(search: Search, pairs: list[Bounds]) -> list[Bounds]:
     """The pairs; with a shortlist, sorted by score, lowest first."""
     if not search.shortlist:
         return pairs
@@ -128,7 +128,7 @@ def _ranked(search: Search, pairs: list[Group]) -> list[Group]:
     return [(c.first, c.last) for c in order]
 
 
-def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Group, float]:
+def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Bounds, float]:
     """Costs measured before earlier merges, for spans of unmerged original layers.
 
     Args:
@@ -145,7 +145,7 @@ def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Group, floa
     return known
 
 
-def estimate(costs: Mapping[Group, float]) -> Cost:
+def estimate(costs: Mapping[Bounds, float]) -> Cost:
     """Returns the cost function of spans: the measured cost, or an estimate from the pairs.
 
     The estimate is the sum over the span's pairs, times the mean ratio of measured cost to such a
@@ -174,7 +174,7 @@ def estimate(costs: Mapping[Group, float]) -> Cost:
 
 def optimal_partition(
     cost: Cost, depth: int, m: int, saved: Sequence[int]
-) -> list[list[Group]] | None:
+) -> list[list[Bounds]] | None:
     """The spans with the lowest total cost that lead from `depth` layers to each depth in turn.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from come.merge.combination import Combination
 from come.merge.refit.base import Refit
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.registry import Registry
 from come.setting import HasSettings
 from come.statistics.influence import TOKENS, chosen_tokens, token_cosine
@@ -21,7 +21,7 @@ from come.stream.token_blocks import TokenBlocks
 
 
 @dataclass(eq=False)
-class GroupScore(HasSettings, ABC):
+class SpanScore(HasSettings, ABC):
     """Scores a span of adjacent layers; the span with the lowest score is chosen first.
 
     For a merge, the span is the layers that become one; for a drop, the layers that are removed.
@@ -79,7 +79,7 @@ class GroupScore(HasSettings, ABC):
         """The windows that trial merges are fitted to; by default all windows."""
         return stream
 
-    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
+    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """Score of a trial merge: the span merged by `split` and fitted by `refit`; lower wins."""
         raise NotImplementedError
 
@@ -107,6 +107,6 @@ def token_mean(
     return total / count
 
 
-SELECTION: Registry[GroupScore] = Registry(
+SELECTION: Registry[SpanScore] = Registry(
     "selection score", "come.merge.selection", "merge.selection"
 )

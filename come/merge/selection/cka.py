@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class CKA(GroupScore):
+class CKA(SpanScore):
     """One minus linear CKA of the span's input X and output Y, over all tokens.
 
         1 - || Yc^T Xc ||_F^2 / ( || Xc^T Xc ||_F || Yc^T Yc ||_F )

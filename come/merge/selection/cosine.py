@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from come.merge.selection.base import SELECTION, GroupScore, token_mean
+from come.merge.selection.base import SELECTION, SpanScore, token_mean
 from come.statistics.influence import TOKENS, block_influence
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class SBI(GroupScore):
+class SBI(SpanScore):
     """Spherical block influence: mean clamped angle between the span's input and its output.
 
         mean_tokens( arccos(clamp(cos(h_{a-1}, h_b), 0, 1)) / pi ), in [0, 0.5]
@@ -38,7 +38,7 @@ class SBI(GroupScore):
 
 
 @SELECTION.register
-class Angular(GroupScore):
+class Angular(SpanScore):
     """Angular distance: like `sbi`, but angles above 90 degrees are not clamped.
 
         mean_tokens( arccos(cos(h_{a-1}, h_b)) / pi ), in [0, 1]
@@ -56,7 +56,7 @@ class Angular(GroupScore):
 
 
 @SELECTION.register
-class Cosine(GroupScore):
+class Cosine(SpanScore):
     """Mean cosine distance between the span's input and its output.
 
         mean_tokens( 1 - cos(h_{a-1}, h_b) ), in [0, 2]
@@ -74,7 +74,7 @@ class Cosine(GroupScore):
 
 
 @SELECTION.register
-class BISum(GroupScore):
+class BISum(SpanScore):
     """Sum of block influence over the span's layers; for one layer, ShortGPT's score.
 
         sum_{i = a..b} mean_tokens( 1 - clamp(cos(h_{i-1}, h_i), 0, 1) ), in [0, number of layers]

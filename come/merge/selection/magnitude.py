@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class Magnitude(GroupScore):
+class Magnitude(SpanScore):
     """Sum of absolute weights of all linear maps of the span.
 
         sum_{layers} sum_W sum_ij |W_ij|

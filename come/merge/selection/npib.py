@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.statistics.manifold import MIN_WINDOWS, diffusion_map, last_states, shared_information
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class NPIB(GroupScore):
+class NPIB(SpanScore):
     """One minus the normalised pairwise information of the first and the last layer's outputs.
 
         1 - S(diffusion map of h_a, diffusion map of h_b)     for a span of layers a..b

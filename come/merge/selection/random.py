@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.setting import setting
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
 @dataclass(eq=False)
-class Random(GroupScore):
+class Random(SpanScore):
     """Uniform in [0, 1), determined by the seed and the position of the span."""
 
     name = "random"

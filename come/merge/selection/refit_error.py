@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from come.merge.refit.base import Refit
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.setting import setting
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
 @dataclass(eq=False)
-class RefitError(GroupScore):
+class RefitError(SpanScore):
     """Merges a shortlist of spans on trial, with their refit, and takes the lowest error.
 
         error = sum_t w_t | h_b - layer(h_{a-1}) |^2 / sum_t w_t | h_b |^2
@@ -45,15 +45,15 @@ class RefitError(GroupScore):
         return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
-    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
+    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """The relative error, >= 0."""
-        assert group.goals is not None
-        goals, adapter = group.goals(), group.stream.adapter
-        pieces = group.pieces(split)
-        fitted = pieces.state | refit.solve(goals, pieces)
+        assert group.targets is not None
+        targets, adapter = group.targets(), group.stream.adapter
+        sources = group.sources(split)
+        fitted = sources.state | refit.solve(targets, sources)
         layer = adapter.copy_layer(group.first, fitted)
         missed, total = 0.0, 0.0
-        for goal in goals:
+        for goal in targets:
             output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))
             target = goal.output.flatten(0, 1).double()
             gap = target - output.flatten(0, 1).double()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class Reverse(GroupScore):
+class Reverse(SpanScore):
     """Minus the position of the span's first layer: the deepest span is chosen first.
 
     Source: a baseline of arXiv 2403.03853 and others.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
-class SkipLoss(GroupScore):
+class SkipLoss(SpanScore):
     """Calibration loss of the model without the span.
 
     Mean cross-entropy, nats per predicted token. Each score runs the layers after the span, from

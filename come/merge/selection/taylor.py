@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.statistics.gradients import backward, trainable
 from come.stream.stream import LayerStream
 
 
 @SELECTION.register
 @dataclass(eq=False)
-class Taylor(GroupScore):
+class Taylor(SpanScore):
     """First-order change of the loss if the span's weights were zero, weight by weight.
 
         sum_{layers} sum_W sum_ij | W_ij dL/dW_ij |

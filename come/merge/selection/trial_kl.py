@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.merge.refit.base import Refit
-from come.merge.selection.base import SELECTION, GroupScore
+from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
-from come.merge.span import Group, UnitAllocation
+from come.merge.span import LayerSpan, UnitAllocation
 from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting
 from come.stream.stream import LayerStream
@@ -22,7 +22,7 @@ REPEAT_WEIGHT = 0.2  # for calibration text sampled from the model
 
 @SELECTION.register
 @dataclass(eq=False)
-class TrialKL(GroupScore):
+class TrialKL(SpanScore):
     """Merges a shortlist of spans on trial, and takes the one that changes predictions least.
 
         c = 0:  mean_t KL_t,    x = w
@@ -91,13 +91,13 @@ class TrialKL(GroupScore):
         return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
-    def refine(self, group: Group, split: UnitAllocation, refit: Refit) -> float:
+    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """The divergence, nats per token, >= 0."""
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
-            assert group.goals is not None
-            pieces = group.pieces(split)
-            fitted = pieces.state | refit.surrogate.solve(group.goals(), pieces)
+            assert group.targets is not None
+            sources = group.sources(split)
+            fitted = sources.state | refit.surrogate.solve(group.targets(), sources)
             layer = adapter.copy_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
         else:
