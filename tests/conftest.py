@@ -178,8 +178,8 @@ def stream(family, windows):
 
 @pytest.fixture
 def command(pico_folder, tmp_path, request):
-    """Starts run.py: in a process of its own in slow tests, otherwise in a forked one."""
-    alone = request.node.get_closest_marker("slow")
+    """Starts run.py: forked from a process with its imports, or marked tests in one of its own."""
+    alone = any(request.node.get_closest_marker(name) for name in ("slow", "process"))
 
     def start(*overrides, model=pico_folder):
         environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

@@ -252,6 +252,7 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -286,7 +287,7 @@ def test_bad_input_is_one_line_and_exit_code_1(command_line, tmp_path, overrides
     lines = [line for line in printed.splitlines() if line.strip()]
     assert len(lines) == 1, printed
     assert lines[0].startswith("error: ")
-    assert not list((tmp_path).glob("runs/*/*.safetensors"))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,7 @@ def main() -> int:
                 raise
             if not isinstance(error, USER_ERRORS):
                 raise
-            if folder.name == INVALID:
-                _remove_if_empty(folder)
+            _remove_if_empty(folder)
             _say(user_line(error))
             raise SystemExit(1) from None
 
@@ -213,8 +212,13 @@ def _experiment() -> str | None:
 
 
 def _remove_if_empty(folder: Path) -> None:
+    """Removes the folder of a job that failed before it wrote anything, and an empty runs/."""
     with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
         folder.rmdir()
+        if folder.parent.name == "runs":
+            folder.parent.rmdir()
 
 
 # Registered at import, so that the worker processes of parallel launchers have them too.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -18,11 +20,15 @@ from come.report.points import PARAMETERS, Point
 
 _DPI = 110
 _INSIDE = 16  # longer legends are drawn outside the axes
+_MOST = 8  # labels of a figure
+_TAB10 = 10  # colours of that map
 _CUT = 15  # the y axis ends at this ratio to dense, so that smaller ratios stay distinguishable
 
 
 def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     """Draws perplexity over `x`, with one line per label (and per depth, if `x` is a key).
+
+    Of more than eight labels, those with the lowest perplexities are drawn.
 
     If the jobs were evaluated on different texts, the ratio to dense is drawn instead.
     """
@@ -31,6 +37,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     lines: dict[str, dict[str, list[float]]] = {}
     texts = {point.text for point in points}
     ratios = []
+    points, left_out = _best(points)
     for point in points:
         if point.perplexity is None:
             continue
@@ -40,7 +47,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         name = f"{point.line}, {point.layers} layers" if several else point.line
         lines.setdefault(name, {}).setdefault(point.x, []).append(value)
     numeric = all(_is_number(place) for places in lines.values() for place in places)
-    colours = plt.get_cmap("tab20")
+    colours = plt.get_cmap("tab10" if len(lines) <= _TAB10 else "tab20")
     for number, (name, places) in enumerate(lines.items()):
         order = sorted(places, key=float) if numeric else list(places)
         across: list[Any] = [float(place) for place in order] if numeric else order
@@ -53,7 +60,7 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         style = ["o-", "s--", "^:", "D-."][number // 20 % 4]
         axis.errorbar(
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
-            color=colours(number % 20), label=plain_label(name),
+            color=colours(number % colours.N), label=plain_label(name),
         )  # fmt: skip
     level = points[0].text[0] if len(texts) == 1 else 1.0
     axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
@@ -69,7 +76,8 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         axis.invert_xaxis()
     elif numeric:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(plain_label(title), fontsize=10)
+    more = f"\nthe best {_MOST}; {left_out} more in the table" if left_out else ""
+    axis.set_title(plain_label(title) + more, fontsize=10)
     axis.grid(alpha=0.3, which="both")
     if len(lines) > _INSIDE:
         figure.set_figwidth(12)
@@ -78,6 +86,18 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         axis.legend(fontsize=7, ncols=2 if len(lines) > _INSIDE // 2 else 1)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
+
+
+def _best(points: Sequence[Point]) -> tuple[list[Point], int]:
+    """The points of the labels with the lowest mean log ratio, and the number of other labels."""
+    ratios: dict[str, list[float]] = {}
+    for point in points:
+        found = point.perplexity
+        if found is not None:
+            ratio = found.relative.value if found.relative else 1.0
+            ratios.setdefault(point.line, []).append(math.log(ratio))
+    order = sorted(ratios, key=lambda line: fmean(ratios[line]))
+    return [point for point in points if point.line in order[:_MOST]], max(0, len(order) - _MOST)
 
 
 def _is_number(text: str) -> bool:
