@@ -121,6 +121,8 @@ class Result(TypedDict):
     distillation: None if the job has none.
     settings: the resolved settings.
     versions: versions of Python, of this package and of the packages that affect the numbers.
+    machine: description of the machine.
+    command: the command line; "" from Python.
     """
 
     job: str
@@ -135,3 +137,5 @@ class Result(TypedDict):
     distillation: DistillationResult | None
     settings: dict[str, Any]
     versions: dict[str, str]
+    machine: str
+    command: str

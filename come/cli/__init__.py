@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -90,6 +91,7 @@ def main() -> int:
             settings.tracking.group = settings.tracking.group or _experiment()
             overrides = HydraConfig.get().overrides.task
             settings.merge.changes = method_changes(overrides)
+            settings.command = shlex.join(["come", *overrides])
             settings.check()
             check_explicit(settings, overrides)
             from come.job.run import run  # slow to import, so only after the checks

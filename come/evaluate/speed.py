@@ -114,7 +114,8 @@ class Speed(Evaluation):
             if removed and relative is not None:
                 realised = (1 - 1 / relative.value) / removed
                 details = {**found[name].details, "realised": realised}
-                told = f"{found[name].data}; {realised:.0%} of the ideal saving"
+                saved = f"{realised:.0%} of the ideal" if realised > 0 else "no"
+                told = f"{found[name].data}; {saved} saving"
                 found[name] = replace(found[name], data=told, details=details)
         return found
 

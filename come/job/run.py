@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
+from come.job.environment import machine, versions
 from come.job.folder import (
     MEASURED,
     PARTIAL_PLAN,
@@ -25,10 +26,11 @@ from come.job.folder import (
 from come.job.identity import job_hash
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
-from come.job.stages.merge import COST, calibration_result, merge, versions
+from come.job.stages.merge import COST, calibration_result, merge
 from come.job.stages.prepare import Job, prepare
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
+from come.models.loading import choose_device
 from come.records import CompressionResult, DepthResult, DistillationResult, Result
 from come.report.console import show
 from come.schema import Settings
@@ -235,4 +237,6 @@ def _result(
         "distillation": distillation,
         "settings": job.settings.record(),
         "versions": versions(),
+        "machine": machine(choose_device(job.settings.model.device)),
+        "command": job.settings.command,
     }

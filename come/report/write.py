@@ -39,12 +39,11 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
         base: folder of the base model, whose card provides metadata.
     """
     figures = draw_all(folder, result, plan)
-    lines = [f"# {title(result)}", "", summary_table(result).markdown()]
+    lines = [f"# {title(result)}", "", summary_table(result).markdown().strip(), ""]
     lines += [f"- {line}" for line in summary_lines(result)]
     for name in dict.fromkeys(key.partition("/")[0] for key in result["depths"][0]["metrics"]):
         lines += _section(name, result["depths"])
-    lines += ["", "Merge history (the original layers of every layer):", ""]
-    lines += [f"`{result['merge_history']}`", ""]
+    lines += ["", "## Run", "", *_run(result, plan), ""]
     for name, path in figures.items():
         lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]
     report = "\n".join(lines) + "\n"
@@ -56,6 +55,21 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
             card = model_card(result, depth, Plan.load(plan_path(own)), base)
             write_text(own / "README.md", str(card))
     return figures
+
+
+def _run(result: Result, plan: Plan) -> list[str]:
+    """How the models were made: command, parts of the method, machine and versions."""
+    recipe = plan.provenance.get("recipe", {})
+    parts = [f"{key} `{part['name']}`" for key, part in recipe.items() if isinstance(part, dict)]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = {
+        "command": f"`{result['command']}`" if result["command"] else "",
+        "method": ", ".join(parts),
+        "merge history (the original layers of every layer)": f"`{result['merge_history']}`",
+        "machine": result["machine"],
+        "versions": versions,
+    }
+    return [f"- {name}: {text}" for name, text in lines.items() if text]
 
 
 def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:
@@ -76,15 +90,16 @@ def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:
         for place, name, metric in found
     ]  # fmt: skip
     ends = ["[95%]" if any("[" in row[column] for row in rows) else "" for column in (2, 3)]
-    head = ["layers", "metric", f"value {ends[0]}", f"{against} {ends[1]}"]
+    head = ["layers", "metric", f"value {ends[0]}".strip(), f"{against} {ends[1]}".strip()]
     head += ["McNemar's p", "measured on"]
     table = Table(head, rows, labels=2).without_empty_columns()
-    lines = ["", f"## {evaluation.replace('_', ' ').capitalize()}", "", table.markdown()]
-    lines += [
+    lines = ["", f"## {evaluation.replace('_', ' ').capitalize()}", "", table.markdown().strip()]
+    long = [
         f"- {name}: {next(iter(texts))}"
         for name, texts in data.items()
         if len(texts) == 1 and len(next(iter(texts))) >= _SHORT
     ]
+    lines += ["", *long] if long else []
     if any("**" in cell for row in rows for cell in row):
         lines += ["", _BOLD]
     texts: dict[str, list[str]] = {}
@@ -100,7 +115,10 @@ def _label(name: str, metric: Metric) -> str:
     """Name of a metric in its evaluation's section, such as "arc_easy, acc"."""
     own = name.partition("/")[2] or name.replace("_", "-")
     kind = metric.details.get("metric", "")
-    return f"{own}, {kind}" if kind and not own.endswith(f"/{kind}") else own.replace("/", ", ")
+    if kind and not own.endswith(f"/{kind}"):
+        return f"{own}, {kind}"
+    unit = f", {metric.unit}" if metric.unit == "tokens/s" else ""
+    return own.replace("/", ", ") + unit
 
 
 def _relative(metric: Metric) -> str:

@@ -84,6 +84,7 @@ class Settings:
         eval: the chosen evaluations by name; built from their settings if given as mappings.
         from_run: folder of a finished run, or one of its model folders. The job starts from that
             model instead of calibrating and merging.
+        command: the command line, for the report.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -94,6 +95,7 @@ class Settings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     plugins: list[str] = field(default_factory=list)
     from_run: Optional[str] = None
+    command: str = ""
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = self.eval

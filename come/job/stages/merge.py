@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import come
 from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
+from come.job.environment import versions
 from come.job.estimate import compression_cost
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.stages.prepare import Job
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COST = "compression.json"  # cost of the merge, for a later session that resumes the distillation
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
@@ -323,15 +320,6 @@ def calibration_result(job: Job) -> CalibrationResult | None:
         "windows": len(windows.windows),
         "removed_lines": windows.removed_lines,
         "hash": windows.hash,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that affect the numbers."""
-    return {
-        "python": platform.python_version(),
-        "come": come.__version__,
-        **{package: version(package) for package in PACKAGES},
     }
 
 
