@@ -85,7 +85,7 @@ def check_replaceable(path: Path, marks: Sequence[str]) -> None:
     """Raises ValueError unless `path` is missing, an empty folder, or holds a file of `marks`."""
     ours = any((path / mark).is_file() for mark in marks)
     if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and was not made by this project; choose another folder")
+        raise ValueError(f"{path} exists and was not made by come; choose another folder")
 
 
 @contextmanager

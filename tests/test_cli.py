@@ -25,7 +25,7 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
         assert len(depth["metrics"]["perplexity"]["samples"]) == 8
         assert str(depth["layers"]) in output
     assert str(folder) in output
-    assert "tokens in hand" in output
+    assert "tokens available" in output
     assert "forward passes of the decoder" in output
     for name in (
         "report.md",
@@ -70,7 +70,7 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     before = (folder / "result.json").stat().st_mtime_ns
     code, output, _ = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
     assert code == 0
-    assert "has finished before" in output
+    assert "is already finished" in output
     assert (folder / "result.json").stat().st_mtime_ns == before
 
     # another job in the same folder: refused

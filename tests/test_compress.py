@@ -130,7 +130,7 @@ def test_truncated_plan_and_its_errors(windows, tmp_path):
     with pytest.raises(ValueError, match="not a plan of format 1"):
         Plan.load(path)
     path.write_text(json.dumps({"format": 1, "steps": []}))
-    with pytest.raises(ValueError, match="a field is missing or odd"):
+    with pytest.raises(ValueError, match="a field is missing or invalid"):
         Plan.load(path)
 
 

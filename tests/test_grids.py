@@ -59,7 +59,7 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
 
     code, output, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={killed}", "-m"))
     assert code == 0, errors
-    assert output.count("has finished before") == len(before)
+    assert output.count("is already finished") == len(before)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     assert results(killed) == expected
     tables = [folder / "grid-ablation_small" / "table.md" for folder in (whole, killed)]
@@ -144,7 +144,7 @@ def test_one_job_twice_at_once_runs_once(command, tmp_path):
     both = [command(*job, "eval=none") for _ in range(2)]
     outputs = [finish(process) for process in both]
     assert [code for code, _, _ in outputs] == [0, 0], outputs
-    assert sum("has finished before" in output for _, output, _ in outputs) == 1
+    assert sum("is already finished" in output for _, output, _ in outputs) == 1
     assert sum("going on at" in output for _, output, _ in outputs) == 0
 
 

@@ -47,7 +47,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
     done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
     code, output, errors = finish(command(*grid, "-m"))  # nothing runs again
     assert code == 0, errors
-    assert output.count("has finished before") == 4
+    assert output.count("is already finished") == 4
     for job, changed in done.items():
         assert (tmp_path / "runs" / job / "result.json").stat().st_mtime == changed
     report = subprocess.run(

@@ -148,7 +148,7 @@ def _guarded(job: Callable[[], Any]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -241,8 +241,8 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save({"windows": made.windows.contiguous()}))
-    told = {"corpus_tokens": made.corpus_tokens, "source": made.source}
-    write_bytes(about, json.dumps(told | {"removed_lines": made.removed_lines}).encode())
+    about_windows = {"corpus_tokens": made.corpus_tokens, "source": made.source}
+    write_bytes(about, json.dumps(about_windows | {"removed_lines": made.removed_lines}).encode())
     return made
 
 

@@ -115,8 +115,8 @@ class Speed(Evaluation):
                 realised = (1 - 1 / relative.value) / removed
                 details = {**found[name].details, "realised": realised}
                 saved = f"{realised:.0%} of the ideal" if realised > 0 else "no"
-                told = f"{found[name].data}; {saved} saving"
-                found[name] = replace(found[name], data=told, details=details)
+                description = f"{found[name].data}; {saved} saving"
+                found[name] = replace(found[name], data=description, details=details)
         return found
 
 

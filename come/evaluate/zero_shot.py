@@ -63,8 +63,8 @@ class ZeroShot(Evaluation):
     def check(self) -> None:
         """Raises ValueError for no task, or a task that is named twice."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            told = "names a task twice" if self.tasks else "names no task"
-            raise ValueError(f"eval.zero_shot.tasks={list(self.tasks)} {told}")
+            problem = "names a task twice" if self.tasks else "names no task"
+            raise ValueError(f"eval.zero_shot.tasks={list(self.tasks)} {problem}")
 
     def identity(self) -> str:
         """Hash of the tasks."""

@@ -71,7 +71,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
     finished = finished_result(folder, name)
     broadcast_object_list([finished is None])  # the worker processes wait for this
     if finished is not None:
-        log.info("job %s has finished before; remove its folder to run it again", name)
+        log.info("job %s is already finished; remove its folder to run it again", name)
         _clean_up(folder, cast(Result, finished))
         show(cast(Result, finished), folder)
         return cast(Result, finished)

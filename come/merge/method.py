@@ -117,7 +117,7 @@ class Method(HasSettings):
             if getattr(self, key):
                 raise ValueError(
                     f"merge.groups are merged as they are given; merge.{key}={getattr(self, key)} "
-                    "has no meaning with them"
+                    "has no effect with them"
                 )
         fixed = Fixed()
         fixed.groups = self.groups

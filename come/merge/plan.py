@@ -253,7 +253,9 @@ class Plan:
                 provenance=data["provenance"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"merge.plan={path}: a field is missing or odd: {error}") from error
+            raise ValueError(
+                f"merge.plan={path}: a field is missing or invalid: {error}"
+            ) from error
 
 
 def tensors_path(path: Path) -> Path:

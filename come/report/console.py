@@ -51,7 +51,7 @@ def summary_lines(result: Result) -> list[str]:
     if calibration:
         lines.append(
             f"calibration: {calibration['tokens']} tokens in {calibration['windows']} windows of "
-            f"{calibration['source']} ({calibration['corpus_tokens']} in hand"
+            f"{calibration['source']} ({calibration['corpus_tokens']} available"
             + (
                 f", without {calibration['removed_lines']} lines that the held-out text has too)"
                 if calibration["removed_lines"]

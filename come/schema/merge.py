@@ -63,6 +63,6 @@ class MergeSettings(Method):
                 )
         if self.plan is not None and self.sparsity is not None:
             raise ValueError(
-                "merge.sparsity has no meaning with merge.plan; "
+                "merge.sparsity has no effect with merge.plan; "
                 "merge.target_layers stops a plan early"
             )

@@ -55,7 +55,7 @@ def distill(
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
-            f"distill={settings.method}: no layer of the model stands for several, so there is "
+            f"distill={settings.method}: no layer was merged from several layers, so there is "
             "nothing to train"
         )
     with accelerator.main_process_first():  # the workers read the sampled text from the cache
@@ -65,7 +65,7 @@ def distill(
     )
     folder = job.folder / STATES
     log.info(
-        "distill: %s, %d steps of %d windows of %d tokens; %d windows in hand, %d held out",
+        "distill: %s, %d steps of %d windows of %d tokens; %d windows for training, %d for validation",
         settings.method, train_config.steps, train_config.batch_size, settings.seq_len,
         len(training), len(validation),
     )  # fmt: skip
@@ -113,8 +113,8 @@ def distill(
         parameter.data = parameter.data.to(dtype)  # not buffers: rotary tables stay in float32
     accelerator.free_memory()
     if accelerator.is_main_process:
-        told = {k: v for k, v in result.items() if k not in ("curve", "validation")}
-        plan = replace(plan, provenance={**plan.provenance, "distillation": told})
+        summary = {k: v for k, v in result.items() if k not in ("curve", "validation")}
+        plan = replace(plan, provenance={**plan.provenance, "distillation": summary})
         save(job, model, "model", plan)
         plan.save(job.folder / "plan.json")
     return model.eval(), plan, result

@@ -71,7 +71,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
         earlier = None  # made from other weights, for example after an update on the hub
     if earlier is not None:
-        log.info("going on at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
+        log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
     with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load()
@@ -215,7 +215,7 @@ def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, Co
     """Loads an existing merged model with its plan, and its merge cost if this job merged it."""
     model = job.load(folder)
     plan, cost = Plan.load(plan_path(folder)), job.folder / COST
-    log.info("merged before, %d layers: %s", plan.num_layers, folder)
+    log.info("already merged, %d layers: %s", plan.num_layers, folder)
     compression = _no_cost(job, len(plan.steps))
     if job.start is None and cost.is_file():
         compression = json.loads(cost.read_text())

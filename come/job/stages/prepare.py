@@ -175,7 +175,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             tokenizer,
         )
         log.info(
-            "calibration: %s, %d tokens in hand, %d asked for%s",
+            "calibration: %s, %d tokens available, %d used%s",
             calibration.source,
             calibration.corpus_tokens,
             calibration.tokens,
