@@ -65,7 +65,7 @@ def distill(
     )
     folder = job.folder / STATES
     log.info(
-        "distill: %s, %d steps of %d windows of %d tokens; %d windows for training, %d for validation",
+        "distill: %s, %d steps of %d windows of %d tokens; %d training windows, %d for validation",
         settings.method, train_config.steps, train_config.batch_size, settings.seq_len,
         len(training), len(validation),
     )  # fmt: skip
