@@ -147,6 +147,9 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
     monkeypatch.setattr("come.evaluate.dense.package_hash", lambda: "other code")
     measure()
     assert len(loads) == 9
+    monkeypatch.setattr("come.evaluate.dense.file_hash", lambda path: "other code of a plugin")
+    measure()
+    assert len(loads) == 10
 
 
 def test_significance_needs_the_interval_and_mcnemar():
