@@ -1,6 +1,7 @@
 """A saved model folder: what the base has stays, and nothing names what is not there."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.dialects import both_dialects, tokenizer_for_both
 from come.models.loading import load_model
+from come.report.card import _command
 from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
 from tests.conftest import VOCAB
 from tests.jobs import QUICK, start
@@ -252,6 +254,7 @@ def test_the_card_continues_the_base_models(tmp_path):
         'from_pretrained("FOLDER OR HUB ID"',
         "tested\nwith transformers 4.57 and 5.23",
         "The licence is that of the base model (mine).",
+        "## Limits",
     ):
         assert line in card, line
     assert "somebody/older" not in card
@@ -265,6 +268,21 @@ def test_a_card_without_a_base_names_none(tmp_path):
     assert "base_model" not in card
     assert "license" not in card.partition("# base")[0]
     assert "model_name: base, 5 layers (come)" in card
+
+
+def test_a_card_has_the_hub_id_that_the_configuration_names(tmp_path):
+    base = saved(tmp_path / "base", "llama_gqa")
+    edit(base / "config.json", _name_or_path="somebody/one")
+    start(base, tmp_path / "out", *QUICK)
+    assert "base_model: somebody/one" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def test_the_command_of_a_card_has_no_local_folders():
+    paths = ["come", "model.path=/home/me/my model", "calibration.path=~/a.txt", "merge.m=2"]
+    shown = _command({"command": shlex.join(paths)})
+    assert "come 'model.path=my model' calibration.path=a.txt merge.m=2\n" in shown
+    assert "/home" not in shown
+    assert _command({"command": ""}) == ""
 
 
 @pytest.mark.parametrize("name", list(BASES))

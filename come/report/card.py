@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from come.report.tables import Table
 log = logging.getLogger(__name__)
 
 _METADATA = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -32,8 +35,8 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     """The model card of one saved model.
 
     Licence and language are copied from the base model's card, if it has one. `base_model` is
-    `model.base_model`, or else the hub id that the model was loaded from; without either it is
-    omitted.
+    `model.base_model`, or else the hub id that the model was loaded from or that its configuration
+    names; without any of them it is omitted.
 
     Args:
         result: result of the job.
@@ -43,7 +46,7 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     """
     operator = OPERATORS.get(plan.operator)
     given = _front_matter(base / "README.md")
-    base_model = _base_model(result)
+    base_model = _base_model(result, base)
     named = given.get("model_name") or (base_model or result["model"]).rpartition("/")[2]
     data = ModelCardData(
         base_model=base_model,
@@ -85,6 +88,10 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
 `{result["method"]}`{changes}, operator `{plan.operator}`{paper if operator.paper else ""}, norms
 `{plan.norms}`. {healing}
 
+{_quality(result, depth)}
+
+## Use
+
 It is an ordinary checkpoint of the same architecture, with the tokenizer of the base model:
 
 ```python
@@ -97,14 +104,21 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID")
 Written with transformers {result["versions"]["transformers"]}; this form of checkpoint is tested
 with transformers {" and ".join(TESTED_TRANSFORMERS)}.
 
-{_quality(result, depth)}
+## How it was made
 
-Calibration: {origin}.
+{_command(result)}Calibration: {origin}.
 
 Merge history (the original layers of every layer): `{plan.history}`
 
 Plan `{plan.hash}`, in {files}: with the base model it rebuilds {rebuilt} weights bit for bit.
-The licence is that of the base model{f" ({licence})" if licence else ""}.
+
+## Limits
+
+A compressed model can lose abilities that perplexity on one text does not show, such as facts,
+other languages and long reasoning. Measure your own task before you rely on it. What holds for the
+base model, its biases included, holds here too. The licence is that of the base model{
+        f" ({licence})" if licence else ""
+    }.
 """
     return ModelCard(text)
 
@@ -129,12 +143,30 @@ def _quality(result: Result, depth: DepthResult) -> str:
     return Table(head, rows).without_empty_columns().markdown().strip()
 
 
-def _base_model(result: Result) -> str | None:
+def _command(result: Result) -> str:
+    """The command line as a code block, with local paths shortened to their names."""
+    if not result["command"]:
+        return ""
+    words = []
+    for word in shlex.split(result["command"]):
+        key, equals, given = word.partition("=")
+        path = Path(given).expanduser()
+        words.append(f"{key}={path.name}" if equals and path.is_absolute() else word)
+    return f"```bash\n{shlex.join(words)}\n```\n\n"
+
+
+def _base_model(result: Result, base: Path) -> str | None:
     settings = result["settings"]["model"]
     path = settings["path"] or ""
     is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     given: str | None = settings.get("base_model")
-    return given or (path if is_hub_id and not Path(path).exists() else None)
+    if given or (is_hub_id and not Path(path).exists()):
+        return given or path
+    try:
+        named = json.loads((base / "config.json").read_text()).get("_name_or_path") or ""
+    except (OSError, ValueError):
+        return None
+    return named if _HUB_ID.fullmatch(named) and not Path(named).exists() else None
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
