@@ -15,6 +15,7 @@ from come.evaluate.dense import evaluate_dense
 from come.evaluate.paired import exp_interval
 from come.evaluate.perplexity import Perplexity, perplexity
 from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_speed
+from come.job.stages.evaluate import Measured
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
 from tests.bases import saved
@@ -236,3 +237,16 @@ def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch)
     for first, second in zip(whole["depths"], resumed["depths"], strict=True):
         for name in ("perplexity", "continuations"):
             assert first["metrics"][name] == second["metrics"][name]
+
+
+def test_metrics_of_another_job_are_measured_again(tmp_path):
+    path, calls = tmp_path / "metrics.partial.json", []
+
+    def measure():
+        calls.append(1)
+        return {"model": {"perplexity": Metric(2.0, samples=[0.5])}}
+
+    for job in ("one", "one", "other"):
+        found = Measured(path, job).get("perplexity", ["model"], measure)
+        assert found == {"model": {"perplexity": Metric(2.0, samples=[0.5])}}
+    assert len(calls) == 2

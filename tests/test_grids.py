@@ -161,6 +161,9 @@ def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file)
     assert metrics["perplexity"]["relative"] is metrics["perplexity/other"]["relative"] is None
     assert metrics["perplexity/other"]["data"].startswith("256 tokens in 4 windows of text_file")
     assert metrics["perplexity/other"]["value"] != metrics["perplexity"]["value"]
+    assert [name for name in metrics if metrics[name]["headline"]] == [
+        "perplexity", "speed/prompt", "speed/generation",
+    ]  # fmt: skip
     assert metrics["speed/peak_memory"]["value"] > 0
     layers, heads, width = 24, 2, 8  # keys and values of 16 tokens, float32
     assert metrics["speed/kv_cache"]["value"] == 2 * layers * heads * width * 16 * 4
