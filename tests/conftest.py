@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -222,10 +223,13 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
         words = [word for word in words if word.partition("=")[0] not in given]
         monkeypatch.setattr(sys, "argv", [*words, *overrides])
         capfd.readouterr()
+        handlers = logging.root.handlers[:]
         try:
             code = come.cli.main()
         except SystemExit as ended:
             code = ended.code
+        finally:
+            logging.root.handlers[:] = handlers  # Hydra's write to the job's folder
         return code, "\n".join(capfd.readouterr())
 
     return run_here

@@ -244,7 +244,7 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
     shutil.copytree(pico_folder, tmp_path / "run" / "model")
     for model, message in (
         (tmp_path / "run" / "model", "is where the result would be written"),
-        (pico_folder, "was not made by this project"),
+        (pico_folder, "was not made by come"),
     ):
         code, printed = command_line(f"hydra.run.dir={tmp_path / 'run'}", f"model.path={model}")
         assert code == 1

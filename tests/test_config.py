@@ -109,7 +109,7 @@ def test_typos_fail_at_composition(override, message):
         (["merge.sparsity=1.2"], "merge.sparsity=1.2"),
         (["merge.sparsity=0.1", "merge.target_layers=27"], "both merge.target_layers=27 and"),
         (["merge.target_layers=0"], "merge.target_layers=0: must be a whole number"),
-        (["merge=from_plan", "merge.plan=x", "merge.sparsity=0.1"], "no meaning with merge.plan"),
+        (["merge=from_plan", "merge.plan=x", "merge.sparsity=0.1"], "no effect with merge.plan"),
         (
             ["calibration.num_samples=0"],
             "calibration.num_samples=0: must be",

@@ -181,7 +181,7 @@ def test_folders_of_the_users_are_not_replaced(pico_folder, tmp_path):
     model, tokenizer = load_model(pico_folder)
     (tmp_path / "thesis.txt").write_text("years of work")
     plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
-    with pytest.raises(ValueError, match="was not made by this project; choose another folder"):
+    with pytest.raises(ValueError, match="was not made by come; choose another folder"):
         save_model(model, tokenizer, tmp_path, plan)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
