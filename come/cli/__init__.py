@@ -28,6 +28,7 @@ from come.cli.errors import USER_ERRORS, user_line
 from come.cli.grid import GridReport
 from come.cli.overrides import as_groups, load_plugins, model_of_run, register_parts
 from come.data.sampling import SOURCE as SELF_GENERATED
+from come.evaluate.base import EVALUATIONS
 from come.files import LISTING
 from come.job.identity import job_hash
 from come.merge.selection.trial_kl import REPEAT_WEIGHT
@@ -68,6 +69,7 @@ def to_settings(config: DictConfig) -> Settings:
     values: dict[str, Any] = {name: merged[name] for name in types}
     for name, value in values.items():
         values[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    values["eval"] = {name: EVALUATIONS.create(name, own) for name, own in values["eval"].items()}
     return Settings(**values)
 
 

@@ -133,7 +133,7 @@ def _metrics(speed: ModelSpeed) -> Metrics:
             details={"slowest": slowest, "fastest": fastest},
         )
     for name, size in (("peak_memory", speed.peak_bytes), ("kv_cache", speed.cache_bytes)):
-        found[f"speed/{name}"] = Metric(size, unit="bytes", comparison="ratio")
+        found[f"speed/{name}"] = Metric(float(size), unit="bytes", comparison="ratio")
     return found
 
 

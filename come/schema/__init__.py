@@ -9,7 +9,7 @@ from typing import Any, Optional
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sources.base import TextSource
 from come.data.text_settings import TextSettings
-from come.evaluate.base import EVALUATIONS, Evaluation
+from come.evaluate.base import Evaluation
 from come.merge.method import Method
 from come.models.loading import DTYPES, choose_device
 from come.schema.calibration import CalibrationSettings
@@ -81,7 +81,7 @@ class Settings:
     Attributes:
         plugins: Python files that register their own metrics, scores, rules, operators or text
             sources; they are loaded before names are looked up.
-        eval: the chosen evaluations by name; built from their settings if given as mappings.
+        eval: the chosen evaluations by name.
         from_run: folder of a finished run, or one of its model folders. The job starts from that
             model instead of calibrating and merging.
         command: the command line, for the report.
@@ -96,13 +96,6 @@ class Settings:
     plugins: list[str] = field(default_factory=list)
     from_run: Optional[str] = None
     command: str = ""
-
-    def __post_init__(self) -> None:
-        given: dict[str, Any] = self.eval
-        self.eval = {
-            name: value if isinstance(value, Evaluation) else EVALUATIONS.create(name, value)
-            for name, value in given.items()
-        }
 
     @property
     def held_out_texts(self) -> list[TextSource]:
