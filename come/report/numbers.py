@@ -71,7 +71,7 @@ def _by_unit(metric: Metric, value: float) -> str:
     return f"{value:.3f}" if metric.comparison == "difference" else number(value, 2)
 
 
-def megabytes(size: float) -> str:
+def megabytes(size: int | float) -> str:
     """Formats a number of bytes: "538 MB", "1.2 MB"."""
     return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
 
