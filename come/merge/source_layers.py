@@ -25,9 +25,14 @@ class SourceLayers:
     @property
     def keeper(self) -> int:
         """Index of the layer that a drop keeps."""
-        return max(range(len(self.shares)), key=lambda i: self.shares[i])
+        return kept_layer(self.shares)
 
     @property
     def state(self) -> LayerState:
         """All tensors of the merged layer."""
         return self.join(self.layers)
+
+
+def kept_layer(shares: Sequence[float]) -> int:
+    """Index of the layer that a drop keeps."""
+    return max(range(len(shares)), key=lambda i: shares[i])

@@ -40,7 +40,7 @@ def _cells(metric: Metric | None) -> tuple[str, str]:
 
 
 def summary_lines(result: Result) -> list[str]:
-    """Describes the data behind the numbers, the distillation, and the cost of the compression."""
+    """Describes the evaluation and calibration data, the distillation and the cost."""
     compression, calibration = result["compression"], result["calibration"]
     lines = []
     models = [depth["metrics"] for depth in result["depths"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
+from come.merge.source_layers import kept_layer
 from come.models.adapter import LayerState, Role
 
 
@@ -32,8 +33,3 @@ class Drop(MergeOperator):
     ) -> LayerState:
         """The layer whose share is 1."""
         return dict(layers[kept_layer(shares)])
-
-
-def kept_layer(shares: Sequence[float]) -> int:
-    """Index of the layer that a drop keeps."""
-    return max(range(len(shares)), key=lambda i: shares[i])
