@@ -73,7 +73,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
         )
     )
     assert code == 0, errors
-    assert "merged before, 21 layers" in output
+    assert "already merged, 21 layers" in output
     assert result(again)["merge_history"] == found["merge_history"]
     assert equal(again / "model-merged", folder / "model-merged")
     assert not equal(again / "model", folder / "model")
@@ -109,7 +109,7 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
     assert not (cut / "result.json").exists()
     code, output, errors = finish(command(*settings, f"hydra.run.dir={cut}"))
     assert code == 0, errors
-    assert "merged before" in output
+    assert "already merged" in output
     assert result(cut)["distillation"]["curve"] == result(whole)["distillation"]["curve"]
     assert equal(cut / "model", whole / "model")
 
@@ -152,7 +152,7 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
         process = start()
     code, output, errors = finish(process)
     assert code == 0, errors
-    assert ("merged before" in output) == sharded
+    assert ("already merged" in output) == sharded
     one, two = (
         [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (alone, both)
     )
