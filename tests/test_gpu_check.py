@@ -1,0 +1,66 @@
+"""The logic of `make gpu-check`, on the CPU at a small size."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from tests.commands import ROOT, script
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    return script("gpu_check")
+
+
+def started(monkeypatch, module, folder, *words):
+    """The JSON and the table that the script leaves."""
+    given = ["gpu_check", "--device", "cpu", "--shape", "pico", "--output", str(folder), *words]
+    monkeypatch.setattr(sys, "argv", given)
+    module.main()
+    return json.loads((folder / "gpu_check.json").read_text()), (
+        folder / "gpu_check.md"
+    ).read_text()
+
+
+def test_the_bench_at_a_small_size(gpu_check, monkeypatch, tmp_path):
+    words = ["--part", "bench", "--sizes", "6:5:64,4:3:32", "--batch-size", "1"]
+    found, table = started(monkeypatch, gpu_check, tmp_path, *words)
+    assert [(e["layers"], e["target"], e["tokens"]) for e in found["bench"]] == [
+        (6, 5, 64),
+        (4, 3, 32),
+    ]
+    assert all(entry["seconds"] > entry["forward_seconds"] > 0 for entry in found["bench"])
+    assert "| pico | 6 to 5 | 64 |" in table
+
+
+def test_parts_are_kept_and_replaced(gpu_check, monkeypatch, tmp_path):
+    tests = iter([{"passed": 3, "seconds": 1.0}, {"failed": 1, "passed": 2, "seconds": 1.0}])
+    monkeypatch.setitem(gpu_check.PARTS, "tests", lambda given: next(tests))
+    monkeypatch.setitem(gpu_check.PARTS, "bench", lambda given: [])
+    started(monkeypatch, gpu_check, tmp_path, "--part", "tests")
+    started(monkeypatch, gpu_check, tmp_path, "--part", "bench")
+    found, table = started(monkeypatch, gpu_check, tmp_path, "--part", "tests")
+    assert found["bench"] == []
+    assert "1 failed, 2 passed (1 s)" in table
+
+
+def test_the_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
+    def job(given, device, *words):
+        other = device != "cpu"
+        return {
+            "seconds": 2.0,
+            "merge_seconds": 1.0,
+            "peak_bytes": 3e6,
+            "groups": [[1, 2, 3]] if other else [[1, 2]],
+            "perplexity": {"value": 9.0 + other},
+        }
+
+    monkeypatch.setattr(gpu_check, "_job", job)
+    found = {"device": "cuda", "torch": "2", "cpu": "x86_64"}
+    found["main"] = gpu_check.run_main(argparse.Namespace(device="cuda"))
+    assert not found["main"]["same_groups"]
+    assert "| cuda | 2 | 1 | 3 | 10.000 | 1 to 3 |" in gpu_check.table(found)
+    assert "| cpu | 2 | 1 | 3 | 9.000 | 1 to 2 |" in gpu_check.table(found)
