@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench gpu-check docs wheel lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench mutants gpu-check docs wheel lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,10 +25,10 @@ run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." 
 	$(BIN)/python run.py $(ARGS)
 
 test: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(READY) $(VENV)/transformers4  ## the tests on the real model and on many processes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 test-shapes: $(READY)  ## tests of the method once more, every tensor held against its annotation
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --jaxtyping-packages=come,beartype.beartype \
@@ -50,6 +50,9 @@ wheel: $(READY)  ## builds the wheel and runs its command from another folder
 	$(BIN)/pip install --quiet --no-deps --target dist/site dist/come-*.whl
 	cd dist && PYTHONPATH=site ../$(BIN)/python -m come.cli --cfg job > job.yaml
 	grep -q optimal_partition dist/job.yaml
+
+mutants: $(READY)  ## do the fast tests notice wrong code? (ARGS="--sample 200"; run again, it goes on)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill for one of them)
 	$(BIN)/python experiments/gpu_check.py --part $(or $(PART),all) $(ARGS)

@@ -19,12 +19,13 @@ from come.report.points import PARAMETERS, points
 from come.report.tables import metric_table
 from tests.commands import ROOT, finish
 
-SMALL_GRID = [
-    "experiment=ablation_small",
-    "calibration.seq_len=32",
+TWELVE_JOBS = [
+    "merge/sensitivity=come,random",
+    "merge/retention=bi_power,uniform",
+    "calibration.seed=0,1,2",
     "merge.target_layers=21",
-    "eval.perplexity.seq_len=64",
-    "eval.perplexity.max_tokens=256",
+    "merge.save_weights=false",
+    "eval=perplexity",
 ]
 TWO_JOBS = ["merge.m=2,3", "merge.target_layers=20", "eval=[perplexity,continuations]"]
 
@@ -43,27 +44,27 @@ def results(folder):
 @pytest.mark.slow
 def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={whole}", "-m"))
+    code, _, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={whole}", "-m"))
     assert code == 0, errors
     expected = results(whole)
-    assert len(expected) == 24
+    assert len(expected) == 12
 
-    for least in (5, 14):  # finished jobs at the two kills
-        process = command(*SMALL_GRID, f"hydra.sweep.dir={killed}", "-m")
+    for least in (2, 7):  # finished jobs at the two kills
+        process = command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m")
         while len(list(killed.glob("*/result.json"))) < least:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     before = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
-    assert 14 <= len(before) < 24
+    assert 7 <= len(before) < 12
 
-    code, output, errors = finish(command(*SMALL_GRID, f"hydra.sweep.dir={killed}", "-m"))
+    code, output, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m"))
     assert code == 0, errors
     assert output.count("is already finished") == len(before)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     assert results(killed) == expected
-    tables = [folder / "grid-ablation_small" / "table.md" for folder in (whole, killed)]
+    tables = [folder / "grid-sweep" / "table.md" for folder in (whole, killed)]
     assert tables[0].read_text() == tables[1].read_text()
 
 

@@ -5,7 +5,6 @@ from functools import cache
 import pytest
 from transformers import LlamaConfig
 
-from come.job.estimate import Cost, duration
 from come.merge.constraints import (
     SpanConstraints,
     check_target,
@@ -124,17 +123,6 @@ def test_sparsity_takes_the_nearest_depth():
         layers_for_sparsity(0.01, config, 134_515_008, 3_540_096)
     with pytest.raises(ValueError, match="with one layer left, 0.7632 of the parameters are gone"):
         layers_for_sparsity(0.9, config, 134_515_008, 3_540_096)
-
-
-def test_cost_in_words():
-    cost = Cost(8192, 30, 32, 87, 538_000_000, 585_000_000, "disk")
-    assert cost.lines() == [
-        "cost: 8192 calibration tokens, 32 to 87 layer passes (1.1 to 2.9 forward passes of the "
-        "decoder)",
-        "memory: weights 538 MB, boundary states 585 MB in memory-mapped files",
-    ]
-    assert cost.estimate(1.0).endswith("so 32 s to 1 min 27 s in all")
-    assert duration(125.0) == "2 min 05 s"
 
 
 def completes(layers, target, m):

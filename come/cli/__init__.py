@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from come.cli.errors import USER_ERRORS, user_line
-from come.cli.grid import GridReport
+from come.cli.grid import DRY_RUN, GridReport
 from come.cli.overrides import as_groups, load_plugins, model_of_run, register_parts
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.evaluate.base import EVALUATIONS
@@ -96,9 +96,18 @@ def main() -> int:
             settings.command = shlex.join(["come", *overrides])
             settings.check()
             check_explicit(settings, overrides)
-            from come.job.run import run  # slow to import, so only after the checks
+            # slow to import, so only after the checks
+            if DRY_RUN in os.environ:
+                from come.job.dry_run import dry_run
 
-            run(settings, folder)
+                kinds = logging.FileHandler  # a dry run leaves no files
+                logging.root.handlers = [h for h in logging.root.handlers if type(h) is not kinds]
+                print("\n".join(dry_run(settings, folder)), flush=True)
+                _remove_if_empty(folder)
+            else:
+                from come.job.run import run
+
+                run(settings, folder)
         except Exception as error:
             hydra_config = HydraConfig.get()
             if hydra_config.mode == RunMode.MULTIRUN:
@@ -113,12 +122,16 @@ def main() -> int:
             _say(user_line(error))
             raise SystemExit(1) from None
 
-    words = sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word != "--dry-run"]
+    if "--dry-run" in sys.argv:
+        os.environ[DRY_RUN] = "1"  # parallel launchers hand it to their processes
 
     def start() -> None:
         load_plugins(words)
         register_parts()
-        sys.argv[1:] = [*as_groups(words), *model_of_run(words)]
+        flags = [word for word in words if word in ("-m", "--multirun")]  # Hydra wants them last
+        rest = [word for word in words if word not in flags]
+        sys.argv[1:] = [*as_groups(rest), *model_of_run(rest), *flags]
         if "--cfg" in words and "--resolve" not in words and "hydra" not in words:
             sys.argv.append("--resolve")  # show the values of interpolations
         job()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,9 @@ from omegaconf import DictConfig
 from come.files import AXES, LISTING, write_text
 from come.report.listing import list_job, make_report
 from come.report.points import PARAMETERS
+
+
+DRY_RUN = "COME_DRY_RUN"  # set in the environment by --dry-run
 
 
 class GridReport(Callback):
@@ -36,15 +41,25 @@ class GridReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Creates the output folder; a sweep without an experiment starts a new list of jobs."""
+        if DRY_RUN in os.environ:
+            return
         folder = GridReport.running = self._folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "grid-sweep":
             (folder / LISTING).unlink(missing_ok=True)
         write_text(folder / AXES, json.dumps(self.axes))
 
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Removes what Hydra writes for a dry run."""
+        if DRY_RUN in os.environ:
+            folder = Path(config.hydra.sweep.dir).absolute()
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Adds the job to the list, and writes the tables and the figure again."""
-        if config.hydra.mode != RunMode.MULTIRUN:
+        if config.hydra.mode != RunMode.MULTIRUN or DRY_RUN in os.environ:
             return
         folder = self._folder(config)
         entry = {

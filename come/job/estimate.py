@@ -1,94 +1,181 @@
-"""Estimates the cost of a compression before it starts."""
+"""Estimates time, memory and disk of a compression before it starts."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from itertools import cycle, islice, pairwise
+
+import torch
 
 from come.merge.constraints import depths
 from come.merge.method import Method
+from come.merge.work import SpanSize, Work
 from come.models.loading import ModelShape
 from come.report.numbers import duration, megabytes
+
+EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}
+"""Measured share of the speed of large matrix products that a compression reaches."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations per second of a device, in the model's dtype and in float64."""
+
+    single: float
+    double: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Speed:
+        """The speed of matrix products, times the share that a compression reaches of it."""
+        share = EFFICIENCY[device.type]
+        wide = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+        return cls(share * _products(device, wide), share * _products(device, torch.float64))
+
+    def seconds(self, work: Work) -> float:
+        """Seconds that the work takes."""
+        return work.single / self.single + work.double / self.double
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product, the best of three after one to warm up."""
+    size = 768 if device.type == "cpu" else 4096
+    factor, best = torch.ones(size, size, dtype=dtype, device=device), float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (factor @ factor)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated cost of a progressive compression.
+    """The estimated cost of a compression.
 
     Attributes:
         tokens: number of calibration tokens.
         num_layers: layers of the dense model.
-        least: number of layer passes if every merge takes the last possible span.
-        most: number of layer passes if every merge takes the first possible span.
+        work: arithmetic of all merges and trial merges.
+        trials: sizes of the spans that are merged on trial.
         weight_bytes: bytes of the model's weights.
         boundary_bytes: bytes of the hidden states stored at the layer boundaries.
         store: where the hidden states are stored, "memory" or "disk".
-        extra: settings that need additional passes (trial merges, gradients, refits), which
-            `least` and `most` do not include.
+        device: the model's device type, "cpu" or "cuda".
+        extra: settings that need additional passes (gradients, searches), which `work` does not
+            include.
     """
 
     tokens: int
     num_layers: int
-    least: int
-    most: int
+    work: Work
+    trials: list[int]
     weight_bytes: int
     boundary_bytes: int
     store: str
+    device: str = "cpu"
     extra: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """Lines to log before the compression starts."""
-        extra = f"; the passes of {', '.join(self.extra)} come on top" if self.extra else ""
-        places = "main memory" if self.store == "memory" else "memory-mapped files"
-        return [
-            f"cost: {self.tokens} calibration tokens, {self.least} to {self.most} layer passes "
-            f"({self.least / self.num_layers:.1f} to {self.most / self.num_layers:.1f} forward "
-            f"passes of the decoder){extra}",
-            f"memory: weights {megabytes(self.weight_bytes)}, boundary states "
-            f"{megabytes(self.boundary_bytes)} in {places}",
-        ]
+    def lines(self, speed: Speed | None = None) -> list[str]:
+        """Lines to log before the compression starts; without a speed, none about time."""
+        more = f", and more for {', '.join(self.extra)}" if self.extra else ""
+        tried = f", {len(self.trials)} trial merges" if self.trials else ""
+        lines = [f"cost: {self.tokens} calibration tokens{tried}"]
+        if speed is not None:
+            lines.append(f"time: about {duration(speed.seconds(self.work))}{more}")
+        solving = f"{megabytes(self.work.bytes)} for least squares"
+        parts = [f"weights {megabytes(self.weight_bytes)}", solving]
+        states = f"boundary states {megabytes(self.boundary_bytes)}"
+        if self.store == "disk":
+            return [*lines, f"memory: {', '.join(parts)}; {states} in memory-mapped files"]
+        if self.device == "cuda":
+            return [*lines, f"memory: {', '.join(parts)} on the GPU; {states} in main memory"]
+        return [*lines, f"memory: {', '.join([*parts, states])}"]
 
-    def estimate(self, first_layer_seconds: float) -> str:
-        """Estimate of the total time, extrapolated from the first layer's pass."""
-        least, most = (duration(first_layer_seconds * n) for n in (self.least, self.most))
-        more = ", and more for what comes on top" if self.extra else ""
-        return (
-            f"time: the first layer took {first_layer_seconds:.1f} s, so {least} to {most} in all"
-            f"{more}"
-        )
+    @property
+    def memory_bytes(self) -> float:
+        """Weights, least squares, and boundary states unless they are on disk."""
+        states = self.boundary_bytes if self.store == "memory" else 0
+        return self.weight_bytes + self.work.bytes + states
 
 
 def compression_cost(
-    shape: ModelShape, *, num_samples: int, seq_len: int, target: int, method: Method, store: str
+    shape: ModelShape,
+    *,
+    num_samples: int,
+    seq_len: int,
+    target: int,
+    method: Method,
+    store: str,
+    device: str = "cpu",
 ) -> Cost:
     """Estimates the cost of merging a model of `shape` down to `target` layers."""
     layers, rules = shape.num_layers, method.constraints(shape.num_layers, target)
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
-    fewest = most = [target]
-    if method.groups:
-        fewest = most = [target] * len(method.groups)
-    elif schedule.remeasures:
-        fewest = depths(layers, target, rules.m)
-        most = depths(layers, target, 2) if rules.variable_size else fewest
+    tokens = num_samples * seq_len
+    merges = _merged_spans(method, layers, target)
+    trials = _trial_spans(method, layers, target) if rules.m > 1 else []
+    work = _span(shape, 1, tokens).passes * (layers + sum(layers // 2 for _ in merges))
+    for size in merges:
+        span = _span(shape, size, tokens)
+        work += method.retention.work(span) + method.refit.work(span)
+    fitted, judged = selection.trial_tokens(num_samples, seq_len)
+    for size in trials:
+        span = _span(shape, size, fitted)
+        work += method.retention.work(span) + method.refit.surrogate.work(span)
+        work += _span(shape, 1, judged).passes * (layers / 2)
+        work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
     extra = {
-        f"merge.selection={selection.name}": not selection.local or selection.num_trials > 0,
+        f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
         f"merge.retention={method.retention.name}": method.retention.trials,
         f"merge.schedule={schedule.name}": schedule.trials,
-        f"merge.refit={method.refit.name}": method.refit.active,
+        f"merge.refit={method.refit.name}": method.refit.active
+        and not method.refit.work(_span(shape, 2, tokens)).single,
         f"merge.refit.downstream={method.refit.downstream}": method.refit.downstream is not None,
     }
-    tokens = num_samples * seq_len
     slots = layers + 1 if method.block == "layer" else 2 * layers + 1
     if metric.gradient == "path" or method.needs_dense:
         slots += layers + 1  # the boundaries of a second stream or of the dense model
-    state = tokens * shape.config.hidden_size * shape.dtype.itemsize
     return Cost(
         tokens=tokens,
         num_layers=layers,
-        least=layers + len(fewest) - 1,
-        most=layers + sum(most[:-1]),
+        work=work,
+        trials=trials,
         weight_bytes=shape.weight_bytes,
-        boundary_bytes=state * slots,
+        boundary_bytes=tokens * shape.config.hidden_size * shape.dtype.itemsize * slots,
         store=store,
+        device=device,
         extra=[name for name, costs in extra.items() if costs],
     )
+
+
+def _span(shape: ModelShape, layers: int, tokens: int) -> SpanSize:
+    return SpanSize(
+        layers=layers,
+        tokens=tokens,
+        hidden=shape.config.hidden_size,
+        heads=shape.heads,
+        channels=shape.channels,
+        parameters=shape.block_parameters["layer"],
+        input_maps=shape.input_maps,
+    )
+
+
+def _merged_spans(method: Method, layers: int, target: int) -> list[int]:
+    """Sizes of the merged spans, if all are as large as they may be."""
+    if method.groups:
+        return [len(group) for group in method.groups]
+    passed = [layers, *depths(layers, target, method.constraints(layers, target).m)]
+    return [above - below + 1 for above, below in pairwise(passed)]
+
+
+def _trial_spans(method: Method, layers: int, target: int) -> list[int]:
+    """Sizes of the spans merged on trial: the shortlist once a merge, or as the schedule says."""
+    count = method.selection.num_trials
+    if not count or method.groups:
+        return []
+    if not method.schedule.variable_size:
+        return _merged_spans(method, layers, target) * count
+    pairs = min(layers - 1, max(count, 2 * (layers - target)))
+    larger = list(range(3, min(method.m, layers - target + 1) + 1))
+    return [2] * pairs + list(islice(cycle(larger), layers - target if larger else 0))

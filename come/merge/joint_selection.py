@@ -14,6 +14,7 @@ from come.merge.output_map import equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.work import SpanSize, Work
 from come.models.adapter import UNITS, Unit
 from come.models.sublayers import States, run_attention, run_mlp
 
@@ -69,6 +70,13 @@ def select_units_jointly(
             attention = drive(sums, own, columns), columns
     total = adapter.unit_counts["channel"]
     return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
+
+
+def joint_work(size: SpanSize) -> Work:
+    """What the joint selection takes, without the choice itself and without alignment."""
+    heads = size.layers * size.heads
+    sums = size.gram(heads, size.hidden) + size.gram(size.width, size.hidden)
+    return sums + size.inverse(heads) + size.passes * (2 * size.layers)
 
 
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,7 +53,6 @@ def compress(
     stops: Collection[int] = (),
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
-    on_first_layer: Callable[[float], None] | None = None,
     batch_size: int = 4,
     store: str = "memory",
     folder: Path | None = None,
@@ -77,7 +75,6 @@ def compress(
         plan: an empty plan that describes the base model, or the plan of an interrupted call. Its
             steps are applied first, unless the schedule has `restarts`.
         on_step: called with the plan after every merge, while the model has that depth.
-        on_first_layer: called with the duration of the first layer's pass, in seconds.
         batch_size: windows per batch.
         store: where hidden states are stored, "memory" or "disk".
         folder: folder for the files of the disk store.
@@ -130,9 +127,7 @@ def compress(
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
         apply(plan, model)
-        search = _Compression(
-            stream, method, [*stops, target_layers], on_first_layer, trials or TrialScores()
-        )
+        search = _Compression(stream, method, [*stops, target_layers], trials or TrialScores())
         steps: list[MergeStep] = []
         merged = plan
         while merged.num_layers > target_layers:
@@ -169,7 +164,6 @@ class _Compression:
         stream: LayerStream,
         method: Method,
         stops: Sequence[int],
-        on_first_layer: Callable[[float], None] | None,
         trials: TrialScores,
     ) -> None:
         self.trials = trials
@@ -187,7 +181,6 @@ class _Compression:
         self.scores: dict[tuple[int, int], float] = {}
         self.origins: list[int] = []
         self.start = 0  # the first layer without valid statistics
-        self._on_first_layer = on_first_layer
         kinds = self.metric.moments if self.operator.uses_units else ()
         self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
 
@@ -284,11 +277,7 @@ class _Compression:
         stream, last = self.stream, self.stream.num_layers - 1
         if not self.statistics:
             stream.embed()
-            began = time.perf_counter()
-            stream.advance(0, 0, self._collector)
-            if self._on_first_layer:
-                self._on_first_layer(time.perf_counter() - began)
-            stream.advance(1, last, self._collector)
+            stream.advance(0, last, self._collector)
             if self.method.needs_dense and not stream.has_dense:
                 stream.snapshot_dense()
         else:

@@ -38,12 +38,18 @@ class ModelShape:
         block_parameters: number of parameters of one decoder layer, and of its attention and its
             MLP, including their norms.
         dtype: dtype that the model is loaded in.
+        heads: width of the head outputs of one layer.
+        channels: FFN channels of one layer.
+        input_maps: number of input projections of one layer's FFN.
     """
 
     config: PretrainedConfig
     parameters: int
     block_parameters: dict[Block, int]
     dtype: torch.dtype
+    heads: int
+    channels: int
+    input_maps: int
 
     @property
     def num_layers(self) -> int:
@@ -136,8 +142,15 @@ def inspect_model(
     else:
         skeleton.tie_weights()
     total = sum(p.numel() for p in skeleton.parameters())
+    counts = adapter.unit_counts
     return ModelShape(
-        skeleton.config, total, adapter.block_parameters, choose_dtype(dtype, config, folder)
+        skeleton.config,
+        total,
+        adapter.block_parameters,
+        choose_dtype(dtype, config, folder),
+        heads=counts["kv_group"] * adapter.columns_per_unit("kv_group"),
+        channels=counts["channel"],
+        input_maps=len(adapter.architecture.ffn_inputs),
     )
 
 

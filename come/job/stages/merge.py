@@ -17,7 +17,7 @@ from come.data.sampling import cached, continued_windows, self_generated_windows
 from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
 from come.job.environment import versions
-from come.job.estimate import compression_cost
+from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.stages.prepare import Job
 from come.memory import PeakMemory
@@ -55,15 +55,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
         return _load_merged(job, job.start or merged)
     settings, method = job.settings, job.settings.merge
-    seq_len, num_samples = settings.calibration.seq_len, settings.calibration.windows
-    cost = compression_cost(
-        job.shape,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        target=job.target,
-        method=method,
-        store=settings.calibration.store,
-    )
+    cost = job.cost
     log.info("merge: %s, %d -> %d layers", method.name, job.shape.num_layers, job.target)
     earlier = partial_plan(job.folder, job.hash)
     if method.schedule.restarts:
@@ -101,7 +93,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
             plan = _apply_plan(job, model)
             cost = replace(cost, boundary_bytes=0)
         else:
-            for line in cost.lines():
+            for line in cost.lines(Speed.measured(model.device, job.shape.dtype)):
                 log.info(line)
             assert job.calibration is not None
             plan = compress(
@@ -112,7 +104,6 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
                 stops=method.save_at,
                 plan=earlier or _empty_plan(job, model),
                 on_step=on_step,
-                on_first_layer=lambda s: log.info(cost.estimate(s)),
                 batch_size=settings.calibration.batch_size,
                 store=settings.calibration.store,
                 folder=job.folder,

@@ -16,7 +16,7 @@ from come.data.windows import (
 )
 from come.evaluate.base import Evaluation, Subject
 from come.files import check_replaceable
-from come.job.estimate import compression_cost
+from come.job.estimate import Cost, compression_cost
 from come.job.folder import check_folder, find_run
 from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
 from come.merge.method import groups_target
@@ -24,7 +24,13 @@ from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
 from come.models.checkpoint import find_checkpoint, fingerprint
-from come.models.loading import ModelShape, inspect_model, load_tokenizer, load_weights
+from come.models.loading import (
+    ModelShape,
+    choose_device,
+    inspect_model,
+    load_tokenizer,
+    load_weights,
+)
 from come.schema import Settings
 
 if TYPE_CHECKING:
@@ -52,11 +58,27 @@ class Job:
     training: TokenWindows | None = None
     start: Path | None = None
     """The folder of a merged model to start from, with its plan."""
+    disk_bytes: int = 0
+    """Bytes that the job writes to its folder."""
 
     @property
     def merged(self) -> str:
         """Name of the merged model's folder in the job folder."""
         return "model-merged" if self.settings.distill.active else "model"
+
+    @property
+    def cost(self) -> Cost:
+        """The estimated cost of the merge."""
+        settings = self.settings
+        return compression_cost(
+            self.shape,
+            num_samples=settings.calibration.windows,
+            seq_len=settings.calibration.seq_len,
+            target=self.target,
+            method=settings.merge,
+            store=settings.calibration.store,
+            device=choose_device(settings.model.device).type,
+        )
 
     @property
     def label(self) -> str:
@@ -196,6 +218,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         evaluations,
         _training(settings, shape, tokenizer),
         start,
+        needed,
     )
 
 

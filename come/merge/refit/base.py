@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 from come.merge.combination import Combination
 from come.merge.reconstruction import ReconstructionTargets, Target, Weighting
 from come.merge.source_layers import SourceLayers
+from come.merge.work import SpanSize, Work
 from come.models.adapter import LayerState
 from come.registry import Registry
 from come.setting import HasSettings, setting
@@ -76,6 +77,10 @@ class Refit(HasSettings, ABC):
         Returns:
             Tensors that replace those in `sources.state`, with the same shapes and dtypes.
         """
+
+    def work(self, size: SpanSize) -> Work:
+        """What solving for one merged layer takes; none for refits without an estimate."""
+        return Work()
 
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """Factor on the output projections and their biases of all layers after the merged one."""

@@ -11,6 +11,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
+from come.merge.work import SpanSize, Work
 from come.models.adapter import LayerState
 from come.models.sublayers import run_attention
 from come.setting import setting
@@ -73,6 +74,11 @@ class GaussNewton(Ridge):
                 found[f"{name}.weight"] = problem.changed(change)
                 layer.load_state_dict({**sources.state, **found})
         return found
+
+    def work(self, size: SpanSize) -> Work:
+        """The ridge regression, and 7 products of the FFN's size a step and map."""
+        product = Work(single=2.0 * size.tokens * size.hidden * size.channels)
+        return super().work(size) + product * (size.input_maps * (7 * self.steps + 8))
 
     @property
     def surrogate(self) -> Refit:

@@ -14,6 +14,7 @@ from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
+from come.merge.work import SpanSize, Work
 from come.models.adapter import LayerState, Unit
 from come.models.sublayers import States, run_attention, run_mlp
 from come.setting import setting
@@ -111,6 +112,13 @@ class Ridge(Refit):
             found |= tensors
             layer.load_state_dict({**state, **found})
         return found
+
+    def work(self, size: SpanSize) -> Work:
+        """Both least-squares problems, the passes that they read, and the alignment."""
+        heads = size.gram(size.heads, size.hidden) + size.solve(size.heads, size.hidden)
+        ffn = size.gram(size.channels, size.hidden) + size.solve(size.channels, size.hidden)
+        reads = size.passes * (size.layers + 1.5)
+        return heads + ffn + reads + (Work() if self.align is None else size.aligned())
 
     def plain(self) -> Ridge:
         """The ridge regression only, for refits that extend it."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import joint_lambda, select_units_jointly, unit_columns
+from come.merge.joint_selection import joint_lambda, joint_work, select_units_jointly, unit_columns
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.work import SpanSize, Work
 from come.setting import setting
 
 
@@ -68,6 +69,10 @@ class Adaptive(RetentionRule):
             return sums.columns(columns).solve(own, ratio * sums.mean_diagonal())
 
         return select_units_jointly(group, choose, solve, group.refit.align)
+
+    def work(self, size: SpanSize) -> Work:
+        """The joint selection, and the elimination of channels."""
+        return joint_work(size) + size.eliminated(size.width, size.channels)
 
 
 def eliminate(

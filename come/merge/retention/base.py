@@ -11,6 +11,7 @@ from come.merge.combination import Combination
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.unit_scores import UnitScores
 from come.merge.units import choose_units
+from come.merge.work import SpanSize, Work
 from come.registry import Registry
 from come.setting import HasSettings
 
@@ -60,6 +61,10 @@ class RetentionRule(HasSettings, ABC):
     @abstractmethod
     def shares(self, group: LayerSpan) -> list[float]:
         """Share rho_i of every layer of the span, in depth order; >= 0, summing to 1."""
+
+    def work(self, size: SpanSize) -> Work:
+        """What choosing the units of one span takes; none for rules without an estimate."""
+        return Work()
 
     def split(self, group: LayerSpan) -> UnitAllocation:
         """The shares, and in each layer the most sensitive units, as many as its share allows.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import joint_lambda, select_units_jointly
+from come.merge.joint_selection import joint_lambda, joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.units import top_units
+from come.merge.work import SpanSize, Work
 
 
 @RETENTION.register
@@ -47,6 +48,10 @@ class Leverage(RetentionRule):
             return top_units(scores.view(-1, size).sum(dim=1), count)
 
         return select_units_jointly(group, choose, lambda sums, own, columns: own)
+
+    def work(self, size: SpanSize) -> Work:
+        """The joint selection, and one inverse."""
+        return joint_work(size) + size.inverse(size.width)
 
 
 def leverage(sums: Gram, penalty: float) -> Tensor:

@@ -56,6 +56,10 @@ class SpanScore(HasSettings, ABC):
         """
         return 0
 
+    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
+        """Tokens that a trial is fitted to, and tokens that it is judged on."""
+        return windows * seq_len, 0
+
     def check(self, method: Combination) -> None:
         """Raises ValueError if the score cannot be combined with the method's components."""
         if self.num_trials and not (method.schedule.uses_scores or method.groups):

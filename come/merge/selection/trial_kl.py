@@ -86,6 +86,11 @@ class TrialKL(SpanScore):
         """The size of the shortlist."""
         return self.shortlist
 
+    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
+        """Tokens that a trial is fitted to, and tokens that it is judged on."""
+        judging = min(self.validation_windows, -(-windows // 4))
+        return max(1, min(self.trial_windows, windows - judging)) * seq_len, judging * seq_len
+
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
         return mean_angle(stream, first, last, self.tokens)

@@ -1,0 +1,64 @@
+"""What a job would do and need, without loading weights: the flag `--dry-run`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from come.job.estimate import Speed
+from come.job.identity import job_hash
+from come.job.stages.prepare import Job, prepare
+from come.models.loading import choose_device
+from come.report.numbers import megabytes
+from come.schema import Settings
+
+
+def dry_run(settings: Settings, folder: Path) -> list[str]:
+    """Checks a job as `run` does; what it would do, and its time, memory and disk, as lines.
+
+    Raises:
+        ValueError: see `come.job.run.run`.
+    """
+    settings.check()
+    job = prepare(settings, folder, job_hash(settings))
+    shape, device = job.shape, choose_device(settings.model.device)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    lines = [
+        f"job {job.hash}: {job.label}, {shape.num_layers} layers, "
+        f"{shape.parameters / 1e6:,.1f} M parameters, {dtype} on {device.type}",
+        *(_merge(job) if settings.merge.enabled else []),
+    ]
+    if settings.distill.active:
+        training = settings.distill.train_config(device.type)
+        lines.append(
+            f"distill: {settings.distill.method}, {training.steps} steps of {training.batch_size} "
+            f"windows of {settings.distill.seq_len} tokens"
+        )
+    free = shutil.disk_usage(folder).free
+    return [
+        *lines,
+        f"evaluate: {', '.join(job.evaluations) or 'nothing'}",
+        f"disk: {megabytes(job.disk_bytes)}; {megabytes(free)} are free",
+        f"the same command without --dry-run writes to {folder}",
+    ]
+
+
+def _merge(job: Job) -> list[str]:
+    settings, method = job.settings, job.settings.merge
+    if job.plan is not None:
+        return [f"merge: the plan of {job.start or method.plan}, {job.target} layers"]
+    device = choose_device(settings.model.device)
+    text = settings.calibration.source if job.calibration is None else job.calibration.source
+    lines = [
+        f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
+        *job.cost.lines(Speed.measured(device, job.shape.dtype)),
+    ]
+    available = psutil.virtual_memory().available
+    if device.type == "cpu" and job.cost.memory_bytes > available:
+        lines.append(
+            f"only {megabytes(available)} of memory are available: calibration.store=disk, fewer "
+            "calibration.num_samples, model.dtype=bfloat16 and a smaller merge.m need less"
+        )
+    return lines

@@ -1,0 +1,355 @@
+"""Do the fast tests notice wrong code? `make mutants` changes one place of the package at a time.
+
+    make mutants ARGS="--sample 200"      a random sample of all mutants; run again, it goes on
+
+A mutant negates a condition, exchanges an operator, changes a number or a flag, leaves out a
+keyword argument or a call, or exchanges two arguments. Error messages, assertions, output to the
+user and defaults of signatures stay as they are. A mutant is killed if one of the tests that run
+its line fails: first those that run it in their own process, the fastest first, then those that
+start commands. Results are appended to `results.jsonl` of the output folder; a summary is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("merge", "linalg", "evaluate", "job", "distill")
+_COMPARE = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+_BINARY = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.MatMult: ast.Add, ast.Pow: ast.Mult,
+}  # fmt: skip
+_SHOWN = ("print", "say", "warn", "warning", "info", "update", "set_postfix_str", "ProgressBar")
+"""Calls that only show something."""
+_SKIPPED = ("progress", "desc", "unit", "shown", "help", "total")
+"""Keyword arguments that only show something."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: its place, the first line of its statement, the text changed."""
+
+    path: str
+    line: int
+    first: int
+    kind: str
+    before: str
+    after: str
+
+    @property
+    def name(self) -> str:
+        """What distinguishes the mutant."""
+        return f"{self.path}:{self.line} {self.kind}: {self.before} -> {self.after}"
+
+
+def mutants(path: Path) -> Iterator[tuple[Mutant, str]]:
+    """Every mutant of a file, with the whole mutated source."""
+    source = path.read_text()
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    encoded = source.encode()
+    tree = ast.parse(source)
+    firsts = _first_lines(tree)
+    for node, kind, new in _changes(tree):
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        before = encoded[begin:end].decode()
+        after = new if isinstance(new, str) else f"({ast.unparse(new)})"
+        shown = (" ".join(before.split())[:120], " ".join(after.split())[:120])
+        mutated = (encoded[:begin] + after.encode() + encoded[end:]).decode()
+        relative = str(path.relative_to(ROOT))
+        first = firsts.get(node.lineno, node.lineno)
+        yield Mutant(relative, node.lineno, first, kind, *shown), mutated
+
+
+def _first_lines(tree: ast.Module) -> dict[int, int]:
+    """The first line of the statement that each line belongs to."""
+    found: dict[int, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            end = body[0].lineno - 1 if body else node.end_lineno or node.lineno
+            for line in range(node.lineno, max(end, node.lineno) + 1):
+                found[line] = max(found.get(line, 0), node.lineno)
+    return found
+
+
+def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str, ast.expr | str]]:
+    """Places to change: the node that is replaced, the kind of change, and what replaces it."""
+    for node in _running(tree):
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            ops = [_COMPARE[type(node.ops[0])]()]
+            yield node, "comparison", ast.Compare(node.left, ops, node.comparators)
+        elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            other = _BINARY[type(node.op)]()
+            yield node, "operator", ast.BinOp(node.left, other, node.right)
+        elif isinstance(node, ast.BoolOp):
+            other_bool = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+            yield node, "and or", ast.BoolOp(other_bool, node.values)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+            yield node, "sign", node.operand
+        elif isinstance(node, ast.If | ast.IfExp | ast.While):
+            if not isinstance(node.test, ast.Compare | ast.UnaryOp):
+                yield node.test, "condition", ast.UnaryOp(ast.Not(), node.test)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            yield node, "flag", ast.Constant(not node.value)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            yield node, "number", ast.Constant(node.value + 1)
+        elif isinstance(node, ast.Call):
+            yield from _call_changes(node)
+        elif isinstance(node, ast.AugAssign) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        ):
+            yield node, "left out", "pass"
+
+
+def _call_changes(node: ast.Call) -> Iterator[tuple[ast.expr, str, ast.expr]]:
+    for index, keyword in enumerate(node.keywords):
+        if keyword.arg and keyword.arg not in _SKIPPED:
+            rest = node.keywords[:index] + node.keywords[index + 1 :]
+            yield node, f"without {keyword.arg}", ast.Call(node.func, node.args, rest)
+    for index in range(len(node.args) - 1):
+        pair = node.args[index : index + 2]
+        if all(isinstance(a, ast.Name | ast.Attribute) for a in pair):
+            swapped = [*node.args[:index], *pair[::-1], *node.args[index + 2 :]]
+            yield node, "arguments exchanged", ast.Call(node.func, swapped, node.keywords)
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes whose values matter: no messages, annotations, decorators and signatures."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(
+            node, ast.Call
+        ):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            if isinstance(child, ast.Raise | ast.Assert | ast.Import | ast.ImportFrom):
+                continue
+            if isinstance(child, ast.JoinedStr | ast.FormattedValue):
+                continue
+            if isinstance(child, ast.Expr | ast.Call) and _is_shown(child):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            yield from _running(child)
+
+
+def _is_shown(node: ast.Expr | ast.Call) -> bool:
+    call = node.value if isinstance(node, ast.Expr) else node
+    if not isinstance(call, ast.Call):
+        return True  # a docstring
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    return name in _SHOWN or name == "setting"
+
+
+class Coverage:
+    """Which tests run a line, and how long they take; measured once per output folder."""
+
+    def __init__(self, folder: Path, tree: Path) -> None:
+        self._data = folder / "coverage"
+        self._times = folder / "times.xml"
+        self._tree = tree
+        if not self._times.is_file():
+            self._measure()
+        from coverage import CoverageData
+
+        self._lines = CoverageData(str(self._data))
+        self._lines.read()
+        self.seconds = {
+            _test_id(case): float(case.get("time", 0))
+            for case in ElementTree.parse(self._times).iter("testcase")
+        }
+        forked = str(tree / "tests" / "forked.py")
+        self.commands = sorted(self._of(forked), key=self._cost)
+
+    def _measure(self) -> None:
+        print("measuring which tests run which lines (the fast tests once)", flush=True)
+        words = [
+            sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-m",
+            "not slow and not gpu", "--cov=come", "--cov=tests", "--cov-context=test",
+            "--cov-report=", f"--junitxml={self._times}.part",
+        ]  # fmt: skip
+        own = {"COVERAGE_FILE": str(self._data), "PYTHONPATH": str(self._tree)}
+        ended = subprocess.run(words, cwd=self._tree, env=os.environ | own, check=False)
+        if ended.returncode:
+            raise SystemExit("the tests fail without a change; mend them first")
+        os.replace(f"{self._times}.part", self._times)
+
+    def _of(self, path: str, wanted: range | None = None) -> set[str]:
+        found = self._lines.contexts_by_lineno(path)
+        lines = found.values() if wanted is None else [found.get(line, []) for line in wanted]
+        return {context.partition("|")[0] for line in lines for context in line if context}
+
+    def _cost(self, test: str) -> float:
+        return self.seconds.get(test, 1.0)
+
+    def tests(self, mutant: Mutant, limit: float) -> tuple[list[str], list[str]]:
+        """The tests that run the mutant's line themselves, and those that may in a command."""
+        lines = range(mutant.first, mutant.line + 1)
+        own = sorted(self._of(str(self._tree / mutant.path), lines), key=self._cost)
+        others = [test for test in self.commands if test not in own]
+        return self._within(own, limit), self._within(others, limit)
+
+    def _within(self, tests: list[str], limit: float) -> list[str]:
+        """The first tests that take `limit` seconds together; one a function comes first."""
+        firsts: dict[str, str] = {}
+        for test in tests:
+            firsts.setdefault(test.partition("[")[0], test)
+        ordered = [*firsts.values(), *(t for t in tests if t not in set(firsts.values()))]
+        chosen, spent = [], 0.0
+        for test in ordered:
+            spent += self._cost(test)
+            if chosen and spent > limit:
+                break
+            chosen.append(test)
+        return chosen
+
+
+def _test_id(case: ElementTree.Element) -> str:
+    return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+
+
+def outcome(tree: Path, mutant: Mutant, source: str, coverage: Coverage, limit: float) -> str:
+    """ "killed", "killed by a command", "survived", or "not run" if no test runs the line."""
+    own, commands = coverage.tests(mutant, limit)
+    path = tree / mutant.path
+    original = path.read_text()
+    path.write_text(source)
+    try:
+        if own and _fails(tree, own, limit):
+            return "killed"
+        if commands and _fails(tree, commands, limit):
+            return "killed by a command"
+    finally:
+        path.write_text(original)
+    return "survived" if own else "not run"
+
+
+def _fails(tree: Path, tests: list[str], limit: float) -> bool:
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    own = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        ended = subprocess.run(
+            words, cwd=tree, env=os.environ | own, capture_output=True, timeout=60 + 10 * limit
+        )
+    except subprocess.TimeoutExpired:
+        return True
+    return ended.returncode != 0
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of the tracked files, which mutants may change."""
+    shutil.rmtree(folder, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    return folder
+
+
+def summary(found: dict[str, dict[str, str]], total: int) -> str:
+    """How many of the mutants tried were killed, with a Wilson interval, and the survivors."""
+    counts = Counter(entry["outcome"] for entry in found.values())
+    tried = len(found)
+    killed = sum(n for name, n in counts.items() if name.startswith("killed"))
+    share, z = killed / tried, 1.96
+    middle = (share + z * z / (2 * tried)) / (1 + z * z / tried)
+    half = z * math.sqrt(share * (1 - share) / tried + z * z / (4 * tried**2)) / (1 + z * z / tried)
+    lines = [f"{entry['outcome']}: {name}" for name, entry in sorted(found.items())]
+    lines = [line for line in lines if not line.startswith("killed")]
+    return "\n".join(
+        [
+            *lines,
+            f"{killed} of {tried} killed: {share:.1%} [{middle - half:.1%}, {middle + half:.1%}], "
+            f"of {total} mutants",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=200, help="mutants to try; 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
+    parser.add_argument("--limit", type=float, default=60, help="seconds of tests per mutant")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="tries the survivors once more")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mutants")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    found_path = given.output / "results.jsonl"
+    found = {}
+    if found_path.is_file():
+        entries = map(json.loads, found_path.read_text().splitlines())
+        found = {entry.pop("name"): entry for entry in entries}
+    everything = [
+        pair
+        for package in given.packages
+        for path in sorted((ROOT / "come" / package).rglob("*.py"))
+        for pair in mutants(path)
+    ]
+    random.Random(given.seed).shuffle(everything)
+    chosen = everything[: given.sample or None]
+    names = {mutant.name for mutant, _ in chosen}
+    todo = [
+        (mutant, source)
+        for mutant, source in chosen
+        if mutant.name not in found
+        or (given.again and not found[mutant.name]["outcome"].startswith("killed"))
+    ]
+    trees: Queue[Path] = Queue()
+    for job in range(given.jobs):
+        trees.put(copy_tree(given.output.resolve() / f"tree{job}"))
+    coverage = Coverage(given.output.resolve(), trees.queue[0])
+    writing = threading.Lock()
+
+    def try_one(pair: tuple[Mutant, str]) -> None:
+        mutant, source = pair
+        tree = trees.get()
+        try:
+            result = outcome(tree, mutant, source, coverage, given.limit)
+        finally:
+            trees.put(tree)
+        with writing:
+            found[mutant.name] = {"outcome": result}
+            with found_path.open("a") as file:
+                entry = {"name": mutant.name, "outcome": result, **asdict(mutant)}
+                file.write(json.dumps(entry) + "\n")
+            print(f"{result}: {mutant.name}", flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(try_one, todo))
+    print(summary({name: found[name] for name in names if name in found}, len(everything)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The estimate before the start, and --dry-run."""
+
+import pytest
+import torch
+
+from come.job.estimate import Cost, Speed, compression_cost
+from come.merge.work import SpanSize, Work
+from come.models.loading import inspect_model
+from come.report.numbers import duration
+from tests.conftest import pico
+from tests.methods import recipe
+from tests.test_methods import RECIPES
+
+SPEED = Speed(single=1e9, double=5e8)
+
+
+@pytest.fixture
+def shape(tmp_path):
+    pico("llama_gqa", num_hidden_layers=12).save_pretrained(tmp_path)
+    return inspect_model(tmp_path, dtype="float32")
+
+
+def cost(shape, **changes):
+    given = {"num_samples": 8, "seq_len": 32, "target": 9, "method": recipe("come_plus")}
+    return compression_cost(shape, **given | {"store": "memory"} | changes)
+
+
+def test_in_words():
+    work = Work(single=1e11, double=1e10, bytes=2e9)
+    found = Cost(8192, 30, work, [2, 2, 3], 538_000_000, 585_000_000, "memory")
+    assert found.lines(SPEED) == [
+        "cost: 8192 calibration tokens, 3 trial merges",
+        "time: about 2 min 00 s",
+        "memory: weights 538 MB, 2,000 MB for least squares, boundary states 585 MB",
+    ]
+    on_gpu = Cost(8192, 30, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
+    assert on_gpu.lines(SPEED) == [
+        "cost: 8192 calibration tokens",
+        "time: about 2 min 00 s, and more for merge.x=y",
+        "memory: weights 538 MB, 2,000 MB for least squares on the GPU; boundary states 585 MB in "
+        "main memory",
+    ]
+    on_disk = Cost(8192, 30, work, [], 538_000_000, 585_000_000, "disk")
+    assert on_disk.lines()[1].endswith("boundary states 585 MB in memory-mapped files")
+    assert found.memory_bytes - on_disk.memory_bytes == 585_000_000
+    assert duration(125.0) == "2 min 05 s"
+
+
+def test_work_adds_up():
+    first, second = Work(1.0, 2.0, 3.0), Work(10.0, 20.0, 2.0)
+    assert first + second == Work(11.0, 22.0, 3.0)  # memory is freed in between
+    assert first * 3 == Work(3.0, 6.0, 3.0)
+    assert Speed(2.0, 4.0).seconds(Work(10.0, 8.0)) == 7.0
+
+
+def test_the_operations_of_a_solution_are_counted():
+    """The Gram matrix, its factor and its inverse, against textbook counts."""
+    size = SpanSize(2, tokens=100, hidden=8, heads=8, channels=16, parameters=700)
+    assert size.width == 32
+    assert size.passes.single == 2 * 100 * 700
+    assert size.gram(32, 8).single == 100 * 32 * 32 + 2 * 100 * 32 * 8
+    assert size.gram(32, 8).bytes == 8 * 32 * 32
+    assert size.solve(32, 8).double == 32**3 / 3 + 2 * 32 * 32 * 8
+    assert size.inverse(32).double == 32**3
+    # the inverse, and 2 n^2 for each column that leaves
+    left_out = sum(2 * n * n for n in range(17, 33))
+    assert size.eliminated(32, 16).double - 32**3 == pytest.approx(left_out, rel=0.05)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_an_estimate(name, shape):
+    found = cost(shape, method=recipe(name))
+    assert found.tokens == 256
+    assert found.work.single >= 12 * 2 * 256 * shape.block_parameters["layer"]
+    assert found.weight_bytes == 4 * shape.parameters
+
+
+def test_it_grows_with_tokens_depth_and_trials(shape):
+    base = cost(shape).work.single
+    assert cost(shape, num_samples=16).work.single > 1.5 * base
+    assert cost(shape, target=6).work.single > 1.1 * base
+    tried = recipe("come_plus", shortlist=2)
+    assert len(cost(shape, method=tried).trials) < len(cost(shape).trials)
+    assert cost(shape, method=tried).work.single < base
+    assert cost(shape, method=recipe("come_plus", m=2)).work.bytes < cost(shape).work.bytes
+
+
+def test_passes_that_are_not_counted_are_named(shape):
+    assert cost(shape).extra == []
+    assert cost(shape, method=recipe("sleb")).extra == ["merge.selection=skip_loss"]
+    assert (
+        "merge.sensitivity=taylor" in cost(shape, method=recipe("come", sensitivity="taylor")).extra
+    )
+
+
+def test_speed_is_measured():
+    found = Speed.measured(torch.device("cpu"), torch.float32)
+    assert 1e8 < found.double < 1e14
+    assert 1e8 < found.single < 1e15
+
+
+def test_dry_run(command_line, tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_DRY_RUN", "1")
+    monkeypatch.setattr("come.job.stages.prepare.load_weights", None)
+    folder = tmp_path / "runs" / "new"
+    code, output = command_line(
+        "--dry-run", "merge.target_layers=20", "distill=come_sp", "distill.tokens=2560",
+        "distill.seq_len=32", f"hydra.run.dir={folder}",
+    )  # fmt: skip
+    assert code == 0, output
+    for line in (
+        "24 layers",
+        "merge: come, to 20 layers, calibrated on pydocs",
+        "cost: 256 calibration tokens",
+        "time: about",
+        "memory: weights",
+        "distill: come_sp, 10 steps of 8 windows of 32 tokens",
+        "evaluate: perplexity, speed, continuations",
+        "disk: ",
+        f"writes to {folder}",
+    ):
+        assert line in output
+    assert not folder.parent.exists()
+
+
+def test_a_dry_run_says_what_a_run_would_refuse(command_line, tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_DRY_RUN", "1")
+    code, output = command_line("--dry-run", "merge.target_layers=44")
+    assert (code, output.count("\n")) == (1, 2)
+    assert "error: merge.target_layers=44: the model has 24 layers" in output
+
+
+def test_a_dry_run_of_a_sweep(command_line, tmp_path, monkeypatch):
+    monkeypatch.setenv("COME_DRY_RUN", "1")
+    code, output = command_line("--dry-run", "-m", "merge.target_layers=20,21", "eval=perplexity")
+    assert code == 0, output
+    assert "to 20 layers" in output
+    assert "to 21 layers" in output
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_too_little_memory_is_said(command_line, monkeypatch):
+    monkeypatch.setenv("COME_DRY_RUN", "1")
+    monkeypatch.setattr("come.job.estimate.Cost.memory_bytes", 1e15)
+    code, output = command_line("--dry-run")
+    assert code == 0, output
+    assert "of memory are available: calibration.store=disk" in output
