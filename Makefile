@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench mutants gpu-check docs wheel lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench mutants gpu-check notebooks docs wheel lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,6 +56,10 @@ mutants: $(READY)  ## do the fast tests notice wrong code? (ARGS="--sample 200";
 
 gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill for one of them)
 	$(BIN)/python experiments/gpu_check.py --part $(or $(PART),all) $(ARGS)
+
+notebooks: $(READY)  ## runs every notebook and keeps its outputs (15 minutes on 2 cores)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 docs: $(READY)   ## the documentation, in site/
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -13,23 +13,27 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import Queue
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_FORK = multiprocessing.get_context("fork")
+_SHARED = ("torch", "transformers", "hypothesis", "omegaconf", "hydra", "matplotlib.pyplot")
+"""What the tests import besides the package itself."""
 PACKAGES = ("merge", "linalg", "evaluate", "job", "distill")
 _COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -171,48 +175,58 @@ class Coverage:
     """Which tests run a line, and how long they take; measured once per output folder."""
 
     def __init__(self, folder: Path, tree: Path) -> None:
-        self._data = folder / "coverage"
-        self._times = folder / "times.xml"
-        self._tree = tree
-        if not self._times.is_file():
-            self._measure()
+        path = folder / "tests_of_lines.json"
+        if not path.is_file():
+            path.write_text(json.dumps(self._measure(folder, tree)))
+        measured = json.loads(path.read_text())
+        self._lines: dict[str, dict[str, list[str]]] = measured["lines"]
+        self._seconds: dict[str, float] = measured["seconds"]
+        self._commands = sorted(self._of("tests/forked.py"), key=self._cost)
+
+    def _measure(self, folder: Path, tree: Path) -> dict[str, Any]:
         from coverage import CoverageData
 
-        self._lines = CoverageData(str(self._data))
-        self._lines.read()
-        self.seconds = {
-            _test_id(case): float(case.get("time", 0))
-            for case in ElementTree.parse(self._times).iter("testcase")
-        }
-        forked = str(tree / "tests" / "forked.py")
-        self.commands = sorted(self._of(forked), key=self._cost)
-
-    def _measure(self) -> None:
         print("measuring which tests run which lines (the fast tests once)", flush=True)
+        data, times = folder / "coverage", folder / "times.xml"
         words = [
             sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-m",
             "not slow and not gpu", "--cov=come", "--cov=tests", "--cov-context=test",
-            "--cov-report=", f"--junitxml={self._times}.part",
+            "--cov-report=", f"--junitxml={times}",
         ]  # fmt: skip
-        own = {"COVERAGE_FILE": str(self._data), "PYTHONPATH": str(self._tree)}
-        ended = subprocess.run(words, cwd=self._tree, env=os.environ | own, check=False)
+        own = {"COVERAGE_FILE": str(data), "PYTHONPATH": str(tree)}
+        ended = subprocess.run(words, cwd=tree, env=os.environ | own, check=False)
         if ended.returncode:
             raise SystemExit("the tests fail without a change; mend them first")
-        os.replace(f"{self._times}.part", self._times)
+        measured = CoverageData(str(data))
+        measured.read()
+        lines = {
+            str(Path(path).relative_to(tree)): {
+                str(line): sorted({context.partition("|")[0] for context in contexts if context})
+                for line, contexts in measured.contexts_by_lineno(path).items()
+            }
+            for path in measured.measured_files()
+        }
+        seconds = {
+            f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}": float(
+                case.get("time", 0)
+            )
+            for case in ElementTree.parse(times).iter("testcase")
+        }
+        return {"lines": lines, "seconds": seconds}
 
     def _of(self, path: str, wanted: range | None = None) -> set[str]:
-        found = self._lines.contexts_by_lineno(path)
-        lines = found.values() if wanted is None else [found.get(line, []) for line in wanted]
-        return {context.partition("|")[0] for line in lines for context in line if context}
+        found = self._lines.get(path, {})
+        lines = found.values() if wanted is None else [found.get(str(line), []) for line in wanted]
+        return {test for tests in lines for test in tests}
 
     def _cost(self, test: str) -> float:
-        return self.seconds.get(test, 1.0)
+        return self._seconds.get(test, 1.0)
 
     def tests(self, mutant: Mutant, limit: float) -> tuple[list[str], list[str]]:
         """The tests that run the mutant's line themselves, and those that may in a command."""
         lines = range(mutant.first, mutant.line + 1)
-        own = sorted(self._of(str(self._tree / mutant.path), lines), key=self._cost)
-        others = [test for test in self.commands if test not in own]
+        own = sorted(self._of(mutant.path, lines), key=self._cost)
+        others = [test for test in self._commands if test not in own]
         return self._within(own, limit), self._within(others, limit)
 
     def _within(self, tests: list[str], limit: float) -> list[str]:
@@ -228,10 +242,6 @@ class Coverage:
                 break
             chosen.append(test)
         return chosen
-
-
-def _test_id(case: ElementTree.Element) -> str:
-    return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
 
 
 def outcome(tree: Path, mutant: Mutant, source: str, coverage: Coverage, limit: float) -> str:
@@ -251,15 +261,30 @@ def outcome(tree: Path, mutant: Mutant, source: str, coverage: Coverage, limit: 
 
 
 def _fails(tree: Path, tests: list[str], limit: float) -> bool:
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    own = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        ended = subprocess.run(
-            words, cwd=tree, env=os.environ | own, capture_output=True, timeout=60 + 10 * limit
-        )
-    except subprocess.TimeoutExpired:
-        return True
-    return ended.returncode != 0
+    """Runs the tests in a fork of this process, which has the imports that they share."""
+    process = _FORK.Process(target=_run_tests, args=(tree, tests))
+    process.start()
+    process.join(60 + 10 * limit)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+    return process.exitcode != 0
+
+
+def _run_tests(tree: Path, tests: list[str]) -> None:
+    os.setpgid(0, 0)  # commands that the tests start end with it
+    os.chdir(tree)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "come")]:
+        del sys.modules[name]  # they would be those of the tree that this script is in
+    import pytest
+
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
 def copy_tree(folder: Path) -> Path:
@@ -307,10 +332,7 @@ def main() -> None:
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     found_path = given.output / "results.jsonl"
-    found = {}
-    if found_path.is_file():
-        entries = map(json.loads, found_path.read_text().splitlines())
-        found = {entry.pop("name"): entry for entry in entries}
+    found = _read(found_path)
     everything = [
         pair
         for package in given.packages
@@ -326,29 +348,43 @@ def main() -> None:
         if mutant.name not in found
         or (given.again and not found[mutant.name]["outcome"].startswith("killed"))
     ]
-    trees: Queue[Path] = Queue()
-    for job in range(given.jobs):
-        trees.put(copy_tree(given.output.resolve() / f"tree{job}"))
-    coverage = Coverage(given.output.resolve(), trees.queue[0])
-    writing = threading.Lock()
-
-    def try_one(pair: tuple[Mutant, str]) -> None:
-        mutant, source = pair
-        tree = trees.get()
-        try:
-            result = outcome(tree, mutant, source, coverage, given.limit)
-        finally:
-            trees.put(tree)
-        with writing:
-            found[mutant.name] = {"outcome": result}
-            with found_path.open("a") as file:
-                entry = {"name": mutant.name, "outcome": result, **asdict(mutant)}
-                file.write(json.dumps(entry) + "\n")
-            print(f"{result}: {mutant.name}", flush=True)
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(try_one, todo))
+    folder = given.output.resolve()
+    coverage = Coverage(folder, copy_tree(folder / "tree0"))
+    for name in _SHARED:
+        importlib.import_module(name)
+    workers = [
+        _FORK.Process(target=_work, args=(folder, job, todo[job :: given.jobs], coverage, given))
+        for job in range(given.jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    found = _read(found_path)
     print(summary({name: found[name] for name in names if name in found}, len(everything)))
+
+
+def _work(
+    folder: Path,
+    job: int,
+    todo: list[tuple[Mutant, str]],
+    coverage: Coverage,
+    given: argparse.Namespace,
+) -> None:
+    """Tries some of the mutants, in a copy of the tree of its own."""
+    tree = copy_tree(folder / f"tree{job}") if job else folder / "tree0"
+    for mutant, source in todo:
+        result = outcome(tree, mutant, source, coverage, given.limit)
+        entry = {"name": mutant.name, "outcome": result, **asdict(mutant)}
+        with (folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(f"{result}: {mutant.name}", flush=True)
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    """The results so far, by the mutant's name; later ones replace earlier ones."""
+    entries = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
+    return {entry["name"]: entry for entry in entries}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
-from come.merge.loop import base_model
-from come.merge.plan import Plan
+from come.merge.plan import BaseModel, Plan
 from come.merge.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
 from come.models.architectures import architecture_of
@@ -162,7 +161,7 @@ def test_dtype_and_device_names(pico_folder):
 
 def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
     model, tokenizer = load_model(pico_folder)
-    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
     for _ in range(2):  # the second replaces the first
         save_model(model, tokenizer, tmp_path / "model", plan)
     before = fingerprint(tmp_path / "model")
@@ -180,7 +179,7 @@ def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
 def test_folders_of_the_users_are_not_replaced(pico_folder, tmp_path):
     model, tokenizer = load_model(pico_folder)
     (tmp_path / "thesis.txt").write_text("years of work")
-    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
     with pytest.raises(ValueError, match="was not made by come; choose another folder"):
         save_model(model, tokenizer, tmp_path, plan)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

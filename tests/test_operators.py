@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from come.merge.norms import fold_norms
 from come.merge.operators.average import Average
 from come.merge.operators.concat import Concat
+from come.merge.operators.drop import Drop
 from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
+from come.merge.sensitivity.come import Come
 from come.merge.span import LayerSpan
 from come.merge.units import allocate_units, top_units
 from come.models.adapter import UNITS, ModelAdapter
@@ -118,7 +120,8 @@ def group(*influences):
     stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
     statistics = [LayerStatistics(bi, {}) for bi in influences]
     spans = [[i] for i in range(len(influences))]
-    return LayerSpan(stream, 0, len(influences) - 1, spans, statistics, dict, list, NoRefit())
+    layers = range(len(influences))
+    return LayerSpan(stream, layers, spans, statistics, Drop(), "mean", NoRefit(), Come())
 
 
 def test_bi_power_edges():

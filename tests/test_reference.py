@@ -1,12 +1,12 @@
 """Statistics, decisions and merged weights against the plain float64 computation."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 
 from come.merge.loop import compress
+from come.merge.operators.concat import Concat
 from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
 from come.merge.sensitivity.come import Come
@@ -44,9 +44,9 @@ def test_statistics_and_decisions(family, windows, tokens):
     for first, last in [(0, 1), (2, 4)]:
         statistics = [found[i] for i in range(first, last + 1)]
         spans = [[i] for i in range(first, last + 1)]
-        scores = unit_scores(stream, Come(), statistics, spans, range(first, last + 1))
-        units = partial(dict, scores)
-        group = LayerSpan(stream, first, last, spans, statistics, dict, list, NoRefit(), units)
+        layers = range(first, last + 1)
+        group = LayerSpan(stream, layers, spans, statistics, Concat(), "mean", NoRefit(), Come())
+        scores = group.scores
         for p in (0.0, 1.0, 3.0):
             split = BIPower(p=p).split(group)
             assert split.shares == pytest.approx(reference.shares(first, last, p, tokens), rel=1e-3)

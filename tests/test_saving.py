@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.job.folder import find_run
 from come.merge.apply import apply
-from come.merge.loop import base_model, compress
-from come.merge.plan import Plan
+from come.merge.loop import compress
+from come.merge.plan import BaseModel, Plan
 from come.merge.saving import plan_path, save_model
 from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
@@ -75,7 +75,7 @@ OTHERS = {
 def test_files_of_the_tokenizer_are_copied_byte_for_byte(tmp_path):
     base = saved(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
-    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
     for name, content in (FILES | OTHERS).items():
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(content)
@@ -185,7 +185,7 @@ def test_a_model_of_no_folder_is_saved_whole(tmp_path):
     base = saved(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
     model.config._name_or_path = ""
-    plan = Plan(base_model(ModelAdapter(model)), "concat", "mean")
+    plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
     folder = save_model(model, tokenizer, tmp_path / "out", plan)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
     assert config(folder)["rope_theta"] == 10000.0

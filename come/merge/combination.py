@@ -1,4 +1,4 @@
-"""The view of a merging method that its components get when they check their requirements."""
+"""The view of a merging method that its components get."""
 
 from __future__ import annotations
 
@@ -32,4 +32,13 @@ class Combination(Protocol):
     @property
     def uses_targets(self) -> list[str]:
         """The settings whose components read reconstruction targets."""
+        ...
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the hidden states of the dense model must be stored."""
+        ...
+
+    def equals(self, record: Any) -> bool:
+        """Whether a record, for example from a plan, describes this method."""
         ...

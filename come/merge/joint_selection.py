@@ -44,8 +44,7 @@ def select_units_jointly(
     Returns:
         The kept units; shares are those of the kept MLP channels.
     """
-    assert group.targets is not None
-    targets, adapter = group.targets(), group.stream.adapter
+    targets, adapter = group.targets, group.stream.adapter
     # Any allocation works: only the source layers are read.
     undecided = UnitAllocation([1 / group.size] * group.size)
     states = list(group.sources(undecided).layers)

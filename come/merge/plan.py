@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from come.files import write_bytes, write_text
-from come.models.adapter import Block, Unit
+from come.models.adapter import Block, ModelAdapter, Unit
 from come.models.surgery import Span
 
 FORMAT = 1
@@ -109,6 +109,17 @@ class BaseModel:
     model_type: str
     num_layers: int
     units: dict[Unit, int]
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, name: str = "", fingerprint: str = "") -> BaseModel:
+        """Describes a dense model."""
+        return cls(
+            name=name or str(adapter.config.name_or_path),
+            fingerprint=fingerprint,
+            model_type=adapter.architecture.model_type,
+            num_layers=adapter.num_layers,
+            units=adapter.unit_counts,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""A span of layers to merge: its statistics, and how to build and evaluate a trial merge."""
+"""A span of layers to merge: what is known about it, and how a merge of it would behave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from come.merge.apply import block_states, source_layers_of
+from come.merge.operators.base import MergeOperator
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import Refit
+from come.merge.sensitivity.base import SensitivityMetric
 from come.merge.source_layers import SourceLayers
-from come.merge.unit_scores import UnitScores
+from come.merge.unit_scores import UnitScores, unit_scores
 from come.models.adapter import LayerState, Unit
 from come.models.surgery import Span
 from come.statistics.layer_statistics import LayerStatistics
@@ -27,48 +31,103 @@ class UnitAllocation:
     shares: list[float]
     kept: dict[Unit, list[list[int]]] = field(default_factory=dict)
 
+    @classmethod
+    def drop(cls, size: int, kept: int) -> UnitAllocation:
+        """The whole layer at index `kept` of a span of `size` layers, and nothing of the others."""
+        return cls([float(i == kept) for i in range(size)])
+
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """Layers first..last of the stream's model, between boundaries first and last + 1.
+    """Layers of the stream's model that become one layer.
 
     Attributes:
         stream: hidden states at all boundaries of the current model.
-        first: first layer of the span.
-        last: last layer of the span, inclusive.
-        spans: original layers merged into each layer of the span.
-        statistics: calibration statistics of each layer of the span.
-        sources: returns the source layers and their merge function for an allocation.
-        trial: returns the route that replaces the span under an allocation.
-        refit: the refit of the merged layer.
-        scores: returns the sensitivity of every unit; None if the operator does not use units.
-        targets: returns the reconstruction targets of the span.
+        layers: the layers' positions in the stream's model, ascending.
+        spans: original layers merged into each of them.
+        statistics: calibration statistics of each of them.
+        operator: how they become one layer.
+        norms: what becomes of their norms, "mean" or "fold".
+        refit: how the merged layer is fitted to them.
+        sensitivity: how their channels are scored.
     """
 
     stream: LayerStream
-    first: int
-    last: int
+    layers: Sequence[int]
     spans: Sequence[Span]
     statistics: Sequence[LayerStatistics]
-    sources: Callable[[UnitAllocation], SourceLayers]
-    trial: Callable[[UnitAllocation], Route]
+    operator: MergeOperator
+    norms: str
     refit: Refit
-    scores: Callable[[], UnitScores] | None = None
-    targets: Callable[[], ReconstructionTargets] | None = None
+    sensitivity: SensitivityMetric
+
+    @property
+    def first(self) -> int:
+        """The first layer."""
+        return self.layers[0]
+
+    @property
+    def last(self) -> int:
+        """The last layer, inclusive."""
+        return self.layers[-1]
 
     @property
     def size(self) -> int:
         """Number of layers in the span."""
-        return len(self.statistics)
+        return len(self.layers)
 
     @property
     def influences(self) -> list[float]:
         """Block influence of every layer."""
         return [layer.bi for layer in self.statistics]
 
+    @cached_property
+    def scores(self) -> UnitScores | None:
+        """The sensitivity of every unit; None if the operator does not use units."""
+        if not self.operator.uses_units:
+            return None
+        return unit_scores(self.stream, self.sensitivity, self.statistics, self.spans, self.layers)
+
+    @cached_property
+    def targets(self) -> ReconstructionTargets:
+        """The reconstruction targets of the merged layer."""
+        return ReconstructionTargets(
+            self.stream,
+            self.first,
+            self.last,
+            original=self.spans[-1][-1],
+            target=self.refit.target,
+            weighting=self.refit.weights,
+        )
+
+    def sources(self, split: UnitAllocation) -> SourceLayers:
+        """The layers as the operator reads them, and the function that merges them."""
+        return source_layers_of(
+            self.stream.adapter, self.layers, self.operator, self.norms, split.shares, split.kept
+        )
+
     def merge(self, split: UnitAllocation) -> LayerState:
         """The tensors of the merged layer, without a refit."""
         return self.sources(split).state
+
+    def trial(self, split: UnitAllocation) -> Route:
+        """The layers that would replace the span; changed layers are copies outside the model."""
+        adapter, block = self.stream.adapter, self.stream.block
+        merged = self.merge(split)
+        if block == "layer":
+            return [(self.first, adapter.copy_layer(self.first, merged))]
+        keeper = split.shares.index(1.0) if self.operator.drops else None
+        states = block_states(adapter, self.layers, keeper, merged, block)
+        copies = {place: adapter.copy_layer(place, state) for place, state in states.items()}
+        return [
+            (index, copies.get(index, adapter.layers[index]))
+            for index in range(self.first, self.last + 1)
+        ]
+
+    def full_route(self, split: UnitAllocation) -> Route:
+        """All layers from the boundary before the span to the end, if `split` merges the span."""
+        downstream = self.stream.route(self.last + 1, self.stream.num_layers - 1)
+        return [*self.trial(split), *downstream]
 
     def loss(self, split: UnitAllocation) -> float:
         """Calibration loss, nats per predicted token, if `split` merges the span.
@@ -76,8 +135,3 @@ class LayerSpan:
         Only the merged layer and the layers after it run, from the boundary before the span.
         """
         return self.stream.loss(self.first, self.full_route(split))
-
-    def full_route(self, split: UnitAllocation) -> Route:
-        """All layers from the boundary before the span to the end, if `split` merges the span."""
-        downstream = self.stream.route(self.last + 1, self.stream.num_layers - 1)
-        return [*self.trial(split), *downstream]

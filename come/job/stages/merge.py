@@ -22,9 +22,9 @@ from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.stages.prepare import Job
 from come.memory import PeakMemory
 from come.merge.apply import apply
-from come.merge.loop import base_model, compress
+from come.merge.loop import compress
 from come.merge.method import Method
-from come.merge.plan import MergeStep, Plan, SolvedTensors
+from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
@@ -186,7 +186,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
 def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     """Loads the dense model, and returns it with an empty plan."""
     model = job.load()
-    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    base = BaseModel.of(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
     plan = Plan(base, "none", "none", provenance={"job": job.hash, "method": "none"})
     return model, plan, job, _no_cost(job)
 
@@ -248,7 +248,7 @@ def _made_by(job: Job, folder: Path) -> bool:
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:
     method = job.settings.merge
-    base = base_model(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
+    base = BaseModel.of(ModelAdapter(model), job.label, fingerprint(job.checkpoint))
     assert job.calibration is not None
     provenance = {
         "job": job.hash,

@@ -71,7 +71,7 @@ class RetentionRule(HasSettings, ABC):
 
         Rules that rank the units of several layers together override this.
         """
-        return with_units(self.shares(group), group.scores() if group.scores else None)
+        return with_units(self.shares(group), group.scores)
 
 
 def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:

@@ -38,7 +38,7 @@ class Joint(RetentionRule):
         """The units with the highest normalised scores in the span."""
         assert group.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}
-        for unit, layers in group.scores().items():
+        for unit, layers in group.scores.items():
             count = len(layers[0])
             ranked = torch.cat([layer / layer.abs().sum().clamp_min(1e-300) for layer in layers])
             best = top_units(ranked, count)

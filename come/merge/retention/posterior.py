@@ -40,7 +40,7 @@ class Posterior(RetentionRule):
 
     def split(self, group: LayerSpan) -> UnitAllocation:
         """The best allocation found."""
-        scores = group.scores() if group.scores else None
+        scores = group.scores
         losses: dict[str, float] = {}
 
         def loss(counts: tuple[int, ...]) -> float:

@@ -3,100 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 from come.merge.combination import Combination
-from come.merge.constraints import SpanConstraints
-from come.merge.plan import MergeStep, SpanCandidate
-from come.merge.span import LayerSpan, UnitAllocation
-from come.models.surgery import Span
-from come.progress import ProgressBar
+from come.merge.search import Choice, Search
 from come.registry import Registry
 from come.setting import HasSettings
-from come.stream.stream import LayerStream
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The next span to merge, layers first..last of the current model, and its scores.
-
-    Attributes:
-        first: first layer of the span.
-        last: last layer of the span, inclusive.
-        kept: index in the span of the layer that a drop keeps; None for a merge.
-        score: score of the chosen span.
-        candidates: all spans scored for this choice; with a shortlist, only the spans tried.
-    """
-
-    first: int
-    last: int
-    kept: int | None
-    score: float
-    candidates: list[SpanCandidate]
-
-
-@dataclass(frozen=True)
-class Search:
-    """State of the search for the next span.
-
-    Attributes:
-        stream: the layer stream, of the current model if the schedule remeasures, otherwise of the
-            dense model.
-        history: original layers merged into each layer of the current model.
-        steps: the merges so far; empty if their candidates were scored with another method.
-        origins: position in the stream's model of every layer of the current model.
-        stops: the remaining depths that must not be skipped, the target last.
-        rules: which spans are allowed.
-        score: returns the score of layers first..last of the stream's model; cached while it
-            cannot have changed.
-        group: returns the span of layers first..last of the current model, for a trial merge.
-        split: returns the allocation of a span, given the index of the layer that a drop keeps.
-        refine: returns the score of a trial merge, which decides among the shortlist.
-        shortlist: number of spans with the lowest scores that are tried; 0 for no trials.
-    """
-
-    stream: LayerStream
-    history: Sequence[Span]
-    steps: Sequence[MergeStep]
-    origins: Sequence[int]
-    stops: Sequence[int]
-    rules: SpanConstraints
-    score: Callable[[int, int], float]
-    group: Callable[[int, int], LayerSpan]
-    split: Callable[[LayerSpan, int | None], UnitAllocation]
-    refine: Callable[[int, int], float]
-    shortlist: int = 0
-
-    @property
-    def target(self) -> int:
-        """The depth to reach."""
-        return self.stops[-1]
-
-    def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
-        """The span with the lowest score, or of a shortlist the one with the lowest trial score."""
-        candidates = self.scored(spans)
-        if self.shortlist and len(candidates) > 1:
-            best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
-            candidates = self.refined([(c.first, c.last) for c in best])
-        return self.choose(candidates)
-
-    def scored(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
-        """The spans with their scores."""
-        own = self.origins
-        return [SpanCandidate(a, b, self.score(own[a], own[b])) for a, b in spans]
-
-    def refined(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
-        """The spans with the scores of their trial merges."""
-        trials = ProgressBar(spans, desc="trial merges", shown=self.stream.progress)
-        return [SpanCandidate(a, b, self.refine(a, b)) for a, b in trials]
-
-    def choose(self, candidates: list[SpanCandidate]) -> Choice:
-        """The candidate with the lowest score; ties go to the first one."""
-        best = min(candidates, key=lambda candidate: candidate.score)
-        first, last, kept = self.rules.group(best.first, best.last)
-        return Choice(first, last, kept, best.score, candidates)
 
 
 @dataclass(eq=False)

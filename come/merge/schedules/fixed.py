@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from come.merge.combination import Combination
 from come.merge.plan import SpanCandidate
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 
 
 @SCHEDULES.register
@@ -39,6 +40,6 @@ class Fixed(Schedule):
         group = next(group for group in self.groups if list(group) not in merged)
         first = [span[0] for span in search.history].index(group[0])
         last = first + len(group) - 1
-        score = search.score(search.origins[first], search.origins[last])
+        score = search.score(first, last)
         kept = 0 if search.rules.drops else None
         return Choice(first, last, kept, score, [SpanCandidate(first, last, score)])

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from come.merge.plan import SpanCandidate
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 from come.setting import setting
 from come.statistics.influence import token_cosine
 
@@ -81,9 +82,9 @@ class LaCo(Schedule):
         """Mean cosine between the last hidden states of the trial and of the dense model."""
         stream = search.stream
         first, last, kept = search.rules.group(first, last)
-        group = search.group(first, last)
-        way = group.full_route(search.split(group, kept))
-        trial = stream.through(group.first, way, self._batches)
+        span = search.span(first, last)
+        route = span.full_route(search.split(span, kept))
+        trial = stream.through(span.first, route, self._batches)
         states = torch.cat([batch.cpu() for _, batch in trial])[: self.trial_windows]
         assert self._dense is not None
         return token_cosine(states, self._dense).mean().item()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from come.merge.plan import SpanCandidate
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 
 
 @SCHEDULES.register
@@ -36,7 +37,4 @@ class Mixed(Schedule):
                 f"no group of layers is left that leads to {stop} and then {search.target} "
                 "layers; leave depths of merge.save_at out, or set merge.allow_remerge=true"
             )
-        own = search.origins
-        return search.choose(
-            [SpanCandidate(a, b, search.score(own[a], own[b]) / (b - a)) for a, b in spans]
-        )
+        return search.chosen([SpanCandidate(a, b, search.score(a, b) / (b - a)) for a, b in spans])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from come.merge.combination import Combination
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 
 
 @SCHEDULES.register

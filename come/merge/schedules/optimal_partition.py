@@ -9,7 +9,8 @@ from statistics import fmean
 
 from come.merge.combination import Combination
 from come.merge.plan import MergeStep, SpanCandidate
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 
 Bounds = tuple[int, int]  # first and last layer
 Cost = Callable[[int, int], float | None]  # of the span first..last; None if it must not merge
@@ -93,7 +94,7 @@ class OptimalPartition(Schedule):
         measured: list[SpanCandidate] = []
         while True:
             waiting = [pair for pair in waiting if pair not in missing]
-            found = search.refined(missing) if search.shortlist else search.scored(missing)
+            found = search.tried(missing) if search.shortlist else search.scored(missing)
             measured += found
             costs |= {(own[c.first], own[c.last]): c.score for c in found}
             estimated = estimate(costs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from come.merge.schedules.base import SCHEDULES, Choice, Schedule, Search
+from come.merge.schedules.base import SCHEDULES, Schedule
+from come.merge.search import Choice, Search
 
 
 @SCHEDULES.register

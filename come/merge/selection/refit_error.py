@@ -47,8 +47,7 @@ class RefitError(SpanScore):
     @torch.no_grad()
     def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """The relative error, >= 0."""
-        assert group.targets is not None
-        targets, adapter = group.targets(), group.stream.adapter
+        targets, adapter = group.targets, group.stream.adapter
         sources = group.sources(split)
         fitted = sources.state | refit.solve(targets, sources)
         layer = adapter.copy_layer(group.first, fitted)

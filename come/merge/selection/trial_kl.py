@@ -100,9 +100,8 @@ class TrialKL(SpanScore):
         """The divergence, nats per token, >= 0."""
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
-            assert group.targets is not None
             sources = group.sources(split)
-            fitted = sources.state | refit.surrogate.solve(group.targets(), sources)
+            fitted = sources.state | refit.surrogate.solve(group.targets, sources)
             layer = adapter.copy_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
         else:

@@ -1,0 +1,221 @@
+"""The search for the next span: candidates of the current model, their scores and trial merges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from come.merge.combination import Combination
+from come.merge.constraints import SpanConstraints
+from come.merge.plan import MergeStep, Plan, SpanCandidate
+from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.trial_scores import TrialScores
+from come.models.surgery import Span
+from come.progress import ProgressBar
+from come.statistics.influence import check_tokens
+from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
+from come.stream.stream import LayerStream
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next span to merge, layers first..last of the current model, and its scores.
+
+    Attributes:
+        first: first layer of the span.
+        last: last layer of the span, inclusive.
+        kept: index in the span of the layer that a drop keeps; None for a merge.
+        score: score of the chosen span.
+        candidates: all spans scored for this choice; with a shortlist, only the spans tried.
+    """
+
+    first: int
+    last: int
+    kept: int | None
+    score: float
+    candidates: list[SpanCandidate]
+
+
+class Search:
+    """The candidates for the next merge. Layers are positions in the plan's model.
+
+    The stream's model is the plan's if the schedule remeasures, otherwise the dense model;
+    `origins` maps a position in the plan's model to one in the stream's.
+
+    Args:
+        stream: the layer stream.
+        method: the merging method.
+        rules: which spans are allowed.
+        stops: depths that must not be skipped, the target last.
+        trials: cache of trial-merge scores.
+
+    Attributes:
+        plan: the merges so far.
+        origins: position in the stream's model of every layer of the plan's model.
+        statistics: of every layer of the stream's model.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        method: Combination,
+        rules: SpanConstraints,
+        stops: Sequence[int],
+        trials: TrialScores,
+    ) -> None:
+        self.stream = stream
+        self.method = method
+        self.rules = rules
+        self.target = stops[-1]
+        self.plan: Plan
+        self.origins: list[int] = []
+        self.statistics: list[LayerStatistics] = []
+        self._stops = stops
+        self._trials = trials
+        self._scores: dict[tuple[int, int], float] = {}
+        self._start = 0  # the first layer without valid statistics
+        kinds = method.sensitivity.moments if method.operator.uses_units else ()
+        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
+
+    @property
+    def history(self) -> Sequence[Span]:
+        """Original layers merged into each layer of the plan's model."""
+        return self.plan.history
+
+    @property
+    def steps(self) -> Sequence[MergeStep]:
+        """The merges so far; none if their candidates were scored with another method."""
+        same = self.method.equals(self.plan.provenance.get("recipe"))
+        return self.plan.steps if same else []
+
+    @property
+    def stops(self) -> list[int]:
+        """The remaining depths that must not be skipped, the target last."""
+        return sorted({d for d in self._stops if d < self.plan.num_layers}, reverse=True)
+
+    @property
+    def shortlist(self) -> int:
+        """Number of spans with the lowest scores that are merged on trial; 0 for no trials."""
+        return int(self.method.selection.num_trials)
+
+    def measure(self, plan: Plan) -> None:
+        """Brings statistics and scores up to date with the model, which `plan` has led to."""
+        self.plan = plan
+        stream, last = self.stream, self.stream.num_layers - 1
+        if self._start > last:
+            return
+        if not self.statistics:
+            stream.embed()
+        stream.advance(self._start, last, self._collector)
+        if self.method.needs_dense and not stream.has_dense:
+            stream.snapshot_dense()
+        found = self._collector.found
+        self.statistics[self._start :] = [found[i] for i in range(self._start, last + 1)]
+        _check_finite(self.statistics)
+        kept = self._scores.items() if self.method.selection.local else ()
+        self._scores = {span: value for span, value in kept if span[1] < self._start}
+        self.method.selection.prepare(stream)
+        self._start = stream.num_layers
+        self.origins = list(range(stream.num_layers)) if stream.block == "layer" else plan.places
+
+    def outdated_from(self, layer: int) -> None:
+        """Records that the stream's model has changed from this layer on."""
+        self._start = layer
+
+    def choose(self) -> tuple[Choice, LayerSpan, UnitAllocation]:
+        """The schedule's choice, its span, and the units that remain of it."""
+        choice = self.method.schedule.choose(self)
+        self.method.selection.release()
+        span = self.span(choice.first, choice.last)
+        split = self.split(span, choice.kept)
+        self.origins[choice.first : choice.last + 1] = [
+            self.origins[choice.first + (choice.kept or 0)]
+        ]
+        return choice, span, split
+
+    def score(self, first: int, last: int) -> float:
+        """The selection's score of layers first..last; cached while it cannot have changed."""
+        place = self.origins[first], self.origins[last]
+        if place not in self._scores:
+            found = self.method.selection.score(self.stream, *place)
+            self._scores[place] = self._number(found, *place)
+        return self._scores[place]
+
+    def trial_score(self, first: int, last: int) -> float:
+        """The score of a trial merge, or drop, of layers first..last."""
+        first, last, kept = self.rules.group(first, last)
+
+        def try_it() -> float:
+            span = self.span(first, last, self.method.selection.trial_stream(self.stream))
+            found = self.method.selection.refine(span, self.split(span, kept), self.method.refit)
+            return self._number(found, first, last)
+
+        return self._trials.score(self.plan.hash, first, last, try_it)
+
+    def span(self, first: int, last: int, stream: LayerStream | None = None) -> LayerSpan:
+        """The span of layers first..last.
+
+        `stream` holds the windows for targets, losses and gradients; by default all windows.
+        """
+        layers = self.origins[first : last + 1]
+        return LayerSpan(
+            stream=stream or self.stream,
+            layers=layers,
+            spans=self.history[first : last + 1],
+            statistics=[self.statistics[layer] for layer in layers],
+            operator=self.method.operator,
+            norms=self.method.norms,
+            refit=self.method.refit,
+            sensitivity=self.method.sensitivity,
+        )
+
+    def split(self, span: LayerSpan, kept: int | None) -> UnitAllocation:
+        """What remains of a span, given the index of the layer that a drop keeps."""
+        if kept is not None:
+            return UnitAllocation.drop(span.size, kept)
+        shares = self.method.operator.fixed_shares(span.size)
+        split: UnitAllocation = (
+            UnitAllocation(shares) if shares else self.method.retention.split(span)
+        )
+        return split
+
+    def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
+        """The span with the lowest score, or of a shortlist the one with the lowest trial score."""
+        candidates = self.scored(spans)
+        if self.shortlist and len(candidates) > 1:
+            best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
+            candidates = self.tried([(c.first, c.last) for c in best])
+        return self.chosen(candidates)
+
+    def scored(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
+        """The spans with their scores."""
+        return [SpanCandidate(a, b, self.score(a, b)) for a, b in spans]
+
+    def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
+        """The spans with the scores of their trial merges."""
+        trials = ProgressBar(spans, desc="trial merges", shown=self.stream.progress)
+        return [SpanCandidate(a, b, self.trial_score(a, b)) for a, b in trials]
+
+    def chosen(self, candidates: list[SpanCandidate]) -> Choice:
+        """The candidate with the lowest score; ties go to the first one."""
+        best = min(candidates, key=lambda candidate: candidate.score)
+        first, last, kept = self.rules.group(best.first, best.last)
+        return Choice(first, last, kept, best.score, candidates)
+
+    def _number(self, score: float, first: int, last: int) -> float:
+        if not math.isfinite(score):
+            raise ValueError(
+                f"merge.selection={self.method.selection.name} gives no number for layers {first} "
+                f"to {last}; try model.dtype=float32 or bfloat16"
+            )
+        return score
+
+
+def _check_finite(statistics: list[LayerStatistics]) -> None:
+    for index, layer in enumerate(statistics):
+        if not math.isfinite(layer.bi):
+            raise ValueError(
+                f"the hidden states after layer {index} are not finite; "
+                "try model.dtype=float32 or bfloat16"
+            )
