@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from come.linalg.gram import BLOCK, Gram, Map, best_lambda
+from come.linalg.equations import Map, eliminate
+from come.linalg.gram import BLOCK, Gram, best_lambda
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
-from come.merge.retention.adaptive import eliminate
 from come.models.adapter import ModelAdapter
 from come.models.sublayers import run_attention, run_mlp
 from come.statistics.layer_statistics import StatisticsCollector

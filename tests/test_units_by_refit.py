@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from come.merge.joint_selection import stacked_gram, stacked_map, unit_columns
+from come.linalg.equations import unit_columns
+from come.merge.joint_selection import stacked_equations, stacked_map
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
-from come.merge.retention.leverage import leverage
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
@@ -52,7 +52,7 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
     initial = stacked_map(targets, "kv_group")
     layers = list(targets.stream.adapter.layers)[2:4]
-    sums = stacked_gram(targets, "kv_group", initial, layers)
+    sums = stacked_equations(targets, "kv_group", initial, layers)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -65,7 +65,7 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     middle = middle if chosen.bias is None else middle + chosen.bias
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
     initial = stacked_map(targets, "channel")
-    sums = stacked_gram(targets, "channel", initial, layers, (chosen, columns))
+    sums = stacked_equations(targets, "channel", initial, layers, (chosen, columns))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -78,13 +78,13 @@ def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = list(targets.stream.adapter.layers)[1:4]
-    sums = stacked_gram(targets, "kv_group", stacked_map(targets, "kv_group"), layers)
+    sums = stacked_equations(targets, "kv_group", stacked_map(targets, "kv_group"), layers)
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)
     shrunk = vectors.eigenvalues / (vectors.eigenvalues + penalty)
     expected = (vectors.eigenvectors.square() * shrunk).sum(dim=1)
-    found = leverage(sums, penalty)
+    found = sums.leverage(penalty)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     assert ((found >= 0) & (found < 1)).all()
     # the sum over units is the effective number of dimensions

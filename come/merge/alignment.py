@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.linalg.gram import Gram, Map
+from come.linalg.equations import Map
+from come.linalg.gram import Gram
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.models.adapter import LayerState, ModelAdapter, Unit
 from come.models.sublayers import States

@@ -60,7 +60,7 @@ def _refitted(
     """The new output projection of layer `index`; replaces `states`, its input, with its output."""
     adapter, layer = stream.adapter, stream.adapter.layers[index]
     initial = output_map(adapter, layer, "channel")
-    sums = equations(initial, adapter)
+    sums = equations(initial, adapter, stream.tokens)
     for rows in stream.batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
@@ -73,7 +73,7 @@ def _refitted(
             token_weights(output, weighting),
         )
     state = adapter.layer_state(index)
-    solved = sums.solve(initial, ratio * sums.mean_diagonal())
+    solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
     tensors = as_tensors(adapter, "channel", solved, state)
     layer = adapter.copy_layer(index, {**state, **tensors})
     for rows in stream.batches:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from come.linalg.gram import Gram, Map
+from come.linalg.equations import Equations, Map, unit_columns
 from come.merge.alignment import fold_input_transform, input_maps
 from come.merge.output_map import equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
@@ -21,30 +22,45 @@ from come.models.sublayers import States, run_attention, run_mlp
 Solved = tuple[Map, Tensor]
 """The output projection of the kept attention, and its columns in the stacked projection."""
 
-ChooseUnits = Callable[[Gram, Map, int, int], list[int]]
-"""(Gram, stacked map of all units, number to keep, columns per unit) -> kept units, ascending."""
 
-Refill = Callable[[Gram, Map, Tensor], Map]
-"""(Gram, map of the kept units, their columns) -> the output projection to use for these units."""
+class UnitRule(Protocol):
+    """Chooses units by the least-squares problem of all units of a span."""
+
+    def choose(
+        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, last: bool
+    ) -> list[int]:
+        """The kept units, ascending.
+
+        Args:
+            sums: the problem of all units.
+            initial: the stacked map of all units.
+            penalty: the refit's, absolute.
+            keep: how many to keep.
+            size: columns of a unit.
+            last: whether the problem is not read again.
+        """
+        ...
+
+    def kept_map(self, sums: Equations, own: Map, columns: Tensor, penalty: float) -> Map:
+        """The output projection of the kept units, whose columns and own map are given."""
+        ...
 
 
 @torch.no_grad()
-def select_units_jointly(
-    group: LayerSpan, choose: ChooseUnits, drive: Refill, align: float | None = None
-) -> UnitAllocation:
+def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
+
+    MLP channels read the residual stream after the kept attention. Units are those of layers with
+    aligned input maps, if the refit aligns them.
 
     Args:
         group: a span with reconstruction targets.
-        choose: selects the kept units of one kind.
-        drive: gives the output projection of the kept attention, whose output is added to the
-            residual stream that the MLP channels read.
-        align: penalty of the input alignment that the refit will apply; None for no alignment.
+        rule: selects the kept units of one kind.
 
     Returns:
         The kept units; shares are those of the kept MLP channels.
     """
-    targets, adapter = group.targets, group.stream.adapter
+    targets, adapter, align = group.targets, group.stream.adapter, group.refit.align
     # Any allocation works: only the source layers are read.
     undecided = UnitAllocation([1 / group.size] * group.size)
     states = list(group.sources(undecided).layers)
@@ -59,14 +75,16 @@ def select_units_jointly(
             for i, change in enumerate(maps):
                 states[i] = fold_input_transform(adapter, unit, states[i], change)
                 layers[i].load_state_dict(states[i])
-        sums = stacked_gram(targets, unit, initial, layers, attention)
+        sums = stacked_equations(targets, unit, initial, layers, attention)
+        penalty = joint_lambda(group.refit) * sums.mean_diagonal()
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
-        units = choose(sums, initial, count, size)
+        last = unit == UNITS[-1]
+        units = rule.choose(sums, initial, penalty, count, size, last)
         kept[unit] = by_layer(units, count, group.size)
-        if unit == "kv_group":
-            columns = unit_columns(units, size).to(sums.gram.device)
+        if not last:
+            columns = unit_columns(units, size).to(adapter.device)
             own = Map(initial.weight[:, columns], initial.bias)
-            attention = drive(sums, own, columns), columns
+            attention = rule.kept_map(sums, own, columns, penalty), columns
     total = adapter.unit_counts["channel"]
     return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
 
@@ -91,14 +109,14 @@ def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
 
 
 @torch.no_grad()
-def stacked_gram(
+def stacked_equations(
     targets: ReconstructionTargets,
     unit: Unit,
     initial: Map,
     layers: Sequence[nn.Module],
     attention: Solved | None = None,
-) -> Gram:
-    """Normal equations for all units of one kind, with every layer reading the span's input.
+) -> Equations:
+    """The problem of all units of one kind, with every layer reading the span's input.
 
     Args:
         targets: reconstruction targets of the span.
@@ -113,7 +131,7 @@ def stacked_gram(
         to the remaining difference from the target output.
     """
     stream, adapter = targets.stream, targets.stream.adapter
-    sums = equations(initial, adapter)
+    sums = equations(initial, adapter, stream.tokens)
     for goal in targets:
         if unit == "kv_group":
             features, target = _heads(targets, layers, goal), goal.middle - goal.states
@@ -152,12 +170,6 @@ def _read(
     features = _heads(targets, layers, goal)[..., columns]
     added = features @ found.weight.to(features).T
     return goal.states + (added if found.bias is None else added + found.bias.to(features))
-
-
-def unit_columns(units: list[int], size: int) -> Tensor:
-    """Column indices of units that have `size` adjacent columns each, int64."""
-    first = torch.as_tensor(units, dtype=torch.long) * size
-    return (first[:, None] + torch.arange(size)).flatten()
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from come.linalg.gram import Gram, Map
+from come.linalg.dual import Dual
+from come.linalg.equations import DUAL, Equations, Map
+from come.linalg.gram import Gram
 from come.models.adapter import LayerState, ModelAdapter, Unit
 
 
@@ -15,10 +17,18 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
     return Map(weight, bias[0] if bias else None)
 
 
-def equations(initial: Map, adapter: ModelAdapter) -> Gram:
+def normal_equations(initial: Map, adapter: ModelAdapter) -> Gram:
     """An empty `Gram` for a map shaped as `initial`."""
     out, width = initial.weight.shape
     return Gram(width, out, bias=initial.bias is not None, device=adapter.device)
+
+
+def equations(initial: Map, adapter: ModelAdapter, tokens: int) -> Equations:
+    """An empty problem for a map shaped as `initial`, in the form that is smaller."""
+    out, width = initial.weight.shape
+    if width < DUAL * tokens:
+        return normal_equations(initial, adapter)
+    return Dual(width, out, tokens, bias=initial.bias is not None, device=adapter.device)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from come.merge.apply import block_states, source_layers_of
@@ -99,6 +99,13 @@ class LayerSpan:
             target=self.refit.target,
             weighting=self.refit.weights,
         )
+
+    def of_tokens(self, tokens: int | None) -> LayerSpan:
+        """The span on the first windows with about this many tokens; None for all."""
+        seq = self.stream.windows.shape[1]
+        if tokens is None or tokens >= self.stream.tokens:
+            return self
+        return replace(self, stream=self.stream.head(max(1, tokens // seq)))
 
     def sources(self, split: UnitAllocation) -> SourceLayers:
         """The layers as the operator reads them, and the function that merges them."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from come.linalg.gram import Gram, Map, best_lambda
+from come.linalg.equations import Equations, Map
+from come.linalg.gram import Gram, best_lambda
 from come.merge.alignment import fold_input_transform, input_maps, input_tensors
 from come.merge.combination import Combination
-from come.merge.output_map import as_tensors, equations, output_map
+from come.merge.output_map import as_tensors, equations, normal_equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
@@ -92,7 +93,10 @@ class Ridge(Refit):
                 found |= self._aligned(targets, sources, layer, unit)
                 layer.load_state_dict({**state, **found})
             initial = output_map(adapter, layer, unit)
-            fit, held_out = equations(initial, adapter), equations(initial, adapter)
+            fit: Equations = equations(initial, adapter, targets.stream.tokens)
+            held_out = None
+            if isinstance(self.lambda_, str):
+                fit, held_out = (normal_equations(initial, adapter) for _ in range(2))
             for goal in targets:
                 keywords = targets.stream.keywords(len(goal.states), index)
                 features, middle = run_attention(adapter, layer, goal.states, keywords)
@@ -100,12 +104,16 @@ class Ridge(Refit):
                 if unit == "channel":
                     features, _ = run_mlp(adapter, layer, middle, keywords)
                     target = goal.output - middle
-                apart = (goal.windows % HELD_OUT == HELD_OUT - 1) & (self.lambda_ == "auto")
+                weights = goal.weights.view(target.shape[:2])
+                if held_out is None:
+                    fit.add(features.flatten(0, 1), target.flatten(0, 1), weights.flatten())
+                    continue
+                apart = goal.windows % HELD_OUT == HELD_OUT - 1
                 for sums, chosen in ((fit, ~apart), (held_out, apart)):
                     sums.add(
                         features[chosen].flatten(0, 1),
                         target[chosen].flatten(0, 1),
-                        goal.weights.view(target.shape[:2])[chosen].flatten(),
+                        weights[chosen].flatten(),
                     )
             solved = self._solve(fit, held_out, initial)
             tensors = as_tensors(adapter, unit, solved, state)
@@ -153,9 +161,10 @@ class Ridge(Refit):
         )
         return {name: joined[name] for name in input_tensors(adapter, unit)}
 
-    def _solve(self, fit: Gram, held_out: Gram, initial: Map) -> Map:
+    def _solve(self, fit: Equations, held_out: Gram | None, initial: Map) -> Map:
+        if held_out is None:
+            return fit.solve(initial, self.lambda_ * fit.mean_diagonal(), consume=True)
+        assert isinstance(fit, Gram)
         both = fit + held_out
-        ratio = self.lambda_
-        if isinstance(ratio, str):
-            ratio = best_lambda(fit, held_out, initial, GRID) if held_out.energy else 0.1
-        return both.solve(initial, ratio * both.mean_diagonal())
+        ratio = best_lambda(fit, held_out, initial, GRID) if held_out.energy else 0.1
+        return both.solve(initial, ratio * both.mean_diagonal(), consume=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import joint_lambda, joint_work, select_units_jointly, unit_columns
+from come.linalg.equations import Equations, Map, eliminate
+from come.merge.joint_selection import joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.work import SpanSize, Work
@@ -53,81 +52,30 @@ class Adaptive(RetentionRule):
         0.3, "share of the surplus channels that leave in one round", above=0, most=1
     )
 
+    tokens: int | None = setting(
+        None, "calibration tokens that the choice reads, from the first; null for all",
+        kind=int, least=1, optional=True,
+    )  # fmt: skip
+
     def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
         return self.split(group).shares
 
     def split(self, group: LayerSpan) -> UnitAllocation:
         """The units that remain."""
-        ratio = joint_lambda(group.refit)
+        return select_units_jointly(group.of_tokens(self.tokens), self)
 
-        def choose(sums: Gram, initial: Map, count: int, size: int) -> list[int]:
-            rate = self.rate if size == 1 else 0.0
-            return eliminate(sums, initial, ratio * sums.mean_diagonal(), count, size, rate)
+    def choose(
+        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, last: bool
+    ) -> list[int]:
+        """The units that remain after the elimination."""
+        rate = self.rate if size == 1 else 0.0
+        return eliminate(sums, initial, penalty, keep, size, rate, consume=last)
 
-        def solve(sums: Gram, own: Map, columns: Tensor) -> Map:
-            return sums.columns(columns).solve(own, ratio * sums.mean_diagonal())
-
-        return select_units_jointly(group, choose, solve, group.refit.align)
+    def kept_map(self, sums: Equations, own: Map, columns: Tensor, penalty: float) -> Map:
+        """The output projection of the kept units, solved."""
+        return sums.columns(columns).solve(own, penalty, consume=True)
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and the elimination of channels."""
         return joint_work(size) + size.eliminated(size.width, size.channels)
-
-
-def eliminate(
-    sums: Gram, initial: Map, penalty: float, keep: int, size: int, rate: float
-) -> list[int]:
-    """Backward elimination of units of `size` adjacent columns until `keep` units remain.
-
-    Args:
-        sums: normal equations of all columns.
-        initial: the map that the penalty refers to.
-        penalty: absolute.
-        keep: units to keep.
-        size: columns of a unit.
-        rate: share of the surplus that is removed per round; at least one unit is removed.
-
-    Returns:
-        Kept units, ascending.
-    """
-    alive = list(range(sums.width // size))
-    factor = sums.factor(penalty)
-    inverse = torch.cholesky_inverse(factor, out=factor)
-    weight = inverse @ sums.pull(initial, penalty)
-    while len(alive) > keep:
-        growth = _growth(weight[: len(alive) * size], inverse, size)
-        leaving = max(1, int((len(alive) - keep) * rate))
-        order = torch.sort(growth, descending=True, stable=True).indices.tolist()
-        stay = sorted(order[: len(alive) - leaving])
-        columns = unit_columns(stay, size).to(inverse.device)
-        constant = torch.arange(len(alive) * size, len(inverse), device=inverse.device)
-        gone = unit_columns(sorted(order[len(alive) - leaving :]), size).to(inverse.device)
-        inverse, weight = _without(inverse, weight, torch.cat([columns, constant]), gone)
-        alive = [alive[i] for i in stay]
-    return alive
-
-
-def _without(inverse: Tensor, weight: Tensor, stay: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse and solution of the equations of the remaining columns, by a Schur complement.
-
-    (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = X_s - B_sg B_gg^-1 X_g, where B = A^-1 and X are
-    those of all n columns, s the remaining and g the removed ones. A round costs n^2 g instead of
-    n^3.
-    """
-    cross = inverse[stay[:, None], gone]
-    factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
-    rows = torch.cholesky_solve(torch.cat([cross.T, weight[gone]], dim=1), factor)
-    smaller = inverse[stay[:, None], stay].addmm_(cross, rows[:, : len(stay)], alpha=-1)
-    return smaller, weight[stay] - cross @ rows[:, len(stay) :]
-
-
-def _growth(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """tr(W_u (inverse_uu)^-1 W_u^T) of every unit u; weight [columns, out], as solved."""
-    count = len(weight) // size
-    if size == 1:
-        return weight.square().sum(dim=1) / inverse.diagonal()[:count]
-    rows = weight.view(count, size, -1)
-    spans = [slice(i * size, (i + 1) * size) for i in range(count)]
-    blocks = torch.stack([inverse[span, span] for span in spans])
-    return (rows * torch.cholesky_solve(rows, torch.linalg.cholesky(blocks))).sum(dim=(1, 2))

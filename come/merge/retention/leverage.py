@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from come.linalg.gram import Gram, Map
-from come.merge.joint_selection import joint_lambda, joint_work, select_units_jointly
+from come.linalg.equations import Equations, Map
+from come.merge.joint_selection import joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.units import top_units
@@ -41,22 +40,18 @@ class Leverage(RetentionRule):
 
     def split(self, group: LayerSpan) -> UnitAllocation:
         """The units with the highest leverage."""
-        ratio = joint_lambda(group.refit)
+        return select_units_jointly(group, self)
 
-        def choose(sums: Gram, initial: Map, count: int, size: int) -> list[int]:
-            scores = leverage(sums, ratio * sums.mean_diagonal())
-            return top_units(scores.view(-1, size).sum(dim=1), count)
+    def choose(
+        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, last: bool
+    ) -> list[int]:
+        """The units with the largest sum of leverages."""
+        return top_units(sums.leverage(penalty).view(-1, size).sum(dim=1), keep)
 
-        return select_units_jointly(group, choose, lambda sums, own, columns: own)
+    def kept_map(self, sums: Equations, own: Map, columns: Tensor, penalty: float) -> Map:
+        """The output projection of the kept units, as it is."""
+        return own
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and one inverse."""
         return joint_work(size) + size.inverse(size.width)
-
-
-def leverage(sums: Gram, penalty: float) -> Tensor:
-    """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the bias's constant."""
-    gram = sums.gram[: sums.width, : sums.width]
-    ridge = penalty * torch.eye(sums.width).to(gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))
-    return 1 - penalty * inverse.diagonal()

@@ -1,0 +1,242 @@
+"""Ridge regression in its dual form, for problems with many more columns than tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from come.linalg.equations import Elimination, Map
+
+COLUMNS = 4096  # columns that are worked on at a time
+_LEAST = 1e-30  # lower bound of a mean square
+
+
+class Dual:
+    """A ridge problem by its tokens: nothing grows with the square of the number of columns.
+
+        W = W_0 + R^T (F F^T + mu I)^-1 F     R = Y - F W_0^T
+        diag( (F^T F + mu I)^-1 )_j = (1 - |L^-1 f_j|^2) / mu     L L^T = F F^T + mu I
+
+    F: the inputs of all tokens, Y: their targets, both times the root of the token's weight. A bias
+    is not penalised: F and Y are centred for it.
+
+    F is stored in float32, [columns, tokens]; products with it run in float32, the tokens x tokens
+    matrix and its factor are float64.
+
+    Args:
+        width: number of inputs of the map.
+        out: number of outputs.
+        tokens: number of tokens that will be added.
+        bias: whether the map has a bias.
+        device: device of all tensors.
+    """
+
+    def __init__(
+        self, width: int, out: int, tokens: int, *, bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        self.width = width
+        self.bias = bias
+        self._rows = torch.empty(width, tokens, device=device)
+        self._targets = torch.empty(tokens, out, device=device)
+        self._roots = torch.empty(tokens, device=device)
+        self._means: tuple[Tensor, Tensor] | None = None
+        self._filled = 0
+
+    def add(
+        self,
+        features: Float[Tensor, "tokens width"],
+        targets: Float[Tensor, "tokens out"],
+        weights: Float[Tensor, " tokens"],
+    ) -> None:
+        """Adds a batch of tokens."""
+        chosen = slice(self._filled, self._filled + len(features))
+        self._filled = chosen.stop
+        roots = weights.float().sqrt()
+        self._roots[chosen] = roots
+        self._rows[:, chosen] = (features.float() * roots[:, None]).T
+        self._targets[chosen] = targets.float() * roots[:, None]
+
+    def mean_diagonal(self) -> float:
+        """Mean over the inputs of sum_t w_t f_t^2; positive."""
+        assert self._means is None, "the inputs are centred already"
+        total = sum(
+            rows.square().sum(dtype=torch.float64).item() for rows in self._rows.split(COLUMNS)
+        )
+        return max(total / self.width, _LEAST)
+
+    def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
+        """The ridge solution, float64."""
+        self._centre()
+        weight = initial.weight.float().T.contiguous()
+        residual = _residual(self._rows, self._targets, weight)
+        weight += self._rows @ _solved(_factor(self._rows, penalty), residual).float()
+        found = weight.T.double()
+        if self._means is None:
+            return Map(found)
+        features, targets = self._means
+        return Map(found, targets.double() - found @ features.double())
+
+    def columns(self, kept: Int[Tensor, " kept"]) -> Dual:
+        """The problem for a subset of the inputs."""
+        chosen = Dual(
+            len(kept),
+            self._targets.shape[1],
+            self._filled,
+            bias=self.bias,
+            device=self._rows.device,
+        )
+        chosen._filled = self._filled
+        chosen._rows = self._rows[kept.to(self._rows.device)]
+        chosen._targets, chosen._roots = self._targets, self._roots
+        if self._means is not None:
+            features, targets = self._means
+            chosen._means = features[kept.to(features.device)], targets
+        return chosen
+
+    def leverage(self, penalty: float) -> Float[Tensor, " width"]:
+        """diag( G (G + mu I)^-1 ), in [0, 1), float64; without the constant of a bias."""
+        assert self._means is None, "the inputs are centred already"
+        return _leverage(self._rows, _factor(self._rows, penalty))
+
+    def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
+        """Backward elimination; with `consume` it works on the rows of this problem."""
+        self._centre()
+        rows = self._rows if consume else self._rows.clone()
+        weight = initial.weight.float().T.contiguous()
+        return DualElimination(rows, _residual(rows, self._targets, weight), weight, penalty)
+
+    def _centre(self) -> None:
+        """Projects the constant of a bias out of inputs and targets."""
+        assert self._filled == self._rows.shape[1]
+        if not self.bias or self._means is not None:
+            return
+        total = self._roots.square().sum()
+        means = (self._rows @ self._roots) / total, (self._roots @ self._targets) / total
+        for start in range(0, self.width, COLUMNS):
+            part = slice(start, start + COLUMNS)
+            self._rows[part] -= means[0][part, None] * self._roots
+        self._targets = self._targets - self._roots[:, None] * means[1]
+        self._means = means
+
+
+class DualElimination:
+    """Backward elimination in the dual form: S <- S - F_U F_U^T when columns U leave.
+
+    The solution and the diagonal of the inverse are updated while few columns leave, and computed
+    anew when many do, which is cheaper then.
+
+    Args:
+        rows: F, [columns, tokens]; changed.
+        residual: Y - F W_0^T, [tokens, out].
+        initial: W_0, [columns, out].
+        penalty: mu.
+    """
+
+    def __init__(self, rows: Tensor, residual: Tensor, initial: Tensor, penalty: float) -> None:
+        self._rows, self._residual, self._initial = rows, residual, initial
+        self._penalty = penalty
+        self._gram = _gram(rows)
+        self._anew()
+
+    def _anew(self) -> None:
+        self._factor = _penalised(self._gram, self._penalty)
+        self._leverage = _leverage(self._rows, self._factor)
+        self._weight = self._initial + self._rows @ _solved(self._factor, self._residual).float()
+
+    def growth(self, size: int) -> Float[Tensor, " units"]:
+        """See `come.linalg.equations.Elimination`."""
+        free = (1 - self._leverage).clamp_min(1e-12) / self._penalty
+        if size == 1:
+            return self._weight.double().square().sum(dim=1) / free
+        found = []
+        for start in range(0, len(self._rows), size):
+            part = slice(start, start + size)
+            inverse = self._inverse(self._rows[part], self._rows[part], same=True)
+            rows = self._weight[part].double()
+            solved = torch.cholesky_solve(rows, torch.linalg.cholesky(inverse))
+            found.append((rows * solved).sum())
+        return torch.stack(found)
+
+    def remove(self, stay: Int[Tensor, " stay"], gone: Int[Tensor, " gone"]) -> None:
+        """See `come.linalg.equations.Elimination`."""
+        stay, gone = stay.to(self._rows.device), gone.to(self._rows.device)
+        leaving, many = self._rows[gone], 4 * len(gone) >= self._rows.shape[1]
+        if not many:
+            self._update(stay, gone, leaving)
+        self._residual = self._residual + leaving.T @ self._initial[gone]
+        self._gram -= (leaving.T @ leaving).double()
+        self._rows = _compacted(self._rows, stay)
+        self._initial = _compacted(self._initial, stay)
+        if many:
+            self._anew()
+        else:
+            self._factor = _penalised(self._gram, self._penalty)
+
+    def _update(self, stay: Tensor, gone: Tensor, leaving: Tensor) -> None:
+        """W_s <- W_s - B_sg B_gg^-1 W_g, and the diagonal of B_ss; B = (G + mu I)^-1."""
+        inner = torch.linalg.cholesky(self._inverse(leaving, leaving, same=True))
+        solved = torch.cholesky_solve(self._weight[gone].double(), inner).float()
+        weight, leverage = self._weight[stay], self._leverage[stay]
+        for start in range(0, len(stay), COLUMNS):
+            part = slice(start, start + COLUMNS)
+            cross = self._inverse(self._rows[stay[part]], leaving)
+            weight[part] -= cross.float() @ solved
+            taken = torch.linalg.solve_triangular(inner, cross.T, upper=False).square().sum(dim=0)
+            leverage[part] += self._penalty * taken  # a smaller diagonal of the inverse
+        self._weight, self._leverage = weight, leverage
+
+    def _inverse(self, first: Tensor, second: Tensor, same: bool = False) -> Tensor:
+        """The block of B = (I - F^T S^-1 F) / mu for two sets of columns, float64."""
+        product = first @ _solved(self._factor, second.T).float()
+        block = -product.double()
+        if same:
+            block = (block + block.T) / 2
+            block.diagonal().add_(1)
+        return block / self._penalty
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """F F^T over the tokens, float64."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(COLUMNS):
+        total += part.T @ part
+    return total
+
+
+def _penalised(gram: Tensor, penalty: float) -> Tensor:
+    """The Cholesky factor of gram + penalty I."""
+    damped = gram.clone()
+    damped.diagonal().add_(penalty)
+    return torch.linalg.cholesky(damped, out=damped)
+
+
+def _factor(rows: Tensor, penalty: float) -> Tensor:
+    return _penalised(_gram(rows), penalty)
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right.double(), factor)
+
+
+def _residual(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    return targets - rows.T @ weight
+
+
+def _leverage(rows: Tensor, factor: Tensor) -> Tensor:
+    """|L^-1 f_j|^2 of every column, float64; the solutions are float32."""
+    single = factor.float()
+    return torch.cat(
+        [
+            torch.linalg.solve_triangular(single, part.T, upper=False).double().square().sum(dim=0)
+            for part in rows.split(COLUMNS)
+        ]
+    )
+
+
+def _compacted(rows: Tensor, stay: Tensor) -> Tensor:
+    """The rows `stay`, ascending, moved to the front of the same memory."""
+    for start in range(0, len(stay), COLUMNS):
+        part = stay[start : start + COLUMNS]
+        rows[start : start + len(part)] = rows[part]
+    return rows[: len(stay)]

@@ -1,0 +1,117 @@
+"""The protocol of least-squares problems, and the choice of their form by size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DUAL = 4  # columns per token from which the dual form is smaller and faster
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map: weight [d_out, d_in] float64, and an optional bias [d_out] float64."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None = None
+
+
+@runtime_checkable
+class Elimination(Protocol):
+    """Backward elimination of columns from a penalised least-squares problem."""
+
+    def growth(self, size: int) -> Float[Tensor, " units"]:
+        """How much the penalised error grows without a unit of `size` adjacent columns, float64.
+
+        growth_u = tr( W_u [ ((G + mu I)^-1)_uu ]^-1 W_u^T )
+        """
+        ...
+
+    def remove(self, stay: Int[Tensor, " stay"], gone: Int[Tensor, " gone"]) -> None:
+        """Removes columns `gone`, and renumbers the others in the order of `stay`."""
+        ...
+
+
+@runtime_checkable
+class Equations(Protocol):
+    """A weighted ridge problem: argmin_W sum_t w_t |y_t - W f_t - b|^2 + mu |W - W_0|^2.
+
+    Attributes:
+        width: number of inputs of the map.
+    """
+
+    width: int
+
+    def add(
+        self,
+        features: Float[Tensor, "tokens width"],
+        targets: Float[Tensor, "tokens out"],
+        weights: Float[Tensor, " tokens"],
+    ) -> None:
+        """Adds a batch of tokens."""
+        ...
+
+    def mean_diagonal(self) -> float:
+        """Mean over the inputs of sum_t w_t f_t^2, the unit of a relative penalty; positive."""
+        ...
+
+    def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
+        """The solution; with `consume` its memory is the problem's, which ends with it."""
+        ...
+
+    def columns(self, kept: Int[Tensor, " kept"]) -> Equations:
+        """The problem for a subset of the inputs."""
+        ...
+
+    def leverage(self, penalty: float) -> Float[Tensor, " width"]:
+        """diag( G (G + mu I)^-1 ), in [0, 1), float64; without the constant of a bias."""
+        ...
+
+    def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
+        """Backward elimination from all columns."""
+        ...
+
+
+def eliminate(
+    sums: Equations,
+    initial: Map,
+    penalty: float,
+    keep: int,
+    size: int,
+    rate: float,
+    *,
+    consume: bool = False,
+) -> list[int]:
+    """Backward elimination of units of `size` adjacent columns until `keep` units remain.
+
+    Args:
+        sums: the equations of all columns.
+        initial: the map that the penalty refers to.
+        penalty: absolute.
+        keep: units to keep.
+        size: columns of a unit.
+        rate: share of the surplus that is removed per round; at least one unit is removed.
+        consume: whether the equations are not needed afterwards.
+
+    Returns:
+        Kept units, ascending.
+    """
+    alive = list(range(sums.width // size))
+    state = sums.elimination(initial, penalty, consume=consume)
+    while len(alive) > keep:
+        leaving = max(1, int((len(alive) - keep) * rate))
+        order = torch.sort(state.growth(size), descending=True, stable=True).indices.tolist()
+        stay, gone = sorted(order[: len(alive) - leaving]), sorted(order[len(alive) - leaving :])
+        state.remove(unit_columns(stay, size), unit_columns(gone, size))
+        alive = [alive[i] for i in stay]
+    return alive
+
+
+def unit_columns(units: list[int], size: int) -> Int[Tensor, " columns"]:
+    """Column indices of units that have `size` adjacent columns each."""
+    first = torch.as_tensor(units, dtype=torch.long) * size
+    return (first[:, None] + torch.arange(size)).flatten()

@@ -1,0 +1,149 @@
+"""The dual form against the normal equations and against plain float64 computations."""
+
+import pytest
+import torch
+
+from come.linalg.dual import Dual
+from come.linalg.equations import Map, eliminate
+from come.linalg.gram import Gram
+from come.merge.joint_selection import stacked_equations, stacked_map
+from come.merge.loop import compress
+from come.merge.reconstruction import ReconstructionTargets
+from come.models.adapter import ModelAdapter
+from come.stream.stream import LayerStream
+from tests.conftest import LAYERS, pico
+from tests.methods import recipe
+from tests.test_refit import plain_ridge
+
+TOKENS, WIDTH, OUT = 40, 240, 6
+
+
+def both_forms(bias, seed=0, tokens=TOKENS, width=WIDTH):
+    """The same problem as normal equations and in the dual form, its data, and a first map."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(tokens, width, generator=generator) + 0.3
+    start, targets = (
+        torch.randn(OUT, width, generator=generator).double() / 9,
+        torch.randn(tokens, OUT, generator=generator),
+    )
+    weights = 0.5 + torch.rand(tokens, generator=generator)
+    initial = Map(start, torch.ones(OUT, dtype=torch.float64) if bias else None)
+    forms = Gram(width, OUT, bias=bias), Dual(width, OUT, tokens, bias=bias)
+    for form in forms:
+        for rows in torch.arange(tokens).split(7):
+            form.add(features[rows], targets[rows], weights[rows])
+    return *forms, (features.double(), targets.double(), weights.double()), initial
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_solution(bias):
+    dense, dual, data, initial = both_forms(bias)
+    assert dual.mean_diagonal() == pytest.approx(dense.mean_diagonal(), rel=1e-6)
+    penalty = 0.1 * dense.mean_diagonal()
+    weight, constant = plain_ridge(*data, initial.weight, initial.bias, penalty)
+    found = dual.solve(initial, penalty)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-5)
+    assert (found.bias is None) == (not bias)
+    if bias:
+        torch.testing.assert_close(found.bias, constant, rtol=1e-4, atol=1e-4)
+    again = dual.solve(initial, penalty)
+    assert torch.equal(again.weight, found.weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_columns(bias):
+    dense, dual, _, initial = both_forms(bias)
+    penalty = 0.1 * dense.mean_diagonal()
+    chosen = torch.arange(5, WIDTH, 3)
+    own = Map(initial.weight[:, chosen], initial.bias)
+    for solved_before in (False, True):
+        found = dual.columns(chosen).solve(own, penalty)
+        expected = dense.columns(chosen).solve(own, penalty)
+        torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
+        if not solved_before:
+            dual.solve(initial, penalty)  # centres the whole problem first
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_leverage(bias):
+    dense, dual, (features, _, weights), _ = both_forms(bias)
+    penalty = 0.1 * dense.mean_diagonal()
+    gram = (features * weights[:, None]).T @ features
+    inverse = torch.linalg.inv(gram + penalty * torch.eye(WIDTH, dtype=torch.float64))
+    expected = (gram @ inverse).diagonal()
+    torch.testing.assert_close(dense.leverage(penalty), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dual.leverage(penalty), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("size", "rate"), [(1, 0.3), (1, 0.01), (8, 0.0)])
+def test_elimination(bias, size, rate):
+    """Every round's growth, after updates and after computing anew, against the dense form."""
+    dense, dual, _, initial = both_forms(bias)
+    penalty = 0.1 * dense.mean_diagonal()
+    keep = 60 // size
+    expected = eliminate(dense, initial, penalty, keep, size, rate)
+    assert eliminate(dual, initial, penalty, keep, size, rate) == expected
+    assert eliminate(dual, initial, penalty, keep, size, rate, consume=True) == expected
+
+
+@pytest.mark.parametrize("leaving", [1, 5, 9, 10, 30])
+def test_growth_after_columns_have_left(leaving):
+    dense, dual, _, initial = both_forms(True)
+    penalty = 0.1 * dense.mean_diagonal()
+    states = [form.elimination(initial, penalty) for form in (dense, dual)]
+    for _ in range(3):
+        growths = [state.growth(1) for state in states]
+        torch.testing.assert_close(growths[1], growths[0], rtol=2e-3, atol=1e-6)
+        gone = torch.arange(0, 2 * leaving, 2)
+        stay = torch.tensor([i for i in range(len(growths[0])) if i not in set(gone.tolist())])
+        for state in states:
+            state.remove(stay, gone)
+    torch.testing.assert_close(states[1].growth(3), states[0].growth(3), rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [32, 80])
+def test_the_form_is_chosen_by_size(tokens, windows):
+    """96 columns of two layers: dual from 4 columns per token."""
+    adapter = ModelAdapter(pico("llama_gqa", intermediate_size=128))
+    with LayerStream(adapter, windows[: tokens // 16], progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        stream.snapshot_dense()
+        targets = ReconstructionTargets(stream, 2, 3, original=3)
+        initial = stacked_map(targets, "channel")
+        layers = list(adapter.layers)[2:4]
+        sums = stacked_equations(targets, "channel", initial, layers)
+        assert isinstance(sums, Dual if tokens == 32 else Gram)
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("retention", ["adaptive", "leverage"])
+def test_plans_of_both_forms(family, retention, windows, monkeypatch):
+    plans = []
+    for columns in (0, 10**9):
+        monkeypatch.setattr("come.merge.output_map.DUAL", columns)
+        method = recipe("come_plus", retention=retention)
+        model = pico(family)
+        plans.append(
+            (compress(model, windows, method, target_layers=LAYERS - 2, progress=False), model)
+        )
+    (dual, first), (dense, second) = plans
+    assert [(s.first, s.last, s.kept) for s in dual.steps] == [
+        (s.first, s.last, s.kept) for s in dense.steps
+    ]
+    for name, tensor in second.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_of_the_choice(windows):
+    def plan(tokens=None, **changes):
+        method = recipe("come_plus", **changes)
+        method.retention.tokens = tokens
+        return compress(
+            pico("llama_gqa"), windows, method, target_layers=LAYERS - 2, progress=False
+        )
+
+    assert plan(tokens=10**6).steps == plan().steps
+    fewer = plan(groups=((2, 3), (0, 1)), tokens=33)
+    assert fewer.steps[0].kept != plan(groups=((2, 3), (0, 1))).steps[0].kept
