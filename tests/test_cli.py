@@ -26,7 +26,8 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
         assert str(depth["layers"]) in output
     assert str(folder) in output
     assert "tokens available" in output
-    assert "forward passes of the decoder" in output
+    assert "cost: 256 calibration tokens" in output
+    assert "time: about " in output
     for name in (
         "report.md",
         "resolved.yaml",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
+from scipy.linalg.lapack import dpotri
 from torch import Tensor
 
 from come.linalg.equations import Elimination, Map
@@ -47,9 +48,7 @@ class Gram:
         """G; only its upper triangle is accumulated, and reading this property mirrors it."""
         self._blocks.finish()
         if not self._mirrored:
-            for start in range(0, len(self._upper), BLOCK):
-                end = start + BLOCK
-                self._upper[end:, start:end] = self._upper[start:end, end:].T
+            _mirror(self._upper)
             self._mirrored = True
         return self._upper
 
@@ -150,8 +149,7 @@ class Gram:
         """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the constant."""
         gram = self.gram[: self.width, : self.width]
         ridge = penalty * torch.eye(self.width).to(gram)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))
-        return 1 - penalty * inverse.diagonal()
+        return 1 - penalty * inverse_of(torch.linalg.cholesky(gram + ridge)).diagonal()
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination on the inverse; with `consume` the inverse replaces G."""
@@ -179,7 +177,7 @@ class DenseElimination:
 
     def __init__(self, factor: Tensor, pull: Tensor, width: int) -> None:
         self._width = width
-        self._inverse = torch.cholesky_inverse(factor, out=factor)
+        self._inverse = inverse_of(factor)
         self._weight = self._inverse @ pull
 
     def growth(self, size: int) -> Float[Tensor, " units"]:
@@ -199,11 +197,47 @@ class DenseElimination:
         constant = torch.arange(self._width, len(inverse))
         self._width = len(stay)
         stay, gone = torch.cat([stay, constant]).to(device), gone.to(device)
-        cross = inverse[stay[:, None], gone]
-        factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
+        leaving = inverse[:, gone]
+        cross = leaving[stay]
+        factor = torch.linalg.cholesky(leaving[gone])
         rows = torch.cholesky_solve(torch.cat([cross.T, weight[gone]], dim=1), factor)
-        smaller = inverse[stay[:, None], stay].addmm_(cross, rows[:, : len(stay)], alpha=-1)
-        self._inverse, self._weight = smaller, weight[stay] - cross @ rows[:, len(stay) :]
+        del leaving
+        self._weight = weight[stay] - cross @ rows[:, len(stay) :]
+        self._inverse = _compacted(inverse, stay).addmm_(cross, rows[:, : len(stay)], alpha=-1)
+
+
+def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """(L L^T)^-1, in the memory of the lower Cholesky factor L, float64.
+
+    On the CPU by LAPACK's `dpotri`: `torch.cholesky_inverse` needs a copy, and seven times as long.
+    """
+    if factor.device.type != "cpu":
+        return torch.cholesky_inverse(factor, out=factor)
+    factor = factor.contiguous()
+    columns, info = dpotri(factor.numpy().T, lower=0, overwrite_c=1)  # column-major: L^T
+    assert info == 0
+    inverse = torch.from_numpy(columns).T  # its lower triangle, row-major again
+    _mirror(inverse.T)
+    for start in range(0, len(inverse), BLOCK):
+        own = inverse[start : start + BLOCK, start : start + BLOCK]
+        own.copy_(own.tril() + own.tril(-1).T)
+    return inverse
+
+
+def _mirror(upper: Tensor) -> None:
+    """Copies the blocks above the diagonal of a square matrix to those below it, in place."""
+    for start in range(0, len(upper), BLOCK):
+        end = start + BLOCK
+        upper[end:, start:end] = upper[start:end, end:].T
+
+
+def _compacted(matrix: Tensor, stay: Tensor) -> Tensor:
+    """The rows and columns `stay`, ascending, moved to the front of the same memory; a view."""
+    count = len(stay)
+    for start in range(0, count, BLOCK):
+        part = stay[start : start + BLOCK]
+        matrix[start : start + len(part), :count] = matrix[part].index_select(1, stay)
+    return matrix[:count, :count]
 
 
 def best_lambda(fit: Gram, held_out: Gram, initial: Map, grid: Sequence[float]) -> float:
