@@ -58,13 +58,22 @@ def test_the_operations_of_a_solution_are_counted():
     size = SpanSize(2, tokens=100, hidden=8, heads=8, channels=16, parameters=700)
     assert size.width == 32
     assert size.passes.single == 2 * 100 * 700
-    assert size.gram(32, 8).single == 100 * 32 * 32 + 2 * 100 * 32 * 8
-    assert size.gram(32, 8).bytes == 8 * 32 * 32
+    assert size.sums(32, 8).single == 100 * 32 * 32 + 2 * 100 * 32 * 8
+    assert size.sums(32, 8).bytes == 8 * 32 * (32 + 8)
     assert size.solve(32, 8).double == 32**3 / 3 + 2 * 32 * 32 * 8
     assert size.inverse(32).double == 32**3
     # the inverse, and 2 n^2 for each column that leaves
-    left_out = sum(2 * n * n for n in range(17, 33))
+    left_out = sum(2 * n * n + 2 * 32 * 8 for n in range(17, 33))
     assert size.eliminated(32, 16).double - 32**3 == pytest.approx(left_out, rel=0.05)
+
+
+def test_the_dual_form_grows_with_tokens_in_place_of_columns():
+    few = SpanSize(4, tokens=64, hidden=32, heads=32, channels=128, parameters=9000)
+    many = SpanSize(4, tokens=512, hidden=32, heads=32, channels=128, parameters=9000)
+    assert (few.dual(512), many.dual(512)) == (True, False)
+    assert few.sums(512, 32).bytes < many.sums(512, 32).bytes / 5
+    assert few.eliminated(512, 128).double < many.eliminated(512, 128).double / 100
+    assert few.solve(512, 32).double == 64**3 / 3 + 2 * 64 * 64 * 32
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,7 +110,7 @@ def test_speed_is_measured():
 
 def test_dry_run(command_line, tmp_path, monkeypatch):
     monkeypatch.setenv("COME_DRY_RUN", "1")
-    monkeypatch.setattr("come.job.stages.prepare.load_weights", None)
+    monkeypatch.setattr("come.job.job.load_weights", None)
     folder = tmp_path / "runs" / "new"
     code, output = command_line(
         "--dry-run", "merge.target_layers=20", "distill=come_sp", "distill.tokens=2560",

@@ -9,7 +9,8 @@ import psutil
 
 from come.job.estimate import Speed
 from come.job.identity import job_hash
-from come.job.stages.prepare import Job, prepare
+from come.job.job import Job
+from come.job.stages.prepare import prepare
 from come.models.loading import choose_device
 from come.report.numbers import megabytes
 from come.schema import Settings

@@ -24,10 +24,11 @@ from come.job.folder import (
     write_result,
 )
 from come.job.identity import job_hash
+from come.job.job import Job
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
 from come.job.stages.merge import COST, calibration_result, merge
-from come.job.stages.prepare import Job, prepare
+from come.job.stages.prepare import prepare
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
 from come.models.loading import choose_device

@@ -92,7 +92,7 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
 def joint_work(size: SpanSize) -> Work:
     """What the joint selection takes, without the choice itself and without alignment."""
     heads = size.layers * size.heads
-    sums = size.gram(heads, size.hidden) + size.gram(size.width, size.hidden)
+    sums = size.sums(heads, size.hidden) + size.sums(size.width, size.hidden)
     return sums + size.inverse(heads) + size.passes * (2 * size.layers)
 
 

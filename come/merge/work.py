@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from come.linalg.equations import DUAL
+
 
 @dataclass(frozen=True)
 class Work:
@@ -62,28 +64,50 @@ class SpanSize:
         """FFN channels of all layers of the span."""
         return self.layers * self.channels
 
-    def gram(self, width: int, out: int) -> Work:
+    def dual(self, width: int) -> bool:
+        """Whether a problem with `width` inputs is solved in its dual form."""
+        return width >= DUAL * self.tokens
+
+    def sums(self, width: int, out: int) -> Work:
         """The sums of a least-squares problem with `width` inputs and `out` outputs."""
-        half = float(self.tokens) * width * width  # only one triangle is computed
-        return Work(single=half + 2.0 * self.tokens * width * out, bytes=8.0 * width * width)
+        tokens = float(self.tokens)
+        if self.dual(width):
+            stored = 4 * tokens * (width + out) + 8 * tokens * tokens
+            return Work(single=tokens * tokens * width, bytes=stored)
+        half = tokens * width * width  # only one triangle is computed
+        stored = 8.0 * width * (width + out)
+        return Work(single=half + 2 * tokens * width * out, bytes=stored)
 
     def solve(self, width: int, out: int) -> Work:
-        """A factorisation and a solution by it; two matrices at a time."""
-        cubic = width**3 / 3 + 2.0 * width * width * out
-        return Work(double=cubic, bytes=16.0 * width * width)
+        """A factorisation in place, and a solution by it."""
+        order, single = width, 0.0
+        if self.dual(width):
+            order, single = self.tokens, 4.0 * self.tokens * width * out
+        cubic = order**3 / 3 + 2.0 * order * order * out
+        return Work(single, double=cubic, bytes=self.sums(width, out).bytes + 8.0 * width * out)
 
     def inverse(self, width: int) -> Work:
-        """A factorisation and the inverse; the matrix, the factor, the inverse, and a copy."""
-        return Work(double=float(width) ** 3, bytes=40.0 * width * width)
+        """A factorisation and the inverse, in place; in dual form a triangular solution."""
+        if self.dual(width):
+            tokens = float(self.tokens)
+            return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
+        return Work(double=float(width) ** 3, bytes=8.0 * width * width)
 
     def aligned(self) -> Work:
         """The alignment of both sublayers' input maps (see `come.merge.alignment`)."""
         out = self.hidden * self.layers
-        once = self.gram(self.hidden, out) + self.solve(self.hidden, out)
+        once = self.sums(self.hidden, out) + self.solve(self.hidden, out)
         folded = Work(double=2.0 * self.parameters * self.layers * self.hidden)
         return once * 2 + folded + self.passes * (2 * self.layers)
 
     def eliminated(self, width: int, kept: int) -> Work:
-        """Backward elimination from `width` to `kept` columns, on the inverse."""
+        """Backward elimination from `width` to `kept` columns."""
+        start, weights = self.inverse(width), 8.0 * width * self.hidden
+        if self.dual(width):
+            tokens = float(self.tokens)
+            rounds = 12 * (tokens * tokens + 2 * tokens * self.hidden) * (width + kept) / 2
+            stored = 4 * tokens * width + 16 * tokens * tokens
+            return start + Work(single=rounds, bytes=stored + 1.5 * weights)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
-        return self.inverse(width) + Work(double=rounds, bytes=44.0 * width * width)
+        rounds += 2.0 * (width - kept) * width * self.hidden
+        return start + Work(double=rounds, bytes=16.0 * width * width + 3 * weights)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
-from come.stream.stream import Update
+from come.stream.observer import Update
 from come.stream.token_blocks import TokenBlocks
 
 

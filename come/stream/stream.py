@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,30 +17,10 @@ from come.models.adapter import Block, ModelAdapter
 from come.models.loss import window_nll
 from come.progress import ProgressBar
 from come.stream.boundaries import BoundaryStore, make_store
+from come.stream.observer import LayerObserver, Meter
 
-Update = Callable[[Tensor, Tensor], None]
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
-
-
-@runtime_checkable
-class LayerObserver(Protocol):
-    """Accumulates statistics while the windows pass through a layer."""
-
-    def layer(self, index: int) -> AbstractContextManager[Update]:
-        """Returns a context that is open while all windows pass through layer `index`.
-
-        The context's value is called after every batch with the layer's input and output,
-        [batch, seq, hidden] each. Hooks are installed on entry and removed on exit.
-        """
-        ...
-
-
-@dataclass
-class Meter:
-    """Counts forward passes of one token through one layer."""
-
-    tokens: int = 0
 
 
 class LayerStream:
@@ -249,9 +228,8 @@ class LayerStream:
     ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
         """Batches of (boundary `start`, boundary `stop`), in the model's dtype, on its device."""
         assert 0 <= start <= stop <= self._valid
-        device = self.adapter.device
         for rows in self._batches:
-            yield self._store[start][rows].to(device), self._store[stop][rows].to(device)
+            yield self.boundary(start, rows), self.boundary(stop, rows)
 
     def keywords(self, batch: int, index: int) -> dict[str, Any]:
         """Keyword arguments of layer `index` for a batch of `batch` windows."""

@@ -19,8 +19,8 @@ from come.distill.progress import Progress
 from come.distill.sharding import export_to_student, shard, wants_sharding
 from come.distill.trainer import train
 from come.job.folder import STATES
+from come.job.job import Job
 from come.job.stages.merge import sampling_key, save
-from come.job.stages.prepare import Job
 from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from come.records import DistillationResult

@@ -11,7 +11,7 @@ from come.evaluate.base import Evaluation, Metrics, read_metrics
 from come.evaluate.dense import evaluate_dense
 from come.files import write_text
 from come.job.folder import MEASURED
-from come.job.stages.prepare import Job
+from come.job.job import Job
 from come.merge.plan import Plan
 from come.models.checkpoint import identity
 from come.records import DepthResult

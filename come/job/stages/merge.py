@@ -19,7 +19,7 @@ from come.files import package_hash, write_text
 from come.job.environment import versions
 from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
-from come.job.stages.prepare import Job
+from come.job.job import Job
 from come.memory import PeakMemory
 from come.merge.apply import apply
 from come.merge.loop import compress

@@ -123,8 +123,8 @@ class Ridge(Refit):
 
     def work(self, size: SpanSize) -> Work:
         """Both least-squares problems, the passes that they read, and the alignment."""
-        heads = size.gram(size.heads, size.hidden) + size.solve(size.heads, size.hidden)
-        ffn = size.gram(size.channels, size.hidden) + size.solve(size.channels, size.hidden)
+        heads = size.sums(size.heads, size.hidden) + size.solve(size.heads, size.hidden)
+        ffn = size.sums(size.channels, size.hidden) + size.solve(size.channels, size.hidden)
         reads = size.passes * (size.layers + 1.5)
         return heads + ffn + reads + (Work() if self.align is None else size.aligned())
 

@@ -1,0 +1,74 @@
+"""A job: its settings, checked against its model and texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from come.data.windows import TokenWindows
+from come.evaluate.base import Evaluation
+from come.job.estimate import Cost, compression_cost
+from come.merge.plan import Plan
+from come.models.loading import ModelShape, choose_device, load_weights
+from come.schema import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose settings have been checked against its model and texts, without weights."""
+
+    settings: Settings
+    folder: Path
+    hash: str
+    checkpoint: Path
+    shape: ModelShape
+    target: int
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan | None
+    calibration: TokenWindows | None
+    evaluations: dict[str, tuple[Evaluation, Any]] = field(default_factory=dict)
+    """The evaluations by name, each with the data that its `prepare` returned."""
+    training: TokenWindows | None = None
+    start: Path | None = None
+    """The folder of a merged model to start from, with its plan."""
+    disk_bytes: int = 0
+    """Bytes that the job writes to its folder."""
+
+    @property
+    def merged(self) -> str:
+        """Name of the merged model's folder in the job folder."""
+        return "model-merged" if self.settings.distill.active else "model"
+
+    @property
+    def cost(self) -> Cost:
+        """The estimated cost of the merge."""
+        settings = self.settings
+        return compression_cost(
+            self.shape,
+            num_samples=settings.calibration.windows,
+            seq_len=settings.calibration.seq_len,
+            target=self.target,
+            method=settings.merge,
+            store=settings.calibration.store,
+            device=choose_device(settings.model.device).type,
+        )
+
+    @property
+    def label(self) -> str:
+        """Name of the model in tables and tags."""
+        settings = self.settings.model
+        return settings.name if settings.name != "local" else self.checkpoint.name
+
+    def load(self, folder: Path | None = None, device: str | None = None) -> PreTrainedModel:
+        """Loads the dense model, or the model in `folder`, on `device` or the job's device."""
+        model = self.settings.model
+        return load_weights(
+            folder or self.checkpoint,
+            dtype=model.dtype,
+            device=device or model.device,
+            trust_remote_code=model.trust_remote_code,
+        )
