@@ -59,7 +59,7 @@ gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill 
 
 notebooks: $(READY)  ## runs every notebook and keeps its outputs (15 minutes on 2 cores)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
-	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	$(BIN)/python docs/notebooks.py
 
 docs: $(READY)   ## the documentation, in site/
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
