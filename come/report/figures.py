@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from come.merge.plan import Plan
 from come.models.adapter import UNITS, UNITS_OF, Unit
@@ -94,6 +96,8 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
                 left += units
         axis.set_title(f"{TITLES[unit]} ({plan.base.units[unit]} a layer)", fontsize=10)
         axis.set_xlabel("units, labelled with the original layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(-0.6, depth - 0.4)
     axes[0].set_ylabel("layer of the merged model" if whole else f"{plan.block} blocks left")
     axes[0].set_yticks(range(0, depth, max(1, depth // 15)))
     for axis in axes[: 1 if whole else 2]:
@@ -103,33 +107,36 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
 
 
 def draw_influence(plan: Plan, path: Path) -> None:
-    """Draws span scores and block influence over depth, with one line per merge step."""
+    """Draws the scored spans and block influence over the original layers, one colour a step.
+
+    A span is a line from its first to its last original layer, at its score; the chosen ones are
+    red.
+    """
     figure, (scores, influence) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = plt.get_cmap("viridis")
     for number, step in enumerate(plan.steps):
         colour = colours(number / max(1, len(plan.steps) - 1) * 0.9)
-        depths = plan.base.num_layers, plan.num_layers
+        history = replace(plan, steps=plan.steps[:number]).history
         label = f"step {number + 1}" if number in (0, len(plan.steps) - 1) else None
-        candidates = sorted(step.candidates, key=lambda c: (c.last - c.first, c.first))
-        one_size = len({c.last - c.first for c in candidates}) == 1
-        scores.plot(
-            [c.first for c in candidates],
-            [c.score for c in candidates],
-            "o-" if one_size else "o",
-            markersize=2.5,
-            linewidth=0.9,
-            color=colour,
-            label=label,
+        style = {"marker": "|", "markersize": 5, "solid_capstyle": "butt"}
+        for index, candidate in enumerate(step.candidates):
+            ends = [history[candidate.first][0], history[candidate.last][-1]]
+            own = label if index == 0 else None
+            scores.plot(ends, [candidate.score] * 2, color=colour, linewidth=1, label=own, **style)
+        chosen = [history[step.first][0], history[step.last][-1]]
+        scores.plot(chosen, [step.score] * 2, color="crimson", linewidth=2.5, zorder=3, **style)
+        whole = len(step.bi) == len(history)
+        layers = [span[0] for span in history] if whole else list(range(len(step.bi)))
+        influence.plot(
+            layers, step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label
         )
-        scores.plot(step.first, step.score, "v", color="crimson", markersize=7)
-        influence.plot(step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label)
-    scores.set_title("score of each group that was scored (triangle: merged)", fontsize=10)
-    scores.set_xlabel(f"first layer of the group, at {depths[0]} to {depths[1] + 1} layers")
+    scores.set_title("score of each span that was scored (red: merged)", fontsize=10)
     scores.set_ylabel("selection score")
     influence.set_title("block influence of each layer", fontsize=10)
-    influence.set_xlabel("layer")
     influence.set_yscale("log")
     for axis in (scores, influence):
+        axis.set_xlabel("original layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=_DPI)
