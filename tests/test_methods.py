@@ -69,7 +69,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt", "opt_nobias"])
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt"])
 def test_every_part_in_the_paper_s_recipe(family, parts, windows):
     model = pico(family)
     plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)

@@ -172,6 +172,7 @@ def test_a_run_with_tasks(tasks, command, tmp_path):
     assert any("eval/zero_shot/layers_dense_difference_value" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_bad_task_name_costs_one_line(command_line, tasks, tmp_path):
     words = [
         "eval=zero_shot",
