@@ -74,24 +74,38 @@ class ReconstructionTargets:
         self.original = original
         self.target: Target = target
         self.weighting: Weighting = weighting
+        self._after_attention: dict[int, list[Tensor]] = {}
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of all windows, in order."""
-        stream, layers = self.stream, range(self.first, self.last + 1)
-        for rows in stream.batches:
+        for rows in self.stream.batches:
             states, output, weights = self.input_output(rows)
             middle = states.clone()
-            entering: dict[Unit, list[States]] = {"kv_group": [], "channel": []}
-            for index in layers:
-                before = stream.boundary(index, rows)
-                keywords = stream.keywords(len(before), index)
-                layer = stream.adapter.layers[index]
-                between = run_attention(stream.adapter, layer, before, keywords)[1]
-                middle += between - before
-                entering["kv_group"].append(before)
-                entering["channel"].append(between)
+            before = [
+                self.stream.boundary(index, rows) for index in range(self.first, self.last + 1)
+            ]
+            between = self._between(rows, before)
+            for entering, leaving in zip(before, between, strict=True):
+                middle += leaving - entering
             windows = torch.arange(rows.start, rows.stop)
-            yield TargetBatch(states, middle, output, weights, windows, entering)
+            entering_units: dict[Unit, list[States]] = {"kv_group": before, "channel": between}
+            yield TargetBatch(states, middle, output, weights, windows, entering_units)
+
+    def _between(self, rows: slice, before: Sequence[States]) -> list[States]:
+        """The residual stream after the attention of every layer of the span.
+
+        Computed once and then kept in main memory, if the boundaries are there too.
+        """
+        stream, adapter = self.stream, self.stream.adapter
+        if rows.start in self._after_attention:
+            return [states.to(adapter.device) for states in self._after_attention[rows.start]]
+        found = [
+            run_attention(adapter, adapter.layers[i], states, stream.keywords(len(states), i))[1]
+            for i, states in zip(range(self.first, self.last + 1), before, strict=True)
+        ]
+        if stream.store == "memory":
+            self._after_attention[rows.start] = [states.cpu() for states in found]
+        return found
 
     def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
         """The layer's input, the target output and the token weights of one batch."""
