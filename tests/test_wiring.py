@@ -111,6 +111,7 @@ CHANGES = [
     ((*FRONT, "merge.selection=random"), "merge.selection.seed=1", PLANNED),
     ((*COME, "merge.retention=posterior"), "merge.retention.granularity=3", MERGED),
     (PLUS, "merge.retention.rate=1", MERGED),
+    (PLUS, "merge.retention.tokens=32", MERGED),
     (PLUS, "merge.refit.input_lambda=20", MERGED),
     (PLUS, "merge.refit.steps=1", MERGED),
     ((*COME, "merge.refit=adam", "merge.refit.steps=2"), "merge.refit.steps=3", MERGED),
