@@ -34,7 +34,8 @@ test-shapes: $(READY)  ## tests of the method once more, every tensor held again
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --jaxtyping-packages=come,beartype.beartype \
 		-k "not every_part and not interrupted and not any_size" \
 		tests/test_methods.py tests/test_distill.py tests/test_evaluation.py tests/test_text.py \
-		tests/test_sensitivity.py tests/test_gauss_newton.py tests/test_api.py $(ARGS)
+		tests/test_sensitivity.py tests/test_gauss_newton.py tests/test_api.py \
+		tests/test_dual.py tests/test_estimate.py $(ARGS)
 
 test-all: test test-shapes test-slow  ## all tests
 

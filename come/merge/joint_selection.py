@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ Solved = tuple[Map, Tensor]
 """The output projection of the kept attention, and its columns in the stacked projection."""
 
 
+@runtime_checkable
 class UnitRule(Protocol):
     """Chooses units by the least-squares problem of all units of a span."""
 
