@@ -27,7 +27,7 @@ class Work:
             self.single + other.single, self.double + other.double, max(self.bytes, other.bytes)
         )
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: int | float) -> Work:
         """The same again, `times` times."""
         return Work(self.single * times, self.double * times, self.bytes)
 
