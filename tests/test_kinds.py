@@ -16,7 +16,10 @@ from come.evaluate.continuations import Continuations
 from come.evaluate.perplexity import perplexity
 from come.evaluate.tasks import tasks_identity
 from come.job.identity import job_hash
+from come.job.run import _trackers
+from come.merge.selection.random import Random
 from come.models.loading import inspect_model, load_model, load_weights
+from come.tracking.base import JSONL
 from tests.bases import change_weights, edit, lone_token, saved
 from tests.jobs import QUICK, before_loading, job_settings, questions, start
 
@@ -79,6 +82,23 @@ def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
     windows = job.evaluations["perplexity"][1][""].windows
     again = perplexity(model, windows, batch_tokens=2048, progress=False)
     assert result["depths"][-1]["metrics"]["perplexity"]["samples"] == again.samples
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    curve = [line for line in map(json.loads, lines) if "distill/loss" in line]
+    assert [line["distill/step"] for line in curve] == list(range(1, len(curve) + 1))
+    assert len(curve) == result["distillation"]["steps"]
+
+
+def test_without_a_tracker_metrics_are_written_to_disk_alone(base, tmp_path):
+    job = before_loading(base, tmp_path / "out")
+    with _trackers(job) as trackers:
+        assert [type(tracker) for tracker in trackers._trackers] == [JSONL]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_scores_are_uniform(seed):
+    found = [Random(seed=seed).score(None, first, first + 1) for first in range(200)]
+    assert 0 <= min(found) < 0.1
+    assert 0.9 < max(found) < 1
 
 
 def test_the_part_of_a_text_that_is_held_out_counts(base, text_file, tmp_path):
