@@ -28,7 +28,7 @@ test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(READY) $(VENV)/transformers4  ## the tests on the real model and on many processes
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 test-shapes: $(READY)  ## tests of the method once more, every tensor held against its annotation
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --jaxtyping-packages=come,beartype.beartype \

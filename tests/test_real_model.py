@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.data.windows import CALIBRATION_PART, EVALUATION_PART, text_part
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]  # one fixture
 
 ROOT = Path(__file__).parents[1]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2_valid.txt"
