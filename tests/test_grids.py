@@ -15,7 +15,8 @@ import pytest
 from come.evaluate.base import Metric, Relative
 from come.evaluate.paired import mean_difference
 from come.report.grid import read_grid
-from come.report.points import PARAMETERS, points
+from come.report.grid_figure import draw_grid
+from come.report.points import PARAMETERS, Point, points
 from come.report.tables import metric_table
 from tests.commands import ROOT, finish
 
@@ -277,3 +278,18 @@ def test_the_interval_of_an_average_weighs_tasks_alike():
     pooled = np.concatenate([large, small])
     assert (low + high) / 2 == pytest.approx(pooled.mean(), abs=0.004)
     assert (high - low) / 2 == pytest.approx(1.96 * (pooled.var() / 960) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("value", [2.7243386555860054, 1.41642814635814])
+def test_a_figure_of_seeds_that_agree(value, tmp_path):
+    """The mean of three equal values is rounded to below, or above, them."""
+    assert sum([value] * 3) / 3 != value
+    found = {"perplexity": Metric(value, relative=Metric(value))}
+    dense = {"perplexity": Metric(1.0, data="text")}
+    points = [Point("a", "3", 3, 10, f"seed={i}", found, dense) for i in range(3)]
+    other = {"perplexity": Metric(2.0, relative=Metric(2.0))}
+    points += [Point("a", "4", 3, 10, f"seed={i}", found, dense) for i in range(2)]
+    points += [Point("a", "5", 3, 10, "seed=0", other, dense)]
+    points += [Point("a", "5", 3, 10, "seed=1", found, dense)]
+    draw_grid(points, tmp_path / "figure.png", "merge.m", "")
+    assert (tmp_path / "figure.png").stat().st_size > 1000

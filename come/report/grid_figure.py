@@ -54,8 +54,9 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         if x == PARAMETERS:
             across = [value / 1e6 for value in across]
         mean = [sum(places[p]) / len(places[p]) for p in order]
-        low = [m - min(places[p]) for m, p in zip(mean, order, strict=True)]
-        high = [max(places[p]) - m for m, p in zip(mean, order, strict=True)]
+        # a mean of equal values can be rounded to outside of them
+        low = [max(0.0, m - min(places[p])) for m, p in zip(mean, order, strict=True)]
+        high = [max(0.0, max(places[p]) - m) for m, p in zip(mean, order, strict=True)]
         spread = [low, high] if any(low) or any(high) else None
         style = ["o-", "s--", "^:", "D-."][number // 20 % 4]
         axis.errorbar(
