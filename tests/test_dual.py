@@ -104,7 +104,7 @@ def test_growth_after_columns_have_left(leaving):
 
 @pytest.mark.parametrize("tokens", [32, 80])
 def test_the_form_is_chosen_by_size(tokens, windows):
-    """96 columns of two layers: dual from 4 columns per token."""
+    """256 columns of two layers: dual from 4 columns per token."""
     adapter = ModelAdapter(pico("llama_gqa", intermediate_size=128))
     with LayerStream(adapter, windows[: tokens // 16], progress=False) as stream:
         stream.embed()

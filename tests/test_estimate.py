@@ -1,5 +1,7 @@
 """The estimate before the start, and --dry-run."""
 
+import os
+
 import pytest
 import torch
 
@@ -27,21 +29,21 @@ def cost(shape, **changes):
 
 def test_in_words():
     work = Work(single=1e11, double=1e10, bytes=2e9)
-    found = Cost(8192, 30, work, [2, 2, 3], 538_000_000, 585_000_000, "memory")
+    found = Cost(8192, work, [2, 2, 3], 538_000_000, 585_000_000, "memory")
     assert found.lines(SPEED) == [
         "cost: 8192 calibration tokens, 3 trial merges",
         "time: about 2 min 00 s",
         "memory: weights 538 MB, 2,000 MB for least squares, boundary states 585 MB",
     ]
-    on_gpu = Cost(8192, 30, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
+    on_gpu = Cost(8192, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
     assert on_gpu.lines(SPEED) == [
         "cost: 8192 calibration tokens",
         "time: about 2 min 00 s, and more for merge.x=y",
         "memory: weights 538 MB, 2,000 MB for least squares on the GPU; boundary states 585 MB in "
         "main memory",
     ]
-    on_disk = Cost(8192, 30, work, [], 538_000_000, 585_000_000, "disk")
-    assert on_disk.lines()[1].endswith("boundary states 585 MB in memory-mapped files")
+    on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk")
+    assert on_disk.lines(SPEED)[2].endswith("boundary states 585 MB in memory-mapped files")
     assert found.memory_bytes - on_disk.memory_bytes == 585_000_000
     assert duration(125.0) == "2 min 05 s"
 
@@ -94,6 +96,18 @@ def test_it_grows_with_tokens_depth_and_trials(shape):
     assert cost(shape, method=recipe("come_plus", m=2)).work.bytes < cost(shape).work.bytes
 
 
+def test_a_choice_of_fewer_tokens_costs_less(shape):
+    method = recipe("come_plus")
+    method.retention.tokens = 64
+    assert cost(shape, method=method).work.single < cost(shape).work.single
+
+
+def test_layers_are_measured_again_only_where_the_schedule_does(shape):
+    passes = cost(shape, method=recipe("shortgpt")).work.single
+    assert passes == 12 * 2 * 256 * shape.block_parameters["layer"]
+    assert cost(shape, method=recipe("come")).work.single > passes
+
+
 def test_passes_that_are_not_counted_are_named(shape):
     assert cost(shape).extra == []
     assert cost(shape, method=recipe("sleb")).extra == ["merge.selection=skip_loss"]
@@ -109,7 +123,6 @@ def test_speed_is_measured():
 
 
 def test_dry_run(command_line, tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_DRY_RUN", "1")
     monkeypatch.setattr("come.job.job.load_weights", None)
     folder = tmp_path / "runs" / "new"
     code, output = command_line(
@@ -130,17 +143,16 @@ def test_dry_run(command_line, tmp_path, monkeypatch):
     ):
         assert line in output
     assert not folder.parent.exists()
+    assert "COME_DRY_RUN" not in os.environ
 
 
-def test_a_dry_run_says_what_a_run_would_refuse(command_line, tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_DRY_RUN", "1")
+def test_a_dry_run_says_what_a_run_would_refuse(command_line):
     code, output = command_line("--dry-run", "merge.target_layers=44")
     assert (code, output.count("\n")) == (1, 2)
     assert "error: merge.target_layers=44: the model has 24 layers" in output
 
 
-def test_a_dry_run_of_a_sweep(command_line, tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_DRY_RUN", "1")
+def test_a_dry_run_of_a_sweep(command_line, tmp_path):
     code, output = command_line("--dry-run", "-m", "merge.target_layers=20,21", "eval=perplexity")
     assert code == 0, output
     assert "to 20 layers" in output
@@ -149,7 +161,6 @@ def test_a_dry_run_of_a_sweep(command_line, tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_said(command_line, monkeypatch):
-    monkeypatch.setenv("COME_DRY_RUN", "1")
     monkeypatch.setattr("come.job.estimate.Cost.memory_bytes", 1e15)
     code, output = command_line("--dry-run")
     assert code == 0, output

@@ -10,7 +10,6 @@ from come.merge.constraints import (
     check_target,
     depths,
     group_size,
-    layer_passes,
     layers_for_sparsity,
     smallest_depth,
 )
@@ -109,11 +108,8 @@ def test_targets_that_do_not_fit(arguments, message):
         check_target(*arguments)
 
 
-def test_depths_and_passes():
+def test_depths():
     assert depths(10, 5, 3) == [8, 6, 5]
-    # 30 layers, then the merged layer and all behind it; nothing behind the last merge
-    assert layer_passes(30, [(13, 14), (24, 25), (3, 4)]) == 30 + (29 - 13) + (28 - 24)
-    assert layer_passes(30, [(5, 6)]) == 30
 
 
 def test_sparsity_takes_the_nearest_depth():

@@ -100,8 +100,9 @@ def main() -> int:
             if DRY_RUN in os.environ:
                 from come.job.dry_run import dry_run
 
-                kinds = logging.FileHandler  # a dry run leaves no files
-                logging.root.handlers = [h for h in logging.root.handlers if type(h) is not kinds]
+                for handler in logging.root.handlers[:]:  # a dry run leaves no files
+                    if isinstance(handler, logging.FileHandler):
+                        logging.root.removeHandler(handler)
                 print("\n".join(dry_run(settings, folder)), flush=True)
                 _remove_if_empty(folder)
             else:
@@ -139,6 +140,7 @@ def main() -> int:
     try:
         return _guarded(start)
     finally:
+        os.environ.pop(DRY_RUN, None)
         if GridReport.running is not None:  # also after a failed job
             _finish_sweep(GridReport.running)
             GridReport.running = None

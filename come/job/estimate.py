@@ -15,7 +15,7 @@ from come.models.loading import ModelShape
 from come.report.numbers import duration, megabytes
 
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}
-"""Measured share of the speed of large matrix products that a compression reaches."""
+"""Assumed share of the speed of matrix products that a compression reaches (experiments/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Cost:
 
     Attributes:
         tokens: number of calibration tokens.
-        num_layers: layers of the dense model.
         work: arithmetic of all merges and trial merges.
         trials: sizes of the spans that are merged on trial.
         weight_bytes: bytes of the model's weights.
@@ -65,7 +64,6 @@ class Cost:
     """
 
     tokens: int
-    num_layers: int
     work: Work
     trials: list[int]
     weight_bytes: int
@@ -74,13 +72,14 @@ class Cost:
     device: str = "cpu"
     extra: list[str] = field(default_factory=list)
 
-    def lines(self, speed: Speed | None = None) -> list[str]:
-        """Lines to log before the compression starts; without a speed, none about time."""
+    def lines(self, speed: Speed) -> list[str]:
+        """Lines to log before the compression starts."""
         more = f", and more for {', '.join(self.extra)}" if self.extra else ""
         tried = f", {len(self.trials)} trial merges" if self.trials else ""
-        lines = [f"cost: {self.tokens} calibration tokens{tried}"]
-        if speed is not None:
-            lines.append(f"time: about {duration(speed.seconds(self.work))}{more}")
+        lines = [
+            f"cost: {self.tokens} calibration tokens{tried}",
+            f"time: about {duration(speed.seconds(self.work))}{more}",
+        ]
         solving = f"{megabytes(self.work.bytes)} for least squares"
         parts = [f"weights {megabytes(self.weight_bytes)}", solving]
         states = f"boundary states {megabytes(self.boundary_bytes)}"
@@ -108,12 +107,11 @@ def compression_cost(
     device: str = "cpu",
 ) -> Cost:
     """Estimates the cost of merging a model of `shape` down to `target` layers."""
-    layers, rules = shape.num_layers, method.constraints(shape.num_layers, target)
+    layers, tokens = shape.num_layers, num_samples * seq_len
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
-    tokens = num_samples * seq_len
-    merges = _merged_spans(method, layers, target)
-    trials = _trial_spans(method, layers, target) if rules.m > 1 else []
-    work = _span(shape, 1, tokens).passes * (layers + sum(layers // 2 for _ in merges))
+    merges, trials = _merged_spans(method, layers, target), _trial_spans(method, layers, target)
+    again = len(merges) if schedule.remeasures else 0  # the layers after a merge, half of them
+    work = _span(shape, 1, tokens).passes * (layers + again * layers / 2)
     for size in merges:
         span = _span(shape, size, tokens)
         work += method.retention.work(span) + method.refit.work(span)
@@ -137,7 +135,6 @@ def compression_cost(
         slots += layers + 1  # the boundaries of a second stream or of the dense model
     return Cost(
         tokens=tokens,
-        num_layers=layers,
         work=work,
         trials=trials,
         weight_bytes=shape.weight_bytes,

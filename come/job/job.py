@@ -46,16 +46,7 @@ class Job:
     @property
     def cost(self) -> Cost:
         """The estimated cost of the merge."""
-        settings = self.settings
-        return compression_cost(
-            self.shape,
-            num_samples=settings.calibration.windows,
-            seq_len=settings.calibration.seq_len,
-            target=self.target,
-            method=settings.merge,
-            store=settings.calibration.store,
-            device=choose_device(settings.model.device).type,
-        )
+        return merge_cost(self.settings, self.shape, self.target)
 
     @property
     def label(self) -> str:
@@ -72,3 +63,16 @@ class Job:
             device=device or model.device,
             trust_remote_code=model.trust_remote_code,
         )
+
+
+def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
+    """The estimated cost of merging a model of `shape` down to `target` layers."""
+    return compression_cost(
+        shape,
+        num_samples=settings.calibration.windows,
+        seq_len=settings.calibration.seq_len,
+        target=target,
+        method=settings.merge,
+        store=settings.calibration.store,
+        device=choose_device(settings.model.device).type,
+    )

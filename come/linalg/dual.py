@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from come.linalg.equations import Elimination, Map
+from come.linalg.equations import LEAST, Elimination, Map
 
 COLUMNS = 4096  # columns that are worked on at a time
-_LEAST = 1e-30  # lower bound of a mean square
 
 
 class Dual:
@@ -63,7 +62,7 @@ class Dual:
         total = sum(
             rows.square().sum(dtype=torch.float64).item() for rows in self._rows.split(COLUMNS)
         )
-        return max(total / self.width, _LEAST)
+        return max(total / self.width, LEAST)
 
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
         """The ridge solution, float64."""

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DUAL = 4  # columns per token from which the dual form is smaller and faster
+LEAST = 1e-30  # lower bound of a mean square
 
 
 @dataclass(frozen=True)

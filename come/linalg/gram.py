@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from scipy.linalg.lapack import dpotri
 from torch import Tensor
 
-from come.linalg.equations import Elimination, Map
+from come.linalg.equations import LEAST, Elimination, Map
 from come.stream.token_blocks import TokenBlocks
 
 BLOCK = 512  # columns of a Gram matrix that are updated at a time
-_LEAST = 1e-30  # lower bound of a mean square
 
 
 class Gram:
@@ -100,7 +99,7 @@ class Gram:
 
         Positive even if all inputs are 0, so that the penalty then gives the initial map.
         """
-        return max(self.gram.diagonal()[: self.width].mean().item(), _LEAST)
+        return max(self.gram.diagonal()[: self.width].mean().item(), LEAST)
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Gram:
         """The equations for a subset of the inputs; the constant is kept."""
@@ -166,8 +165,9 @@ class Gram:
 class DenseElimination:
     """Backward elimination on the inverse B = (G + ridge)^-1.
 
-    (A_ss)^-1 = B_ss - B_sg B_gg^-1 B_gs and W_s = W_s - B_sg B_gg^-1 W_g, where s are the remaining
-    and g the removed columns. A round costs n^2 g for n columns instead of n^3.
+        B <- B_ss - B_sg B_gg^-1 B_gs    W <- W_s - B_sg B_gg^-1 W_g
+
+    s: the remaining columns; g: the removed ones. A round costs n^2 g for n columns instead of n^3.
 
     Args:
         factor: Cholesky factor of G + ridge; changed.
@@ -209,7 +209,8 @@ class DenseElimination:
 def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """(L L^T)^-1, in the memory of the lower Cholesky factor L, float64.
 
-    On the CPU by LAPACK's `dpotri`: `torch.cholesky_inverse` needs a copy, and seven times as long.
+    On the CPU by LAPACK's `dpotri`: `torch.cholesky_inverse` needs a copy and far more time
+    (experiments/LOG.md).
     """
     if factor.device.type != "cpu":
         return torch.cholesky_inverse(factor, out=factor)

@@ -1,4 +1,4 @@
-"""Which spans may be merged next, which depths can be reached, and how many passes they need."""
+"""Which spans may be merged next, and which depths can be reached."""
 
 from __future__ import annotations
 
@@ -257,20 +257,3 @@ def layers_for_sparsity(
             f"{(layers - 1) * per_layer / total:.4f} of the parameters are gone"
         )
     return layers - removed
-
-
-def layer_passes(num_layers: int, steps: Sequence[tuple[int, int]]) -> int:
-    """Passes of all windows over one layer that a progressive run needs.
-
-    These are one full pass, and after every merge except the last, one pass over the merged layer
-    and all layers after it.
-
-    Args:
-        num_layers: layers of the dense model.
-        steps: (first, last) of every merged span, in positions of the model before that merge.
-    """
-    passes, depth = num_layers, num_layers
-    for first, last in steps[:-1]:
-        depth -= last - first
-        passes += depth - first
-    return passes

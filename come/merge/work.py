@@ -95,8 +95,12 @@ class SpanSize:
 
     def aligned(self) -> Work:
         """The alignment of both sublayers' input maps (see `come.merge.alignment`)."""
-        out = self.hidden * self.layers
-        once = self.sums(self.hidden, out) + self.solve(self.hidden, out)
+        width, out = float(self.hidden), float(self.hidden * self.layers)
+        once = Work(
+            single=self.tokens * width * (width + 2 * out),  # always by normal equations
+            double=width**3 / 3 + 2 * width * width * out,
+            bytes=8 * width * (width + 2 * out),
+        )
         folded = Work(double=2.0 * self.parameters * self.layers * self.hidden)
         return once * 2 + folded + self.passes * (2 * self.layers)
 

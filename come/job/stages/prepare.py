@@ -15,9 +15,8 @@ from come.data.windows import (
 )
 from come.evaluate.base import Evaluation, Subject
 from come.files import check_replaceable
-from come.job.estimate import compression_cost
 from come.job.folder import check_folder, find_run
-from come.job.job import Job
+from come.job.job import Job, merge_cost
 from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
 from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
@@ -91,14 +90,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"layers by one state a window, and needs at least {least} windows"
             )
         if calibrating.store == "disk":
-            needed += compression_cost(
-                shape,
-                num_samples=calibrating.windows,
-                seq_len=calibrating.seq_len,
-                target=target,
-                method=merge,
-                store=calibrating.store,
-            ).boundary_bytes
+            needed += merge_cost(settings, shape, target).boundary_bytes
     if settings.distill.active:
         if plan is not None and plan.block != "layer":
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -78,4 +78,5 @@ class Adaptive(RetentionRule):
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and the elimination of channels."""
+        size = replace(size, tokens=min(size.tokens, self.tokens or size.tokens))
         return joint_work(size) + size.eliminated(size.width, size.channels)
