@@ -20,6 +20,7 @@ from come.models.adapter import ModelAdapter
 from come.models.loss import window_nll
 from come.progress import ProgressBar
 from come.setting import setting
+from come.stream.sweep import final_states
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -59,24 +60,20 @@ def perplexity(
         ValueError: a token id has no row in the embedding, or a loss is not finite.
     """
     check_token_ids(windows, model.get_input_embeddings().weight.shape[0], "the text")
-    adapter = ModelAdapter(model)
-    device = adapter.device
-    decoder = model.get_submodule(adapter.architecture.decoder)
-    head = model.get_output_embeddings()
-    seq = windows.shape[1]
+    adapter, seq = ModelAdapter(model), windows.shape[1]
+    batch_size = max(1, batch_tokens // seq)
     nll: list[float] = []
     with ProgressBar(total=len(windows), desc="perplexity", unit="window", shown=progress) as bar:
-        for batch in windows.split(max(1, batch_tokens // seq)):
-            ids = batch.to(device)
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            nll += (window_nll(head, states, ids) / (seq - 1)).tolist()
-            if not all(map(math.isfinite, nll[-len(batch) :])):
+        for rows, states in final_states(adapter, windows, batch_size):
+            ids = windows[rows].to(adapter.device)
+            nll += (window_nll(adapter.head, states, ids) / (seq - 1)).tolist()
+            if not all(map(math.isfinite, nll[rows])):
                 raise ValueError(
-                    f"perplexity: a loss of windows {len(nll) - len(batch) + 1} to {len(nll)} is "
+                    f"perplexity: a loss of windows {rows.start + 1} to {rows.stop} is "
                     f"not finite; the model's predictions overflow in {model.dtype}: try "
                     "model.dtype=float32 or bfloat16"
                 )
-            bar.update(len(batch))
+            bar.update(rows.stop - rows.start)
     found = exp_interval(nll)
     return Metric(
         found.value,

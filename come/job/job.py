@@ -61,6 +61,8 @@ class Job:
             folder or self.checkpoint,
             dtype=model.dtype,
             device=device or model.device,
+            weights="memory" if self.settings.distill.active else model.weights,
+            scratch=self.folder,
             trust_remote_code=model.trust_remote_code,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from come.linalg.equations import Map
 from come.linalg.gram import Gram
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
-from come.models.adapter import LayerState, ModelAdapter, Unit
+from come.models.adapter import ModelAdapter, Unit
+from come.models.layer_state import LayerState, changed
 from come.models.sublayers import States
 
 
@@ -74,11 +76,14 @@ def fold_input_transform(
     adapter: ModelAdapter, unit: Unit, state: LayerState, change: Float[Tensor, "hidden hidden"]
 ) -> LayerState:
     """The layer with `change` folded into the weights that read the norm: W P in place of W."""
-    rows = {name: state[name] for name in input_tensors(adapter, unit)}
-    return state | {
-        name: (tensor.double() @ change.to(tensor.device)).to(tensor.dtype)
-        for name, tensor in rows.items()
-    }
+    names = input_tensors(adapter, unit)
+    return changed(state, {name: partial(_transformed, state, name, change) for name in names})
+
+
+def _transformed(state: LayerState, name: str, change: Tensor) -> Tensor:
+    """W P, computed in float64."""
+    rows = state[name]
+    return (rows.double() @ change.to(rows.device)).to(rows.dtype)
 
 
 def input_tensors(adapter: ModelAdapter, unit: Unit) -> list[str]:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from come.merge.norms import check_norms, fold_norms
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
 from come.merge.plan import MergeStep, Plan
 from come.merge.source_layers import SourceLayers
-from come.models.adapter import Block, LayerState, ModelAdapter
+from come.models.adapter import Block, ModelAdapter
+from come.models.layer_state import LayerState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +47,7 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
     sources = source_layers_of(adapter, layers, operator, plan.norms, step.shares, step.kept)
-    merged = sources.state | step.solved.tensors
+    merged = {**sources.state, **step.solved.tensors}
     if block == "layer":
         adapter.replace(step.first, step.last, merged)
     else:
@@ -68,11 +70,12 @@ def block_states(
     The first of these layers gets the merged block; in the others the block's output projection is
     zeroed. A drop leaves the kept block in its own layer.
     """
-    states = {place: adapter.zeroed(place, block) for place in places}
+    states: dict[int, LayerState] = {place: adapter.zeroed(place, block) for place in places}
     home = places[keeper or 0]
     states[home] = adapter.layer_state(home)
     if keeper is None:
-        states[home] |= {name: merged[name] for name in adapter.block_tensors(block)}
+        own = {name: merged[name] for name in adapter.block_tensors(block)}
+        states[home] = {**states[home], **own}
     return states
 
 
@@ -112,7 +115,7 @@ def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
     Returns:
         The previous values of these tensors, by layer.
     """
-    layers: dict[int, LayerState] = {}
+    layers: dict[int, dict[str, Tensor]] = {}
     for key, tensor in plan.finish.tensors.items():
         place, _, name = key.partition("/")
         layers.setdefault(int(place), {})[name] = tensor

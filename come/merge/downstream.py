@@ -9,7 +9,7 @@ from torch import Tensor
 
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import Weighting, token_weights
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 from come.models.sublayers import run_attention, run_mlp
 from come.models.surgery import Span
 from come.stream.stream import LayerStream
@@ -58,7 +58,7 @@ def _refitted(
     weighting: Weighting,
 ) -> LayerState:
     """The new output projection of layer `index`; replaces `states`, its input, with its output."""
-    adapter, layer = stream.adapter, stream.adapter.layers[index]
+    adapter, layer = stream.adapter, stream.adapter.layer(index)
     initial = output_map(adapter, layer, "channel")
     sums = equations(initial, adapter, stream.tokens)
     for rows in stream.batches:

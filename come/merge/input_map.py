@@ -109,8 +109,7 @@ class InputMap:
 
     def error(self, change: Matrix) -> float:
         """sum_t w_t |target - output|^2 of the layer with W + change."""
-        kept = self.weight.clone()
-        self.weight.copy_(self.changed(change))
+        self._put(self.changed(change))
         total = 0.0
 
         def accumulate(gap: Tensor, weights: Tensor) -> None:
@@ -121,8 +120,11 @@ class InputMap:
         for middle, target, weights, keywords in self._batches():
             blocks.add(self._gap(middle, target, keywords), weights)
         blocks.finish()
-        self.weight.copy_(kept)
+        self._put(self.weight)
         return total
+
+    def _put(self, weight: Tensor) -> None:
+        self.adapter.assign(self.layer, {f"{self.name}.weight": weight})
 
     def _start(self) -> tuple[Tensor, Matrix, float, float]:
         """mean_t n n^T, minus half the gradient of E at 0, the mean curvature, E(0); float64."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from come.linalg.equations import Equations, Map, unit_columns
-from come.merge.alignment import fold_input_transform, input_maps
+from come.merge.alignment import fold_input_transform, input_maps, input_tensors
 from come.merge.output_map import equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
@@ -75,7 +75,7 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
             maps = input_maps(targets, unit, layers[0], layers, reads, align)
             for i, change in enumerate(maps):
                 states[i] = fold_input_transform(adapter, unit, states[i], change)
-                layers[i].load_state_dict(states[i])
+                adapter.assign(layers[i], {n: states[i][n] for n in input_tensors(adapter, unit)})
         sums = stacked_equations(targets, unit, initial, layers, attention)
         penalty = joint_lambda(group.refit) * sums.mean_diagonal()
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
@@ -101,7 +101,7 @@ def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
     """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed."""
     adapter = targets.stream.adapter
     layers = range(targets.first, targets.last + 1)
-    maps = [output_map(adapter, adapter.layers[i], unit) for i in layers]
+    maps = [output_map(adapter, adapter.layer(i), unit) for i in layers]
     biases = [part.bias for part in maps if part.bias is not None]
     return Map(
         torch.cat([part.weight for part in maps], dim=1),

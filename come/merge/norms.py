@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-from come.models.adapter import LayerState, Role
+from come.models.adapter import Role
+from come.models.layer_state import LayerState, changed
 
 Norms = Literal["mean", "fold"]
 
@@ -36,29 +39,38 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         roles: role of each tensor.
 
     Returns:
-        All tensors of the folded layer, same shapes and dtypes.
+        All tensors of the folded layer, same shapes and dtypes, each computed when it is read.
     """
-    folded = dict(state)
+    folded: dict[str, Callable[[], Tensor]] = {}
     for norm in sorted({role.norm for role in roles.values() if role.norm}):
         if f"{norm}.weight" not in state:
             continue  # a norm without learned parameters
         readers = [name for name, role in roles.items() if role.norm == norm]
         weights = [name for name in readers if name.endswith(".weight")]
         biases = [name.removesuffix("weight") + "bias" for name in weights]
-        scale = state[f"{norm}.weight"].double()
-        shift = state.get(f"{norm}.bias")
+        own = state[f"{norm}.weight"]
+        scale, shift = own.double(), state.get(f"{norm}.bias")
         moves_shift = shift is not None and all(bias in readers for bias in biases)
         if shift is not None and not moves_shift and bool((scale == 0).any()):
             continue
         for weight, bias in zip(weights, biases, strict=True):
-            rows = state[weight].double()
-            if moves_shift:
-                assert shift is not None
-                moved = state[bias].double() + rows @ shift.double()
-                folded[bias] = moved.to(state[bias].dtype)
-            folded[weight] = (rows * scale).to(state[weight].dtype)
-        folded[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
+            if moves_shift and shift is not None:
+                folded[bias] = partial(_moved, state, weight, bias, shift)
+            folded[weight] = partial(_scaled, state, weight, scale)
+        folded[f"{norm}.weight"] = partial(torch.ones_like, own)
         if shift is not None:
             rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
-            folded[f"{norm}.bias"] = rest.to(shift.dtype)
-    return folded
+            folded[f"{norm}.bias"] = partial(rest.to, shift.dtype)
+    return changed(state, folded)
+
+
+def _scaled(state: LayerState, weight: str, scale: Tensor) -> Tensor:
+    """W diag(g), computed in float64."""
+    rows = state[weight]
+    return (rows.double() * scale).to(rows.dtype)
+
+
+def _moved(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:
+    """C + W b, computed in float64."""
+    own = state[bias]
+    return (own.double() + state[weight].double() @ shift.double()).to(own.dtype)

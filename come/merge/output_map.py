@@ -7,7 +7,8 @@ from torch import nn
 from come.linalg.dual import Dual
 from come.linalg.equations import DUAL, Equations, Map
 from come.linalg.gram import Gram
-from come.models.adapter import LayerState, ModelAdapter, Unit
+from come.models.adapter import ModelAdapter, Unit
+from come.models.layer_state import LayerState
 
 
 def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -74,37 +75,36 @@ class ReconstructionTargets:
         self.original = original
         self.target: Target = target
         self.weighting: Weighting = weighting
-        self._after_attention: dict[int, list[Tensor]] = {}
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of all windows, in order."""
-        for rows in self.stream.batches:
+        between_of = self._between
+        for number, rows in enumerate(self.stream.batches):
             states, output, weights = self.input_output(rows)
             middle = states.clone()
             before = [
                 self.stream.boundary(index, rows) for index in range(self.first, self.last + 1)
             ]
-            between = self._between(rows, before)
+            device = self.stream.adapter.device
+            between = [states[number].to(device) for states in between_of]
             for entering, leaving in zip(before, between, strict=True):
                 middle += leaving - entering
             windows = torch.arange(rows.start, rows.stop)
             entering_units: dict[Unit, list[States]] = {"kv_group": before, "channel": between}
             yield TargetBatch(states, middle, output, weights, windows, entering_units)
 
-    def _between(self, rows: slice, before: Sequence[States]) -> list[States]:
-        """The residual stream after the attention of every layer of the span.
-
-        Computed once and then kept in main memory, if the boundaries are there too.
-        """
+    @cached_property
+    def _between(self) -> list[list[States]]:
+        """The residual stream after the attention of every layer, in batches, in main memory."""
         stream, adapter = self.stream, self.stream.adapter
-        if rows.start in self._after_attention:
-            return [states.to(adapter.device) for states in self._after_attention[rows.start]]
-        found = [
-            run_attention(adapter, adapter.layers[i], states, stream.keywords(len(states), i))[1]
-            for i, states in zip(range(self.first, self.last + 1), before, strict=True)
-        ]
-        if stream.store == "memory":
-            self._after_attention[rows.start] = [states.cpu() for states in found]
+        found: list[list[States]] = []
+        for index in range(self.first, self.last + 1):
+            layer, after = adapter.layer(index), []
+            for rows in stream.batches:
+                states = stream.boundary(index, rows)
+                keywords = stream.keywords(len(states), index)
+                after.append(run_attention(adapter, layer, states, keywords)[1].cpu())
+            found.append(after)
         return found
 
     def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:

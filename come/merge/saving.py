@@ -15,12 +15,14 @@ from come.merge.plan import Plan
 from come.models.companions import copy_companions, tokenizer_files
 from come.models.dialects import derived_config, write_dialects
 from come.models.loading import load_tokenizer
+from come.models.weights import layers_on_disk, save_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 MAX_SHARD_SIZE = "5GB"
+SHARD_BYTES = 10**9  # with weights on disk, when a shard is all that is in memory
 PLAN = "come/plan.json"
 """Path of the plan inside a model folder. Inference servers load every `*.safetensors` at the top
 of a folder as weights, so the plan's tensors must not be stored there."""
@@ -72,7 +74,7 @@ def save_model(
         (partial / PLAN).parent.mkdir()
         plan.save(partial / PLAN)
         try:
-            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+            _save_weights(model, partial)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"weights cannot be written ({error})", str(folder)) from error
         if source is not None:
@@ -83,6 +85,19 @@ def save_model(
         write_dialects(partial, config)
         _readable_by_group(partial)
     return folder
+
+
+def _save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights, configuration and generation configuration."""
+    if layers_on_disk(model) is None:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        return
+    save_weights(model, folder, SHARD_BYTES)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _loaded_from(model: PreTrainedModel) -> Path | None:
@@ -140,10 +155,8 @@ def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 1
             "model.dtype=float32 or bfloat16"
         )
     cache, steps = None, []
-    for position in range(length):
-        output = model(
-            input_ids=probe[:, position : position + 1], past_key_values=cache, use_cache=True
-        )
+    for part in probe.split([length - 2, 1, 1], dim=1):  # read layers from disk a few times only
+        output = model(input_ids=part, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         steps.append(output.logits.float())
     cached = torch.cat(steps, dim=1)

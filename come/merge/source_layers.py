@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from come.merge.refit.base import Refit
 from come.merge.sensitivity.base import SensitivityMetric
 from come.merge.source_layers import SourceLayers
 from come.merge.unit_scores import UnitScores, unit_scores
-from come.models.adapter import LayerState, Unit
+from come.models.adapter import Unit
+from come.models.layer_state import LayerState
 from come.models.surgery import Span
 from come.statistics.layer_statistics import LayerStatistics
 from come.stream.stream import LayerStream, Route

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.models.architectures import architecture_of
-from come.models.surgery import check_layer_config, replace_layers
+from come.models.layer_state import LayerState, changed
+from come.models.surgery import check_layer_config, remove_layers
+from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,8 +33,6 @@ UNITS_OF: dict[Block, tuple[Unit, ...]] = {
     "attention": ("kv_group",),
     "ffn": ("channel",),
 }
-LayerState = dict[str, Tensor]
-"""All tensors of one decoder layer, by their names relative to the layer."""
 
 
 class Part(Enum):
@@ -88,6 +90,18 @@ class ModelAdapter:
         return layers
 
     @property
+    def on_disk(self) -> LayersOnDisk | None:
+        """What loads the layers if their weights are on disk; None if they are in memory."""
+        return layers_on_disk(self.model)
+
+    def layer(self, index: int) -> nn.Module:
+        """Layer `index` with its weights. Weights from disk are there until another layer is."""
+        layer = self.layers[index]
+        if self.on_disk is not None:
+            self.on_disk.load(layer)
+        return layer
+
+    @property
     def num_layers(self) -> int:
         """Current number of decoder layers."""
         return len(self.layers)
@@ -114,12 +128,13 @@ class ModelAdapter:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def layer_state(self, index: int) -> LayerState:
-        """The tensors of layer `index`, without copying them."""
-        return dict(self.layers[index].state_dict())
+        """The tensors of layer `index`, without copying them; those on disk are read on access."""
+        layer = self.layers[index]
+        return dict(layer.state_dict()) if self.on_disk is None else self.on_disk.state(layer)
 
     def output_map(self, index: int, unit: Unit) -> nn.Linear:
         """The output projection of layer `index` whose input channels are the units' outputs."""
-        linear = self.layers[index].get_submodule(self._output_module(unit))
+        linear = self.layer(index).get_submodule(self._output_module(unit))
         assert isinstance(linear, nn.Linear)
         return linear
 
@@ -145,7 +160,7 @@ class ModelAdapter:
 
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
         """The weights of all linear maps of a block of layer `index`, [d_out, d_in] each."""
-        tensors = dict(self.layers[index].named_parameters())
+        tensors = dict(self.layer(index).named_parameters())
         return [tensors[name] for name in self.block_tensors(block) if tensors[name].dim() == 2]
 
     def mlp_norm_module(self, index: int) -> nn.Module:
@@ -161,13 +176,18 @@ class ModelAdapter:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
         state = self.layer_state(index)
         silenced = self.output_tensors(*UNITS_OF[block])
-        return state | {name: torch.zeros_like(state[name]) for name in silenced}
+        return {**state, **{name: torch.zeros_like(state[name]) for name in silenced}}
 
     @torch.no_grad()
     def write(self, index: int, state: Mapping[str, Tensor]) -> None:
-        """Overwrites tensors of layer `index` in place."""
+        """Overwrites tensors of layer `index`, in place if they are in memory."""
+        if self.on_disk is not None:
+            given = {name: partial(state.__getitem__, name) for name in state}
+            self.on_disk.write(self.layers[index], changed(self.layer_state(index), given))
+            return
         tensors = self.layer_state(index)
         for name, tensor in state.items():
+            assert not tensors[name].is_meta, "weights on the meta device cannot be changed"
             tensors[name].copy_(tensor)
 
     def columns_per_unit(self, unit: Unit) -> int:
@@ -205,22 +225,35 @@ class ModelAdapter:
         """The LM head, which maps normalised hidden states to logits."""
         return self.model.get_output_embeddings()
 
-    def copy_layer(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of layer `index` with the tensors `state`, which is not part of the model."""
-        layer = copy.deepcopy(self.layers[index])
-        layer.load_state_dict(dict(state))
-        return layer
+    def copy_layer(self, index: int, state: LayerState) -> nn.Module:
+        """A layer like `index` that is not part of the model and holds the tensors `state`."""
+        layer = self.layers[index]
+        blank: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in layer.parameters()
+        }
+        blank[id(layer._forward_pre_hooks)] = OrderedDict()  # those that load weights from disk
+        copied = copy.deepcopy(layer, blank)
+        copied.load_state_dict(dict(state), assign=True)
+        return copied
 
-    def replace(self, first: int, last: int, state: Mapping[str, Tensor]) -> None:
+    @staticmethod
+    def assign(layer: nn.Module, state: LayerState) -> None:
+        """Puts tensors into a copied layer. The old ones, which other layers may share, stay."""
+        layer.load_state_dict(dict(state), strict=False, assign=True)
+
+    def replace(self, first: int, last: int, state: LayerState) -> None:
         """Replaces layers first..last (inclusive) by one layer with the tensors `state`."""
-        replace_layers(self.layers, self.config, first, last, state)
+        assert first < last
+        assert state.keys() == self.layer_state(first).keys()
+        self.write(first, state)
+        remove_layers(self.layers, self.config, first + 1, last)
 
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:
-        """Multiplies the output projections of layer `index`, weights and biases, in place."""
-        tensors = self.layer_state(index)
-        for name in self.output_tensors():
-            tensors[name].mul_(factor)
+        """Multiplies the output projections of layer `index`, weights and biases."""
+        state = self.layer_state(index)
+        self.write(index, {name: state[name] * factor for name in self.output_tensors()})
 
     def _output_module(self, unit: Unit) -> str:
         arch = self.architecture

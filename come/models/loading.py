@@ -9,23 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from come.errors import one_line
 from come.models.adapter import Block, ModelAdapter
-from come.models.architectures import check_model_type
+from come.models.architectures import architecture_of, check_model_type
 from come.models.checkpoint import (
     check_checkpoint,
     find_checkpoint,
     stored_tensor,
     weights_dtype,
 )
+from come.models.weights import open_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,40 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         ) from error
 
 
+def choose_weights(weights: str, shape: ModelShape, device: torch.device) -> str:
+    """Where decoder weights are kept; "auto" is memory if they fit into two thirds of what is free.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"model.weights={weights!r}: allowed are {', '.join(WEIGHTS)}")
+    if weights != "auto":
+        return weights
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    return "memory" if shape.weight_bytes <= free * 2 / 3 else "disk"
+
+
 def load_weights(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    weights: str = "memory",
+    scratch: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads the model of a checkpoint, in evaluation mode.
+
+    Args:
+        folder: the checkpoint.
+        dtype: see `load_model`.
+        device: see `load_model`.
+        weights: "memory", "disk" for decoder layers that are read when they run, or "auto".
+        scratch: parent of the folder for layers that change, with weights on disk.
+        trust_remote_code: whether code of the repository may run.
 
     Raises:
         ValueError: the checkpoint is incomplete, the architecture is not supported, the weights do
@@ -184,6 +217,14 @@ def load_weights(
     from transformers.utils.logging import disable_progress_bar
 
     shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    chosen = choose_device(device)
+    if choose_weights(weights, shape, chosen) == "disk":
+        model = open_weights(
+            folder, shape.config, architecture_of(shape.config).layers,
+            dtype=shape.dtype, device=chosen, scratch=scratch, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        _check_finite(folder, model)
+        return model
     if not sys.stderr.isatty():
         disable_progress_bar()  # the loader's progress bar is meant for terminals
     try:
@@ -209,7 +250,7 @@ def load_weights(
     # must say so, because later readers would tie the head.
     model.config.tie_word_embeddings = shape.config.tie_word_embeddings
     _check_finite(folder, model)
-    return model.to(choose_device(device)).eval()
+    return model.to(chosen).eval()
 
 
 def _tied(folder: Path) -> bool:
@@ -221,7 +262,7 @@ def _tied(folder: Path) -> bool:
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
-        if not tensor.numel():
+        if not tensor.numel() or tensor.is_meta:
             continue
         low, high = torch.aminmax(tensor.detach())
         if not (math.isfinite(low) and math.isfinite(high)):

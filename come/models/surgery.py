@@ -1,12 +1,11 @@
-"""Replaces a span of decoder layers by one, and updates layer indices and configuration."""
+"""Removes decoder layers, and updates layer indices and configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,11 +47,6 @@ def check_layer_config(config: PretrainedConfig) -> None:
             )
 
 
-def remaining_layers(count: int, first: int, last: int) -> list[int]:
-    """Old indices of the layers that remain when first..last are merged into layer `first`."""
-    return [i for i in range(count) if not first < i <= last]
-
-
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
@@ -71,35 +65,18 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-@torch.no_grad()
-def replace_layers(
-    layers: nn.ModuleList,
-    config: PretrainedConfig,
-    first: int,
-    last: int,
-    state: Mapping[str, Tensor],
-) -> None:
-    """Writes `state` into layer `first` in place and removes layers first + 1 .. last.
-
-    Writing in place saves memory: the weights of a newly loaded model are a private memory map of
-    its file, so only the written pages use memory.
+def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, first: int, last: int) -> None:
+    """Removes layers first..last (inclusive) from a model, and updates its configuration.
 
     Args:
         layers: the decoder layers of the model.
         config: the model's configuration, updated in place.
-        first: first layer of the span.
-        last: last layer of the span, inclusive.
-        state: all tensors of the new layer, with the shapes of the old one.
+        first: first layer to remove.
+        last: last layer to remove.
     """
-    assert 0 <= first < last < len(layers) == config.num_hidden_layers
-    target = dict(layers[first].state_dict())
-    assert target.keys() == state.keys()
-    for name, tensor in target.items():
-        assert tensor.device.type != "meta", "weights on the meta device cannot be edited"
-        tensor.copy_(state[name])
-    kept = remaining_layers(len(layers), first, last)
-    reindex_config(config, kept)
-    del layers[first + 1 : last + 1]
+    assert 0 < first <= last < len(layers) == config.num_hidden_layers
+    reindex_config(config, [i for i in range(len(layers)) if not first <= i <= last])
+    del layers[first : last + 1]
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

@@ -11,7 +11,7 @@ from come.data.sources.base import TextSource
 from come.data.text_settings import TextSettings
 from come.evaluate.base import Evaluation
 from come.merge.method import Method
-from come.models.loading import DTYPES, choose_device
+from come.models.loading import DTYPES, WEIGHTS, choose_device
 from come.schema.calibration import CalibrationSettings
 from come.schema.distill import DistillSettings
 from come.schema.merge import MergeSettings
@@ -45,6 +45,13 @@ class ModelSettings(HasSettings):
     )
     dtype: str = setting("auto", "auto is the checkpoint's", choices=DTYPES)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N", counts=False)
+    weights: str = setting(
+        "auto",
+        "where decoder layers are: disk reads each when it runs; auto is disk where the weights "
+        "need more than two thirds of the free memory",
+        choices=WEIGHTS,
+        counts=False,
+    )
     trust_remote_code: bool = setting(False, "whether code of the repository may run")
 
 
@@ -121,6 +128,11 @@ class Settings:
                 "choose a merge, or start from a finished run with from_run=FOLDER"
             )
         self.distill.check()
+        if self.distill.active and self.model.weights == "disk":
+            raise ValueError(
+                f"model.weights=disk: distill={self.distill.method} trains a model in memory; take "
+                "model.weights=memory, or distill=none"
+            )
         if self.distill.active:
             self._check_distill()
         for evaluation in self.eval.values():

@@ -43,7 +43,7 @@ def backward(
         for rows, before in stream.through(index, []):
             with torch.enable_grad():
                 inputs = before.detach().requires_grad_()
-                after = adapter.layers[index](inputs, **stream.keywords(len(inputs), index))
+                after = adapter.layer(index)(inputs, **stream.keywords(len(inputs), index))
                 found = torch.autograd.grad(
                     after, [inputs, *wanted], gradient[rows].to(after.device)
                 )
@@ -142,15 +142,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 @contextmanager
 def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
     """Enables gradients for the parameters of the given layers only, while open."""
-    before = {p: p.requires_grad for p in adapter.model.parameters()}
+    before = {name: p.requires_grad for name, p in adapter.model.named_parameters()}
     try:
         adapter.model.requires_grad_(False)
         for index in layers:
             adapter.layers[index].requires_grad_(True)
         yield
     finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in adapter.model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 @contextmanager

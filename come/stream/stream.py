@@ -171,7 +171,7 @@ class LayerStream:
                         before = self._store[index][rows].to(self.adapter.device)
                         keywords = self.keywords(len(before), index)
                         with self._watch_middle(index, rows):
-                            after = self.adapter.layers[index](before, **keywords)
+                            after = self.adapter.layer(index)(before, **keywords)
                         self._meter.tokens += before.shape[:2].numel()
                         self._store[index + 1][rows] = after
                         update(before, after) if self.block == "layer" else update(
@@ -308,12 +308,15 @@ class LayerStream:
             The window indices of the batch, and the states after the last layer of the route.
         """
         assert 0 <= start <= self._valid
-        for rows in self._batches[:batches]:
-            states = self._store[start][rows].to(self.adapter.device)
+        chosen = self._batches[:batches]
+        together = [chosen] if self.adapter.on_disk and len(route) > 1 else [[b] for b in chosen]
+        for group in together:  # weights on disk are read once for all batches
+            found = [self._store[start][rows].to(self.adapter.device) for rows in group]
             for index, layer in route:
-                states = layer(states, **self.keywords(len(states), index))
-                self._meter.tokens += states.shape[:2].numel()
-            yield rows, states
+                for number, states in enumerate(found):
+                    found[number] = layer(states, **self.keywords(len(states), index))
+                    self._meter.tokens += states.shape[:2].numel()
+            yield from zip(group, found, strict=True)
 
     def loss(self, start: int, route: Route) -> float:
         """Mean cross-entropy, nats per predicted token, if `route` follows boundary `start`.

@@ -12,7 +12,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from come.merge.combination import Combination
-from come.models.adapter import LayerState, Role, Unit
+from come.models.adapter import Role, Unit
+from come.models.layer_state import LayerState
 from come.registry import Registry
 from come.setting import HasSettings
 

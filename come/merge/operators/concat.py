@@ -9,7 +9,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
-from come.models.adapter import LayerState, Part, Role
+from come.models.adapter import Part, Role
+from come.models.layer_state import LayerState
 
 
 @OPERATORS.register
@@ -39,7 +40,7 @@ class Concat(MergeOperator):
         kept: KeptUnits,
     ) -> LayerState:
         """The concatenated layer."""
-        merged: LayerState = {}
+        merged: dict[str, Tensor] = {}
         for name, role in roles.items():
             tensors = [layer[name] for layer in layers]
             if role.part is Part.UNITS:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
 from come.merge.source_layers import kept_layer
-from come.models.adapter import LayerState, Role
+from come.models.adapter import Role
+from come.models.layer_state import LayerState
 
 
 @OPERATORS.register

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
-from come.models.adapter import LayerState, Part, Role
+from come.models.adapter import Part, Role
+from come.models.layer_state import LayerState
 
 
 @OPERATORS.register

@@ -12,7 +12,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 from come.progress import ProgressBar
 from come.setting import setting
 
@@ -44,7 +44,8 @@ class Adam(Ridge):
         """All tensors of the layer, fitted."""
         stream, index, state = targets.stream, targets.first, sources.state
         start = {**state, **super().solve(targets, sources)}
-        layer = stream.adapter.copy_layer(index, start).float().requires_grad_(True)
+        own = {name: tensor.float().clone() for name, tensor in start.items()}
+        layer = stream.adapter.copy_layer(index, own).requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         steps = ProgressBar(range(self.steps), desc="adam", shown=stream.progress)

@@ -10,7 +10,7 @@ from come.merge.combination import Combination
 from come.merge.reconstruction import ReconstructionTargets, Target, Weighting
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 from come.registry import Registry
 from come.setting import HasSettings, setting
 

@@ -12,7 +12,7 @@ from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 from come.models.sublayers import run_attention
 from come.setting import setting
 
@@ -61,7 +61,7 @@ class GaussNewton(Ridge):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the ridge refit, and of the MLP's input projections."""
         stream, adapter = targets.stream, targets.stream.adapter
-        found = super().solve(targets, sources)
+        found = dict(super().solve(targets, sources))
         layer = adapter.copy_layer(targets.first, {**sources.state, **found})
         with stream.scratch_boundary("refit") as middles:
             for rows in stream.batches:
@@ -72,7 +72,7 @@ class GaussNewton(Ridge):
                 problem = InputMap(targets, layer, middles, name)
                 change = problem.step(self.input_lambda, self.steps)
                 found[f"{name}.weight"] = problem.changed(change)
-                layer.load_state_dict({**sources.state, **found})
+                adapter.assign(layer, found)
         return found
 
     def work(self, size: SpanSize) -> Work:

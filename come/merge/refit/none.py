@@ -5,7 +5,7 @@ from __future__ import annotations
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 
 
 @REFITS.register

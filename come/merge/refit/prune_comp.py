@@ -11,7 +11,7 @@ from come.merge.combination import Combination
 from come.merge.reconstruction import ReconstructionTargets, Target
 from come.merge.refit.base import REFITS, Refit, check_drops
 from come.merge.source_layers import SourceLayers
-from come.models.adapter import LayerState
+from come.models.layer_state import LayerState
 from come.setting import setting
 from come.stream.token_blocks import TokenBlocks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram, best_lambda
@@ -16,7 +16,8 @@ from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.adapter import LayerState, Unit
+from come.models.adapter import Unit
+from come.models.layer_state import LayerState
 from come.models.sublayers import States, run_attention, run_mlp
 from come.setting import setting
 
@@ -84,14 +85,14 @@ class Ridge(Refit):
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.first, sources.state
         layer = adapter.copy_layer(index, state)
-        found: LayerState = {}
+        found: dict[str, Tensor] = {}
         units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
         for part, unit in units:
             if part not in self.sublayers:
                 continue
             if self.align is not None:
                 found |= self._aligned(targets, sources, layer, unit)
-                layer.load_state_dict({**state, **found})
+                adapter.assign(layer, found)
             initial = output_map(adapter, layer, unit)
             fit: Equations = equations(initial, adapter, targets.stream.tokens)
             held_out = None
@@ -118,7 +119,7 @@ class Ridge(Refit):
             solved = self._solve(fit, held_out, initial)
             tensors = as_tensors(adapter, unit, solved, state)
             found |= tensors
-            layer.load_state_dict({**state, **found})
+            adapter.assign(layer, found)
         return found
 
     def work(self, size: SpanSize) -> Work:

@@ -49,7 +49,7 @@ class RefitError(SpanScore):
         """The relative error, >= 0."""
         targets, adapter = group.targets, group.stream.adapter
         sources = group.sources(split)
-        fitted = sources.state | refit.solve(targets, sources)
+        fitted = {**sources.state, **refit.solve(targets, sources)}
         layer = adapter.copy_layer(group.first, fitted)
         missed, total = 0.0, 0.0
         for goal in targets:

@@ -101,7 +101,7 @@ class TrialKL(SpanScore):
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
             sources = group.sources(split)
-            fitted = sources.state | refit.surrogate.solve(group.targets, sources)
+            fitted = {**sources.state, **refit.surrogate.solve(group.targets, sources)}
             layer = adapter.copy_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
         else:

@@ -1,0 +1,36 @@
+"""The tensors of a decoder layer by name, also computed or read from disk only where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+LayerState = Mapping[str, Tensor]
+"""All tensors of one decoder layer, by their names relative to the layer."""
+
+
+class LazyState(Mapping[str, Tensor]):
+    """Tensors by name, each made anew whenever it is read, so that none stays in memory.
+
+    Args:
+        makers: functions that return the tensors, by name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def changed(state: LayerState, makers: Mapping[str, Callable[[], Tensor]]) -> LazyState:
+    """The state with some tensors replaced; all of them are made or read where they are needed."""
+    kept = {name: (lambda name=name: state[name]) for name in state}
+    return LazyState({**kept, **makers})

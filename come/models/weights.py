@@ -1,0 +1,307 @@
+"""Decoder layers whose weights stay on disk: a layer is in memory only while it is used."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from come.files import PARTIAL, write_text
+from come.models.checkpoint import weight_files
+from come.models.layer_state import LayerState, LazyState
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PREFIX = "weights-"  # of the folders of changed layers
+_ATTRIBUTE = "come_layers"
+_BUFFERS = r"rotary_emb\.inv_freq$"  # in checkpoints of old versions
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: the file, the tensor's name there, and its shape."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor in main memory. The file does not stay mapped, so its pages are free again."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.name).clone()
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint by name, from the headers of its files."""
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                found[name] = StoredTensor(path, name, tuple(entry["shape"]))
+    return found
+
+
+class LayersOnDisk:
+    """Loads a decoder layer of a model when it runs, and frees the one that ran before.
+
+    While layers run in order, the next one is read by a second thread. The parameters of a layer
+    that is not loaded are on the meta device. Changed layers are written to files of their own,
+    which are removed together with the model.
+
+    Args:
+        layers: the decoder layers of the model.
+        tensors: for every layer its tensors on disk, by their names relative to the layer.
+        dtype: dtype of loaded layers.
+        device: device of loaded layers.
+        folder: parent of the folder for changed layers; None for the system's temporary folder.
+    """
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        tensors: Sequence[dict[str, StoredTensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+        folder: Path | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.layers = layers
+        self._tensors = dict[nn.Module, dict[str, StoredTensor]](zip(layers, tensors, strict=True))
+        self._parent = folder
+        self._folder: Path | None = None
+        self._written = 0
+        self._loaded: nn.Module | None = None
+        self._ahead: tuple[nn.Module, Future[dict[str, Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer reader")
+        for layer in layers:
+            layer.register_forward_pre_hook(self._before_forward)
+
+    def state(self, layer: nn.Module) -> LayerState:
+        """The tensors of a layer, each read whenever it is needed."""
+        return LazyState(
+            {name: partial(self._tensor, layer, name) for name in self._tensors[layer]}
+        )
+
+    def load(self, layer: nn.Module) -> None:
+        """Brings the weights of a layer to the device, unless they are there.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        if layer is self._loaded:
+            return
+        order = list(self.layers)
+        place = order.index(layer)
+        in_turn = place > 0 and order[place - 1] is self._loaded
+        ahead, self._ahead = self._ahead, None
+        self.free()
+        found = ahead[1].result() if ahead and ahead[0] is layer else self._read(layer)
+        if in_turn and place + 1 < len(order):
+            following = order[place + 1]
+            self._ahead = following, self._reader.submit(self._read, following)
+        tensors: dict[str, Tensor] = {}
+        for name in list(found):
+            tensors[name] = self._moved(found.pop(name))
+            low, high = torch.aminmax(tensors[name])
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(
+                    f"the weights {self._tensors[layer][name].name} are not finite in {self.dtype}; "
+                    "the checkpoint is damaged, or model.dtype is too narrow for it"
+                )
+        layer.load_state_dict(tensors, assign=True)
+        self._loaded = layer
+
+    def free(self) -> None:
+        """Frees the weights of the loaded layer."""
+        layer, self._loaded = self._loaded, None
+        if layer is not None:
+            state = layer.state_dict()
+            blank = {name: torch.empty_like(state[name], device="meta") for name in state}
+            layer.load_state_dict(blank, assign=True)
+
+    def write(self, layer: nn.Module, state: LayerState) -> None:
+        """Replaces all tensors of a layer on disk."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(PARTIAL, PREFIX, self._parent))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._written += 1
+        path = self._folder / f"{self._written}.safetensors"
+        before = self._tensors[layer]
+        tensors = {name: state[name].to("cpu", self.dtype).contiguous() for name in before}
+        save_file(tensors, path)
+        if layer is self._loaded:
+            self.free()
+        self._ahead = None
+        self._tensors[layer] = {
+            name: StoredTensor(path, name, tuple(tensor.shape)) for name, tensor in tensors.items()
+        }
+        for old in {stored.path for stored in before.values() if stored.path.parent == path.parent}:
+            old.unlink()
+
+    def read(self, layer: nn.Module, name: str) -> Tensor:
+        """One tensor of a layer in main memory, in the dtype of loaded layers."""
+        return self._tensors[layer][name].read().to(self.dtype)
+
+    def _tensor(self, layer: nn.Module, name: str) -> Tensor:
+        if layer is self._loaded:
+            return layer.state_dict()[name]
+        return self._moved(self._tensors[layer][name].read())
+
+    def _before_forward(self, layer: nn.Module, inputs: object) -> None:
+        if "forward" not in vars(layer):  # a recorder in place of the layer needs no weights
+            self.load(layer)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _read(self, layer: nn.Module) -> dict[str, Tensor]:
+        return {name: stored.read() for name, stored in self._tensors[layer].items()}
+
+
+def layers_on_disk(model: PreTrainedModel) -> LayersOnDisk | None:
+    """What loads the layers of a model; None if all of its weights are in memory."""
+    found: LayersOnDisk | None = vars(model).get(_ATTRIBUTE)
+    return found
+
+
+def open_weights(
+    folder: Path,
+    config: PretrainedConfig,
+    layers: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: Path | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint with its decoder layers on disk, in evaluation mode.
+
+    Embeddings, the last norm and the head are loaded.
+
+    Args:
+        folder: a checked checkpoint.
+        config: its configuration.
+        layers: name of the module list of decoder layers.
+        dtype: dtype of the weights in memory.
+        device: device of the weights in memory.
+        scratch: parent of the folder for changed layers; None for the system's temporary folder.
+        trust_remote_code: whether code of the repository may run.
+
+    Raises:
+        ValueError: the weights do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    found = _places(folder, model)
+    for name in [name for name, _ in model.named_parameters()]:
+        if not name.startswith(f"{layers}."):
+            _set(model, name, nn.Parameter(found[name].read().to(device, dtype)))
+    _make_buffers(model, device)
+    model.tie_weights()
+    stack = model.get_submodule(layers)
+    assert isinstance(stack, nn.ModuleList)
+    tensors = [
+        {name: found[f"{layers}.{index}.{name}"] for name in layer.state_dict()}
+        for index, layer in enumerate(stack)
+    ]
+    vars(model)[_ATTRIBUTE] = LayersOnDisk(stack, tensors, dtype, device, scratch)
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
+    """Writes the weights of a model in shards, with their index; only one shard is in memory.
+
+    Args:
+        model: a model with layers on disk.
+        folder: an existing folder.
+        shard_bytes: maximum size of a shard, unless a single tensor is larger.
+    """
+    on_disk = layers_on_disk(model)
+    assert on_disk is not None
+    stored = {
+        id(parameter): partial(on_disk.read, layer, name)
+        for layer in on_disk.layers
+        for name, parameter in layer.named_parameters()
+    }
+    tensors = dict(model.named_parameters())
+    split = split_torch_state_dict_into_shards(
+        {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {n: stored.get(id(tensors[n]), tensors[n].detach().cpu)() for n in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Where every parameter of the model is stored, also under its name without the base's prefix.
+
+    Raises:
+        ValueError: a parameter is missing or has another shape, or a stored tensor has no place.
+    """
+    stored, prefix = stored_tensors(folder), f"{model.base_model_prefix}."
+    found: dict[str, StoredTensor] = {}
+    wrong: list[str] = []
+    for name, parameter in model.named_parameters():
+        names = [name, name.removeprefix(prefix), prefix + name]
+        place = next((stored[other] for other in names if other in stored), None)
+        if place is None or place.shape != tuple(parameter.shape):
+            wrong.append(name)
+        else:
+            found[name] = place
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - found.keys()
+    known = {place.name for place in found.values()} | shared
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    wrong += [
+        name
+        for name in sorted(stored.keys() - known)
+        if not any(re.search(pattern, name) for pattern in (*ignored, _BUFFERS))
+    ]
+    if wrong:
+        raise ValueError(
+            f"model folder {folder}: its weights do not fit its configuration: missing, too many, "
+            f"or of another shape are {', '.join(wrong[:3])} ({len(wrong)} in all)"
+        )
+    return found
+
+
+def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Makes the modules anew whose buffers are on the meta device: the rotary embeddings."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            made = type(module)(config=model.config)
+            model.set_submodule(name, made.to(device))
+
+
+def _set(model: PreTrainedModel, name: str, value: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, value)
