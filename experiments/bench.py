@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor
 
 from come.data.sources.pydocs import PyDocs
@@ -28,9 +31,10 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import choose_device, load_tokenizer, load_weights
+from come.stream.sweep import final_states
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import MistralConfig, PreTrainedModel
 
 COME_PLUS = Method(selection=TrialKL(repeat_weight=REPEAT_WEIGHT))  # as for self-generated text
 PAPER = Method(
@@ -55,15 +59,56 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Configurations of random models. All have the layers of Mistral, which are those of LLaMA."""
 
 
-def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
-    """A model of random bfloat16 weights with the layer shape of a known model."""
-    from transformers import MistralConfig, MistralForCausalLM
+def random_config(shape: str, layers: int | None = None) -> MistralConfig:
+    """The configuration of a random model with the layer shape of a known model."""
+    from transformers import MistralConfig
 
     given = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    return MistralConfig(**given, architectures=["MistralForCausalLM"], dtype="bfloat16")
+
+
+def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+    """A model of random bfloat16 weights with the layer shape of a known model."""
+    from transformers import MistralForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        model = MistralForCausalLM(MistralConfig(**given, dtype="bfloat16"))
+        model = MistralForCausalLM(random_config(shape, layers))
     return model.to(torch.bfloat16).eval()
+
+
+def random_checkpoint(folder: Path, shape: str, layers: int | None = None) -> Path:
+    """Writes a checkpoint of random bfloat16 weights, a shard a layer; one that is there stays."""
+    from transformers import MistralForCausalLM
+
+    config = random_config(shape, layers)
+    folder = folder / f"{shape}-{config.num_hidden_layers}"
+    if (folder / "model.safetensors.index.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        names = dict(MistralForCausalLM(config).named_parameters())
+    places = {}
+    generator = torch.Generator().manual_seed(0)
+    for group in dict.fromkeys(_shard(name) for name in names):
+        shard = {}
+        for name in (n for n in names if _shard(n) == group):
+            values = torch.empty(names[name].shape, dtype=torch.bfloat16)
+            if name.endswith("norm.weight"):
+                shard[name] = values.fill_(1)
+            else:
+                shard[name] = values.normal_(0, 0.02, generator=generator)
+            places[name] = f"{group}.safetensors"
+        save_file(shard, folder / f"{group}.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _shard(name: str) -> str:
+    """The layer that a parameter belongs to; "rest" for the others."""
+    return "-".join(name.split(".")[1:3]) if ".layers." in name else "rest"
 
 
 @torch.inference_mode()
@@ -72,13 +117,12 @@ def forward_seconds(
 ) -> float:
     """Seconds for one forward pass of the decoder over all windows, after a warm-up batch."""
     adapter = ModelAdapter(model)
-    decoder = model.get_submodule(adapter.architecture.decoder)
-    windows = windows.to(adapter.device)
-    decoder(input_ids=windows[:batch_size], use_cache=False)
+    for _ in final_states(adapter, windows[:batch_size], batch_size):
+        pass
     _wait(adapter.device)
     began = time.perf_counter()
-    for batch in windows.split(batch_size):
-        decoder(input_ids=batch, use_cache=False)
+    for _ in final_states(adapter, windows, batch_size):
+        pass
     _wait(adapter.device)
     return time.perf_counter() - began
 
@@ -122,6 +166,7 @@ def measure(
         "ratio": 2 * seconds / (before + after),
         "layer_passes": plan.provenance["layer_passes"],
         "peak_bytes": memory.peak,
+        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "spans": [[step.first, step.last] for step in plan.steps],
     }
@@ -151,6 +196,9 @@ def main() -> None:
     parser.add_argument("--store", default="memory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--weights", default="memory", choices=("memory", "disk"))
+    parser.add_argument("--dtype", default="float32", help="of the computation, from disk")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="of a --shape")
     parser.add_argument("--json", action="store_true", help="one line of JSON per repeat")
     given = parser.parse_args()
 
@@ -166,10 +214,12 @@ def main() -> None:
     ratios = []
     for repeat in range(given.repeats):
         if given.shape:
-            model = random_model(given.shape, device, given.layers)
+            model = _shaped(given, device)
             windows = random_windows(model.config.vocab_size, given.tokens, given.seq_len)
         else:
-            model = load_weights(checkpoint, dtype="float32").to(device)
+            model = load_weights(
+                checkpoint, dtype="float32", device=given.device, weights=given.weights
+            )
         found = measure(
             model, windows, method,
             target=given.target, batch_size=given.batch_size, store=given.store,
@@ -185,11 +235,19 @@ def main() -> None:
             f"passes of {found['forward_seconds']:.1f} s, {found['layer_passes']} layer passes "
             f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
             f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
-            f"on {found['device']}",
+            f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all",
             flush=True,
         )
     if not given.json:
         print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {wanted})")
+
+
+def _shaped(given: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    """The model of random weights, in memory or with its layers on disk."""
+    if given.weights == "memory":
+        return random_model(given.shape, device, given.layers)
+    folder = random_checkpoint(given.folder, given.shape, given.layers)
+    return load_weights(folder, dtype=given.dtype, device=given.device, weights="disk")
 
 
 if __name__ == "__main__":

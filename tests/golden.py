@@ -14,6 +14,7 @@ import torch
 
 from come.merge.loop import compress
 from tests.conftest import FAMILIES, LAYERS, SEQ, VOCAB, WINDOWS, pico
+from tests.disk import all_tensors, on_disk
 from tests.methods import paper, recipe
 from tests.test_methods import PARTS, RECIPES
 
@@ -24,21 +25,21 @@ def digest(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 
-def values(family, method):
-    """What a method makes of a pico model."""
+def values(family, method, weights="memory"):
+    """What a method makes of a pico model, also with its layers on disk."""
     windows = torch.randint(3, VOCAB, (WINDOWS, SEQ), generator=torch.Generator().manual_seed(7))
-    model = pico(family)
+    model = pico(family) if weights == "memory" else on_disk(pico(family))
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-    state = model.state_dict()
-    weights = hashlib.sha256()
+    state = all_tensors(model)
+    hashed = hashlib.sha256()
     for name in sorted(state):
-        weights.update(state[name].contiguous().numpy().tobytes())
+        hashed.update(state[name].contiguous().numpy().tobytes())
     return {
         "spans": [[step.first, step.last] for step in plan.steps],
         "shares": [[round(share, 6) for share in step.shares] for step in plan.steps],
         "kept": digest([dict(step.kept) for step in plan.steps]),
         "size": f"{sum(t.double().abs().sum().item() for t in state.values()):.6g}",
-        "exact": weights.hexdigest()[:16],
+        "exact": hashed.hexdigest()[:16],
     }
 
 
@@ -57,8 +58,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--exact", type=Path, help="hashes of all weights, written or compared")
+    parser.add_argument("--weights", default="memory", choices=("memory", "disk"))
     arguments = parser.parse_args()
-    found = {name: values(family, method()) for name, family, method in cases()}
+    given = arguments.weights
+    found = {name: values(family, method(), given) for name, family, method in cases()}
     exact = {name: value.pop("exact") for name, value in found.items()}
     if arguments.write:
         lines = [f'"{name}": {json.dumps(value)}' for name, value in found.items()]

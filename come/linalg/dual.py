@@ -49,12 +49,28 @@ class Dual:
         weights: Float[Tensor, " tokens"],
     ) -> None:
         """Adds a batch of tokens."""
-        chosen = slice(self._filled, self._filled + len(features))
+        self.add_columns(0, self._filled, features, weights)
+        self.add_targets(targets, weights)
+
+    def add_columns(
+        self,
+        column: int,
+        token: int,
+        features: Float[Tensor, "tokens columns"],
+        weights: Float[Tensor, " tokens"],
+    ) -> None:
+        """Adds some inputs, from index `column` on, of a batch of tokens, from index `token` on."""
+        rows = (features.float() * weights.float().sqrt()[:, None]).T
+        self._rows[column : column + len(rows), token : token + rows.shape[1]] = rows
+
+    def add_targets(
+        self, targets: Float[Tensor, "tokens out"], weights: Float[Tensor, " tokens"]
+    ) -> None:
+        """Adds the targets of a batch of tokens, after those of the batches before."""
+        chosen = slice(self._filled, self._filled + len(targets))
         self._filled = chosen.stop
-        roots = weights.float().sqrt()
-        self._roots[chosen] = roots
-        self._rows[:, chosen] = (features.float() * roots[:, None]).T
-        self._targets[chosen] = targets.float() * roots[:, None]
+        self._roots[chosen] = weights.float().sqrt()
+        self._targets[chosen] = targets.float() * self._roots[chosen, None]
 
     def mean_diagonal(self) -> float:
         """Mean over the inputs of sum_t w_t f_t^2; positive."""
@@ -65,16 +81,16 @@ class Dual:
         return max(total / self.width, LEAST)
 
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
-        """The ridge solution, float64."""
+        """The ridge solution, float32."""
         self._centre()
         weight = initial.weight.float().T.contiguous()
         residual = _residual(self._rows, self._targets, weight)
-        weight += self._rows @ _solved(_factor(self._rows, penalty), residual).float()
-        found = weight.T.double()
+        solved = _solved(_factor(self._rows, penalty), residual).float()
+        found = (weight + self._rows @ solved).T
         if self._means is None:
             return Map(found)
         features, targets = self._means
-        return Map(found, targets.double() - found @ features.double())
+        return Map(found, targets - found @ features)
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Dual:
         """The problem for a subset of the inputs."""
@@ -101,8 +117,9 @@ class Dual:
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination; with `consume` it works on the rows of this problem."""
         self._centre()
-        rows = self._rows if consume else self._rows.clone()
-        weight = initial.weight.float().T.contiguous()
+        rows, weight = self._rows, initial.weight.float().T.contiguous()
+        if not consume:
+            rows, weight = rows.clone(), weight.clone()
         return DualElimination(rows, _residual(rows, self._targets, weight), weight, penalty)
 
     def _centre(self) -> None:
@@ -122,33 +139,43 @@ class Dual:
 class DualElimination:
     """Backward elimination in the dual form: S <- S - F_U F_U^T when columns U leave.
 
+        W = W_0 + F^T Z    Z = S^-1 (Y - F W_0)
+
     The solution and the diagonal of the inverse are updated while few columns leave, and computed
-    anew when many do, which is cheaper then.
+    anew when many do, which is cheaper then. W takes the place of W_0, which W - F^T Z gives back.
 
     Args:
         rows: F, [columns, tokens]; changed.
         residual: Y - F W_0^T, [tokens, out].
-        initial: W_0, [columns, out].
+        initial: W_0, [columns, out]; changed.
         penalty: mu.
     """
 
     def __init__(self, rows: Tensor, residual: Tensor, initial: Tensor, penalty: float) -> None:
-        self._rows, self._residual, self._initial = rows, residual, initial
+        self._rows, self._residual, self._weight = rows, residual, initial
         self._penalty = penalty
         self._gram = _gram(rows)
+        self._solution = torch.zeros_like(residual)
         self._anew()
 
     def _anew(self) -> None:
+        """Factor, leverage, Z and W for the current S and residual."""
         self._factor = _penalised(self._gram, self._penalty)
         self._leverage = _leverage(self._rows, self._factor)
-        self._weight = self._initial + self._rows @ _solved(self._factor, self._residual).float()
+        before, self._solution = self._solution, _solved(self._factor, self._residual).float()
+        change = self._solution - before
+        for rows, weight in zip(
+            self._rows.split(COLUMNS), self._weight.split(COLUMNS), strict=True
+        ):
+            weight += rows @ change
 
     def growth(self, size: int) -> Float[Tensor, " units"]:
         """See `come.linalg.equations.Elimination`."""
         free = (1 - self._leverage).clamp_min(1e-12) / self._penalty
         if size == 1:
-            return self._weight.double().square().sum(dim=1) / free
-        found = []
+            parts = self._weight.split(COLUMNS)
+            return torch.cat([part.double().square().sum(dim=1) for part in parts]) / free
+        found: list[Tensor] = []
         for start in range(0, len(self._rows), size):
             part = slice(start, start + size)
             inverse = self._inverse(self._rows[part], self._rows[part], same=True)
@@ -161,22 +188,25 @@ class DualElimination:
         """See `come.linalg.equations.Elimination`."""
         stay, gone = stay.to(self._rows.device), gone.to(self._rows.device)
         leaving, many = self._rows[gone], 4 * len(gone) >= self._rows.shape[1]
-        if not many:
+        initial = self._weight[gone] - leaving @ self._solution
+        if many:
+            self._weight = _compacted(self._weight, stay)
+        else:
             self._update(stay, gone, leaving)
-        self._residual = self._residual + leaving.T @ self._initial[gone]
+        self._residual = self._residual + leaving.T @ initial
         self._gram -= (leaving.T @ leaving).double()
         self._rows = _compacted(self._rows, stay)
-        self._initial = _compacted(self._initial, stay)
         if many:
             self._anew()
         else:
             self._factor = _penalised(self._gram, self._penalty)
+            self._solution = _solved(self._factor, self._residual).float()
 
     def _update(self, stay: Tensor, gone: Tensor, leaving: Tensor) -> None:
         """W_s <- W_s - B_sg B_gg^-1 W_g, and the diagonal of B_ss; B = (G + mu I)^-1."""
         inner = torch.linalg.cholesky(self._inverse(leaving, leaving, same=True))
         solved = torch.cholesky_solve(self._weight[gone].double(), inner).float()
-        weight, leverage = self._weight[stay], self._leverage[stay]
+        weight, leverage = _compacted(self._weight, stay), self._leverage[stay]
         for start in range(0, len(stay), COLUMNS):
             part = slice(start, start + COLUMNS)
             cross = self._inverse(self._rows[stay[part]], leaving)

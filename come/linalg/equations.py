@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-DUAL = 4  # columns per token from which the dual form is smaller and faster
+DUAL = 4  # columns per token from which elimination is smaller and faster in the dual form
 LEAST = 1e-30  # lower bound of a mean square
 
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map: weight [d_out, d_in] float64, and an optional bias [d_out] float64."""
+    """A linear map: weight [d_out, d_in], and an optional bias [d_out], in the same dtype."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
@@ -73,7 +73,7 @@ class Equations(Protocol):
         ...
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
-        """Backward elimination from all columns."""
+        """Backward elimination from all columns; `consume` as in `solve`, also of `initial`."""
         ...
 
 

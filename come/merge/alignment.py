@@ -22,7 +22,7 @@ def input_maps(
     targets: ReconstructionTargets,
     unit: Unit,
     merged: nn.Module,
-    layers: Sequence[nn.Module],
+    norms: Sequence[nn.Module],
     reads: Callable[[TargetBatch], States],
     ratio: float,
 ) -> list[Float[Tensor, "hidden hidden"]]:
@@ -47,8 +47,8 @@ def input_maps(
     Args:
         targets: reconstruction targets of the span.
         unit: kv_group for the input of the attention, channel for the input of the MLP.
-        merged: a layer with the merged layer's norms.
-        layers: the layers of the span as the operator reads them.
+        merged: the merged layer's norm before these units.
+        norms: those of the layers of the span, as the operator reads them.
         reads: returns x for a batch.
         ratio: lambda.
 
@@ -56,18 +56,16 @@ def input_maps(
         P_i of every layer, float64.
     """
     adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
-    name = adapter.norm(unit)
-    norm, own = merged.get_submodule(name), [layer.get_submodule(name) for layer in layers]
-    sums = Gram(hidden, hidden * len(own), bias=False, device=adapter.device)
+    sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
     begins = targets.stream.windows[:, 0]
     first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
     for batch in targets:
-        normed = [n(states) for n, states in zip(own, batch.entering[unit], strict=True)]
+        normed = [n(states) for n, states in zip(norms, batch.entering[unit], strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first
-        sums.add(norm(reads(batch)).flatten(0, 1), inputs, counts.flatten())
-    initial = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(own), 1))
+        sums.add(merged(reads(batch)).flatten(0, 1), inputs, counts.flatten())
+    initial = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(norms), 1))
     found = sums.solve(initial, ratio * sums.mean_diagonal()).weight
     return list(found.split(hidden))
 

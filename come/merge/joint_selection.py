@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from come.linalg.equations import Equations, Map, unit_columns
-from come.merge.alignment import fold_input_transform, input_maps, input_tensors
-from come.merge.output_map import equations, output_map
+from come.linalg.dual import Dual
+from come.linalg.equations import DUAL, Equations, Map, unit_columns
+from come.merge.alignment import input_maps
+from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.work import SpanSize, Work
 from come.models.adapter import UNITS, Unit
+from come.models.layer_state import LayerState
 from come.models.sublayers import States, run_attention, run_mlp
-
-Solved = tuple[Map, Tensor]
-"""The output projection of the kept attention, and its columns in the stacked projection."""
-
 
 @runtime_checkable
 class UnitRule(Protocol):
@@ -47,6 +47,43 @@ class UnitRule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SourceLayer:
+    """A layer of a span that reads the input of the span: n_i(x_i) is replaced by P_i n(x).
+
+    Attributes:
+        state: its tensors, as the operator reads them.
+        inputs: P_i by kind of unit (see `come.merge.alignment`); nothing without alignment.
+    """
+
+    state: LayerState
+    inputs: Mapping[Unit, Tensor] = field(default_factory=dict)
+
+    def module(self, targets: ReconstructionTargets) -> nn.Module:
+        """The layer as a module that is not part of the model."""
+        adapter = targets.stream.adapter
+        layer = adapter.copy_layer(targets.first, self.state)
+        for unit, change in self.inputs.items():
+            norm = layer.get_submodule(adapter.norm(unit))
+            layer.set_submodule(adapter.norm(unit), AlignedNorm(norm, change))
+        return layer
+
+
+class AlignedNorm(nn.Module):
+    """A norm followed by a linear map P, which is applied in float32 or wider."""
+
+    def __init__(self, norm: nn.Module, change: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.change = change
+
+    def forward(self, states: Tensor) -> Tensor:
+        """P n(x)."""
+        normed = self.norm(states)
+        wide = torch.promote_types(normed.dtype, torch.float32)
+        return (normed.to(wide) @ self.change.to(normed.device, wide).T).to(normed)
+
+
 @torch.no_grad()
 def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
@@ -64,19 +101,19 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     targets, adapter, align = group.targets, group.stream.adapter, group.refit.align
     # Any allocation works: only the source layers are read.
     undecided = UnitAllocation([1 / group.size] * group.size)
-    states = list(group.sources(undecided).layers)
-    layers = [adapter.copy_layer(group.first, state) for state in states]
+    layers = [SourceLayer(state) for state in group.sources(undecided).layers]
     kept: dict[Unit, list[list[int]]] = {}
-    attention: Solved | None = None
+    middle: Tensor | None = None
     for unit in UNITS:
-        initial = stacked_map(targets, unit)
         if align is not None:
-            reads = partial(_read, targets, layers, attention)
-            maps = input_maps(targets, unit, layers[0], layers, reads, align)
-            for i, change in enumerate(maps):
-                states[i] = fold_input_transform(adapter, unit, states[i], change)
-                adapter.assign(layers[i], {n: states[i][n] for n in input_tensors(adapter, unit)})
-        sums = stacked_equations(targets, unit, initial, layers, attention)
+            norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
+            maps = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
+            layers = [
+                replace(layer, inputs={**layer.inputs, unit: change})
+                for layer, change in zip(layers, maps, strict=True)
+            ]
+        initial = stacked_map(targets, unit)
+        sums = stacked_equations(targets, unit, initial, layers, middle)
         penalty = joint_lambda(group.refit) * sums.mean_diagonal()
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         last = unit == UNITS[-1]
@@ -85,7 +122,9 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
         if not last:
             columns = unit_columns(units, size).to(adapter.device)
             own = Map(initial.weight[:, columns], initial.bias)
-            attention = rule.kept_map(sums, own, columns, penalty), columns
+            found = rule.kept_map(sums, own, columns, penalty)
+            of_layers = [unit_columns(chosen, size) for chosen in kept[unit]]
+            middle = after_attention(targets, layers, found, of_layers)
     total = adapter.unit_counts["channel"]
     return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
 
@@ -98,14 +137,17 @@ def joint_work(size: SpanSize) -> Work:
 
 
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
-    """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed."""
+    """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed.
+
+    The weight is stored by columns, so that least squares by tokens need no copy of it.
+    """
     adapter = targets.stream.adapter
     layers = range(targets.first, targets.last + 1)
-    maps = [output_map(adapter, adapter.layer(i), unit) for i in layers]
-    biases = [part.bias for part in maps if part.bias is not None]
+    name, *bias = adapter.output_tensors(unit)
+    states = [adapter.layer_state(index) for index in layers]
     return Map(
-        torch.cat([part.weight for part in maps], dim=1),
-        torch.stack(biases).sum(dim=0) if biases else None,
+        torch.cat([state[name].T for state in states]).T,
+        torch.stack([state[bias[0]].double() for state in states]).sum(dim=0) if bias else None,
     )
 
 
@@ -114,63 +156,101 @@ def stacked_equations(
     targets: ReconstructionTargets,
     unit: Unit,
     initial: Map,
-    layers: Sequence[nn.Module],
-    attention: Solved | None = None,
+    layers: Sequence[SourceLayer],
+    middle: Float[Tensor, "windows seq hidden"] | None = None,
 ) -> Equations:
     """The problem of all units of one kind, with every layer reading the span's input.
+
+    In its form by tokens, only one of the layers is in memory at a time.
 
     Args:
         targets: reconstruction targets of the span.
         unit: the kind of unit.
         initial: `stacked_map` of these units.
-        layers: the layers of the span, as the operator reads them.
-        attention: for MLP channels, the kept attention before them.
+        layers: the layers of the span.
+        middle: for MLP channels, the residual stream after the kept attention.
 
     Returns:
         For KV groups, the equations from head outputs to what the span's attention adds. For MLP
-        channels, the equations from hidden activations, on the residual stream after `attention`,
-        to the remaining difference from the target output.
+        channels, the equations from hidden activations, on the residual stream after the kept
+        attention, to the remaining difference from the target output.
     """
     stream, adapter = targets.stream, targets.stream.adapter
-    sums = equations(initial, adapter, stream.tokens)
+    sums = equations(initial, adapter, stream.tokens, DUAL)
+    if isinstance(sums, Dual):
+        for number, layer in enumerate(layers):
+            module = layer.module(targets)
+            for goal in targets:
+                features = _features(targets, unit, module, goal, middle).flatten(0, 1)
+                tokens = int(goal.windows[0]) * goal.states.shape[1]
+                sums.add_columns(number * features.shape[1], tokens, features, goal.weights)
+                if number == 0:
+                    sums.add_targets(_missing(unit, goal, middle).flatten(0, 1), goal.weights)
+        return sums
+    modules = [layer.module(targets) for layer in layers]
     for goal in targets:
-        if unit == "kv_group":
-            features, target = _heads(targets, layers, goal), goal.middle - goal.states
-        else:
-            middle = _read(targets, layers, attention, goal)
-            keywords = stream.keywords(len(middle), targets.first)
-            features = torch.cat(
-                [run_mlp(adapter, layer, middle, keywords)[0] for layer in layers], dim=-1
-            )
-            target = goal.output - middle
-        sums.add(features.flatten(0, 1), target.flatten(0, 1), goal.weights)
+        side_by_side = [_features(targets, unit, module, goal, middle) for module in modules]
+        features = torch.cat(side_by_side, dim=-1).flatten(0, 1)
+        sums.add(features, _missing(unit, goal, middle).flatten(0, 1), goal.weights)
     return sums
 
 
-def _heads(
-    targets: ReconstructionTargets, layers: Sequence[nn.Module], goal: TargetBatch
-) -> Tensor:
-    """Head outputs of all layers side by side, computed on the span's input."""
-    adapter = targets.stream.adapter
-    keywords = targets.stream.keywords(len(goal.states), targets.first)
-    return torch.cat(
-        [run_attention(adapter, layer, goal.states, keywords)[0] for layer in layers], dim=-1
-    )
-
-
-def _read(
+@torch.no_grad()
+def after_attention(
     targets: ReconstructionTargets,
-    layers: Sequence[nn.Module],
-    attention: Solved | None,
+    layers: Sequence[SourceLayer],
+    found: Map,
+    columns: Sequence[Int[Tensor, " columns"]],
+) -> Float[Tensor, "windows seq hidden"]:
+    """The residual stream after the kept attention, in main memory.
+
+    Args:
+        targets: reconstruction targets of the span.
+        layers: the layers of the span.
+        found: the output projection of the kept head outputs.
+        columns: kept head outputs of every layer.
+    """
+    batches = [goal.states.cpu() for goal in targets]
+    start = 0
+    for layer, chosen in zip(layers, columns, strict=True):
+        weight = found.weight[:, start : start + len(chosen)]
+        start += len(chosen)
+        if not len(chosen):
+            continue
+        module = layer.module(targets)
+        for number, goal in enumerate(targets):
+            features = _features(targets, "kv_group", module, goal)[..., chosen.to(weight.device)]
+            batches[number] += (features @ weight.to(features).T).cpu()
+    middle = torch.cat(batches)
+    return middle if found.bias is None else middle + found.bias.to(middle)
+
+
+def _features(
+    targets: ReconstructionTargets,
+    unit: Unit,
+    layer: nn.Module,
     goal: TargetBatch,
-) -> States:
-    """The residual stream before the sublayer: the span's input plus the output of `attention`."""
-    if attention is None:
+    middle: Tensor | None = None,
+) -> Tensor:
+    """Head outputs, or hidden activations of the MLP, of one layer on one batch."""
+    stream = targets.stream
+    keywords = stream.keywords(len(goal.states), targets.first)
+    run = run_attention if unit == "kv_group" else run_mlp
+    return run(stream.adapter, layer, _read(middle, goal), keywords)[0]
+
+
+def _read(middle: Tensor | None, goal: TargetBatch) -> States:
+    """The residual stream before the sublayer."""
+    if middle is None:
         return goal.states
-    found, columns = attention
-    features = _heads(targets, layers, goal)[..., columns]
-    added = features @ found.weight.to(features).T
-    return goal.states + (added if found.bias is None else added + found.bias.to(features))
+    return middle[goal.windows].to(goal.states.device)
+
+
+def _missing(unit: Unit, goal: TargetBatch, middle: Tensor | None) -> States:
+    """What the output projection has to add to the residual stream."""
+    if unit == "kv_group":
+        return goal.middle - goal.states
+    return goal.output - _read(middle, goal)
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

@@ -65,9 +65,10 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
 
 
 def _scaled(state: LayerState, weight: str, scale: Tensor) -> Tensor:
-    """W diag(g), computed in float64."""
+    """W diag(g), computed in float32 or wider, which rounds as float64 would."""
     rows = state[weight]
-    return (rows.double() * scale).to(rows.dtype)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.to(wide) * scale.to(wide)).to(rows.dtype)
 
 
 def _moved(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from come.linalg.dual import Dual
-from come.linalg.equations import DUAL, Equations, Map
+from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram
 from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
 
 
 def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
-    """The output projection (o_proj or down_proj) of a layer, also of a copy, in float64."""
+    """The output projection (o_proj or down_proj) of a layer, also of a copy."""
     tensors = dict(layer.state_dict())
-    weight, *bias = (tensors[name].double() for name in adapter.output_tensors(unit))
+    weight, *bias = (tensors[name] for name in adapter.output_tensors(unit))
     return Map(weight, bias[0] if bias else None)
 
 
@@ -24,10 +24,19 @@ def normal_equations(initial: Map, adapter: ModelAdapter) -> Gram:
     return Gram(width, out, bias=initial.bias is not None, device=adapter.device)
 
 
-def equations(initial: Map, adapter: ModelAdapter, tokens: int) -> Equations:
-    """An empty problem for a map shaped as `initial`, in the form that is smaller."""
+def equations(
+    initial: Map, adapter: ModelAdapter, tokens: int, columns_per_token: int = 1
+) -> Equations:
+    """An empty problem for a map shaped as `initial`, in the form that is smaller.
+
+    Args:
+        initial: the map.
+        adapter: the model.
+        tokens: number of tokens that will be added.
+        columns_per_token: from how many columns on the dual form is taken.
+    """
     out, width = initial.weight.shape
-    if width < DUAL * tokens:
+    if width < columns_per_token * tokens:
         return normal_equations(initial, adapter)
     return Dual(width, out, tokens, bias=initial.bias is not None, device=adapter.device)
 

@@ -237,6 +237,14 @@ class ModelAdapter:
         copied.load_state_dict(dict(state), assign=True)
         return copied
 
+    def copy_norm(self, unit: Unit, state: LayerState) -> nn.Module:
+        """The norm before a kind of unit, as a module of its own with the tensors of `state`."""
+        name = self.norm(unit)
+        norm = copy.deepcopy(self.layers[0].get_submodule(name))
+        own = {key: state[f"{name}.{key}"] for key in norm.state_dict()}
+        norm.load_state_dict(own, assign=True)
+        return norm
+
     @staticmethod
     def assign(layer: nn.Module, state: LayerState) -> None:
         """Puts tensors into a copied layer. The old ones, which other layers may share, stay."""

@@ -123,8 +123,9 @@ class LayersOnDisk:
             tensors[name] = self._moved(found.pop(name))
             low, high = torch.aminmax(tensors[name])
             if not (math.isfinite(low) and math.isfinite(high)):
+                stored = self._tensors[layer][name].name
                 raise ValueError(
-                    f"the weights {self._tensors[layer][name].name} are not finite in {self.dtype}; "
+                    f"the weights {stored} are not finite in {self.dtype}; "
                     "the checkpoint is damaged, or model.dtype is too narrow for it"
                 )
         layer.load_state_dict(tensors, assign=True)

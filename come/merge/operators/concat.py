@@ -42,18 +42,17 @@ class Concat(MergeOperator):
         """The concatenated layer."""
         merged: dict[str, Tensor] = {}
         for name, role in roles.items():
-            tensors = [layer[name] for layer in layers]
             if role.part is Part.UNITS:
                 assert role.unit is not None
                 sources = [
-                    take_units(tensor, role, units)
-                    for tensor, units in zip(tensors, kept[role.unit], strict=True)
+                    take_units(layer[name], role, units)
+                    for layer, units in zip(layers, kept[role.unit], strict=True)
                 ]
                 merged[name] = torch.cat(sources, dim=role.axis)
-            elif role.part is Part.NORM:
-                merged[name] = weighted_sum(tensors, [1 / len(tensors)] * len(tensors))
-            else:
-                merged[name] = weighted_sum(tensors, shares)
+                continue
+            tensors = [layer[name] for layer in layers]
+            equal = [1 / len(tensors)] * len(tensors)
+            merged[name] = weighted_sum(tensors, equal if role.part is Part.NORM else shares)
         return merged
 
 

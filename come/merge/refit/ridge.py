@@ -152,8 +152,9 @@ class Ridge(Refit):
             keywords = targets.stream.keywords(len(goal.states), index)
             return run_attention(adapter, layer, goal.states, keywords)[1]
 
-        layers = [adapter.copy_layer(index, state) for state in sources.layers]
-        maps = input_maps(targets, unit, layer, layers, reads, self.align)
+        norms = [adapter.copy_norm(unit, state) for state in sources.layers]
+        own = layer.get_submodule(adapter.norm(unit))
+        maps = input_maps(targets, unit, own, norms, reads, self.align)
         joined = sources.join(
             [
                 fold_input_transform(adapter, unit, s, m)
