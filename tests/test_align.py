@@ -30,7 +30,8 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
     targets, sources = targets(family, windows)
     adapter = targets.stream.adapter
     layers = [adapter.copy_layer(2, state) for state in sources.layers]
-    maps = input_maps(targets, "kv_group", layers[0], layers, lambda goal: goal.states, ratio)
+    norms = [adapter.copy_norm("kv_group", state) for state in sources.layers]
+    maps = input_maps(targets, "kv_group", norms[0], norms, lambda goal: goal.states, ratio)
 
     dense = Reference(pico(family), windows)
     name = adapter.architecture.attention_norm

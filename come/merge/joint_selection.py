@@ -23,6 +23,7 @@ from come.models.adapter import UNITS, Unit
 from come.models.layer_state import LayerState
 from come.models.sublayers import States, run_attention, run_mlp
 
+
 @runtime_checkable
 class UnitRule(Protocol):
     """Chooses units by the least-squares problem of all units of a span."""
@@ -210,7 +211,7 @@ def after_attention(
         found: the output projection of the kept head outputs.
         columns: kept head outputs of every layer.
     """
-    batches = [goal.states.cpu() for goal in targets]
+    batches = [goal.states.cpu().clone() for goal in targets]
     start = 0
     for layer, chosen in zip(layers, columns, strict=True):
         weight = found.weight[:, start : start + len(chosen)]

@@ -105,6 +105,7 @@ class ReconstructionTargets:
                 keywords = stream.keywords(len(states), index)
                 after.append(run_attention(adapter, layer, states, keywords)[1].cpu())
             found.append(after)
+        adapter.release()
         return found
 
     def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:

@@ -101,6 +101,11 @@ class ModelAdapter:
             self.on_disk.load(layer)
         return layer
 
+    def release(self) -> None:
+        """Frees the loaded layer if the weights are on disk."""
+        if self.on_disk is not None:
+            self.on_disk.free()
+
     @property
     def num_layers(self) -> int:
         """Current number of decoder layers."""

@@ -30,18 +30,37 @@ class BoundaryStore(ABC):
         self.shape = shape
         self.dtype = dtype
         self._slots: list[Float[Tensor, "windows seq hidden"]] = []
+        self._allocated = 0
+        self._shared: set[int] = set()
 
     def __getitem__(self, index: int) -> Float[Tensor, "windows seq hidden"]:
         while index >= len(self._slots):
-            self._slots.append(self._allocate(len(self._slots)))
+            self._slots.append(self._new())
         return self._slots[index]
 
+    def writable(self, index: int) -> Float[Tensor, "windows seq hidden"]:
+        """Slot `index`, to be overwritten; a new one if a snapshot shares it."""
+        if index in self._shared:
+            self._shared.remove(index)
+            self._slots[index] = self._new()
+        return self[index]
+
+    def snapshot(self, count: int) -> list[Float[Tensor, "windows seq hidden"]]:
+        """The first `count` slots, which keep their values: later writes go to new slots."""
+        self._shared = set(range(count))
+        return [self[index] for index in range(count)]
+
+    def _new(self) -> Tensor:
+        self._allocated += 1
+        return self._allocate(self._allocated - 1)
+
     @abstractmethod
-    def _allocate(self, index: int) -> Float[Tensor, "windows seq hidden"]: ...
+    def _allocate(self, number: int) -> Float[Tensor, "windows seq hidden"]: ...
 
     def trim(self, count: int) -> None:
         """Frees all slots except the first `count`."""
         del self._slots[count:]
+        self._shared = {index for index in self._shared if index < count}
 
     def close(self) -> None:
         """Frees all slots."""
@@ -51,7 +70,7 @@ class BoundaryStore(ABC):
 class MemoryStore(BoundaryStore):
     """Boundaries in main memory (CPU tensors)."""
 
-    def _allocate(self, index: int) -> Tensor:
+    def _allocate(self, number: int) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype)
 
 
@@ -99,16 +118,16 @@ class DiskStore(BoundaryStore):
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
-    def _allocate(self, index: int) -> Tensor:
+    def _allocate(self, number: int) -> Tensor:
         size = torch.Size(self.shape).numel()
-        mapped = self.mapped(index)
+        mapped = self.mapped(number)
         with open(mapped.path, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
         return mapped.open()
 
-    def mapped(self, index: int) -> MappedStates:
-        """The file of slot `index`, which another process can open."""
-        return MappedStates(self._folder / f"{index}.bin", self.shape, self.dtype)
+    def mapped(self, number: int) -> MappedStates:
+        """The file of the slot allocated as number `number`, which another process can open."""
+        return MappedStates(self._folder / f"{number}.bin", self.shape, self.dtype)
 
     def close(self) -> None:
         """Frees all slots and removes their files."""

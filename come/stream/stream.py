@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from come.models.adapter import Block, ModelAdapter
 from come.models.loss import window_nll
 from come.progress import ProgressBar
-from come.stream.boundaries import BoundaryStore, make_store
+from come.stream.boundaries import make_store
 from come.stream.observer import LayerObserver, Meter
 
 Route = Sequence[tuple[int, nn.Module]]
@@ -74,7 +74,7 @@ class LayerStream:
         self._middle = self._store
         if block != "layer":
             self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
-        self._dense: BoundaryStore | None = None
+        self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
         self._valid = -1  # the last boundary that matches the current model
@@ -90,8 +90,7 @@ class LayerStream:
     ) -> None:
         self._store.close()
         self._middle.close()
-        if self._dense is not None:
-            self._dense.close()
+        self._dense = None
 
     @property
     def num_layers(self) -> int:
@@ -134,12 +133,9 @@ class LayerStream:
         return self._dense is not None
 
     def snapshot_dense(self) -> None:
-        """Stores a copy of all boundaries as those of the dense model."""
+        """Keeps all boundaries as those of the dense model, without copying them."""
         assert self._valid == self.num_layers
-        shape, dtype = self._store.shape, self._store.dtype
-        self._dense = make_store(self.store, shape, dtype, self._folder, "dense")
-        for index in range(self.num_layers + 1):
-            self._dense[index].copy_(self._store[index])
+        self._dense = self._store.snapshot(self.num_layers + 1)
 
     def dense(self, index: int, rows: slice) -> Float[Tensor, "batch seq hidden"]:
         """One batch of a boundary of the dense model, on the model's device."""
@@ -148,9 +144,10 @@ class LayerStream:
 
     def embed(self) -> None:
         """Computes boundary 0 and the keyword arguments of every layer."""
+        first = self._store.writable(0)
         for rows in self._batches:
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
-            self._store[0][rows] = states
+            first[rows] = states
             self._kwargs[len(states)] = kwargs
         self._valid = 0
 
@@ -166,6 +163,7 @@ class LayerStream:
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
+                following = self._store.writable(index + 1)
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in self._batches:
                         before = self._store[index][rows].to(self.adapter.device)
@@ -173,7 +171,7 @@ class LayerStream:
                         with self._watch_middle(index, rows):
                             after = self.adapter.layer(index)(before, **keywords)
                         self._meter.tokens += before.shape[:2].numel()
-                        self._store[index + 1][rows] = after
+                        following[rows] = after
                         update(before, after) if self.block == "layer" else update(
                             *self._ends(index, index, rows)
                         )
