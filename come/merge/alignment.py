@@ -16,6 +16,8 @@ from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState, changed
 from come.models.sublayers import States
 
+BLOCK = 2048  # rows that are transformed at a time
+
 
 @torch.no_grad()
 def input_maps(
@@ -79,9 +81,19 @@ def fold_input_transform(
 
 
 def _transformed(state: LayerState, name: str, change: Tensor) -> Tensor:
-    """W P, computed in float64."""
-    rows = state[name]
-    return (rows.double() @ change.to(rows.device)).to(rows.dtype)
+    return transformed(state[name], change)
+
+
+def transformed(
+    rows: Float[Tensor, "rows hidden"], change: Float[Tensor, "hidden hidden"]
+) -> Float[Tensor, "rows hidden"]:
+    """W P, computed in float32 or wider, in blocks of rows."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    change, found = change.to(rows.device, wide), torch.empty_like(rows)
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, start + BLOCK)
+        found[part] = rows[part].to(wide) @ change
+    return found
 
 
 def input_tensors(adapter: ModelAdapter, unit: Unit) -> list[str]:

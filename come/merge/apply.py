@@ -14,7 +14,7 @@ from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
 from come.merge.plan import MergeStep, Plan
 from come.merge.source_layers import SourceLayers
 from come.models.adapter import Block, ModelAdapter
-from come.models.layer_state import LayerState
+from come.models.layer_state import LayerState, overlay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def source_layers_of(
     if check_norms(norms) == "fold":
         states = [fold_norms(state, adapter.roles) for state in states]
     return SourceLayers(
-        states, lambda layers: operator.merge(layers, adapter.roles, shares, kept), shares
+        states, lambda layers: operator.merge(layers, adapter.roles, shares, kept), shares, kept
     )
 
 
@@ -47,7 +47,7 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
     sources = source_layers_of(adapter, layers, operator, plan.norms, step.shares, step.kept)
-    merged = {**sources.state, **step.solved.tensors}
+    merged = overlay(sources.state, step.solved.tensors)
     if block == "layer":
         adapter.replace(step.first, step.last, merged)
     else:

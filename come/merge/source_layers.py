@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from come.merge.operators.base import KeptUnits
 from come.models.layer_state import LayerState
 
 
@@ -16,11 +17,13 @@ class SourceLayers:
         layers: all tensors of every layer, shallowest first.
         join: returns all tensors of the merged layer, given such layers.
         shares: share of every layer in the merged layer.
+        kept: kept units of every layer, by kind; empty if no units are chosen.
     """
 
     layers: Sequence[LayerState]
     join: Callable[[Sequence[LayerState]], LayerState]
     shares: Sequence[float] = ()
+    kept: KeptUnits = field(default_factory=dict)
 
     @property
     def keeper(self) -> int:

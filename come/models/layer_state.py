@@ -34,3 +34,8 @@ def changed(state: LayerState, makers: Mapping[str, Callable[[], Tensor]]) -> La
     """The state with some tensors replaced; all of them are made or read where they are needed."""
     kept = {name: (lambda name=name: state[name]) for name in state}
     return LazyState({**kept, **makers})
+
+
+def overlay(state: LayerState, others: LayerState) -> dict[str, Tensor]:
+    """All tensors of the state, those of the same name in `others` in their place."""
+    return {name: others[name] if name in others else state[name] for name in state}

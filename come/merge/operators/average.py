@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, summed
 from come.models.adapter import Role
 from come.models.layer_state import LayerState
 
@@ -30,4 +30,4 @@ class Average(MergeOperator):
         kept: KeptUnits,
     ) -> LayerState:
         """The averaged layer; `kept` is ignored."""
-        return {name: weighted_sum([layer[name] for layer in layers], shares) for name in roles}
+        return summed(layers, roles, shares)

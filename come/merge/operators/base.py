@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from come.merge.combination import Combination
 from come.models.adapter import Role, Unit
-from come.models.layer_state import LayerState
+from come.models.layer_state import LayerState, LazyState
 from come.registry import Registry
 from come.setting import HasSettings
 
@@ -73,6 +74,17 @@ class MergeOperator(HasSettings, ABC):
 OPERATORS: Registry[MergeOperator] = Registry(
     "merge operator", "come.merge.operators", "merge.operator"
 )
+
+
+def summed(
+    layers: Sequence[LayerState], names: Iterable[str], weights: Sequence[float]
+) -> LayerState:
+    """`weighted_sum` of the layers, tensor by tensor, each computed when it is read."""
+
+    def make(name: str) -> Tensor:
+        return weighted_sum([layer[name] for layer in layers], weights)
+
+    return LazyState({name: partial(make, name) for name in names})
 
 
 def weighted_sum(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Shaped
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
 from come.models.adapter import Part, Role
-from come.models.layer_state import LayerState
+from come.models.layer_state import LayerState, LazyState
 
 
 @OPERATORS.register
@@ -40,20 +41,32 @@ class Concat(MergeOperator):
         kept: KeptUnits,
     ) -> LayerState:
         """The concatenated layer."""
-        merged: dict[str, Tensor] = {}
-        for name, role in roles.items():
-            if role.part is Part.UNITS:
-                assert role.unit is not None
-                sources = [
-                    take_units(layer[name], role, units)
-                    for layer, units in zip(layers, kept[role.unit], strict=True)
-                ]
-                merged[name] = torch.cat(sources, dim=role.axis)
-                continue
-            tensors = [layer[name] for layer in layers]
-            equal = [1 / len(tensors)] * len(tensors)
-            merged[name] = weighted_sum(tensors, equal if role.part is Part.NORM else shares)
-        return merged
+        return LazyState(
+            {
+                name: partial(
+                    _merged,
+                    [partial(layer.__getitem__, name) for layer in layers],
+                    role,
+                    shares,
+                    kept,
+                )
+                for name, role in roles.items()
+            }
+        )
+
+
+def _merged(
+    read: Sequence[Callable[[], Tensor]], role: Role, shares: Sequence[float], kept: KeptUnits
+) -> Tensor:
+    """One tensor of the concatenated layer; units are taken from one layer at a time."""
+    if role.part is Part.UNITS:
+        assert role.unit is not None
+        units = kept[role.unit]
+        taken = [take_units(tensor(), role, own) for tensor, own in zip(read, units, strict=True)]
+        return torch.cat(taken, dim=role.axis)
+    tensors = [tensor() for tensor in read]
+    equal = [1 / len(tensors)] * len(tensors)
+    return weighted_sum(tensors, equal if role.part is Part.NORM else shares)
 
 
 def take_units(

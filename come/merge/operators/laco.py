@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
+from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, summed
 from come.models.adapter import Role
 from come.models.layer_state import LayerState
 
@@ -37,4 +37,4 @@ class LaCo(MergeOperator):
     ) -> LayerState:
         """The merged layer; shares and units are ignored."""
         weights = [2.0 - len(layers), *[1.0] * (len(layers) - 1)]
-        return {name: weighted_sum([layer[name] for layer in layers], weights) for name in roles}
+        return summed(layers, roles, weights)

@@ -12,7 +12,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
-from come.models.layer_state import LayerState
+from come.models.layer_state import LayerState, overlay
 from come.progress import ProgressBar
 from come.setting import setting
 
@@ -43,7 +43,7 @@ class Adam(Ridge):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """All tensors of the layer, fitted."""
         stream, index, state = targets.stream, targets.first, sources.state
-        start = {**state, **super().solve(targets, sources)}
+        start = overlay(state, super().solve(targets, sources))
         own = {name: tensor.float().clone() for name, tensor in start.items()}
         layer = stream.adapter.copy_layer(index, own).requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.learning_rate)
@@ -64,7 +64,7 @@ class Adam(Ridge):
                 optimizer.step()
                 schedule.step()
         found = layer.state_dict()
-        return {name: found[name].detach().to(tensor.dtype) for name, tensor in state.items()}
+        return {name: found[name].detach().to(tensor.dtype) for name, tensor in start.items()}
 
     @property
     def surrogate(self) -> Refit:

@@ -12,7 +12,7 @@ from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.layer_state import LayerState
+from come.models.layer_state import LayerState, overlay
 from come.models.sublayers import run_attention
 from come.setting import setting
 
@@ -62,7 +62,7 @@ class GaussNewton(Ridge):
         """The new tensors of the ridge refit, and of the MLP's input projections."""
         stream, adapter = targets.stream, targets.stream.adapter
         found = dict(super().solve(targets, sources))
-        layer = adapter.copy_layer(targets.first, {**sources.state, **found})
+        layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
         with stream.scratch_boundary("refit") as middles:
             for rows in stream.batches:
                 states, _, _ = targets.input_output(rows)

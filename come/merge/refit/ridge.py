@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram, best_lambda
-from come.merge.alignment import fold_input_transform, input_maps, input_tensors
+from come.merge.alignment import (
+    fold_input_transform,
+    input_maps,
+    input_tensors,
+    transformed,
+)
 from come.merge.combination import Combination
 from come.merge.output_map import as_tensors, equations, normal_equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
@@ -117,7 +123,7 @@ class Ridge(Refit):
                         weights[chosen].flatten(),
                     )
             solved = self._solve(fit, held_out, initial)
-            tensors = as_tensors(adapter, unit, solved, state)
+            tensors = as_tensors(adapter, unit, solved, dict(layer.named_parameters()))
             found |= tensors
             adapter.assign(layer, found)
         return found
@@ -155,13 +161,20 @@ class Ridge(Refit):
         norms = [adapter.copy_norm(unit, state) for state in sources.layers]
         own = layer.get_submodule(adapter.norm(unit))
         maps = input_maps(targets, unit, own, norms, reads, self.align)
-        joined = sources.join(
-            [
-                fold_input_transform(adapter, unit, s, m)
-                for s, m in zip(sources.layers, maps, strict=True)
+        names, kept = input_tensors(adapter, unit), sources.kept.get(unit)
+        if kept is None:  # rows of several layers are mixed
+            folded = [
+                fold_input_transform(adapter, unit, state, change)
+                for state, change in zip(sources.layers, maps, strict=True)
             ]
-        )
-        return {name: joined[name] for name in input_tensors(adapter, unit)}
+            joined = sources.join(folded)
+            return {name: joined[name] for name in names}
+        found = {}
+        for name in names:
+            counts = [len(units) * adapter.roles[name].size for units in kept]
+            rows = layer.get_parameter(name).split(counts)
+            found[name] = torch.cat([transformed(*pair) for pair in zip(rows, maps, strict=True)])
+        return found
 
     def _solve(self, fit: Equations, held_out: Gram | None, initial: Map) -> Map:
         if held_out is None:

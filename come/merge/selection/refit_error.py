@@ -10,6 +10,7 @@ from come.merge.refit.base import Refit
 from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
 from come.merge.span import LayerSpan, UnitAllocation
+from come.models.layer_state import overlay
 from come.setting import setting
 from come.stream.stream import LayerStream
 
@@ -49,7 +50,7 @@ class RefitError(SpanScore):
         """The relative error, >= 0."""
         targets, adapter = group.targets, group.stream.adapter
         sources = group.sources(split)
-        fitted = {**sources.state, **refit.solve(targets, sources)}
+        fitted = overlay(sources.state, refit.solve(targets, sources))
         layer = adapter.copy_layer(group.first, fitted)
         missed, total = 0.0, 0.0
         for goal in targets:

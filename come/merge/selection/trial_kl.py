@@ -13,6 +13,7 @@ from come.merge.refit.base import Refit
 from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
 from come.merge.span import LayerSpan, UnitAllocation
+from come.models.layer_state import overlay
 from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting
 from come.stream.stream import LayerStream
@@ -101,7 +102,7 @@ class TrialKL(SpanScore):
         stream, adapter = group.stream, group.stream.adapter
         if refit.active:
             sources = group.sources(split)
-            fitted = {**sources.state, **refit.surrogate.solve(group.targets, sources)}
+            fitted = overlay(sources.state, refit.surrogate.solve(group.targets, sources))
             layer = adapter.copy_layer(group.first, fitted)
             route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
         else:
