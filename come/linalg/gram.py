@@ -11,6 +11,7 @@ from torch import Tensor
 
 from come.linalg.equations import LEAST, Elimination, Map
 from come.stream.token_blocks import TokenBlocks
+from come.weak import weak_method
 
 BLOCK = 512  # columns of a Gram matrix that are updated at a time
 
@@ -40,7 +41,7 @@ class Gram:
         self._mirrored = True
         self._moment = torch.zeros(size, out, dtype=torch.float64, device=device)
         self._energy = 0.0
-        self._blocks = TokenBlocks(self._accumulate)
+        self._blocks = TokenBlocks(weak_method(self._accumulate))
 
     @property
     def gram(self) -> Float[Tensor, "columns columns"]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from come.merge.norms import check_norms, fold_norms
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
+from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
-from come.merge.source_layers import SourceLayers
+from come.merge.source_layers import KeptUnits, SourceLayers
 from come.models.adapter import Block, ModelAdapter
 from come.models.layer_state import LayerState, overlay
 

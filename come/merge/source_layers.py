@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from come.merge.operators.base import KeptUnits
+from come.models.adapter import Unit
 from come.models.layer_state import LayerState
+
+KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
+"""For each kind of unit, the kept indices of every layer of the span, ascending."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from come.files import PARTIAL, write_text
 from come.models.checkpoint import weight_files
 from come.models.layer_state import LayerState, LazyState
+from come.weak import weak_method
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -92,8 +93,9 @@ class LayersOnDisk:
         self._loaded: nn.Module | None = None
         self._ahead: tuple[nn.Module, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer reader")
+        before = weak_method(self._before_forward)
         for layer in layers:
-            layer.register_forward_pre_hook(self._before_forward)
+            layer.register_forward_pre_hook(before)
 
     def state(self, layer: nn.Module) -> LayerState:
         """The tensors of a layer, each read whenever it is needed."""
@@ -175,7 +177,14 @@ class LayersOnDisk:
         return tensor.to(self.device, self.dtype)
 
     def _read(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {name: stored.read() for name, stored in self._tensors[layer].items()}
+        tensors = self._tensors[layer]
+        found: dict[str, Tensor] = {}
+        for path in {stored.path for stored in tensors.values()}:
+            with safe_open(path, framework="pt") as file:
+                for name, stored in tensors.items():
+                    if stored.path == path:
+                        found[name] = file.get_tensor(stored.name).clone()
+        return found
 
 
 def layers_on_disk(model: PreTrainedModel) -> LayersOnDisk | None:

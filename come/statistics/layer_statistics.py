@@ -14,6 +14,7 @@ from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.observer import Update
 from come.stream.token_blocks import TokenBlocks
+from come.weak import weak_method
 
 
 class InputMoments:
@@ -27,7 +28,7 @@ class InputMoments:
     def __init__(self, kinds: Sequence[str], width: int) -> None:
         self.sums = {kind: torch.zeros(width, dtype=torch.float64) for kind in kinds}
         self.tokens = 0
-        self._blocks = TokenBlocks(self._accumulate)
+        self._blocks = TokenBlocks(weak_method(self._accumulate))
 
     def update(self, inputs: Float[Tensor, "*batch width"]) -> None:
         """Adds a batch of inputs; sums within a block of tokens run in float32 or wider."""
@@ -41,9 +42,13 @@ class InputMoments:
             values = {"abs": flat.abs, "square": flat.to(wide).square, "mean": lambda: flat}[kind]()
             total += values.sum(dim=0, dtype=wide).double().cpu()
 
+    def finish(self) -> None:
+        """Adds the tokens of an incomplete block, and frees their inputs."""
+        self._blocks.finish()
+
     def mean(self, kind: str) -> Float[Tensor, " width"] | None:
         """The mean over tokens of a moment, [d_in] float64; None if it was not accumulated."""
-        self._blocks.finish()
+        self.finish()
         return self.sums[kind] / self.tokens if kind in self.sums else None
 
 
@@ -105,6 +110,8 @@ class StatisticsCollector:
                     hooks.enter_context(watch_inputs(linear, moments[unit].update))
             yield update
         blocks.finish()
+        for of_unit in moments.values():
+            of_unit.finish()
         self.found[index] = LayerStatistics(influence / count, moments)
 
 

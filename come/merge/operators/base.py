@@ -13,13 +13,11 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from come.merge.combination import Combination
-from come.models.adapter import Role, Unit
+from come.merge.source_layers import KeptUnits
+from come.models.adapter import Role
 from come.models.layer_state import LayerState, LazyState
 from come.registry import Registry
 from come.setting import HasSettings
-
-KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
-"""For each kind of unit, the kept indices of every layer of the span, ascending."""
 
 
 @dataclass(eq=False)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, weighted_sum
+from come.merge.operators.base import OPERATORS, MergeOperator, weighted_sum
+from come.merge.source_layers import KeptUnits
 from come.models.adapter import Part, Role
 from come.models.layer_state import LayerState, LazyState
 

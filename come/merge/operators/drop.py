@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator
-from come.merge.source_layers import kept_layer
+from come.merge.operators.base import OPERATORS, MergeOperator
+from come.merge.source_layers import KeptUnits, kept_layer
 from come.models.adapter import Role
 from come.models.layer_state import LayerState
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from come.merge.operators.base import OPERATORS, KeptUnits, MergeOperator, summed
+from come.merge.operators.base import OPERATORS, MergeOperator, summed
+from come.merge.source_layers import KeptUnits
 from come.models.adapter import Role
 from come.models.layer_state import LayerState
 

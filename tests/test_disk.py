@@ -1,0 +1,214 @@
+"""Models whose layers stay on disk: equal to models in memory, one layer at a time."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from come.data.sampling import self_generated_windows
+from come.evaluate.perplexity import perplexity
+from come.merge.apply import apply
+from come.merge.loop import compress
+from come.merge.plan import Plan
+from come.merge.saving import check_cache
+from come.models.adapter import ModelAdapter
+from come.models.loading import choose_weights, inspect_model, load_weights
+from come.models.weights import layers_on_disk, save_weights
+from tests.conftest import FAMILIES, LAYERS, pico
+from tests.disk import all_tensors, on_disk
+from tests.jobs import QUICK, start
+from tests.methods import paper, recipe
+
+TARGET = LAYERS - 2
+
+
+def layers_in_memory(model):
+    """The layers whose weights are in memory."""
+    stack = ModelAdapter(model).layers
+    return [i for i, layer in enumerate(stack) if not next(layer.parameters()).is_meta]
+
+
+def both(family, windows, method, **given):
+    """Plan and tensors of a compression in memory, and of one from disk."""
+    for model in (pico(family), on_disk(pico(family))):
+        plan = compress(model, windows, method(), target_layers=TARGET, progress=False, **given)
+        yield plan, all_tensors(model)
+
+
+@pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "laco", "replaceme", "taylor_plus"])
+@pytest.mark.parametrize("family", ["llama_bias", "llama_tied", "opt"])
+def test_plans_and_weights_are_those_of_memory(family, name, windows):
+    """Bit for bit; `python -m tests.golden --weights disk` has all recipes and families."""
+    (plan, tensors), (other, stored) = both(family, windows, lambda: recipe(name))
+    assert other.hash == plan.hash
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("sensitivity", ["taylor", "path_attribution"])
+def test_gradients_are_those_of_memory(sensitivity, windows):
+    (plan, _), (other, _) = both("llama_gqa", windows, lambda: paper(sensitivity=sensitivity))
+    assert other.hash == plan.hash
+
+
+def test_one_layer_at_a_time_is_in_memory(windows):
+    model = on_disk(pico("llama_gqa"))
+    assert layers_in_memory(model) == []
+    most = []
+    for layer in ModelAdapter(model).layers:
+        layer.register_forward_hook(lambda *_: most.append(len(layers_in_memory(model))))
+    plan = compress(model, windows, recipe("come_plus"), target_layers=TARGET, progress=False)
+    assert plan.num_layers == TARGET == model.config.num_hidden_layers
+    assert max(most) == 1
+
+
+def test_a_sweep_reads_every_layer_once(windows, monkeypatch):
+    """Batch after batch goes through a layer while it is there."""
+    model, read = on_disk(pico("llama_gqa")), []
+    stored = layers_on_disk(model)
+    own = stored._read
+    monkeypatch.setattr(stored, "_read", lambda layer: read.append(layer) or own(layer))
+    perplexity(model, windows, batch_tokens=windows.shape[1], progress=False)
+    assert read == list(ModelAdapter(model).layers)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3_gqa", "opt"])
+def test_evaluation_and_sampling_are_those_of_memory(family, windows):
+    model, stored = pico(family), on_disk(pico(family))
+    assert perplexity(stored, windows, progress=False) == perplexity(model, windows, progress=False)
+    assert check_cache(stored) == pytest.approx(check_cache(model), abs=1e-9)
+    words = {"num_samples": 3, "seq_len": 8, "progress": False}
+    sampled = [self_generated_windows(each, **words).windows for each in (model, stored)]
+    assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("shard_bytes", [2**30, 9000])
+def test_saved_shards_are_read_by_transformers(family, shard_bytes, windows, tmp_path):
+    model = on_disk(pico(family))
+    compress(model, windows, recipe("come"), target_layers=TARGET, progress=False)
+    save_weights(model, tmp_path, shard_bytes)
+    model.config.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    if shard_bytes > 2**20:
+        assert files == ["model.safetensors"]
+    else:
+        assert len(files) > 2
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert sorted(set(index["weight_map"].values())) == files
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = all_tensors(model)
+    found = loaded.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("method", ["come", "come_plus"])
+def test_a_job_leaves_the_same_from_disk(method, pico_folder, tmp_path, monkeypatch):
+    """Result, files and weights, also from a plan and from a run."""
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+    results, folders = [], []
+    words = [f"merge={method}", "merge.target_layers=21", "merge.save_at=[23,21]", *QUICK]
+    for weights in ("memory", "disk"):
+        folders.append(tmp_path / weights)
+        results.append(start(pico_folder, folders[-1], *words, f"model.weights={weights}"))
+    memory, disk = results
+    assert disk["job"] == memory["job"]
+    assert disk["plan"] == memory["plan"]
+    assert [r["metrics"] for r in disk["depths"]] == [r["metrics"] for r in memory["depths"]]
+    for name in ("model", "model-23"):
+        first, second = (folder / name for folder in folders)
+        names = {path.name for path in first.iterdir()}
+        assert {path.name for path in second.iterdir()} == names
+        for file in names - {"come", "README.md", "model.safetensors"}:
+            assert (second / file).read_bytes() == (first / file).read_bytes(), file
+        one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not list(folders[1].glob("weights-*"))
+    rebuilt = apply(Plan.load(folders[0] / "plan.json"), load_weights(pico_folder, weights="disk"))
+    own = load_file(folders[0] / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in all_tensors(rebuilt).items())
+
+
+def test_bfloat16_files_are_computed_in_float32(windows, tmp_path):
+    model = pico("llama_gqa").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    found = [
+        compress(
+            load_weights(tmp_path, dtype="float32", weights=weights),
+            windows, recipe("come_plus"), target_layers=TARGET, progress=False,
+        ).hash
+        for weights in ("memory", "disk")
+    ]  # fmt: skip
+    assert found[0] == found[1]
+
+
+def test_names_without_the_prefix_of_the_base_are_read(windows, tmp_path):
+    """Some checkpoints of the hub were saved from the base model."""
+    model = pico("llama_tied")
+    model.model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "embed_tokens.weight" in file.keys()
+    loaded = load_weights(tmp_path, weights="disk")
+    assert perplexity(loaded, windows, progress=False) == perplexity(model, windows, progress=False)
+
+
+def broken(folder, change):
+    """A checkpoint whose tensors were changed."""
+    pico("llama_gqa").save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+KEY = "model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(KEY), f"of another shape are {KEY}"),
+        (lambda tensors: tensors.update({KEY: torch.ones(2, 2)}), f"of another shape are {KEY}"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "are extra"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_weights(broken(tmp_path, change), weights="disk")
+
+
+def test_weights_that_are_not_finite_are_an_error(windows, tmp_path):
+    folder = broken(tmp_path, lambda tensors: tensors[KEY].fill_(torch.nan))
+    model = load_weights(folder, weights="disk")
+    with pytest.raises(ValueError, match=f"weights {KEY} are not finite"):
+        perplexity(model, windows, progress=False)
+
+
+def test_auto_is_disk_for_weights_beyond_two_thirds_of_the_free_memory(tmp_path, monkeypatch):
+    pico("llama_gqa").save_pretrained(tmp_path)
+    shape, cpu = inspect_model(tmp_path), torch.device("cpu")
+
+    def free(share):
+        available = type("Memory", (), {"available": shape.weight_bytes / share})
+        monkeypatch.setattr("psutil.virtual_memory", available)
+
+    free(0.6)
+    assert choose_weights("auto", shape, cpu) == "memory"
+    free(0.7)
+    assert choose_weights("auto", shape, cpu) == "disk"
+    assert choose_weights("memory", shape, cpu) == "memory"
+    with pytest.raises(ValueError, match="model.weights='ram': allowed are auto, memory, disk"):
+        choose_weights("ram", shape, cpu)
+
+
+def test_training_needs_memory(command_line):
+    code, said = command_line("model.weights=disk", "distill=come_sp")
+    assert code == 1
+    assert "model.weights=disk: distill=come_sp trains a model in memory" in said
