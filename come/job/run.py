@@ -32,6 +32,7 @@ from come.job.stages.prepare import prepare
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
 from come.models.loading import choose_device
+from come.models.weights import remove_changed_layers
 from come.records import CompressionResult, DepthResult, DistillationResult, Result
 from come.report.console import show
 from come.schema import Settings
@@ -163,6 +164,7 @@ def _clean_up(folder: Path, result: Result) -> None:
     for leftover in (*leftovers, tensors_path(partial)):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
+    remove_changed_layers(folder)
     if not result["settings"]["merge"]["save_weights"]:
         for depth in result["depths"][1:]:
             for weights in (folder / depth["folder"]).glob("model*.safetensors*"):

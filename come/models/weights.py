@@ -29,7 +29,7 @@ from come.weak import weak_method
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-PREFIX = "weights-"  # of the folders of changed layers
+_PREFIX = "weights-"  # of the folders of changed layers
 _ATTRIBUTE = "come_layers"
 _BUFFERS = r"rotary_emb\.inv_freq$"  # in checkpoints of old versions
 
@@ -144,7 +144,7 @@ class LayersOnDisk:
     def write(self, layer: nn.Module, state: LayerState) -> None:
         """Replaces all tensors of a layer on disk."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(PARTIAL, PREFIX, self._parent))
+            self._folder = Path(tempfile.mkdtemp(PARTIAL, _PREFIX, self._parent))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._written += 1
         path = self._folder / f"{self._written}.safetensors"
@@ -191,6 +191,12 @@ def layers_on_disk(model: PreTrainedModel) -> LayersOnDisk | None:
     """What loads the layers of a model; None if all of its weights are in memory."""
     found: LayersOnDisk | None = vars(model).get(_ATTRIBUTE)
     return found
+
+
+def remove_changed_layers(folder: Path) -> None:
+    """Removes the changed layers of finished or killed runs from a job folder."""
+    for left in folder.glob(f"{_PREFIX}*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def open_weights(

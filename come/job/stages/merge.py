@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 
 from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
-from come.files import PARTIAL, package_hash, write_text
+from come.files import package_hash, write_text
 from come.job.environment import versions
 from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
@@ -31,7 +30,7 @@ from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device
-from come.models.weights import PREFIX
+from come.models.weights import remove_changed_layers
 from come.records import CalibrationResult, CompressionResult
 from come.tracking.base import Trackers
 
@@ -67,8 +66,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if earlier is not None:
         log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
-    for left in job.folder.glob(f"{PREFIX}*{PARTIAL}"):  # by a killed run
-        shutil.rmtree(left, ignore_errors=True)
+    remove_changed_layers(job.folder)
     with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load()
         if job.plan is None:
