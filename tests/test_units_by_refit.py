@@ -57,7 +57,7 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
     initial = stacked_map(targets, "kv_group")
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (2, 3)]
-    sums = stacked_equations(targets, "kv_group", initial, layers)
+    sums = stacked_equations(targets, "kv_group", layers)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -71,8 +71,7 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     found = after_attention(targets, layers, chosen, [columns, columns[:0]])
     torch.testing.assert_close(found.double(), middle.view(found.shape), rtol=1e-3, atol=1e-4)
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
-    initial = stacked_map(targets, "channel")
-    sums = stacked_equations(targets, "channel", initial, layers, found)
+    sums = stacked_equations(targets, "channel", layers, found)
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -85,7 +84,7 @@ def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (1, 2, 3)]
-    sums = stacked_equations(targets, "kv_group", stacked_map(targets, "kv_group"), layers)
+    sums = stacked_equations(targets, "kv_group", layers)
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)

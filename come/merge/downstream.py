@@ -60,7 +60,8 @@ def _refitted(
     """The new output projection of layer `index`; replaces `states`, its input, with its output."""
     adapter, layer = stream.adapter, stream.adapter.layer(index)
     initial = output_map(adapter, layer, "channel")
-    sums = equations(initial, adapter, stream.tokens)
+    bias = initial.bias is not None
+    sums = equations(initial.weight.shape[1], adapter, stream.tokens, bias=bias)
     for rows in stream.batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -54,7 +54,7 @@ class SourceLayer:
 
     Attributes:
         state: its tensors, as the operator reads them.
-        inputs: P_i by kind of unit (see `come.merge.alignment`); nothing without alignment.
+        inputs: P_i of the units in question (see `come.merge.alignment`); empty without alignment.
     """
 
     state: LayerState
@@ -108,13 +108,14 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     for unit in UNITS:
         if align is not None:
             norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
-            maps = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
+            changes = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
+            inputs = [{unit: change.float()} for change in changes]
+            del changes  # they are float64
             layers = [
-                replace(layer, inputs={**layer.inputs, unit: change})
-                for layer, change in zip(layers, maps, strict=True)
+                SourceLayer(layer.state, given) for layer, given in zip(layers, inputs, strict=True)
             ]
+        sums = stacked_equations(targets, unit, layers, middle)
         initial = stacked_map(targets, unit)
-        sums = stacked_equations(targets, unit, initial, layers, middle)
         penalty = joint_lambda(group.refit) * sums.mean_diagonal()
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         last = unit == UNITS[-1]
@@ -156,7 +157,6 @@ def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
 def stacked_equations(
     targets: ReconstructionTargets,
     unit: Unit,
-    initial: Map,
     layers: Sequence[SourceLayer],
     middle: Float[Tensor, "windows seq hidden"] | None = None,
 ) -> Equations:
@@ -167,7 +167,6 @@ def stacked_equations(
     Args:
         targets: reconstruction targets of the span.
         unit: the kind of unit.
-        initial: `stacked_map` of these units.
         layers: the layers of the span.
         middle: for MLP channels, the residual stream after the kept attention.
 
@@ -177,9 +176,13 @@ def stacked_equations(
         attention, to the remaining difference from the target output.
     """
     stream, adapter = targets.stream, targets.stream.adapter
-    sums = equations(initial, adapter, stream.tokens, DUAL)
+    width = len(layers) * adapter.unit_counts[unit] * adapter.columns_per_unit(unit)
+    bias = len(adapter.output_tensors(unit)) > 1
+    sums = equations(width, adapter, stream.tokens, bias=bias, columns_per_token=DUAL)
+    module: nn.Module | None = None
     if isinstance(sums, Dual):
         for number, layer in enumerate(layers):
+            module = None  # frees the one before
             module = layer.module(targets)
             for goal in targets:
                 features = _features(targets, unit, module, goal, middle).flatten(0, 1)
@@ -212,12 +215,13 @@ def after_attention(
         columns: kept head outputs of every layer.
     """
     batches = [goal.states.cpu().clone() for goal in targets]
-    start = 0
+    start, module = 0, None
     for layer, chosen in zip(layers, columns, strict=True):
         weight = found.weight[:, start : start + len(chosen)]
         start += len(chosen)
         if not len(chosen):
             continue
+        module = None  # frees the one before
         module = layer.module(targets)
         for number, goal in enumerate(targets):
             features = _features(targets, "kv_group", module, goal)[..., chosen.to(weight.device)]

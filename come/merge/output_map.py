@@ -18,27 +18,22 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
     return Map(weight, bias[0] if bias else None)
 
 
-def normal_equations(initial: Map, adapter: ModelAdapter) -> Gram:
-    """An empty `Gram` for a map shaped as `initial`."""
-    out, width = initial.weight.shape
-    return Gram(width, out, bias=initial.bias is not None, device=adapter.device)
-
-
 def equations(
-    initial: Map, adapter: ModelAdapter, tokens: int, columns_per_token: int = 1
+    width: int, adapter: ModelAdapter, tokens: int, *, bias: bool, columns_per_token: int = 1
 ) -> Equations:
-    """An empty problem for a map shaped as `initial`, in the form that is smaller.
+    """An empty problem of a map to the residual stream, in the form that is smaller.
 
     Args:
-        initial: the map.
+        width: number of inputs of the map.
         adapter: the model.
         tokens: number of tokens that will be added.
-        columns_per_token: from how many columns on the dual form is taken.
+        bias: whether the map has a bias.
+        columns_per_token: from how many columns per token on the dual form is taken.
     """
-    out, width = initial.weight.shape
+    out = adapter.config.hidden_size
     if width < columns_per_token * tokens:
-        return normal_equations(initial, adapter)
-    return Dual(width, out, tokens, bias=initial.bias is not None, device=adapter.device)
+        return Gram(width, out, bias=bias, device=adapter.device)
+    return Dual(width, out, tokens, bias=bias, device=adapter.device)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

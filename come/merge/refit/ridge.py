@@ -17,7 +17,7 @@ from come.merge.alignment import (
     transformed,
 )
 from come.merge.combination import Combination
-from come.merge.output_map import as_tensors, equations, normal_equations, output_map
+from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
@@ -100,10 +100,13 @@ class Ridge(Refit):
                 found |= self._aligned(targets, sources, layer, unit)
                 adapter.assign(layer, found)
             initial = output_map(adapter, layer, unit)
-            fit: Equations = equations(initial, adapter, targets.stream.tokens)
+            (out, width), bias = initial.weight.shape, initial.bias is not None
+            fit = equations(width, adapter, targets.stream.tokens, bias=bias)
             held_out = None
             if isinstance(self.lambda_, str):
-                fit, held_out = (normal_equations(initial, adapter) for _ in range(2))
+                fit, held_out = (
+                    Gram(width, out, bias=bias, device=adapter.device) for _ in range(2)
+                )
             for goal in targets:
                 keywords = targets.stream.keywords(len(goal.states), index)
                 features, middle = run_attention(adapter, layer, goal.states, keywords)
