@@ -14,6 +14,7 @@ import json
 import resource
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import choose_device, load_tokenizer, load_weights
-from come.stream.sweep import final_states
+from come.stream.sweep import normed_states
 
 if TYPE_CHECKING:
     from transformers import MistralConfig, PreTrainedModel
@@ -77,7 +78,9 @@ def random_model(shape: str, device: torch.device, layers: int | None = None) ->
     return model.to(torch.bfloat16).eval()
 
 
-def random_checkpoint(folder: Path, shape: str, layers: int | None = None) -> Path:
+def random_checkpoint(
+    folder: Path, shape: str, layers: int | None = None, device: torch.device | str = "cpu"
+) -> Path:
     """Writes a checkpoint of random bfloat16 weights, a shard a layer; one that is there stays."""
     from transformers import MistralForCausalLM
 
@@ -90,15 +93,15 @@ def random_checkpoint(folder: Path, shape: str, layers: int | None = None) -> Pa
     with torch.device("meta"):
         names = dict(MistralForCausalLM(config).named_parameters())
     places = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for group in dict.fromkeys(_shard(name) for name in names):
         shard = {}
         for name in (n for n in names if _shard(n) == group):
-            values = torch.empty(names[name].shape, dtype=torch.bfloat16)
+            values = torch.empty(names[name].shape, dtype=torch.bfloat16, device=device)
             if name.endswith("norm.weight"):
-                shard[name] = values.fill_(1)
+                shard[name] = values.fill_(1).cpu()
             else:
-                shard[name] = values.normal_(0, 0.02, generator=generator)
+                shard[name] = values.normal_(0, 0.02, generator=generator).cpu()
             places[name] = f"{group}.safetensors"
         save_file(shard, folder / f"{group}.safetensors", metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": places}
@@ -117,11 +120,11 @@ def forward_seconds(
 ) -> float:
     """Seconds for one forward pass of the decoder over all windows, after a warm-up batch."""
     adapter = ModelAdapter(model)
-    for _ in final_states(adapter, windows[:batch_size], batch_size):
+    for _ in normed_states(adapter, windows[:batch_size], batch_size):
         pass
     _wait(adapter.device)
     began = time.perf_counter()
-    for _ in final_states(adapter, windows, batch_size):
+    for _ in normed_states(adapter, windows, batch_size):
         pass
     _wait(adapter.device)
     return time.perf_counter() - began
@@ -190,6 +193,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of --shape; the model's by default")
     parser.add_argument("--method", choices=METHODS, default="come_plus")
     parser.add_argument("--target", type=int, default=21)
+    parser.add_argument("--retention-tokens", type=int, help="that units are chosen on")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -203,6 +207,7 @@ def main() -> None:
     given = parser.parse_args()
 
     device, (method, wanted) = choose_device(given.device), METHODS[given.method]
+    method = with_retention_tokens(method, given.retention_tokens)
     if not given.shape:
         checkpoint = find_checkpoint(given.model)
         windows = calibration_windows(
@@ -242,11 +247,18 @@ def main() -> None:
         print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {wanted})")
 
 
+def with_retention_tokens(method: Method, tokens: int | None) -> Method:
+    """The method with units chosen on fewer tokens; None for the method as it is."""
+    if tokens is None:
+        return method
+    return replace(method, retention=replace(method.retention, tokens=tokens))
+
+
 def _shaped(given: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """The model of random weights, in memory or with its layers on disk."""
     if given.weights == "memory":
         return random_model(given.shape, device, given.layers)
-    folder = random_checkpoint(given.folder, given.shape, given.layers)
+    folder = random_checkpoint(given.folder, given.shape, given.layers, device)
     return load_weights(folder, dtype=given.dtype, device=given.device, weights="disk")
 
 

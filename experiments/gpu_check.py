@@ -23,10 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import METHODS, SHAPES, measure, random_model, random_windows
+from bench import (
+    METHODS,
+    SHAPES,
+    measure,
+    random_checkpoint,
+    random_model,
+    random_windows,
+    with_retention_tokens,
+)
 
 from come.files import write_text
-from come.models.loading import choose_device
+from come.models.loading import choose_device, load_weights
 
 ROOT = Path(__file__).parents[1]
 Found = dict[str, Any]
@@ -91,14 +99,25 @@ def _job(given: argparse.Namespace, device: str, *words: str) -> Found:
 
 def run_bench(given: argparse.Namespace) -> list[Found]:
     """Runs the default method on random weights, once for every size."""
-    device = choose_device(given.device)
+    device, (method, _) = choose_device(given.device), METHODS["come_plus"]
+    method = with_retention_tokens(method, given.retention_tokens)
+    if device.type == "cuda" and given.memory_cap:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.memory_cap * 1e9 / total, device)
     found = []
     for size in given.sizes.split(","):
         layers, target, tokens = map(int, size.split(":"))
-        model = random_model(given.shape, device, layers)
+        if given.weights == "disk":
+            folder = random_checkpoint(given.output, given.shape, layers, device)
+            model = load_weights(folder, device=given.device, weights="disk")
+        else:
+            model = random_model(given.shape, device, layers)
         windows = random_windows(model.config.vocab_size, tokens, min(256, tokens))
-        method, _ = METHODS["come_plus"]
-        entry: Found = {"shape": given.shape, "layers": layers, "target": target, "tokens": tokens}
+        entry: Found = {
+            "shape": given.shape, "layers": layers, "target": target, "tokens": tokens,
+            "weights": given.weights, "memory_cap_gb": given.memory_cap,
+            "retention_tokens": given.retention_tokens,
+        }  # fmt: skip
         try:
             entry |= measure(model, windows, method, target=target, batch_size=given.batch_size)
         except torch.cuda.OutOfMemoryError as error:
@@ -137,20 +156,22 @@ def table(found: Found) -> str:
         lines.append("")
     if bench := found.get("bench"):
         lines += [
-            "| random weights | layers | tokens | seconds | forward passes | layer passes | "
-            "peak GB above the weights |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            "| random weights in | layers | tokens | seconds | forward passes | layer passes | "
+            "peak GB above the loaded weights | GB of main memory |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for entry in bench:
-            start = f"| {entry['shape']} | {entry['layers']} to {entry['target']} | "
+            cap = entry["memory_cap_gb"]
+            where = entry["weights"] + (f", cap {cap:.0f} GB" if cap else "")
+            start = f"| {where} | {entry['layers']} to {entry['target']} | "
             start += f"{entry['tokens']} | "
             if "error" in entry:
-                lines.append(start + f"{entry['error']} | | | |")
+                lines.append(start + f"{entry['error']} | | | | |")
                 continue
             lines.append(
                 start + f"{entry['seconds']:.1f} | {entry['ratio']:.1f} | "
                 f"{entry['layer_passes'] / entry['layers']:.1f} | "
-                f"{entry['peak_bytes'] / 1e9:.1f} |"
+                f"{entry['peak_bytes'] / 1e9:.1f} | {entry['resident_bytes'] / 1e9:.1f} |"
             )
         lines.append("")
     if distill := found.get("distill"):
@@ -172,8 +193,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "experiments" / "gpu")
     parser.add_argument("--shape", choices=SHAPES, default="mistral7b")
     parser.add_argument(
-        "--sizes", default="8:6:4096,32:30:4096,32:28:32768", help="layers:target:tokens, by commas"
+        "--sizes", default="8:6:4096,32:28:32768", help="layers:target:tokens, by commas"
     )
+    parser.add_argument("--weights", default="disk", choices=("memory", "disk"))
+    parser.add_argument("--memory-cap", type=float, default=8, help="GB of the device; 0 for all")
+    parser.add_argument("--retention-tokens", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--distill-tokens", type=int, default=65536)
     parser.add_argument("job", nargs="*", help="overrides of the main job and the distillation")

@@ -72,8 +72,9 @@ def test_the_operations_of_a_solution_are_counted():
 def test_the_dual_form_grows_with_tokens_in_place_of_columns():
     few = SpanSize(4, tokens=64, hidden=32, heads=32, channels=128, parameters=9000)
     many = SpanSize(4, tokens=512, hidden=32, heads=32, channels=128, parameters=9000)
-    assert (few.dual(512), many.dual(512)) == (True, False)
-    assert few.sums(512, 32).bytes < many.sums(512, 32).bytes / 5
+    assert (few.dual(512, 4), many.dual(512, 4)) == (True, False)
+    assert (few.dual(512), many.dual(512), many.dual(511)) == (True, True, False)
+    assert few.sums(512, 32, 4).bytes < many.sums(512, 32, 4).bytes / 5
     assert few.eliminated(512, 128).double < many.eliminated(512, 128).double / 100
     assert few.solve(512, 32).double == 64**3 / 3 + 2 * 64 * 64 * 32
 

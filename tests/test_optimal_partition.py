@@ -9,7 +9,8 @@ import torch
 
 from come.merge.loop import compress
 from come.merge.schedules.optimal_partition import OptimalPartition, estimate, optimal_partition
-from come.merge.selection.trial_kl import TrialKL, repeat_windows
+from come.merge.selection import trial_kl
+from come.merge.selection.trial_kl import repeat_windows
 from come.merge.trial_scores import TrialScores
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
@@ -247,15 +248,15 @@ def test_trials_of_an_interrupted_search_are_not_tried_again(windows, tmp_path, 
     class Interrupt(Exception):
         pass
 
-    refine, tried = TrialKL.refine, []
+    fit, tried = trial_kl.fitted_trial, []
 
-    def counted(self, group, *rest):
+    def counted(group, *rest):
         if len(tried) == 3 and not (tmp_path / "again").exists():
             raise Interrupt
         tried.append((group.first, group.last))
-        return refine(self, group, *rest)
+        return fit(group, *rest)
 
-    monkeypatch.setattr(TrialKL, "refine", counted)
+    monkeypatch.setattr(trial_kl, "fitted_trial", counted)
     path, method = tmp_path / "trials.json", come_plus(m=2)
 
     def run(job="a"):

@@ -20,7 +20,7 @@ from come.models.adapter import ModelAdapter
 from come.models.loss import window_nll
 from come.progress import ProgressBar
 from come.setting import setting
-from come.stream.sweep import final_states
+from come.stream.sweep import normed_states
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
@@ -64,7 +64,7 @@ def perplexity(
     batch_size = max(1, batch_tokens // seq)
     nll: list[float] = []
     with ProgressBar(total=len(windows), desc="perplexity", unit="window", shown=progress) as bar:
-        for rows, states in final_states(adapter, windows, batch_size):
+        for rows, states in normed_states(adapter, windows, batch_size):
             ids = windows[rows].to(adapter.device)
             nll += (window_nll(adapter.head, states, ids) / (seq - 1)).tolist()
             if not all(map(math.isfinite, nll[rows])):

@@ -55,12 +55,13 @@ class Cost:
         tokens: number of calibration tokens.
         work: arithmetic of all merges and trial merges.
         trials: sizes of the spans that are merged on trial.
-        weight_bytes: bytes of the model's weights.
+        weight_bytes: bytes of the model's weights in memory.
         boundary_bytes: bytes of the hidden states stored at the layer boundaries.
         store: where the hidden states are stored, "memory" or "disk".
         device: the model's device type, "cpu" or "cuda".
         extra: settings that need additional passes (gradients, searches), which `work` does not
             include.
+        weights: where the decoder layers are, "memory" or "disk".
     """
 
     tokens: int
@@ -71,6 +72,7 @@ class Cost:
     store: str
     device: str = "cpu"
     extra: list[str] = field(default_factory=list)
+    weights: str = "memory"
 
     def lines(self, speed: Speed) -> list[str]:
         """Lines to log before the compression starts."""
@@ -81,7 +83,10 @@ class Cost:
             f"time: about {duration(speed.seconds(self.work))}{more}",
         ]
         solving = f"{megabytes(self.work.bytes)} for least squares"
-        parts = [f"weights {megabytes(self.weight_bytes)}", solving]
+        own = f"weights {megabytes(self.weight_bytes)}"
+        if self.weights == "disk":
+            own += " at a time, layers on disk"
+        parts = [own, solving]
         states = f"boundary states {megabytes(self.boundary_bytes)}"
         if self.store == "disk":
             return [*lines, f"memory: {', '.join(parts)}; {states} in memory-mapped files"]
@@ -105,6 +110,7 @@ def compression_cost(
     method: Method,
     store: str,
     device: str = "cpu",
+    weights: str = "memory",
 ) -> Cost:
     """Estimates the cost of merging a model of `shape` down to `target` layers."""
     layers, tokens = shape.num_layers, num_samples * seq_len
@@ -137,12 +143,19 @@ def compression_cost(
         tokens=tokens,
         work=work,
         trials=trials,
-        weight_bytes=shape.weight_bytes,
+        weight_bytes=shape.weight_bytes if weights == "memory" else _resident(shape),
         boundary_bytes=tokens * shape.config.hidden_size * shape.dtype.itemsize * slots,
         store=store,
         device=device,
         extra=[name for name, costs in extra.items() if costs],
+        weights=weights,
     )
+
+
+def _resident(shape: ModelShape) -> int:
+    """Bytes of the weights in memory while layers are on disk: two layers and all other weights."""
+    rest = shape.parameters - shape.num_layers * shape.block_parameters["layer"]
+    return (rest + 2 * shape.block_parameters["layer"]) * shape.dtype.itemsize
 
 
 def _span(shape: ModelShape, layers: int, tokens: int) -> SpanSize:

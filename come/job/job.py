@@ -10,7 +10,7 @@ from come.data.windows import TokenWindows
 from come.evaluate.base import Evaluation
 from come.job.estimate import Cost, compression_cost
 from come.merge.plan import Plan
-from come.models.loading import ModelShape, choose_device, load_weights
+from come.models.loading import ModelShape, choose_device, choose_weights, load_weights
 from come.schema import Settings
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Job:
 
 def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
     """The estimated cost of merging a model of `shape` down to `target` layers."""
+    device = choose_device(settings.model.device)
+    weights = "memory" if settings.distill.active else settings.model.weights
     return compression_cost(
         shape,
         num_samples=settings.calibration.windows,
@@ -76,5 +78,6 @@ def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
         target=target,
         method=settings.merge,
         store=settings.calibration.store,
-        device=choose_device(settings.model.device).type,
+        device=device.type,
+        weights=choose_weights(weights, shape, device),
     )

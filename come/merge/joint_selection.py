@@ -134,8 +134,10 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
 def joint_work(size: SpanSize) -> Work:
     """What the joint selection takes, without the choice itself and without alignment."""
     heads = size.layers * size.heads
-    sums = size.sums(heads, size.hidden) + size.sums(size.width, size.hidden)
-    return sums + size.inverse(heads) + size.passes * (2 * size.layers)
+    sums = size.sums(heads, size.hidden, DUAL) + size.sums(size.width, size.hidden, DUAL)
+    copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
+    beside = Work(bytes=sums.bytes + copies)
+    return sums + beside + size.inverse(heads) + size.passes * (2 * size.layers)
 
 
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from come.merge.combination import Combination
@@ -15,6 +15,7 @@ from come.models.surgery import Span
 from come.progress import ProgressBar
 from come.statistics.influence import check_tokens
 from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
+from come.stream.candidates import together
 from come.stream.stream import LayerStream
 
 
@@ -136,22 +137,7 @@ class Search:
 
     def score(self, first: int, last: int) -> float:
         """The selection's score of layers first..last; cached while it cannot have changed."""
-        place = self.origins[first], self.origins[last]
-        if place not in self._scores:
-            found = self.method.selection.score(self.stream, *place)
-            self._scores[place] = self._number(found, *place)
-        return self._scores[place]
-
-    def trial_score(self, first: int, last: int) -> float:
-        """The score of a trial merge, or drop, of layers first..last."""
-        first, last, kept = self.rules.group(first, last)
-
-        def try_it() -> float:
-            span = self.span(first, last, self.method.selection.trial_stream(self.stream))
-            found = self.method.selection.refine(span, self.split(span, kept), self.method.refit)
-            return self._number(found, first, last)
-
-        return self._trials.score(self.plan.hash, first, last, try_it)
+        return self.scored([(first, last)])[0].score
 
     def span(self, first: int, last: int, stream: LayerStream | None = None) -> LayerSpan:
         """The span of layers first..last.
@@ -189,13 +175,49 @@ class Search:
         return self.chosen(candidates)
 
     def scored(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
-        """The spans with their scores."""
-        return [SpanCandidate(a, b, self.score(a, b)) for a, b in spans]
+        """The spans with their scores, which are cached while they cannot have changed."""
+        places = [(self.origins[first], self.origins[last]) for first, last in spans]
+        missing = [place for place in dict.fromkeys(places) if place not in self._scores]
+        found = self.method.selection.scores(self.stream, missing)
+        for place, score in zip(missing, found, strict=True):
+            self._scores[place] = self._number(score, *place)
+        return [
+            SpanCandidate(*span, self._scores[place])
+            for span, place in zip(spans, places, strict=True)
+        ]
 
     def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
-        """The spans with the scores of their trial merges."""
-        trials = ProgressBar(spans, desc="trial merges", shown=self.stream.progress)
-        return [SpanCandidate(a, b, self.trial_score(a, b)) for a, b in trials]
+        """The spans with the scores of their trial merges, or drops."""
+        plan, wholes = self.plan.hash, [self.rules.group(*span) for span in spans]
+        with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
+            missing = [w for w in dict.fromkeys(wholes) if self._trials.get(plan, *w[:2]) is None]
+            bar.update(len(spans) - len(missing))
+            for group in together(self.stream, missing):
+                found = self.method.selection.refine_all(
+                    self._trial_merges(group), self.method.refit
+                )
+                self._trials.add(
+                    plan,
+                    {
+                        (first, last): self._number(score, first, last)
+                        for (first, last, _), score in zip(group, found, strict=True)
+                    },
+                )
+                bar.update(len(group))
+        scores = [self._trials.get(plan, first, last) for first, last, _ in wholes]
+        return [
+            SpanCandidate(*span, score)
+            for span, score in zip(spans, scores, strict=True)
+            if score is not None
+        ]
+
+    def _trial_merges(
+        self, wholes: Sequence[tuple[int, int, int | None]]
+    ) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
+        """The spans of trial merges and their units, one after the other."""
+        for first, last, kept in wholes:
+            span = self.span(first, last, self.method.selection.trial_stream(self.stream))
+            yield span, self.split(span, kept)
 
     def chosen(self, candidates: list[SpanCandidate]) -> Choice:
         """The candidate with the lowest score; ties go to the first one."""

@@ -17,6 +17,7 @@ from come.models.adapter import Unit
 from come.models.layer_state import LayerState
 from come.models.surgery import Span
 from come.statistics.layer_statistics import LayerStatistics
+from come.stream.candidates import Candidate, losses, together
 from come.stream.stream import LayerStream, Route
 
 
@@ -132,14 +133,16 @@ class LayerSpan:
             for index in range(self.first, self.last + 1)
         ]
 
-    def full_route(self, split: UnitAllocation) -> Route:
-        """All layers from the boundary before the span to the end, if `split` merges the span."""
-        downstream = self.stream.route(self.last + 1, self.stream.num_layers - 1)
-        return [*self.trial(split), *downstream]
+    def candidate(self, split: UnitAllocation) -> Candidate:
+        """The model in which `split` merges the span."""
+        return Candidate(self.first, self.trial(split), self.last + 1)
 
-    def loss(self, split: UnitAllocation) -> float:
-        """Calibration loss, nats per predicted token, if `split` merges the span.
+    def losses(self, splits: Sequence[UnitAllocation]) -> list[float]:
+        """Calibration loss, nats per predicted token, if each of `splits` merges the span.
 
         Only the merged layer and the layers after it run, from the boundary before the span.
         """
-        return self.stream.loss(self.first, self.full_route(split))
+        found: list[float] = []
+        for group in together(self.stream, splits):
+            found += losses(self.stream, [self.candidate(split) for split in group])
+        return found

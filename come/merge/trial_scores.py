@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from come.files import write_text
@@ -26,12 +26,13 @@ class TrialScores:
             if data["job"] == job:
                 self.scores = data["scores"]
 
-    def score(self, plan: str, first: int, last: int, compute: Callable[[], float]) -> float:
-        """The score of merging layers first..last after a plan; computed if it is not cached."""
-        key = f"{plan}/{first}-{last}"
-        if key not in self.scores:
-            self.scores[key] = compute()
-            if self.path is not None:
-                data = {"job": self.job, "scores": self.scores}
-                write_text(self.path, json.dumps(data, indent=1) + "\n")
-        return self.scores[key]
+    def get(self, plan: str, first: int, last: int) -> float | None:
+        """The score of merging layers first..last after a plan; None if it is not known."""
+        return self.scores.get(f"{plan}/{first}-{last}")
+
+    def add(self, plan: str, scores: Mapping[tuple[int, int], float]) -> None:
+        """Adds the scores of merges after a plan, by their first and last layer."""
+        self.scores |= {f"{plan}/{first}-{last}": s for (first, last), s in scores.items()}
+        if self.path is not None:
+            data = {"job": self.job, "scores": self.scores}
+            write_text(self.path, json.dumps(data, indent=1) + "\n")

@@ -64,14 +64,19 @@ class SpanSize:
         """FFN channels of all layers of the span."""
         return self.layers * self.channels
 
-    def dual(self, width: int) -> bool:
-        """Whether a problem with `width` inputs is solved in its dual form."""
-        return width >= DUAL * self.tokens
+    @property
+    def layer_bytes(self) -> float:
+        """A copy of one layer, in float32."""
+        return 4.0 * self.parameters
 
-    def sums(self, width: int, out: int) -> Work:
+    def dual(self, width: int, columns_per_token: int = 1) -> bool:
+        """Whether a problem with `width` inputs is solved in its dual form."""
+        return width >= columns_per_token * self.tokens
+
+    def sums(self, width: int, out: int, columns_per_token: int = 1) -> Work:
         """The sums of a least-squares problem with `width` inputs and `out` outputs."""
         tokens = float(self.tokens)
-        if self.dual(width):
+        if self.dual(width, columns_per_token):
             stored = 4 * tokens * (width + out) + 8 * tokens * tokens
             return Work(single=tokens * tokens * width, bytes=stored)
         half = tokens * width * width  # only one triangle is computed
@@ -88,7 +93,7 @@ class SpanSize:
 
     def inverse(self, width: int) -> Work:
         """A factorisation and the inverse, in place; in dual form a triangular solution."""
-        if self.dual(width):
+        if self.dual(width, DUAL):
             tokens = float(self.tokens)
             return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
         return Work(double=float(width) ** 3, bytes=8.0 * width * width)
@@ -99,19 +104,22 @@ class SpanSize:
         once = Work(
             single=self.tokens * width * (width + 2 * out),  # always by normal equations
             double=width**3 / 3 + 2 * width * width * out,
-            bytes=8 * width * (width + 2 * out),
+            bytes=8 * width * (width + 3 * out),
         )
-        folded = Work(double=2.0 * self.parameters * self.layers * self.hidden)
-        return once * 2 + folded + self.passes * (2 * self.layers)
+        return once * 2 + self.passes * self.layers
+
+    def folded(self) -> Work:
+        """The alignment folded into the rows of one layer."""
+        return Work(single=2.0 * self.parameters * self.hidden, bytes=2 * self.layer_bytes)
 
     def eliminated(self, width: int, kept: int) -> Work:
         """Backward elimination from `width` to `kept` columns."""
         start, weights = self.inverse(width), 8.0 * width * self.hidden
-        if self.dual(width):
+        if self.dual(width, DUAL):
             tokens = float(self.tokens)
             rounds = 12 * (tokens * tokens + 2 * tokens * self.hidden) * (width + kept) / 2
-            stored = 4 * tokens * width + 16 * tokens * tokens
-            return start + Work(single=rounds, bytes=stored + 1.5 * weights)
+            stored = 4 * tokens * width + 24 * tokens * tokens
+            return start + Work(single=rounds, bytes=stored + weights / 2)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
         rounds += 2.0 * (width - kept) * width * self.hidden
         return start + Work(double=rounds, bytes=16.0 * width * width + 3 * weights)

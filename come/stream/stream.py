@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.models.adapter import Block, ModelAdapter
-from come.models.loss import window_nll
 from come.progress import ProgressBar
 from come.stream.boundaries import make_store
 from come.stream.observer import LayerObserver, Meter
@@ -167,10 +166,8 @@ class LayerStream:
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in self._batches:
                         before = self._store[index][rows].to(self.adapter.device)
-                        keywords = self.keywords(len(before), index)
                         with self._watch_middle(index, rows):
-                            after = self.adapter.layer(index)(before, **keywords)
-                        self._meter.tokens += before.shape[:2].numel()
+                            after = self.run(index, before)
                         following[rows] = after
                         update(before, after) if self.block == "layer" else update(
                             *self._ends(index, index, rows)
@@ -288,6 +285,14 @@ class LayerStream:
         """The model's own layers first..last as a route for `through`; may be empty."""
         return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]
 
+    def run(
+        self, index: int, states: Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """One batch through layer `index` of the model."""
+        self._meter.tokens += states.shape[:2].numel()
+        found: Tensor = self.adapter.layer(index)(states, **self.keywords(len(states), index))
+        return found
+
     @torch.no_grad()
     def through(
         self, start: int, route: Route, batches: int | None = None
@@ -315,21 +320,6 @@ class LayerStream:
                     found[number] = layer(states, **self.keywords(len(states), index))
                     self._meter.tokens += states.shape[:2].numel()
             yield from zip(group, found, strict=True)
-
-    def loss(self, start: int, route: Route) -> float:
-        """Mean cross-entropy, nats per predicted token, if `route` follows boundary `start`.
-
-        Args:
-            start: a valid boundary.
-            route: the layers between that boundary and the final norm.
-        """
-        losses = []
-        for rows, states in self.through(start, route):
-            ids = self.windows[rows].to(states.device)
-            with torch.no_grad():
-                normed = self.adapter.final_norm(states)
-                losses.append(window_nll(self.adapter.head, normed, ids))
-        return torch.cat(losses).sum().item() / self.predicted
 
     def merged(self, first: int, last: int) -> None:
         """Records that layers first..last were merged into one layer at index `first`.

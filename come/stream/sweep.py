@@ -15,7 +15,7 @@ STATES = 2**28  # values of hidden states that one sweep over layers on disk hol
 
 
 @torch.no_grad()
-def final_states(
+def normed_states(
     adapter: ModelAdapter, windows: Int[Tensor, "windows seq"], batch_size: int
 ) -> Iterator[tuple[slice, Float[Tensor, "batch seq hidden"]]]:
     """The hidden states after the last norm, batch by batch, with the window indices.

@@ -136,7 +136,9 @@ class Ridge(Refit):
         heads = size.sums(size.heads, size.hidden) + size.solve(size.heads, size.hidden)
         ffn = size.sums(size.channels, size.hidden) + size.solve(size.channels, size.hidden)
         reads = size.passes * (size.layers + 1.5)
-        return heads + ffn + reads + (Work() if self.align is None else size.aligned())
+        copies = Work(bytes=2 * size.layer_bytes + ffn.bytes)
+        aligned = Work() if self.align is None else size.aligned() + size.folded()
+        return heads + ffn + reads + copies + aligned
 
     def plain(self) -> Ridge:
         """The ridge regression only, for refits that extend it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from come.merge.retention.base import RETENTION, RetentionRule, with_units
@@ -43,25 +43,30 @@ class Posterior(RetentionRule):
         scores = group.scores
         losses: dict[str, float] = {}
 
-        def loss(counts: tuple[int, ...]) -> float:
-            split = with_units([count / self.granularity for count in counts], scores)
-            key = str(split.kept or split.shares)
-            if key not in losses:
-                found = group.loss(split)
+        def tried(counts: Sequence[tuple[int, ...]]) -> list[float]:
+            """The losses of allocations; those that keep the same units have one."""
+            splits = [with_units([n / self.granularity for n in given], scores) for given in counts]
+            keys = [str(split.kept or split.shares) for split in splits]
+            new = {key: split for key, split in zip(keys, splits, strict=True) if key not in losses}
+            for key, found in zip(new, group.losses(list(new.values())), strict=True):
                 losses[key] = math.inf if math.isnan(found) else found
-            return losses[key]
+            return [losses[key] for key in keys]
+
+        def best_of(counts: Sequence[tuple[int, ...]]) -> tuple[float, tuple[int, ...]]:
+            found = tried(counts)
+            lowest = found.index(min(found))
+            return found[lowest], counts[lowest]
 
         if group.size == 2:
-            splits = [(k, self.granularity - k) for k in range(self.granularity + 1)]
-            best: tuple[int, ...] = min(splits, key=loss)
+            loss, best = best_of([(k, self.granularity - k) for k in range(self.granularity + 1)])
         else:
-            best = self._start(group.size)
+            loss, best = best_of([self._start(group.size)])
             while True:
-                nearest = min(_moves(best), key=loss)
-                if loss(nearest) >= loss(best):
+                lower, nearest = best_of(list(_moves(best)))
+                if lower >= loss:
                     break
-                best = nearest
-        if not math.isfinite(loss(best)):
+                loss, best = lower, nearest
+        if not math.isfinite(loss):
             raise ValueError(
                 "merge.retention=posterior: the loss of every split that was tried is not finite; "
                 "try model.dtype=float32 or bfloat16"

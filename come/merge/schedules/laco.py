@@ -83,7 +83,8 @@ class LaCo(Schedule):
         stream = search.stream
         first, last, kept = search.rules.group(first, last)
         span = search.span(first, last)
-        route = span.full_route(search.split(span, kept))
+        downstream = stream.route(span.last + 1, stream.num_layers - 1)
+        route = [*span.trial(search.split(span, kept)), *downstream]
         trial = stream.through(span.first, route, self._batches)
         states = torch.cat([batch.cpu() for _, batch in trial])[: self.trial_windows]
         assert self._dense is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -76,6 +76,10 @@ class SpanScore(HasSettings, ABC):
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Score of the layers first..last (inclusive, positions in the stream's model)."""
 
+    def scores(self, stream: LayerStream, spans: Sequence[tuple[int, int]]) -> list[float]:
+        """Scores of several spans; may need fewer passes than one after the other."""
+        return [self.score(stream, first, last) for first, last in spans]
+
     def release(self) -> None:
         """Called after a choice; frees the memory that trial merges hold."""
 
@@ -86,6 +90,12 @@ class SpanScore(HasSettings, ABC):
     def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """Score of a trial merge: the span merged by `split` and fitted by `refit`; lower wins."""
         raise NotImplementedError
+
+    def refine_all(
+        self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit
+    ) -> list[float]:
+        """Scores of several trial merges; may need fewer passes than one after the other."""
+        return [self.refine(span, split, refit) for span, split in trials]
 
 
 def token_mean(

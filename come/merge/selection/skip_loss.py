@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from come.merge.selection.base import SELECTION, SpanScore
+from come.stream.candidates import Candidate, losses, together
 from come.stream.stream import LayerStream
 
 
@@ -23,5 +26,15 @@ class SkipLoss(SpanScore):
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """The loss, nats per token, >= 0."""
-        downstream = stream.route(last + 1, stream.num_layers - 1)
-        return stream.loss(first, [*stream.route_without(first, last), *downstream])
+        return self.scores(stream, [(first, last)])[0]
+
+    def scores(self, stream: LayerStream, spans: Sequence[tuple[int, int]]) -> list[float]:
+        """The losses, nats per token, >= 0."""
+        found: list[float] = []
+        for group in together(stream, spans):
+            candidates = [
+                Candidate(first, stream.route_without(first, last), last + 1)
+                for first, last in group
+            ]
+            found += losses(stream, candidates)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,8 @@ from come.merge.span import LayerSpan, UnitAllocation
 from come.models.layer_state import overlay
 from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting
-from come.stream.stream import LayerStream
+from come.stream.candidates import Candidate, final_states
+from come.stream.stream import LayerStream, Route
 
 REPEAT_WEIGHT = 0.2  # for calibration text sampled from the model
 
@@ -96,31 +98,41 @@ class TrialKL(SpanScore):
         """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
         return mean_angle(stream, first, last, self.tokens)
 
-    @torch.no_grad()
     def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """The divergence, nats per token, >= 0."""
-        stream, adapter = group.stream, group.stream.adapter
-        if refit.active:
-            sources = group.sources(split)
-            fitted = overlay(sources.state, refit.surrogate.solve(group.targets, sources))
-            layer = adapter.copy_layer(group.first, fitted)
-            route = [(group.first, layer), *stream.route(group.last + 1, stream.num_layers - 1)]
-        else:
-            route = list(group.full_route(split))
+        return self.refine_all([(group, split)], refit)[0]
+
+    @torch.no_grad()
+    def refine_all(
+        self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit
+    ) -> list[float]:
+        """The divergences, nats per token, >= 0."""
+        judged: list[Candidate] = []
+        judge: LayerStream | None = None
+        for group, split in trials:
+            fitted = fitted_trial(group, split, refit)
+            judge = self._judging_stream(group.stream)
+            states = [states for _, states in judge.through(group.first, fitted)]
+            judged.append(Candidate(group.first, [], group.last + 1, states))
+        assert judge is not None
+        return [self._divergence(judge, states) for states in final_states(judge, judged)]
+
+    def _judging_stream(self, stream: LayerStream) -> LayerStream:
+        """The judging windows in the current model, whose predictions are the reference."""
         if self._judge is None:
+            adapter, last = stream.adapter, stream.num_layers - 1
             self._judge = stream.fork(self._windows, store="memory")
             self._judge.embed()
-            self._judge.advance(0, stream.num_layers - 1)
+            self._judge.advance(0, last)
             self._reference = [
-                predictions(
-                    adapter.head, adapter.final_norm(self._judge.boundary(stream.num_layers, rows))
-                )
+                predictions(adapter.head, adapter.final_norm(self._judge.boundary(last + 1, rows)))
                 for rows in self._judge.batches
             ]
-        gaps_of, once = [], self._once
-        for reference, (_, states) in zip(
-            self._reference, self._judge.through(group.first, route), strict=True
-        ):
+        return self._judge
+
+    def _divergence(self, judge: LayerStream, batches: Sequence[Tensor]) -> float:
+        adapter, once, gaps_of = judge.adapter, self._once, []
+        for reference, states in zip(self._reference, batches, strict=True):
             gaps = token_divergence(adapter.head, reference, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
             if once == gaps.shape[1]:  # no repeated text
@@ -128,6 +140,15 @@ class TrialKL(SpanScore):
             gaps_of.append((1 - self.repeat_weight) * new + self.repeat_weight * again)
         mean = torch.cat(gaps_of).sum().item() / len(self._windows)
         return mean if math.isnan(mean) else max(0.0, mean)  # rounding can make it negative
+
+
+def fitted_trial(group: LayerSpan, split: UnitAllocation, refit: Refit) -> Route:
+    """The layers that replace a span in a trial merge, fitted with the surrogate of the refit."""
+    if not refit.active:
+        return group.trial(split)
+    sources = group.sources(split)
+    fitted = overlay(sources.state, refit.surrogate.solve(group.targets, sources))
+    return [(group.first, group.stream.adapter.copy_layer(group.first, fitted))]
 
 
 def repeat_windows(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
