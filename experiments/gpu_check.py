@@ -103,7 +103,7 @@ def run_bench(given: argparse.Namespace) -> list[Found]:
     method = with_retention_tokens(method, given.retention_tokens)
     if device.type == "cuda" and given.memory_cap:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(given.memory_cap * 1e9 / total, device)
+        torch.cuda.set_per_process_memory_fraction(given.memory_cap * 1e9 / total)
     found = []
     for size in given.sizes.split(","):
         layers, target, tokens = map(int, size.split(":"))

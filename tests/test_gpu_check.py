@@ -33,7 +33,7 @@ def test_the_bench_at_a_small_size(gpu_check, monkeypatch, tmp_path):
         (4, 3, 32),
     ]
     assert all(entry["seconds"] > entry["forward_seconds"] > 0 for entry in found["bench"])
-    assert "| pico | 6 to 5 | 64 |" in table
+    assert "| disk, cap 8 GB | 6 to 5 | 64 |" in table
 
 
 def test_parts_are_kept_and_replaced(gpu_check, monkeypatch, tmp_path):
