@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def run_bench(given: argparse.Namespace) -> list[Found]:
         try:
             entry |= measure(model, windows, method, target=target, batch_size=given.batch_size)
         except torch.cuda.OutOfMemoryError as error:
+            traceback.print_exc()
             entry["error"] = str(error).partition(". ")[0]
         found.append(entry)
         print(json.dumps(entry), flush=True)

@@ -7,12 +7,12 @@ from come.models.adapter import ModelAdapter
 from come.models.loading import load_weights
 
 
-def on_disk(model, folder=None):
+def on_disk(model, folder=None, device="cpu"):
     """The same model with its layers in files."""
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         model.save_pretrained(place)
-        loaded = load_weights(place, dtype="float32", device="cpu", weights="disk")
+        loaded = load_weights(place, dtype="float32", device=device, weights="disk")
         if folder is None:
             keep_all(loaded)
         return loaded

@@ -12,6 +12,7 @@ from come.merge.loop import compress
 from come.merge.plan import Plan
 from tests.commands import finish
 from tests.conftest import LAYERS, pico
+from tests.disk import all_tensors, on_disk
 from tests.methods import recipe
 from tests.test_distill_cli import TRAIN
 from tests.test_methods import RECIPES
@@ -46,6 +47,20 @@ def test_the_plan_of_the_cpu(family, name, windows):
         (s.first, s.last, s.kept) for s in cpu.steps
     ]
     assert close(models["cuda"], models["cpu"], 2e-3)
+
+
+@pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "taylor_plus"])
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_layers_on_disk(family, name, windows):
+    """Plans and weights are those of layers on the device, bit for bit."""
+    models = [pico(family).to("cuda"), on_disk(pico(family), device="cuda")]
+    plans = [
+        compress(model, windows, recipe(name), target_layers=LAYERS - 2, progress=False)
+        for model in models
+    ]
+    assert plans[0].hash == plans[1].hash
+    own, stored = map(all_tensors, models)
+    assert all(torch.equal(stored[key].cpu(), tensor.cpu()) for key, tensor in own.items())
 
 
 @pytest.mark.parametrize("store", ["memory", "disk"])

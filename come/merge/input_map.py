@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.sublayers import States, activation_derivative, run_mlp
 from come.progress import ProgressBar
-from come.stream.token_blocks import TokenBlocks
+from come.stream.token_blocks import BLOCK, TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
 
@@ -62,7 +62,7 @@ class InputMap:
             steps: number of conjugate gradient iterations.
 
         Returns:
-            Z, float64.
+            Z, float32 or wider.
         """
         gram, pull, curvature, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
@@ -70,10 +70,10 @@ class InputMap:
         penalty = ratio * curvature
 
         def colour(white: Matrix) -> Matrix:
-            return torch.linalg.solve_triangular(root, white, upper=False, left=False)
+            return _solved(root, white, upper=False)
 
         def whiten(gradient: Matrix) -> Matrix:
-            return torch.linalg.solve_triangular(root.T, gradient, upper=True, left=False)
+            return _solved(root.T, gradient, upper=True)
 
         def product(white: Matrix) -> Matrix:
             bar.update()
@@ -89,12 +89,11 @@ class InputMap:
         return torch.zeros_like(change)
 
     def curved(self, change: Matrix) -> Matrix:
-        """Half the Hessian of E, applied to a change; float64."""
+        """Half the Hessian of E, applied to a change."""
         total = torch.zeros_like(change)
-        rows = change.to(self.output)
 
         def accumulate(read: Tensor, slopes: Tensor, weights: Tensor) -> None:
-            moved = (slopes * (read @ rows.T)) @ self.output.T
+            moved = (slopes * (read @ change.T)) @ self.output.T
             total.add_(self._back(moved * weights[:, None], read, slopes))
 
         blocks = TokenBlocks(accumulate)
@@ -105,7 +104,7 @@ class InputMap:
 
     def changed(self, change: Matrix) -> Tensor:
         """W + change, in the dtype of W."""
-        return (self.weight.double() + change).to(self.weight.dtype)
+        return (self.weight.to(change.dtype) + change).to(self.weight.dtype)
 
     def error(self, change: Matrix) -> float:
         """sum_t w_t |target - output|^2 of the layer with W + change."""
@@ -127,10 +126,10 @@ class InputMap:
         self.adapter.assign(self.layer, {f"{self.name}.weight": weight})
 
     def _start(self) -> tuple[Tensor, Matrix, float, float]:
-        """mean_t n n^T, minus half the gradient of E at 0, the mean curvature, E(0); float64."""
+        """mean_t n n^T, float64; minus half the gradient of E at 0; the mean curvature; E(0)."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
-        pull = self.output.new_zeros(channels, hidden, dtype=torch.float64)
+        pull = self.output.new_zeros(channels, hidden)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         tokens, error = 0, 0.0
 
@@ -161,7 +160,7 @@ class InputMap:
         return read.flatten(0, 1).to(self.output), slopes.flatten(0, 1).to(self.output)
 
     def _back(self, gap: Tensor, read: Tensor, slopes: Tensor) -> Matrix:
-        return (((gap @ self.output) * slopes).T @ read).double()
+        return ((gap @ self.output) * slopes).T @ read
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
@@ -183,15 +182,30 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
     found = torch.zeros_like(target)
     rest = target.clone()
     direction = rest.clone()
-    size = rest.square().sum()
-    start = size
+    size = start = _dot(rest, rest)
     for _ in range(steps):
         if size <= 1e-30 * start:
             break
         curved = product(direction)
-        length = size / (direction * curved).sum()
-        found += length * direction
-        rest -= length * curved
-        last, size = size, rest.square().sum()
-        direction = rest + size / last * direction
+        length = size / _dot(direction, curved)
+        found.add_(direction, alpha=length)
+        rest.sub_(curved, alpha=length)
+        last, size = size, _dot(rest, rest)
+        direction.mul_(size / last).add_(rest)
     return found
+
+
+def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
+    """right root^-1 of a triangular root, in float64 by blocks of rows, in the dtype of `right`."""
+    found = torch.empty_like(right)
+    for start in range(0, len(right), BLOCK):
+        part = slice(start, start + BLOCK)
+        rows = right[part].double()
+        found[part] = torch.linalg.solve_triangular(root, rows, upper=upper, left=False)
+    return found
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    """The inner product, summed in float64 over blocks of rows."""
+    pairs = zip(first.split(BLOCK), second.split(BLOCK), strict=True)
+    return sum((a * b).sum(dtype=torch.float64).item() for a, b in pairs)
