@@ -104,8 +104,8 @@ def test_growth_after_columns_have_left(leaving):
 
 @pytest.mark.parametrize("tokens", [32, 80])
 def test_the_form_is_chosen_by_size(tokens, windows):
-    """256 columns of two layers: dual from 4 columns per token."""
-    adapter = ModelAdapter(pico("llama_gqa", intermediate_size=128))
+    """128 columns of two layers: dual from 2 columns per token."""
+    adapter = ModelAdapter(pico("llama_gqa", intermediate_size=64))
     with LayerStream(adapter, windows[: tokens // 16], progress=False) as stream:
         stream.embed()
         stream.advance(0, LAYERS - 1)

@@ -1,15 +1,20 @@
 """The estimate before the start, and --dry-run."""
 
 import os
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from transformers import MistralConfig
 
 from come.job.estimate import Cost, Speed, compression_cost
+from come.job.fits import shortage
+from come.job.job import merge_cost
 from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
 from come.report.numbers import duration
 from tests.conftest import pico
+from tests.jobs import job_settings
 from tests.methods import recipe
 from tests.test_methods import RECIPES
 
@@ -165,4 +170,61 @@ def test_too_little_memory_is_said(command_line, monkeypatch):
     monkeypatch.setattr("come.job.estimate.Cost.memory_bytes", 1e15)
     code, output = command_line("--dry-run")
     assert code == 0, output
-    assert "of memory are available: calibration.store=disk" in output
+    assert "a run would be refused: the merge needs 1,000,000,000 MB of memory" in output
+    assert "take a machine with more, or fewer calibration.num_samples" in output
+    code, output = command_line()
+    assert code == 1
+    assert "error: the merge needs 1,000,000,000 MB of memory" in output
+
+
+@pytest.fixture
+def large(shape):
+    """The layers of Mistral 7B."""
+    config = MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000,
+    )  # fmt: skip
+    sizes = {"layer": 218_112_000, "attention": 41_947_136, "ffn": 176_164_864}
+    return replace(
+        shape, config=config, parameters=7_241_732_096, block_parameters=sizes,
+        dtype=torch.bfloat16, heads=4096, channels=14336,
+    )  # fmt: skip
+
+
+STEPS = ["model.weights=disk", "calibration.store=disk", "merge.retention.tokens=8192"]
+
+
+@pytest.mark.parametrize(("method", "count"), [("come_plus", 3), ("flattengpt", 3), ("come", 2)])
+def test_the_settings_that_are_named_would_fit(method, count, large, pico_folder, monkeypatch):
+    """One setting after the other, until it fits; the last ones are named only where they help."""
+    words = [f"merge={method}", "merge.target_layers=20", "model.weights=memory"]
+    words += ["calibration.num_samples=128", "calibration.seq_len=256"]
+    asked = job_settings(pico_folder, *words)
+
+    def needed(*more):
+        return merge_cost(job_settings(pico_folder, *words, *more), large, 28).memory_bytes
+
+    steps = [step for step in STEPS if method != "flattengpt" or "retention" not in step]
+    for taken in range(1, min(count, len(steps)) + 1):
+        fits = needed(*steps[:taken])
+        assert fits < needed(*steps[: taken - 1])
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=fits: Memory(free))
+        found = shortage(asked, large, 28)
+        assert found.endswith(f"it would fit with {' '.join(steps[:taken])}")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(10**12))
+    assert shortage(asked, large, 28) is None
+
+
+@dataclass
+class Memory:
+    """What psutil says of the machine."""
+
+    available: float
+
+
+def test_mistral_7b_from_disk_fits_into_a_laptop(large, pico_folder):
+    """The default method at the default calibration."""
+    words = ["merge=come_plus", "merge.target_layers=20", "model.weights=disk"]
+    sizes = ["calibration.num_samples=32", "calibration.seq_len=256"]
+    asked = job_settings(pico_folder, *words, *sizes)
+    assert merge_cost(asked, large, 26).memory_bytes < 10e9

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import psutil
-
 from come.job.estimate import Speed
+from come.job.fits import shortage
 from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.stages.prepare import prepare
@@ -56,10 +55,5 @@ def _merge(job: Job) -> list[str]:
         f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
         *job.cost.lines(Speed.measured(device, job.shape.dtype)),
     ]
-    available = psutil.virtual_memory().available
-    if device.type == "cpu" and job.cost.memory_bytes > available:
-        lines.append(
-            f"only {megabytes(available)} of memory are available: calibration.store=disk, fewer "
-            "calibration.num_samples, model.dtype=bfloat16 and a smaller merge.m need less"
-        )
-    return lines
+    lacking = shortage(settings, job.shape, job.target)
+    return lines if lacking is None else [*lines, f"a run would be refused: {lacking}"]

@@ -97,8 +97,12 @@ class Cost:
     @property
     def memory_bytes(self) -> float:
         """Weights, least squares, and boundary states unless they are on disk."""
-        states = self.boundary_bytes if self.store == "memory" else 0
-        return self.weight_bytes + self.work.bytes + states
+        return self.weight_bytes + self.work.bytes + self.states_bytes
+
+    @property
+    def states_bytes(self) -> int:
+        """The boundary states, unless they are on disk."""
+        return self.boundary_bytes if self.store == "memory" else 0
 
 
 def compression_cost(
@@ -137,8 +141,10 @@ def compression_cost(
         f"merge.refit.downstream={method.refit.downstream}": method.refit.downstream is not None,
     }
     slots = layers + 1 if method.block == "layer" else 2 * layers + 1
-    if metric.gradient == "path" or method.needs_dense:
-        slots += layers + 1  # the boundaries of a second stream or of the dense model
+    if metric.gradient == "path":
+        slots += layers + 1  # the boundaries of a second stream
+    if method.needs_dense:
+        slots += (layers + 1) // 2  # of the dense model, where a merge has changed them
     return Cost(
         tokens=tokens,
         work=work,

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
 from come.job.environment import machine, versions
+from come.job.fits import shortage
 from come.job.folder import (
     MEASURED,
     PARTIAL_PLAN,
@@ -79,6 +80,10 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
+    if job.plan is None and settings.merge.enabled:
+        lacking = shortage(settings, job.shape, job.target)
+        if lacking is not None:
+            raise ValueError(lacking)
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-DUAL = 4  # columns per token from which elimination is smaller and faster in the dual form
+DUAL = 2  # columns per token from which elimination needs less memory in the dual form
 LEAST = 1e-30  # lower bound of a mean square
 
 

@@ -196,7 +196,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
 
 def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """right root^-1 of a triangular root, in float64 by blocks of rows, in the dtype of `right`."""
+    """Right root^-1 of a triangular root, in float64 by blocks of rows, in the dtype of `right`."""
     found = torch.empty_like(right)
     for start in range(0, len(right), BLOCK):
         part = slice(start, start + BLOCK)

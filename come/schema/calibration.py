@@ -67,6 +67,11 @@ class CalibrationSettings(TextSettings):
         return self.num_samples + self.num_continuations
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.windows * self.seq_len
+
+    @property
     def self_generated(self) -> bool:
         """Whether the text is sampled from the model."""
         return self.source == SELF_GENERATED and not self.path

@@ -25,6 +25,8 @@ from come.merge.saving import MARKS, plan_path
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
+    choose_device,
+    choose_weights,
     inspect_model,
     load_tokenizer,
 )
@@ -91,6 +93,9 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             )
         if calibrating.store == "disk":
             needed += merge_cost(settings, shape, target).boundary_bytes
+        if choose_weights(settings.model.weights, shape, choose_device(source.device)) == "disk":
+            merged = (shape.num_layers - target) * shape.block_parameters["layer"]
+            needed += merged * shape.dtype.itemsize
     if settings.distill.active:
         if plan is not None and plan.block != "layer":
             raise ValueError(

@@ -1,0 +1,73 @@
+"""Whether a compression fits into the machine's memory, and with which settings it would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import psutil
+import torch
+
+from come.job.estimate import Cost
+from come.job.job import merge_cost
+from come.models.loading import ModelShape, choose_device
+from come.report.numbers import megabytes
+from come.schema import Settings
+
+FEWER_TOKENS = (8192, 4096, 2048, 1024)
+
+
+def shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
+    """What does not fit, and the settings with which it would; None if the compression fits."""
+    lacking = _lacking(settings, merge_cost(settings, shape, target))
+    if lacking is None:
+        return None
+    words: list[str] = []
+    for word, changed in _changes(settings):
+        words = [*(w for w in words if w.partition("=")[0] != word.partition("=")[0]), word]
+        settings = changed
+        if _lacking(settings, merge_cost(settings, shape, target)) is None:
+            return f"{lacking}; it would fit with {' '.join(words)}"
+    return (
+        f"{lacking}; take a machine with more, or fewer calibration.num_samples and a smaller "
+        "merge.m"
+    )
+
+
+def _lacking(settings: Settings, cost: Cost) -> str | None:
+    device = choose_device(settings.model.device)
+    main = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        for needed, there, name in (
+            (cost.weight_bytes + cost.work.bytes, free, "device memory"),
+            (cost.states_bytes, main, "main memory"),
+        ):
+            if needed > there:
+                return _short(needed, there, name)
+        return None
+    return _short(cost.memory_bytes, main, "memory") if cost.memory_bytes > main else None
+
+
+def _short(needed: float, there: float, name: str) -> str:
+    return f"the merge needs {megabytes(needed)} of {name}, and {megabytes(there)} are free"
+
+
+def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Settings that need less and less memory, each on top of the one before, as overrides."""
+    if settings.model.weights != "disk" and not settings.distill.active:
+        settings = replace(settings, model=replace(settings.model, weights="disk"))
+        yield "model.weights=disk", settings
+    if settings.calibration.store != "disk":
+        settings = replace(settings, calibration=replace(settings.calibration, store="disk"))
+        yield "calibration.store=disk", settings
+    merge = settings.merge
+    if "tokens" in type(merge.retention).settings():
+        most = getattr(merge.retention, "tokens", None) or settings.calibration.tokens
+        for tokens in FEWER_TOKENS:
+            if tokens < most:
+                fewer = replace(merge.retention, **{"tokens": tokens})
+                yield (
+                    f"merge.retention.tokens={tokens}",
+                    replace(settings, merge=replace(merge, retention=fewer)),
+                )
