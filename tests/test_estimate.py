@@ -8,7 +8,7 @@ import torch
 from transformers import MistralConfig
 
 from come.job.estimate import Cost, Speed, compression_cost
-from come.job.fits import shortage
+from come.job.fits import sampling_cost, shortage
 from come.job.job import merge_cost
 from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
@@ -228,3 +228,16 @@ def test_mistral_7b_from_disk_fits_into_a_laptop(large, pico_folder):
     sizes = ["calibration.num_samples=32", "calibration.seq_len=256"]
     asked = job_settings(pico_folder, *words, *sizes)
     assert merge_cost(asked, large, 26).memory_bytes < 10e9
+
+
+def test_sampling_from_disk_says_what_it_reads(large, pico_folder):
+    """64 windows in two batches; every token after the two first ones reads 32 layers."""
+    words = ["merge.target_layers=20", "calibration=self_generated"]
+    words += ["calibration.num_samples=64", "calibration.seq_len=102"]
+    disk = job_settings(pico_folder, *words, "model.weights=disk")
+    found = sampling_cost(disk, large)
+    megabytes = round(200 * 32 * 218_112_000 * 2 / 1e6)
+    assert f"reads all layers 200 times, {megabytes:,} MB in all" in found
+    assert sampling_cost(job_settings(pico_folder, *words, "model.weights=memory"), large) is None
+    given = job_settings(pico_folder, "merge.target_layers=20", "model.weights=disk")
+    assert sampling_cost(given, large) is None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCE = "self_generated"
+BATCH = 32  # windows sampled in parallel
 _NUCLEUS = 2048  # maximum number of tokens that top-p samples from
 
 
@@ -67,7 +68,7 @@ def sample(
     generator: torch.Generator,
     *,
     banned: Sequence[int] = (),
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     progress: bool = True,
 ) -> Int[Tensor, "windows seq"]:
     """Samples continuations of `starts` from the model, up to `seq_len` tokens per window.
@@ -122,7 +123,7 @@ def self_generated_windows(
     sampling: Sampling | None = None,
     keep: float = 1.0,
     banned: Sequence[int] = (),
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     progress: bool = True,
 ) -> TokenWindows:
     """Samples windows from the model, each starting with the begin token and one random token.

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from come.job.estimate import Speed
-from come.job.fits import shortage
+from come.job.fits import sampling_cost, shortage
 from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.stages.prepare import prepare
@@ -55,5 +55,7 @@ def _merge(job: Job) -> list[str]:
         f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
         *job.cost.lines(Speed.measured(device, job.shape.dtype)),
     ]
+    if (read := sampling_cost(settings, job.shape)) is not None:
+        lines.append(read)
     lacking = shortage(settings, job.shape, job.target)
     return lines if lacking is None else [*lines, f"a run would be refused: {lacking}"]

@@ -8,9 +8,10 @@ from dataclasses import replace
 import psutil
 import torch
 
+from come.data.sampling import BATCH as SAMPLED_TOGETHER
 from come.job.estimate import Cost
 from come.job.job import merge_cost
-from come.models.loading import ModelShape, choose_device
+from come.models.loading import ModelShape, choose_device, choose_weights
 from come.report.numbers import megabytes
 from come.schema import Settings
 
@@ -31,6 +32,24 @@ def shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
     return (
         f"{lacking}; take a machine with more, or fewer calibration.num_samples and a smaller "
         "merge.m"
+    )
+
+
+def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
+    """What sampling the calibration text reads from disk; None if the layers are in memory."""
+    calibration, device = settings.calibration, choose_device(settings.model.device)
+    windows = calibration.num_continuations
+    begin = calibration.prefix_tokens
+    if calibration.self_generated:
+        windows, begin = round(calibration.num_samples / calibration.keep_likeliest), 2
+    weights = "memory" if settings.distill.active else settings.model.weights
+    if not windows or choose_weights(weights, shape, device) == "memory":
+        return None
+    sweeps = -(-windows // SAMPLED_TOGETHER) * (calibration.seq_len - begin)
+    read = sweeps * shape.num_layers * shape.block_parameters["layer"] * shape.dtype.itemsize
+    return (
+        f"sampling text reads all layers {sweeps} times, {megabytes(read)} in all; "
+        "calibration.path=FILE needs no sampling"
     )
 
 

@@ -18,6 +18,7 @@ from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
 from come.job.environment import versions
 from come.job.estimate import Speed
+from come.job.fits import sampling_cost
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.job import Job
 from come.memory import PeakMemory
@@ -162,6 +163,8 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
     banned = unused_ids(model, job.tokenizer)
 
     def make() -> TokenWindows:
+        if (read := sampling_cost(job.settings, job.shape)) is not None:
+            log.warning(read)
         if given is None:
             return self_generated_windows(
                 model,
