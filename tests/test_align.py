@@ -47,8 +47,8 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
     penalty = (ratio * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1]).double()
     eye = torch.eye(x.shape[1], dtype=torch.float64)
     rows = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ eye])).solution.T
-    torch.testing.assert_close(maps[0], eye, rtol=0, atol=1e-5)  # the first layer stays
-    torch.testing.assert_close(maps[1], rows, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(maps[0].double(), eye, rtol=0, atol=1e-5)  # the first layer stays
+    torch.testing.assert_close(maps[1].double(), rows, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

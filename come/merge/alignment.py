@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.linalg.equations import Map
 from come.linalg.gram import Gram
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.models.adapter import ModelAdapter, Unit
@@ -55,7 +54,7 @@ def input_maps(
         ratio: lambda.
 
     Returns:
-        P_i of every layer, float64.
+        P_i of every layer, solved in float64, in float32 or wider.
     """
     adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
     sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
@@ -67,9 +66,15 @@ def input_maps(
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first
         sums.add(merged(reads(batch)).flatten(0, 1), inputs, counts.flatten())
-    initial = Map(torch.eye(hidden, dtype=torch.float64).repeat(len(norms), 1))
-    found = sums.solve(initial, ratio * sums.mean_diagonal()).weight
-    return list(found.split(hidden))
+    penalty = ratio * sums.mean_diagonal()
+    factor = sums.factor(penalty, consume=True)
+    wide = torch.promote_types(adapter.model.dtype, torch.float32)
+    found = []
+    for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
+        pull = part.clone()
+        pull.diagonal().add_(penalty)
+        found.append(torch.cholesky_solve(pull, factor).T.to(wide))
+    return found
 
 
 def fold_input_transform(

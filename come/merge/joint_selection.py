@@ -108,11 +108,10 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     for unit in UNITS:
         if align is not None:
             norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
-            changes = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
-            inputs = [{unit: change.float()} for change in changes]
-            del changes  # they are float64
+            maps = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
             layers = [
-                SourceLayer(layer.state, given) for layer, given in zip(layers, inputs, strict=True)
+                SourceLayer(layer.state, {unit: change})
+                for layer, change in zip(layers, maps, strict=True)
             ]
         sums = stacked_equations(targets, unit, layers, middle)
         initial = stacked_map(targets, unit)

@@ -104,7 +104,7 @@ class SpanSize:
         once = Work(
             single=self.tokens * width * (width + 2 * out),  # always by normal equations
             double=width**3 / 3 + 2 * width * width * out,
-            bytes=8 * width * (width + 3 * out),
+            bytes=8 * width * (3 * width + 1.5 * out),
         )
         return once * 2 + self.passes * self.layers
 
