@@ -205,7 +205,7 @@ def after_attention(
     targets: ReconstructionTargets,
     layers: Sequence[SourceLayer],
     found: Map,
-    columns: Sequence[Int[Tensor, " columns"]],
+    columns: Sequence[Int[Tensor, " _"]],
 ) -> Float[Tensor, "windows seq hidden"]:
     """The residual stream after the kept attention, in main memory.
 
