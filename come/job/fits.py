@@ -68,7 +68,7 @@ def _lacking(settings: Settings, cost: Cost) -> str | None:
     return _short(cost.memory_bytes, main, "memory") if cost.memory_bytes > main else None
 
 
-def _short(needed: float, there: float, name: str) -> str:
+def _short(needed: float, there: int, name: str) -> str:
     return f"the merge needs {megabytes(needed)} of {name}, and {megabytes(there)} are free"
 
 
