@@ -17,9 +17,11 @@ from come.merge.saving import check_cache
 from come.models.adapter import ModelAdapter
 from come.models.loading import choose_weights, inspect_model, load_weights
 from come.models.weights import layers_on_disk, save_weights
+from come.stream.candidates import Candidate, losses
+from come.stream.stream import LayerStream
 from tests.conftest import FAMILIES, LAYERS, pico
 from tests.disk import all_tensors, on_disk
-from tests.jobs import QUICK, start
+from tests.jobs import QUICK, questions, start
 from tests.methods import paper, recipe
 
 TARGET = LAYERS - 2
@@ -29,6 +31,15 @@ def layers_in_memory(model):
     """The layers whose weights are in memory."""
     stack = ModelAdapter(model).layers
     return [i for i, layer in enumerate(stack) if not next(layer.parameters()).is_meta]
+
+
+def layers_read(model, monkeypatch):
+    """A list that gets every layer that is read from disk, as it is read."""
+    read, stored = [], layers_on_disk(model)
+    if stored is not None:
+        own = stored._read
+        monkeypatch.setattr(stored, "_read", lambda layer: read.append(layer) or own(layer))
+    return read
 
 
 def both(family, windows, method, **given):
@@ -67,12 +78,38 @@ def test_one_layer_at_a_time_is_in_memory(windows):
 
 def test_a_sweep_reads_every_layer_once(windows, monkeypatch):
     """Batch after batch goes through a layer while it is there."""
-    model, read = on_disk(pico("llama_gqa")), []
-    stored = layers_on_disk(model)
-    own = stored._read
-    monkeypatch.setattr(stored, "_read", lambda layer: read.append(layer) or own(layer))
+    model = on_disk(pico("llama_gqa"))
+    read = layers_read(model, monkeypatch)
     perplexity(model, windows, batch_tokens=windows.shape[1], progress=False)
     assert read == list(ModelAdapter(model).layers)
+
+
+def test_candidates_share_the_layers_after_them(windows, monkeypatch):
+    """Three drops: every layer is read once for all of them, and the losses are those of memory."""
+    found = []
+    for model in (pico("llama_gqa"), on_disk(pico("llama_gqa"))):
+        with LayerStream(ModelAdapter(model), windows, progress=False) as stream:
+            stream.embed()
+            stream.advance(0, LAYERS - 1)
+            read = layers_read(model, monkeypatch)
+            drops = [Candidate(index, [], index + 1) for index in (1, 2, 3)]
+            found.append(losses(stream, drops))
+    assert found[0] == found[1]
+    assert read == list(ModelAdapter(model).layers)[2:]
+
+
+@pytest.mark.parametrize("chosen", ["zero_shot", "continuations"])
+def test_other_evaluations_are_those_of_memory(chosen, pico_folder, tmp_path, monkeypatch):
+    words = ["merge.target_layers=22", f"eval={chosen}"]
+    if chosen == "zero_shot":
+        words += questions(tmp_path / "tasks")
+    results = []
+    for weights in ("memory", "disk"):
+        monkeypatch.setenv("COME_CACHE", str(tmp_path / f"cache-{weights}"))
+        run = start(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
+        results.append(run["depths"])
+    assert results[0] == results[1]
+    assert results[0][1]["metrics"]
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3_gqa", "opt"])

@@ -1,5 +1,8 @@
 """The dual form against the normal equations and against plain float64 computations."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -146,3 +149,16 @@ def test_tokens_of_the_choice(windows):
     assert plan(tokens=10**6).steps == plan().steps
     fewer = plan(groups=((2, 3), (0, 1)), tokens=33)
     assert fewer.steps[0].kept != plan(groups=((2, 3), (0, 1))).steps[0].kept
+
+
+def test_a_gram_matrix_is_freed_without_the_garbage_collector():
+    """Its buffer of tokens calls it back; as a cycle it would stay until the collector runs."""
+    gc.disable()
+    try:
+        sums = Gram(4, 2, bias=False)
+        sums.add(torch.ones(3, 4), torch.ones(3, 2), torch.ones(3))
+        gone = weakref.ref(sums)
+        del sums
+        assert gone() is None
+    finally:
+        gc.enable()

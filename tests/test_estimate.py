@@ -8,8 +8,8 @@ import torch
 from transformers import MistralConfig
 
 from come.job.estimate import Cost, Speed, compression_cost
-from come.job.fits import sampling_cost, shortage
 from come.job.job import merge_cost
+from come.job.memory_check import memory_shortage, sampling_cost
 from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
 from come.report.numbers import duration
@@ -209,10 +209,10 @@ def test_the_settings_that_are_named_would_fit(method, count, large, pico_folder
         fits = int(needed(*steps[:taken])) + 1
         assert fits < needed(*steps[: taken - 1])
         monkeypatch.setattr("psutil.virtual_memory", lambda free=fits: Memory(free))
-        found = shortage(asked, large, 28)
+        found = memory_shortage(asked, large, 28)
         assert found.endswith(f"it would fit with {' '.join(steps[:taken])}")
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(10**12))
-    assert shortage(asked, large, 28) is None
+    assert memory_shortage(asked, large, 28) is None
 
 
 @dataclass

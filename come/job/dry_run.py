@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from come.job.estimate import Speed
-from come.job.fits import sampling_cost, shortage
 from come.job.identity import job_hash
 from come.job.job import Job
+from come.job.memory_check import memory_shortage, sampling_cost
 from come.job.stages.prepare import prepare
 from come.models.loading import choose_device
 from come.report.numbers import megabytes
@@ -57,5 +57,5 @@ def _merge(job: Job) -> list[str]:
     ]
     if (read := sampling_cost(settings, job.shape)) is not None:
         lines.append(read)
-    lacking = shortage(settings, job.shape, job.target)
-    return lines if lacking is None else [*lines, f"a run would be refused: {lacking}"]
+    missing = memory_shortage(settings, job.shape, job.target)
+    return lines if missing is None else [*lines, f"a run would be refused: {missing}"]

@@ -61,7 +61,7 @@ class Job:
             folder or self.checkpoint,
             dtype=model.dtype,
             device=device or model.device,
-            weights="memory" if self.settings.distill.active else model.weights,
+            weights=self.settings.weights,
             scratch=self.folder,
             trust_remote_code=model.trust_remote_code,
         )
@@ -70,7 +70,6 @@ class Job:
 def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
     """The estimated cost of merging a model of `shape` down to `target` layers."""
     device = choose_device(settings.model.device)
-    weights = "memory" if settings.distill.active else settings.model.weights
     return compression_cost(
         shape,
         num_samples=settings.calibration.windows,
@@ -79,5 +78,5 @@ def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
         method=settings.merge,
         store=settings.calibration.store,
         device=device.type,
-        weights=choose_weights(weights, shape, device),
+        weights=choose_weights(settings.weights, shape, device),
     )

@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
 from come.job.environment import machine, versions
-from come.job.fits import shortage
 from come.job.folder import (
     MEASURED,
     PARTIAL_PLAN,
@@ -26,6 +25,7 @@ from come.job.folder import (
 )
 from come.job.identity import job_hash
 from come.job.job import Job
+from come.job.memory_check import memory_shortage
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
 from come.job.stages.merge import COST, calibration_result, merge
@@ -80,10 +80,11 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         return cast(Result, finished)
 
     job = prepare(settings, folder, name)
-    if job.plan is None and settings.merge.enabled:
-        lacking = shortage(settings, job.shape, job.target)
-        if lacking is not None:
-            raise ValueError(lacking)
+    merged = job.plan is not None or (folder / job.merged).exists()
+    if settings.merge.enabled and not merged:
+        missing = memory_shortage(settings, job.shape, job.target)
+        if missing is not None:
+            raise ValueError(missing)
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))

@@ -82,11 +82,11 @@ def fold_input_transform(
 ) -> LayerState:
     """The layer with `change` folded into the weights that read the norm: W P in place of W."""
     names = input_tensors(adapter, unit)
-    return changed(state, {name: partial(_transformed, state, name, change) for name in names})
 
+    def make(name: str) -> Tensor:
+        return transformed(state[name], change)
 
-def _transformed(state: LayerState, name: str, change: Tensor) -> Tensor:
-    return transformed(state[name], change)
+    return changed(state, {name: partial(make, name) for name in names})
 
 
 def transformed(

@@ -78,7 +78,6 @@ class ReconstructionTargets:
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of all windows, in order."""
-        between_of = self._between
         for number, rows in enumerate(self.stream.batches):
             states, output, weights = self.input_output(rows)
             middle = states.clone()
@@ -86,7 +85,7 @@ class ReconstructionTargets:
                 self.stream.boundary(index, rows) for index in range(self.first, self.last + 1)
             ]
             device = self.stream.adapter.device
-            between = [states[number].to(device) for states in between_of]
+            between = [states[number].to(device) for states in self._after_attention]
             for entering, leaving in zip(before, between, strict=True):
                 middle += leaving - entering
             windows = torch.arange(rows.start, rows.stop)
@@ -94,7 +93,7 @@ class ReconstructionTargets:
             yield TargetBatch(states, middle, output, weights, windows, entering_units)
 
     @cached_property
-    def _between(self) -> list[list[States]]:
+    def _after_attention(self) -> list[list[States]]:
         """The residual stream after the attention of every layer, in batches, in main memory."""
         stream, adapter = self.stream, self.stream.adapter
         found: list[list[States]] = []

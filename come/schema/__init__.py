@@ -105,6 +105,11 @@ class Settings:
     command: str = ""
 
     @property
+    def weights(self) -> str:
+        """Where decoder layers are: `model.weights`; distillation has them in memory."""
+        return "memory" if self.distill.active else self.model.weights
+
+    @property
     def held_out_texts(self) -> list[TextSource]:
         """The held-out texts of all evaluations, not read yet."""
         return [text for chosen in self.eval.values() for text in chosen.texts().values()]

@@ -18,9 +18,9 @@ from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
 from come.job.environment import versions
 from come.job.estimate import Speed
-from come.job.fits import sampling_cost
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.job import Job
+from come.job.memory_check import sampling_cost
 from come.memory import PeakMemory
 from come.merge.apply import apply
 from come.merge.loop import compress

@@ -93,7 +93,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             )
         if calibrating.store == "disk":
             needed += merge_cost(settings, shape, target).boundary_bytes
-        if choose_weights(settings.model.weights, shape, choose_device(source.device)) == "disk":
+        if choose_weights(settings.weights, shape, choose_device(source.device)) == "disk":
             merged = (shape.num_layers - target) * shape.block_parameters["layer"]
             needed += merged * shape.dtype.itemsize
     if settings.distill.active:

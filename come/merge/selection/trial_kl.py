@@ -98,10 +98,6 @@ class TrialKL(SpanScore):
         """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
         return mean_angle(stream, first, last, self.tokens)
 
-    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
-        """The divergence, nats per token, >= 0."""
-        return self.refine_all([(group, split)], refit)[0]
-
     @torch.no_grad()
     def refine_all(
         self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit

@@ -1,4 +1,4 @@
-"""Whether a compression fits into the machine's memory, and with which settings it would."""
+"""Checks before a merge that it fits into memory, and which settings would make it fit."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from come.schema import Settings
 FEWER_TOKENS = (8192, 4096, 2048, 1024)
 
 
-def shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
+def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
     """What does not fit, and the settings with which it would; None if the compression fits."""
-    lacking = _lacking(settings, merge_cost(settings, shape, target))
-    if lacking is None:
+    missing = _missing(settings, merge_cost(settings, shape, target))
+    if missing is None:
         return None
     words: list[str] = []
     for word, changed in _changes(settings):
         words = [*(w for w in words if w.partition("=")[0] != word.partition("=")[0]), word]
         settings = changed
-        if _lacking(settings, merge_cost(settings, shape, target)) is None:
-            return f"{lacking}; it would fit with {' '.join(words)}"
+        if _missing(settings, merge_cost(settings, shape, target)) is None:
+            return f"{missing}; it would fit with {' '.join(words)}"
     return (
-        f"{lacking}; take a machine with more, or fewer calibration.num_samples and a smaller "
+        f"{missing}; take a machine with more, or fewer calibration.num_samples and a smaller "
         "merge.m"
     )
 
@@ -42,8 +42,7 @@ def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
     begin = calibration.prefix_tokens
     if calibration.self_generated:
         windows, begin = round(calibration.num_samples / calibration.keep_likeliest), 2
-    weights = "memory" if settings.distill.active else settings.model.weights
-    if not windows or choose_weights(weights, shape, device) == "memory":
+    if not windows or choose_weights(settings.weights, shape, device) == "memory":
         return None
     sweeps = -(-windows // SAMPLED_TOGETHER) * (calibration.seq_len - begin)
     read = sweeps * shape.num_layers * shape.block_parameters["layer"] * shape.dtype.itemsize
@@ -53,7 +52,7 @@ def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
     )
 
 
-def _lacking(settings: Settings, cost: Cost) -> str | None:
+def _missing(settings: Settings, cost: Cost) -> str | None:
     device = choose_device(settings.model.device)
     main = psutil.virtual_memory().available
     if device.type == "cuda":
