@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 
+from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.dual import Dual
 from come.linalg.equations import Map, eliminate
-from come.linalg.gram import Gram
+from come.linalg.gram import Gram, inverse_of
 from come.merge.joint_selection import SourceLayer, stacked_equations
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
@@ -162,3 +163,21 @@ def test_a_gram_matrix_is_freed_without_the_garbage_collector():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("size", [7, 700])
+def test_a_cholesky_factor_takes_the_memory_of_its_matrix(size):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(size, 2 * size, dtype=torch.float64, generator=generator)
+    matrix, right = root @ root.T, torch.randn(size, 3, dtype=torch.float64, generator=generator)
+    expected = torch.linalg.solve(matrix, right)
+    whole = torch.linalg.inv(matrix)
+    given = matrix.clone()
+    factor = cholesky(given)
+    assert factor.data_ptr() == given.data_ptr()
+    torch.testing.assert_close(factor, torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(cholesky_solve(factor, right), expected)
+    inverse = inverse_of(factor)
+    assert inverse.data_ptr() == given.data_ptr()
+    torch.testing.assert_close(inverse, whole)
+    assert torch.equal(inverse, inverse.T)

@@ -215,6 +215,19 @@ def test_the_settings_that_are_named_would_fit(method, count, large, pico_folder
     assert memory_shortage(asked, large, 28) is None
 
 
+@pytest.mark.parametrize(("free", "main", "named"), [(1, 10**12, "device"), (10**12, 1, "main")])
+def test_a_gpu_has_two_memories(free, main, named, large, pico_folder, monkeypatch):
+    """Weights and least squares are on the device, hidden states in main memory."""
+    asked = job_settings(pico_folder, "merge=come_plus", "merge.target_layers=20")
+    cuda = torch.device("cuda")
+    for module in ("memory_check", "job"):
+        monkeypatch.setattr(f"come.job.{module}.choose_device", lambda name: cuda)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(main))
+    found = memory_shortage(asked, large, 28)
+    assert f"of {named} memory, and 0.0 MB are free" in found
+
+
 @dataclass
 class Memory:
     """What psutil says of the machine."""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.equations import LEAST, Elimination, Map
 
 COLUMNS = 4096  # columns that are worked on at a time
@@ -237,7 +238,7 @@ def _penalised(gram: Tensor, penalty: float) -> Tensor:
     """The Cholesky factor of gram + penalty I."""
     damped = gram.clone()
     damped.diagonal().add_(penalty)
-    return torch.linalg.cholesky(damped, out=damped)
+    return cholesky(damped)
 
 
 def _factor(rows: Tensor, penalty: float) -> Tensor:
@@ -245,7 +246,7 @@ def _factor(rows: Tensor, penalty: float) -> Tensor:
 
 
 def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.double(), factor)
+    return cholesky_solve(factor, right.double())
 
 
 def _residual(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from scipy.linalg.lapack import dpotri
 from torch import Tensor
 
+from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.equations import LEAST, Elimination, Map
 from come.stream.token_blocks import TokenBlocks
 from come.weak import weak_method
@@ -122,10 +123,10 @@ class Gram:
         Args:
             initial: W0 and its bias.
             penalty: absolute, > 0.
-            consume: whether the factor may replace G, which saves a matrix.
+            consume: whether the factor may replace G and the right-hand side C, which saves both.
         """
-        pull = self.pull(initial, penalty)
-        solved = torch.cholesky_solve(pull, self.factor(penalty, consume=consume)).T
+        pull = self.pull(initial, penalty, consume=consume)
+        solved = cholesky_solve(self.factor(penalty, consume=consume), pull).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
@@ -139,21 +140,24 @@ class Gram:
         ridge = self.ridge(penalty)
         damped = self.gram if consume else self.gram.clone()
         damped.diagonal().add_(ridge)
-        return torch.linalg.cholesky(damped, out=damped)
+        return cholesky(damped)
 
-    def pull(self, initial: Map, penalty: float) -> Float[Tensor, "columns out"]:
-        """The right-hand side: C + ridge W0^T."""
-        return self.moment + self.ridge(penalty)[:, None] * stacked(initial).to(self.moment)
+    def pull(
+        self, initial: Map, penalty: float, *, consume: bool = False
+    ) -> Float[Tensor, "columns out"]:
+        """The right-hand side: C + ridge W0^T, in place on C or on a copy of it."""
+        right = self.moment if consume else self.moment.clone()
+        return right.add_(self.ridge(penalty)[:, None] * stacked(initial).to(right))
 
     def leverage(self, penalty: float) -> Float[Tensor, " width"]:
         """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the constant."""
         gram = self.gram[: self.width, : self.width]
         ridge = penalty * torch.eye(self.width).to(gram)
-        return 1 - penalty * inverse_of(torch.linalg.cholesky(gram + ridge)).diagonal()
+        return 1 - penalty * inverse_of(cholesky(gram + ridge)).diagonal()
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination on the inverse; with `consume` the inverse replaces G."""
-        pull = self.pull(initial, penalty)
+        pull = self.pull(initial, penalty, consume=consume)
         return DenseElimination(self.factor(penalty, consume=consume), pull, self.width)
 
     def error(self, found: Map) -> float:
@@ -208,21 +212,20 @@ class DenseElimination:
 
 
 def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """(L L^T)^-1, in the memory of the lower Cholesky factor L, float64.
+    """(L L^T)^-1, in the memory of the column-major lower Cholesky factor L, float64.
 
     On the CPU by LAPACK's `dpotri`: `torch.cholesky_inverse` needs a copy and far more time
     (experiments/LOG.md).
     """
     if factor.device.type != "cpu":
         return torch.cholesky_inverse(factor, out=factor)
-    factor = factor.contiguous()
-    columns, info = dpotri(factor.numpy().T, lower=0, overwrite_c=1)  # column-major: L^T
+    columns, info = dpotri(factor.numpy(), lower=1, overwrite_c=1)
     assert info == 0
-    inverse = torch.from_numpy(columns).T  # its lower triangle, row-major again
-    _mirror(inverse.T)
+    inverse = torch.from_numpy(columns).T  # row-major again, and its upper triangle
+    _mirror(inverse)
     for start in range(0, len(inverse), BLOCK):
         own = inverse[start : start + BLOCK, start : start + BLOCK]
-        own.copy_(own.tril() + own.tril(-1).T)
+        own.copy_(own.triu() + own.triu(1).T)
     return inverse
 
 

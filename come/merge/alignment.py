@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from come.linalg.cholesky import cholesky_solve
 from come.linalg.gram import Gram
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.models.adapter import ModelAdapter, Unit
@@ -73,7 +74,7 @@ def input_maps(
     for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
         pull = part.clone()
         pull.diagonal().add_(penalty)
-        found.append(torch.cholesky_solve(pull, factor).T.to(wide))
+        found.append(cholesky_solve(factor, pull).T.to(wide))
     return found
 
 
