@@ -37,14 +37,19 @@ class Speed:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product, the best of three after one to warm up."""
+    """Operations per second of a matrix product, the best within half a second, of four or more.
+
+    Fewer would follow the load of a shared machine, which changes from second to second.
+    """
     size = 768 if device.type == "cpu" else 4096
-    factor, best = torch.ones(size, size, dtype=dtype, device=device), float("inf")
-    for _ in range(4):
+    factor = torch.ones(size, size, dtype=dtype, device=device)
+    times: list[float] = []
+    end = time.perf_counter() + 0.5
+    while len(times) < 4 or time.perf_counter() < end:
         began = time.perf_counter()
         torch.nn.functional.linear(factor, factor)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
 
 
 @dataclass(frozen=True)
