@@ -67,7 +67,7 @@ def _missing(settings: Settings, cost: Cost) -> str | None:
     return _short(cost.memory_bytes, main, "memory") if cost.memory_bytes > main else None
 
 
-def _short(needed: float, there: int, name: str) -> str:
+def _short(needed: float | int, there: int, name: str) -> str:
     return f"the merge needs {megabytes(needed)} of {name}, and {megabytes(there)} are free"
 
 
