@@ -1,6 +1,7 @@
 """The whole merge on every family: plans, checkpoints, generation, resuming."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
 from come.merge.saving import check_cache
+from come.merge.schedules.optimal_partition import OptimalPartition
 from come.models.adapter import ModelAdapter
 from come.report.figures import puzzle_pieces
 from tests.conftest import LAYERS, pico
@@ -99,6 +101,21 @@ def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
     plan = compress(model, windows, paper(), target_layers=3, plan=saved[-1], progress=False)
     assert plan.steps == expected.steps
     assert same(weights(model), weights(whole))
+
+
+def test_planning_ahead_measures_no_further_than_the_next_span(windows, monkeypatch):
+    plans = []
+    for ahead in (True, False):
+        monkeypatch.setattr(OptimalPartition, "plans_ahead", ahead)
+        recipe = paper(schedule="optimal_partition", refit="ridge")
+        plans.append(compress(pico("llama_gqa"), windows, recipe, target_layers=3, progress=False))
+    (first, *later), all_measured = plans[0].steps, plans[1].steps
+    assert later
+    assert len(first.bi) == LAYERS
+    for step, whole in zip(later, all_measured[1:], strict=True):
+        assert step.bi == whole.bi[: step.last + 1]
+        assert replace(step, bi=[]) == replace(whole, bi=[])
+    assert plans[0].provenance["layer_passes"] < plans[1].provenance["layer_passes"]
 
 
 def test_random_sensitivity_depends_on_its_seed_alone(windows):

@@ -126,6 +126,7 @@ def compression_cost(
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
     merges, trials = _merged_spans(method, layers, target), _trial_spans(method, layers, target)
     again = len(merges) if schedule.remeasures else 0  # the layers after a merge, half of them
+    again = min(again, 1) if schedule.plans_ahead else again  # only up to the next merge
     work = _span(shape, 1, tokens).passes * (layers + again * layers / 2)
     for size in merges:
         span = _span(shape, size, tokens)

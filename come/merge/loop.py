@@ -149,7 +149,7 @@ def _next_step(search: Search) -> MergeStep:
         kept=split.kept,
         score=choice.score,
         candidates=choice.candidates,
-        bi=[layer.bi for layer in search.statistics],
+        bi=search.influences(span),
         keeper=choice.kept,
     )
 

@@ -54,7 +54,7 @@ class Search:
     Attributes:
         plan: the merges so far.
         origins: position in the stream's model of every layer of the plan's model.
-        statistics: of every layer of the stream's model.
+        statistics: of the layers of the stream's model that have been measured, from the first.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Search:
         self._trials = trials
         self._scores: dict[tuple[int, int], float] = {}
         self._start = 0  # the first layer without valid statistics
+        self._ready = False  # whether the selection can score the current model's spans
         kinds = method.sensitivity.moments if method.operator.uses_units else ()
         self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
 
@@ -101,28 +102,58 @@ class Search:
         return int(self.method.selection.num_trials)
 
     def measure(self, plan: Plan) -> None:
-        """Brings statistics and scores up to date with the model, which `plan` has led to."""
+        """Brings statistics and scores up to date with the model, which `plan` has led to.
+
+        After the first merge, a schedule that plans ahead seldom needs new scores: layers are then
+        measured when they are read.
+        """
         self.plan = plan
-        stream, last = self.stream, self.stream.num_layers - 1
-        if self._start > last:
+        stream = self.stream
+        if self._start == stream.num_layers:
             return
+        kept = self._scores.items() if self.method.selection.local else ()
+        self._scores = {span: value for span, value in kept if span[1] < self._start}
+        self._ready = False
+        self.origins = list(range(stream.num_layers)) if stream.block == "layer" else plan.places
         if not self.statistics:
             stream.embed()
-        stream.advance(self._start, last, self._collector)
-        if self.method.needs_dense and not stream.has_dense:
-            stream.snapshot_dense()
+        if not self._ahead:
+            self._prepare_scores()
+
+    @property
+    def _ahead(self) -> bool:
+        """Whether layers of the current model are measured only as far as they are read."""
+        return self.method.schedule.plans_ahead and bool(self.plan.steps)
+
+    def influences(self, span: LayerSpan) -> list[float]:
+        """Block influence of all layers, or of those up to the span where no more are needed."""
+        found = self.statistics[: span.last + 1] if self._ahead else self.statistics
+        return [layer.bi for layer in found]
+
+    def _measure_through(self, last: int) -> None:
+        """Measures the layers of the stream's model up to this one, if they are not yet."""
+        if self._start > last:
+            return
+        self.stream.advance(self._start, last, self._collector)
         found = self._collector.found
         self.statistics[self._start :] = [found[i] for i in range(self._start, last + 1)]
         _check_finite(self.statistics)
-        kept = self._scores.items() if self.method.selection.local else ()
-        self._scores = {span: value for span, value in kept if span[1] < self._start}
-        self.method.selection.prepare(stream)
-        self._start = stream.num_layers
-        self.origins = list(range(stream.num_layers)) if stream.block == "layer" else plan.places
+        self._start = last + 1
+
+    def _prepare_scores(self) -> None:
+        """Measures all layers, and prepares the selection to score spans of them."""
+        if self._ready:
+            return
+        self._measure_through(self.stream.num_layers - 1)
+        if self.method.needs_dense and not self.stream.has_dense:
+            self.stream.snapshot_dense()
+        self.method.selection.prepare(self.stream)
+        self._ready = True
 
     def outdated_from(self, layer: int) -> None:
         """Records that the stream's model has changed from this layer on."""
-        self._start = layer
+        self._start = min(self._start, layer)
+        del self.statistics[layer:]
 
     def choose(self) -> tuple[Choice, LayerSpan, UnitAllocation]:
         """The schedule's choice, its span, and the units that remain of it."""
@@ -145,6 +176,7 @@ class Search:
         `stream` holds the windows for targets, losses and gradients; by default all windows.
         """
         layers = self.origins[first : last + 1]
+        self._measure_through(layers[-1])
         return LayerSpan(
             stream=stream or self.stream,
             layers=layers,
@@ -178,6 +210,8 @@ class Search:
         """The spans with their scores, which are cached while they cannot have changed."""
         places = [(self.origins[first], self.origins[last]) for first, last in spans]
         missing = [place for place in dict.fromkeys(places) if place not in self._scores]
+        if missing:
+            self._prepare_scores()
         found = self.method.selection.scores(self.stream, missing)
         for place, score in zip(missing, found, strict=True):
             self._scores[place] = self._number(score, *place)
@@ -192,6 +226,8 @@ class Search:
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
             missing = [w for w in dict.fromkeys(wholes) if self._trials.get(plan, *w[:2]) is None]
             bar.update(len(spans) - len(missing))
+            if missing:
+                self._prepare_scores()
             for group in together(self.stream, missing):
                 found = self.method.selection.refine_all(
                     self._trial_merges(group), self.method.refit

@@ -125,8 +125,8 @@ def draw_influence(plan: Plan, path: Path) -> None:
             scores.plot(ends, [candidate.score] * 2, color=colour, linewidth=1, label=own, **style)
         chosen = [history[step.first][0], history[step.last][-1]]
         scores.plot(chosen, [step.score] * 2, color="crimson", linewidth=2.5, zorder=3, **style)
-        whole = len(step.bi) == len(history)
-        layers = [span[0] for span in history] if whole else list(range(len(step.bi)))
+        dense = len(step.bi) > len(history)  # all steps were chosen on the dense model
+        layers = range(len(step.bi)) if dense else [s[0] for s in history[: len(step.bi)]]
         influence.plot(
             layers, step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label
         )

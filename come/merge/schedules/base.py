@@ -23,6 +23,8 @@ class Schedule(HasSettings, ABC):
         source: where the procedure is described, in words.
         remeasures: whether the model is merged and measured again after every choice; if not, all
             choices are made on the dense model and applied together.
+        plans_ahead: whether its first choice decides most later ones, so that layers are measured
+            again only as far as the next span needs it.
         restarts: whether an interrupted search must start over.
         trials: whether it runs trial merges.
         nested: whether a smaller model continues from a larger one, so that one run reaches all
@@ -37,6 +39,7 @@ class Schedule(HasSettings, ABC):
     paper: ClassVar[str] = ""
     source: ClassVar[str] = ""
     remeasures: ClassVar[bool] = True
+    plans_ahead: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     trials: ClassVar[bool] = False
     nested: ClassVar[bool] = True

@@ -48,6 +48,7 @@ class OptimalPartition(Schedule):
     paper = ""
     source = "least sum of the costs of groups"
     variable_size = True
+    plans_ahead = True
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
