@@ -6,6 +6,7 @@ import torch
 from come.linalg.equations import Map, eliminate
 from come.linalg.gram import BLOCK, Gram, best_lambda
 from come.merge.apply import apply
+from come.merge.joint_selection import choice_dtype
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
@@ -118,6 +119,30 @@ def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
     while len(alive) > 2:
         alive = min(([u for u in alive if u != gone] for gone in alive), key=least)
     assert eliminate(sums, initial, penalty, keep=2, size=size, rate=1e-9) == alive
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_elimination_in_float32_keeps_the_same_columns(bias, ratio):
+    """On features of low rank with one large direction, as those of language models are."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(500, 20, generator=generator) @ torch.randn(20, 120, generator=generator)
+    features = mixed + 0.3 * torch.randn(500, 120, generator=generator) + 5
+    targets = torch.randn(500, 4, generator=generator) + features[:, :4]
+    initial = Map(torch.zeros(4, 120), torch.zeros(4) if bias else None)
+    kept = []
+    for dtype in (torch.float64, torch.float32):
+        sums = Gram(120, 4, bias=bias, dtype=dtype)
+        sums.add(features, targets, torch.ones(500))
+        assert sums.gram.dtype == sums.moment.dtype == sums.columns(torch.arange(3)).gram.dtype
+        assert sums.gram.dtype == dtype
+        kept.append(eliminate(sums, initial, ratio * sums.mean_diagonal(), 60, 1, 0.3))
+    assert kept[0] == kept[1]
+
+
+def test_channels_are_chosen_in_float32_where_the_penalty_allows_it():
+    assert choice_dtype(4 * 14336, 0.1) == torch.float32
+    assert choice_dtype(4 * 14336, 0.01) == torch.float64
 
 
 def test_the_halves_of_a_layer_are_the_layer(family, windows):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from scipy.linalg.lapack import dpotri
+from scipy.linalg.lapack import dpotri, spotri
 from torch import Tensor
 
 from come.linalg.cholesky import cholesky, cholesky_solve
@@ -23,24 +23,32 @@ class Gram:
         G = sum_t w_t f_t f_t^T    C = sum_t w_t f_t y_t^T    Y = sum_t w_t |y_t|^2
 
     If the map has a bias, f ends with a constant 1. Products within a block of tokens run in
-    float32 or wider, sums over blocks in float64. Memory does not grow with the number of tokens.
+    float32 or wider, sums over blocks in `dtype`. Memory does not grow with the number of tokens.
 
     Args:
         width: number of inputs d_in of the map.
         out: number of outputs d_out.
         bias: whether the map has a bias.
         device: device of the sums.
+        dtype: of the sums and of all that is solved from them. With float32 the condition number,
+            at most (trace of G) / penalty, should be far below 10^7.
     """
 
     def __init__(
-        self, width: int, out: int, *, bias: bool, device: torch.device | str = "cpu"
+        self,
+        width: int,
+        out: int,
+        *,
+        bias: bool,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.width = width
         self.bias = bias
         size = width + int(bias)
-        self._upper = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(size, size, dtype=dtype, device=device)
         self._mirrored = True
-        self._moment = torch.zeros(size, out, dtype=torch.float64, device=device)
+        self._moment = torch.zeros(size, out, dtype=dtype, device=device)
         self._energy = 0.0
         self._blocks = TokenBlocks(weak_method(self._accumulate))
 
@@ -90,11 +98,16 @@ class Gram:
 
     def __add__(self, other: Gram) -> Gram:
         """The sums over both sets of tokens."""
-        total = Gram(self.width, self.moment.shape[1], bias=self.bias, device=self.moment.device)
+        total = self._empty(self.width)
         total._upper = self.gram + other.gram
         total._moment = self.moment + other.moment
         total._energy = self.energy + other.energy
         return total
+
+    def _empty(self, width: int) -> Gram:
+        """Equations for another set of inputs, without any tokens."""
+        out, device, dtype = self.moment.shape[1], self.moment.device, self.moment.dtype
+        return Gram(width, out, bias=self.bias, device=device, dtype=dtype)
 
     def mean_diagonal(self) -> float:
         """Mean diagonal of the inputs' Gram matrix, the unit of a relative lambda.
@@ -108,7 +121,7 @@ class Gram:
         rows = kept
         if self.bias:
             rows = torch.cat([kept, kept.new_tensor([self.width])])
-        chosen = Gram(len(kept), self.moment.shape[1], bias=self.bias, device=self.moment.device)
+        chosen = self._empty(len(kept))
         chosen._upper = self.gram[rows][:, rows]
         chosen._moment = self.moment[rows]
         chosen._energy = self.energy
@@ -131,7 +144,7 @@ class Gram:
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
         """The penalty on each column; the constant's is negligible."""
-        ridge = torch.full((len(self.gram),), penalty, dtype=torch.float64).to(self.gram)
+        ridge = self.gram.new_full((len(self.gram),), penalty)
         ridge[self.width :] = 1e-9 * max(penalty, self.gram.diagonal().max().item())
         return ridge
 
@@ -150,7 +163,7 @@ class Gram:
         return right.add_(self.ridge(penalty)[:, None] * stacked(initial).to(right))
 
     def leverage(self, penalty: float) -> Float[Tensor, " width"]:
-        """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the constant."""
+        """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1); without the constant."""
         gram = self.gram[: self.width, : self.width]
         ridge = penalty * torch.eye(self.width).to(gram)
         return 1 - penalty * inverse_of(cholesky(gram + ridge)).diagonal()
@@ -190,11 +203,12 @@ class DenseElimination:
         count = self._width // size
         if size == 1:
             free = self._inverse.diagonal()[:count]
-            return self._weight[:count].square().sum(dim=1) / free
+            return (self._weight[:count].square().sum(dim=1) / free).double()
         rows = self._weight[: count * size].view(count, size, -1)
         spans = [slice(i * size, (i + 1) * size) for i in range(count)]
         blocks = torch.stack([self._inverse[span, span] for span in spans])
-        return (rows * torch.cholesky_solve(rows, torch.linalg.cholesky(blocks))).sum(dim=(1, 2))
+        solved = torch.cholesky_solve(rows, torch.linalg.cholesky(blocks))
+        return (rows * solved).sum(dim=(1, 2)).double()
 
     def remove(self, stay: Int[Tensor, " stay"], gone: Int[Tensor, " gone"]) -> None:
         """See `come.linalg.equations.Elimination`."""
@@ -212,14 +226,15 @@ class DenseElimination:
 
 
 def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """(L L^T)^-1, in the memory of the column-major lower Cholesky factor L, float64.
+    """(L L^T)^-1, in the memory of the column-major lower Cholesky factor L.
 
-    On the CPU by LAPACK's `dpotri`: `torch.cholesky_inverse` needs a copy and far more time
+    On the CPU by LAPACK's `potri`: `torch.cholesky_inverse` needs a copy and far more time
     (experiments/LOG.md).
     """
     if factor.device.type != "cpu":
         return torch.cholesky_inverse(factor, out=factor)
-    columns, info = dpotri(factor.numpy(), lower=1, overwrite_c=1)
+    potri = dpotri if factor.dtype == torch.float64 else spotri
+    columns, info = potri(factor.numpy(), lower=1, overwrite_c=1)
     assert info == 0
     inverse = torch.from_numpy(columns).T  # row-major again, and its upper triangle
     _mirror(inverse)

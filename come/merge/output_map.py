@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from come.linalg.dual import Dual
@@ -19,7 +20,13 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
 
 
 def equations(
-    width: int, adapter: ModelAdapter, tokens: int, *, bias: bool, columns_per_token: int = 1
+    width: int,
+    adapter: ModelAdapter,
+    tokens: int,
+    *,
+    bias: bool,
+    columns_per_token: int = 1,
+    dtype: torch.dtype = torch.float64,
 ) -> Equations:
     """An empty problem of a map to the residual stream, in the form that is smaller.
 
@@ -29,10 +36,11 @@ def equations(
         tokens: number of tokens that will be added.
         bias: whether the map has a bias.
         columns_per_token: from how many columns per token on the dual form is taken.
+        dtype: of the normal equations.
     """
     out = adapter.config.hidden_size
     if width < columns_per_token * tokens:
-        return Gram(width, out, bias=bias, device=adapter.device)
+        return Gram(width, out, bias=bias, device=adapter.device, dtype=dtype)
     return Dual(width, out, tokens, bias=bias, device=adapter.device)
 
 

@@ -73,14 +73,17 @@ class SpanSize:
         """Whether a problem with `width` inputs is solved in its dual form."""
         return width >= columns_per_token * self.tokens
 
-    def sums(self, width: int, out: int, columns_per_token: int = 1) -> Work:
-        """The sums of a least-squares problem with `width` inputs and `out` outputs."""
+    def sums(self, width: int, out: int, columns_per_token: int = 1, itemsize: int = 8) -> Work:
+        """The sums of a least-squares problem with `width` inputs and `out` outputs.
+
+        `itemsize`: bytes of a number of the normal equations, 8 for float64, 4 for float32.
+        """
         tokens = float(self.tokens)
         if self.dual(width, columns_per_token):
             stored = 4 * tokens * (width + out) + 8 * tokens * tokens
             return Work(single=tokens * tokens * width, bytes=stored)
         half = tokens * width * width  # only one triangle is computed
-        stored = 8.0 * width * (width + out)
+        stored = float(itemsize) * width * (width + out)
         return Work(single=half + 2 * tokens * width * out, bytes=stored)
 
     def solve(self, width: int, out: int) -> Work:
@@ -91,12 +94,12 @@ class SpanSize:
         cubic = order**3 / 3 + 2.0 * order * order * out
         return Work(single, double=cubic, bytes=self.sums(width, out).bytes + 8.0 * width * out)
 
-    def inverse(self, width: int) -> Work:
+    def inverse(self, width: int, itemsize: int = 8) -> Work:
         """A factorisation and the inverse, in place; in dual form a triangular solution."""
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
             return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
-        return Work(double=float(width) ** 3, bytes=8.0 * width * width)
+        return _arithmetic(float(width) ** 3, float(itemsize) * width * width, itemsize)
 
     def aligned(self) -> Work:
         """The alignment of both sublayers' input maps (see `come.merge.alignment`)."""
@@ -113,13 +116,20 @@ class SpanSize:
         return Work(single=2.0 * self.parameters * self.hidden, bytes=2 * self.layer_bytes)
 
     def eliminated(self, width: int, kept: int) -> Work:
-        """Backward elimination from `width` to `kept` columns."""
-        start, weights = self.inverse(width), 8.0 * width * self.hidden
+        """Backward elimination from `width` to `kept` columns, in float32."""
+        start, weights = self.inverse(width, 4), 4.0 * width * self.hidden
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
             rounds = 12 * (tokens * tokens + 2 * tokens * self.hidden) * (width + kept) / 2
             stored = 4 * tokens * width + 24 * tokens * tokens
-            return start + Work(single=rounds, bytes=stored + weights / 2)
+            return start + Work(single=rounds, bytes=stored + weights)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
         rounds += 2.0 * (width - kept) * width * self.hidden
-        return start + Work(double=rounds, bytes=16.0 * width * width + 3 * weights)
+        return start + Work(rounds, bytes=8.0 * width * width + 3 * weights)
+
+
+def _arithmetic(operations: float, stored: float, itemsize: int) -> Work:
+    """Operations on numbers of `itemsize` bytes."""
+    if itemsize == 8:
+        return Work(double=operations, bytes=stored)
+    return Work(single=operations, bytes=stored)

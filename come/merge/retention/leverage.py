@@ -54,4 +54,4 @@ class Leverage(RetentionRule):
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and one inverse."""
-        return joint_work(size) + size.inverse(size.width)
+        return joint_work(size) + size.inverse(size.width, 4)
