@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 BLOCK = 128  # tokens whose logits are in memory at a time; larger blocks are slower on CPUs
+TOKENS, VOCABULARY = 512, 1024  # of the logits that are in memory for their normaliser
 
 
 def window_nll(
@@ -92,6 +94,24 @@ def token_divergence(
         sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
         logits.
     """
-    sizes = [head(block).float().logsumexp(-1) for block in states.flatten(0, 1).split(BLOCK)]
     inner = (reference.rows.double() * states.double()).sum(dim=-1)
-    return reference.constant - inner + torch.cat(sizes).double().view(inner.shape)
+    return reference.constant - inner + _log_normalizer(head, states).double()
+
+
+def _log_normalizer(
+    head: nn.Module, states: Float[Tensor, "batch seq hidden"]
+) -> Float[Tensor, "batch seq"]:
+    """The normaliser log sum_v exp z(v) of the head's logits z, nats, float32.
+
+    A part of the vocabulary at a time, whose logits fit the processor's caches.
+    """
+    weights, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+    biases = [None] if bias is None else bias.split(VOCABULARY)
+    totals = []
+    for block in states.flatten(0, 1).split(TOKENS):
+        parts = [
+            nn.functional.linear(block, rows, bias).float().logsumexp(-1)
+            for rows, bias in zip_longest(weights.split(VOCABULARY), biases)
+        ]
+        totals.append(torch.stack(parts).logsumexp(0))
+    return torch.cat(totals).view(states.shape[:2])
