@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from come.merge import input_map
 from come.merge.apply import apply
 from come.merge.input_map import FLOOR, InputMap, conjugate_gradients
 from come.merge.loop import compress
@@ -38,7 +39,7 @@ class Plain:
         stream, architecture = targets.stream, targets.stream.adapter.architecture
         states, wanted, weights = (
             torch.cat(parts)
-            for parts in zip(*map(targets.input_output, stream.batches), strict=True)
+            for parts in zip(*((b.states, b.output, b.weights) for b in targets), strict=True)
         )
         self.middles = torch.cat(
             [
@@ -135,6 +136,28 @@ def test_the_error_falls_whatever_the_penalty(problem):
             assert after < before
             assert asked.error(change) == pytest.approx(after, rel=1e-3)
         assert torch.equal(layer.get_parameter(f"{name}.weight").double(), weight)
+
+
+def test_a_step_is_the_same_whether_or_not_its_slopes_are_held(problem, monkeypatch):
+    targets, layer, plain, names = problem
+    for name in names:
+        found = [InputMap(targets, layer, plain.middles, name).step(1.0, 5)]
+        with monkeypatch.context() as patch:
+            patch.setattr(input_map, "HELD", 0)
+            found.append(InputMap(targets, layer, plain.middles, name).step(1.0, 5))
+        assert torch.equal(*found)
+
+
+def test_rows_of_very_different_curvature_take_few_steps(problem):
+    targets, layer, plain, names = problem
+    output = layer.get_submodule(targets.stream.adapter.architecture.ffn_output).weight
+    with torch.no_grad():
+        output *= torch.logspace(-2, 1, output.shape[1])
+        plain.output.weight.copy_(output)
+    for name in names:
+        found = InputMap(targets, layer, plain.middles, name).step(0.01, 12)
+        expected = plain.step(name, 0.01)
+        assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without the scale of rows
 
 
 def test_nothing_changes_where_nothing_is_lacking(targets):

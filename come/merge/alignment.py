@@ -62,7 +62,7 @@ def input_maps(
     begins = targets.stream.windows[:, 0]
     first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
     for batch in targets:
-        normed = [n(states) for n, states in zip(norms, batch.entering[unit], strict=True)]
+        normed = [n(states) for n, states in zip(norms, batch.entering(unit), strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first

@@ -18,6 +18,7 @@ Matrix = Float[Tensor, "channels hidden"]
 
 FLOOR = 1e-4  # damping for whitening, relative to the mean square of the projection's input
 HALVINGS = 4
+HELD = 1 << 29  # bytes of n and D that are held between curvature products
 
 
 class InputMap:
@@ -27,7 +28,8 @@ class InputMap:
 
     r: target minus the layer's output; W_d: the output projection of the MLP; n and D as in
     `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
-    projection. Only the MLP's input is stored per token: each curvature product runs the MLP again.
+    projection. n and D are held where they are small; otherwise each curvature product computes
+    them anew from the MLP's input.
 
     Args:
         targets: reconstruction targets of the layer.
@@ -44,6 +46,7 @@ class InputMap:
         self.layer = layer
         self.middles = middles
         self.name = name
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # n, D and w of every block
         output = layer.get_parameter(f"{self.adapter.architecture.ffn_output}.weight").detach()
         self.weight = layer.get_parameter(f"{name}.weight").detach()
         self.output = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -54,8 +57,9 @@ class InputMap:
             min_Z E(Z) + mu (mean_t |Z n_t|^2 + floor |Z|^2)
             mu = ratio mean_j sum_t w_t D_tj^2 |column j of W_d|^2
 
-        Conjugate gradients run in coordinates in which n is white. The step is halved, at most four
-        times, until the true error is lower than before.
+        Conjugate gradients run in coordinates in which n is white and every row of Z has the same
+        curvature, up to the penalty: row j is scaled by (c_j + mu)^-1/2, where c_j is the term of
+        the mean. The step is halved, at most four times, until the true error is lower than before.
 
         Args:
             ratio: penalty relative to the mean curvature, > 0.
@@ -64,10 +68,11 @@ class InputMap:
         Returns:
             Z, float32 or wider.
         """
-        gram, pull, curvature, before = self._start()
+        gram, pull, curvatures, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
         root = torch.linalg.cholesky(gram)
-        penalty = ratio * curvature
+        penalty = ratio * curvatures.mean().item()
+        scale = (curvatures + penalty).rsqrt().to(pull)[:, None]
 
         def colour(white: Matrix) -> Matrix:
             return _solved(root, white, upper=False)
@@ -77,11 +82,14 @@ class InputMap:
 
         def product(white: Matrix) -> Matrix:
             bar.update()
-            return whiten(self.curved(colour(white))) + penalty * white
+            scaled = scale * white
+            bent = whiten(self.curved(colour(scaled)))
+            return bent.add_(scaled, alpha=penalty).mul_(scale)
 
         shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
-            change = colour(conjugate_gradients(product, whiten(pull), steps))
+            found = conjugate_gradients(product, scale * whiten(pull), steps)
+            change = colour(scale * found)
         for _ in range(HALVINGS + 1):
             if self.error(change) < before:
                 return change
@@ -96,10 +104,13 @@ class InputMap:
             moved = (slopes * (read @ change.T)) @ self.output.T
             total.add_(self._back(moved * weights[:, None], read, slopes))
 
-        blocks = TokenBlocks(accumulate)
-        for middle, _, weights, keywords in self._batches():
-            blocks.add(*self._slopes(middle, keywords), weights)
-        blocks.finish()
+        for block in self._held:
+            accumulate(*block)
+        if not self._held:
+            blocks = TokenBlocks(accumulate)
+            for middle, _, weights, keywords in self._batches():
+                blocks.add(*self._slopes(middle, keywords), weights)
+            blocks.finish()
         return total
 
     def changed(self, change: Matrix) -> Tensor:
@@ -125,13 +136,15 @@ class InputMap:
     def _put(self, weight: Tensor) -> None:
         self.adapter.assign(self.layer, {f"{self.name}.weight": weight})
 
-    def _start(self) -> tuple[Tensor, Matrix, float, float]:
-        """mean_t n n^T, float64; minus half the gradient of E at 0; the mean curvature; E(0)."""
+    def _start(self) -> tuple[Tensor, Matrix, Tensor, float]:
+        """mean_t n n^T, float64; minus half the gradient of E at 0; each row's curvature; E(0)."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
         pull = self.output.new_zeros(channels, hidden)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         tokens, error = 0, 0.0
+        size = self.output.element_size() * (channels + hidden)
+        hold = self.targets.stream.tokens * size <= HELD
 
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
             nonlocal error, tokens
@@ -139,6 +152,8 @@ class InputMap:
             pull.add_(self._back(gap * weights[:, None], read, slopes))
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
+            if hold:
+                self._held.append((read, slopes, weights))
             tokens += len(read)
 
         blocks = TokenBlocks(accumulate)
@@ -147,7 +162,7 @@ class InputMap:
             blocks.add(read, slopes, self._gap(middle, target, keywords), weights)
         blocks.finish()
         sizes = self.output.double().square().sum(dim=0)
-        return gram / tokens, pull, (squares * sizes).mean().item(), error
+        return gram / tokens, pull, squares * sizes, error
 
     def _gap(self, middle: States, target: States, keywords: dict[str, Any]) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]."""
@@ -164,11 +179,10 @@ class InputMap:
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
-        for rows in stream.batches:
-            _, target, weights = self.targets.input_output(rows)
+        for rows, batch in zip(stream.batches, self.targets, strict=True):
             middle = self.middles[rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.targets.first)
-            yield middle, target, weights.to(self.output), keywords
+            yield middle, batch.output, batch.weights.to(self.output), keywords
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,24 +21,57 @@ Weighting = Literal["relative", "equal"]
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """One batch of a layer's input and of the targets after attention and after the MLP.
+    """One batch of a layer's input and of its targets; each tensor is made when it is read.
 
     Attributes:
-        states: the layer's input: the residual stream of the current model.
-        middle: target after attention.
-        output: target after the MLP.
-        weights: token weights, [batch * seq].
-        windows: indices of the windows, counted from 0 over all batches.
-        entering: the residual stream before the attention (kv_group) and before the MLP (channel)
-            of every layer of the span, in the current model.
+        targets: the targets of all windows.
+        number: the batch's number, from 0.
     """
 
-    states: States
-    middle: States
-    output: States
-    weights: Float[Tensor, " tokens"]
-    windows: Int[Tensor, " batch"]
-    entering: Mapping[Unit, Sequence[States]]
+    targets: ReconstructionTargets
+    number: int
+
+    @property
+    def windows(self) -> Int[Tensor, " batch"]:
+        """Indices of the windows, counted from 0 over all batches."""
+        return torch.arange(self._rows.start, self._rows.stop)
+
+    @cached_property
+    def states(self) -> States:
+        """The layer's input: the residual stream of the current model."""
+        return self.targets.stream.boundary(self.targets.first, self._rows)
+
+    @cached_property
+    def output(self) -> States:
+        """The target after the MLP."""
+        return self.targets.output(self._rows)
+
+    @property
+    def weights(self) -> Float[Tensor, " tokens"]:
+        """Token weights, [batch * seq]."""
+        return token_weights(self.output, self.targets.weighting)
+
+    @property
+    def middle(self) -> States:
+        """The target after attention."""
+        found = self.states.clone()
+        pairs = zip(self.entering("kv_group"), self.entering("channel"), strict=True)
+        for entering, leaving in pairs:
+            found += leaving - entering
+        return found
+
+    def entering(self, unit: Unit) -> list[States]:
+        """The input of every layer's attention (kv_group) or MLP (channel) in the current model."""
+        targets, stream = self.targets, self.targets.stream
+        if unit == "kv_group":
+            layers = range(targets.first, targets.last + 1)
+            return [stream.boundary(index, self._rows) for index in layers]
+        device = stream.adapter.device
+        return [states[self.number].to(device) for states in targets.after_attention]
+
+    @property
+    def _rows(self) -> slice:
+        return self.targets.stream.batches[self.number]
 
 
 class ReconstructionTargets:
@@ -78,22 +111,10 @@ class ReconstructionTargets:
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of all windows, in order."""
-        for number, rows in enumerate(self.stream.batches):
-            states, output, weights = self.input_output(rows)
-            middle = states.clone()
-            before = [
-                self.stream.boundary(index, rows) for index in range(self.first, self.last + 1)
-            ]
-            device = self.stream.adapter.device
-            between = [states[number].to(device) for states in self._after_attention]
-            for entering, leaving in zip(before, between, strict=True):
-                middle += leaving - entering
-            windows = torch.arange(rows.start, rows.stop)
-            entering_units: dict[Unit, list[States]] = {"kv_group": before, "channel": between}
-            yield TargetBatch(states, middle, output, weights, windows, entering_units)
+        return (TargetBatch(self, number) for number in range(len(self.stream.batches)))
 
     @cached_property
-    def _after_attention(self) -> list[list[States]]:
+    def after_attention(self) -> list[list[States]]:
         """The residual stream after the attention of every layer, in batches, in main memory."""
         stream, adapter = self.stream, self.stream.adapter
         found: list[list[States]] = []
@@ -107,14 +128,11 @@ class ReconstructionTargets:
         adapter.release()
         return found
 
-    def input_output(self, rows: slice) -> tuple[States, States, Float[Tensor, " tokens"]]:
-        """The layer's input, the target output and the token weights of one batch."""
+    def output(self, rows: slice) -> States:
+        """The target output of one batch."""
         if self.target == "dense":
-            output = self.stream.dense(self.original + 1, rows)
-        else:
-            output = self.stream.boundary(self.last + 1, rows)
-        states = self.stream.boundary(self.first, rows)
-        return states, output, token_weights(output, self.weighting)
+            return self.stream.dense(self.original + 1, rows)
+        return self.stream.boundary(self.last + 1, rows)
 
 
 def token_weights(output: States, weighting: Weighting) -> Float[Tensor, " tokens"]:

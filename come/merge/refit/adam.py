@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come.merge.reconstruction import ReconstructionTargets
+from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
@@ -51,12 +51,11 @@ class Adam(Ridge):
         steps = ProgressBar(range(self.steps), desc="adam", shown=stream.progress)
         with torch.enable_grad():
             for step in steps:
-                rows = stream.batches[step % len(stream.batches)]
-                states, target, weights = targets.input_output(rows)
-                keywords = as_float(stream.keywords(len(states), index))
-                output = layer(states.float(), **keywords)
-                gap = (target.float() - output).flatten(0, 1)
-                size = target.float().flatten(0, 1)
+                batch = TargetBatch(targets, step % len(stream.batches))
+                keywords = as_float(stream.keywords(len(batch.states), index))
+                output = layer(batch.states.float(), **keywords)
+                gap = (batch.output.float() - output).flatten(0, 1)
+                size, weights = batch.output.float().flatten(0, 1), batch.weights
                 loss = (weights * gap.square().sum(dim=1)).sum()
                 loss = loss / (weights * size.square().sum(dim=1)).sum()
                 optimizer.zero_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from come.merge.input_map import InputMap
+from come.merge.input_map import HELD, InputMap
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
@@ -46,7 +46,7 @@ class GaussNewton(Ridge):
     input_lambda: float = setting(
         2.0, "penalty of the step on input maps, relative to the mean curvature", above=0
     )
-    steps: int = setting(8, "steps of conjugate gradients for each input map", least=1)
+    steps: int = setting(6, "steps of conjugate gradients for each input map", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,10 +64,9 @@ class GaussNewton(Ridge):
         found = dict(super().solve(targets, sources))
         layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
         with stream.scratch_boundary("refit") as middles:
-            for rows in stream.batches:
-                states, _, _ = targets.input_output(rows)
-                keywords = stream.keywords(len(states), targets.first)
-                middles[rows] = run_attention(adapter, layer, states, keywords)[1]
+            for rows, batch in zip(stream.batches, targets, strict=True):
+                keywords = stream.keywords(len(batch.states), targets.first)
+                middles[rows] = run_attention(adapter, layer, batch.states, keywords)[1]
             for name in adapter.architecture.ffn_inputs:
                 problem = InputMap(targets, layer, middles, name)
                 change = problem.step(self.input_lambda, self.steps)
@@ -76,9 +75,14 @@ class GaussNewton(Ridge):
         return found
 
     def work(self, size: SpanSize) -> Work:
-        """The ridge regression, and 7 products of the FFN's size a step and map."""
-        product = Work(single=2.0 * size.tokens * size.hidden * size.channels)
-        return super().work(size) + product * (size.input_maps * (7 * self.steps + 8))
+        """The ridge regression, and 4 to 6 products of the FFN's size a step and map."""
+        held = 4.0 * size.tokens * (size.hidden + size.channels)
+        product = Work(
+            single=2.0 * size.tokens * size.hidden * size.channels,
+            bytes=held if held <= HELD else 0.0,
+        )
+        each = self.steps * (4 if held <= HELD else 6) + 10
+        return super().work(size) + product * (size.input_maps * each)
 
     @property
     def surrogate(self) -> Refit:
