@@ -53,6 +53,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral7b": _MISTRAL
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
     | {"num_hidden_layers": 32},
+    "smollm2": _MISTRAL
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152},
     "llama70b": _MISTRAL
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     | {"num_hidden_layers": 80, "vocab_size": 128256},

@@ -191,7 +191,7 @@ def large(shape):
     )  # fmt: skip
 
 
-STEPS = ["model.weights=disk", "calibration.store=disk", "merge.retention.tokens=8192"]
+STEPS = ["model.weights=disk", "calibration.store=disk", "merge.retention.tokens=4096"]
 
 
 @pytest.mark.parametrize(("method", "count"), [("come_plus", 3), ("flattengpt", 3), ("come", 2)])

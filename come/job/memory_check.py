@@ -81,7 +81,8 @@ def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "calibration.store=disk", settings
     merge = settings.merge
     if "tokens" in type(merge.retention).settings():
-        most = getattr(merge.retention, "tokens", None) or settings.calibration.tokens
+        read = settings.calibration.tokens
+        most = min(getattr(merge.retention, "tokens", None) or read, read)
         for tokens in FEWER_TOKENS:
             if tokens < most:
                 fewer = replace(merge.retention, **{"tokens": tokens})

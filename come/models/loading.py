@@ -54,6 +54,21 @@ class ModelShape:
     channels: int
     input_maps: int
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
+        """The shape of a model, also of one on the meta device."""
+        adapter = ModelAdapter(model)
+        counts = adapter.unit_counts
+        return cls(
+            model.config,
+            sum(p.numel() for p in model.parameters()),
+            adapter.block_parameters,
+            dtype,
+            heads=counts["kv_group"] * adapter.columns_per_unit("kv_group"),
+            channels=counts["channel"],
+            input_maps=len(adapter.architecture.ffn_inputs),
+        )
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
@@ -135,7 +150,7 @@ def inspect_model(
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the configuration classes raise many kinds of errors
         raise ValueError(f"model folder {folder}: bad configuration: {one_line(error)}") from error
-    adapter = ModelAdapter(skeleton)
+    ModelAdapter(skeleton)  # checks the family
     if skeleton.config.tie_word_embeddings and not _tied(folder):
         skeleton.config.tie_word_embeddings = False
         with torch.device("meta"):
@@ -144,17 +159,7 @@ def inspect_model(
             )
     else:
         skeleton.tie_weights()
-    total = sum(p.numel() for p in skeleton.parameters())
-    counts = adapter.unit_counts
-    return ModelShape(
-        skeleton.config,
-        total,
-        adapter.block_parameters,
-        choose_dtype(dtype, config, folder),
-        heads=counts["kv_group"] * adapter.columns_per_unit("kv_group"),
-        channels=counts["channel"],
-        input_maps=len(adapter.architecture.ffn_inputs),
-    )
+    return ModelShape.of(skeleton, choose_dtype(dtype, config, folder))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

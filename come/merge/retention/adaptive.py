@@ -38,7 +38,8 @@ class Adaptive(RetentionRule):
     in arXiv 2302.04089 (ZipLM). Units are selected with the norms of their own layers, but the
     merged layer has one norm: with `merge.norms=fold` both agree except for per-head norms. If the
     refit aligns input projections, units are selected with aligned ones. mu is the refit's lambda,
-    or 0.1 for "auto", times the mean diagonal of G.
+    or 0.1 for "auto", times the mean diagonal of G. More than `tokens` tokens hardly change the
+    choice (experiments/LOG.md).
     """
 
     name = "adaptive"
@@ -53,9 +54,12 @@ class Adaptive(RetentionRule):
     )
 
     tokens: int | None = setting(
-        None, "calibration tokens that the choice reads, from the first; null for all",
-        kind=int, least=1, optional=True,
-    )  # fmt: skip
+        8192,
+        "calibration tokens that the choice reads, from the first; null for all",
+        kind=int,
+        least=1,
+        optional=True,
+    )
 
     def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""

@@ -1,0 +1,117 @@
+"""How cost grows with layers and tokens, and what it is for models that fit no machine at hand.
+
+`python experiments/scaling.py` measures three numbers of layers and of tokens (random weights of
+SmolLM2's layer shape; two layers are removed) and fits exponents. With `--arithmetic` it prints
+what the estimate before a run says for whole models, which needs no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import NamedTuple
+
+import torch
+from bench import COME_PLUS, SHAPES, measure, random_config, random_model, random_windows
+
+from come.job.estimate import Cost, compression_cost
+from come.models.loading import ModelShape
+from come.report.numbers import megabytes
+
+REMOVED = 2  # layers
+SEQ_LEN = 256
+
+
+class Point(NamedTuple):
+    """A measured compression."""
+
+    layers: int
+    tokens: int
+    seconds: float
+    forward_seconds: float
+    peak_bytes: int
+
+
+def measured(shape: str, layers: int, tokens: int) -> Point:
+    """Time and memory of the default method on random weights."""
+    model = random_model(shape, torch.device("cpu"), layers).float()
+    windows = random_windows(model.config.vocab_size, tokens, SEQ_LEN)
+    found = measure(model, windows, COME_PLUS, target=layers - REMOVED)
+    names = ("seconds", "forward_seconds", "peak_bytes")
+    return Point(layers, tokens, *(found[name] for name in names))
+
+
+def exponent(sizes: list[int], costs: list[float]) -> float:
+    """The slope of log(cost) over log(size), by least squares."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
+    centre, level = sum(x) / len(x), sum(y) / len(y)
+    pairs = list(zip(x, y, strict=True))
+    return sum((a - centre) * (b - level) for a, b in pairs) / sum((a - centre) ** 2 for a in x)
+
+
+def arithmetic(shape: str, *, removed: int, tokens: int) -> Cost:
+    """The estimate for a whole model with its layers on disk, on a CUDA device."""
+    from transformers import MistralForCausalLM
+
+    config = random_config(shape)
+    with torch.device("meta"):
+        model = MistralForCausalLM(config)
+    return compression_cost(
+        ModelShape.of(model, torch.bfloat16),
+        num_samples=tokens // SEQ_LEN,
+        seq_len=SEQ_LEN,
+        target=config.num_hidden_layers - removed,
+        method=COME_PLUS,
+        store="memory",
+        device="cuda",
+        weights="disk",
+    )
+
+
+def _series(shape: str, name: str, points: list[Point]) -> list[str]:
+    """Lines for the points of one series, and the exponents of time and memory."""
+    sizes = [getattr(point, name) for point in points]
+    lines = [
+        f"| {p.layers} | {p.tokens} | {p.seconds:.1f} | {p.seconds / p.forward_seconds:.1f} "
+        f"| {megabytes(p.peak_bytes)} |"
+        for p in points
+    ]
+    time = exponent(sizes, [p.seconds for p in points])
+    memory = exponent(sizes, [float(p.peak_bytes) for p in points])
+    return [*lines, f"exponent over {name} ({shape}): time {time:.2f}, memory {memory:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--arithmetic", action="store_true")
+    given = parser.parse_args()
+    if given.arithmetic:
+        print("| shape | layers | tokens | device memory | main memory | operations |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for shape, removed in (("mistral7b", 4), ("llama70b", 10)):
+            for tokens in (4096, 8192, 32768):
+                cost, layers = arithmetic(shape, removed=removed, tokens=tokens), SHAPES[shape]
+                print(
+                    f"| {shape} | {layers['num_hidden_layers']} to "
+                    f"{layers['num_hidden_layers'] - removed} | {tokens} "
+                    f"| {megabytes(cost.weight_bytes + cost.work.bytes)} "
+                    f"| {megabytes(cost.boundary_bytes)} "
+                    f"| {cost.work.single:.1e} single, {cost.work.double:.1e} double |"
+                )
+        return
+    print("| layers | tokens | s | forward passes | memory above the weights |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    middle = given.tokens[0]
+    for name, sizes in (
+        ("layers", [(layers, middle) for layers in given.layers]),
+        ("tokens", [(given.layers[1], tokens) for tokens in given.tokens]),
+    ):
+        points = [measured(given.shape, *size) for size in sizes]
+        print("\n".join(_series(given.shape, name, points)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

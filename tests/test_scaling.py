@@ -1,0 +1,38 @@
+"""The script that says how cost grows, and the arithmetic for the largest models."""
+
+import pytest
+
+from tests.commands import ROOT, script
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    return script("scaling")
+
+
+def test_the_exponent_of_a_power(scaling):
+    assert scaling.exponent([8, 16, 32], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
+    assert scaling.exponent([1, 10, 100], [5.0, 500.0, 50000.0]) == pytest.approx(2.0)
+
+
+def test_points_are_measured(scaling, monkeypatch, capsys):
+    words = "scaling --shape pico --layers 4 6 8 --tokens 256 512 1024".split()
+    monkeypatch.setattr("sys.argv", words)
+    scaling.main()
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1:3] for line in printed[2:] if line.startswith("|")]
+    sizes = [tuple(int(cell) for cell in row) for row in rows]
+    assert sizes == [(4, 256), (6, 256), (8, 256), (6, 256), (6, 512), (6, 1024)]
+    assert [line[:20] for line in printed if not line.startswith("|")] == [
+        "exponent over layers",
+        "exponent over tokens",
+    ]
+
+
+def test_llama_70b_fits_on_one_gpu_by_arithmetic(scaling):
+    cost = scaling.arithmetic("llama70b", removed=10, tokens=8192)
+    assert cost.weight_bytes + cost.work.bytes < 24e9
+    assert cost.boundary_bytes < 64e9
+    weights, layer = scaling.arithmetic("mistral7b", removed=4, tokens=8192).weight_bytes, 218112000
+    assert weights == 2 * (2 * 32000 * 4096 + 4096 + 2 * layer)
