@@ -107,7 +107,7 @@ def test_planning_ahead_measures_no_further_than_the_next_span(windows, monkeypa
     plans = []
     for ahead in (True, False):
         monkeypatch.setattr(OptimalPartition, "plans_ahead", ahead)
-        recipe = paper(schedule="optimal_partition", refit="ridge")
+        recipe = paper(schedule="optimal_partition", refit="ridge", retention="adaptive")
         plans.append(compress(pico("llama_gqa"), windows, recipe, target_layers=3, progress=False))
     (first, *later), all_measured = plans[0].steps, plans[1].steps
     assert later
@@ -116,6 +116,15 @@ def test_planning_ahead_measures_no_further_than_the_next_span(windows, monkeypa
         assert step.bi == whole.bi[: step.last + 1]
         assert replace(step, bi=[]) == replace(whole, bi=[])
     assert plans[0].provenance["layer_passes"] < plans[1].provenance["layer_passes"]
+
+
+@pytest.mark.parametrize(
+    "parts", [{"sensitivity": "taylor"}, {"retention": "mka"}, {"retention": "adaptive"}]
+)
+def test_planning_ahead_measures_what_the_parts_read(parts, windows):
+    recipe = paper(schedule="optimal_partition", **parts)
+    plan = compress(pico("llama_gqa"), windows, recipe, target_layers=3, progress=False)
+    assert len(plan.steps) > 1
 
 
 def test_random_sensitivity_depends_on_its_seed_alone(windows):

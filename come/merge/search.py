@@ -122,8 +122,10 @@ class Search:
 
     @property
     def _ahead(self) -> bool:
-        """Whether layers of the current model are measured only as far as they are read."""
-        return self.method.schedule.plans_ahead and bool(self.plan.steps)
+        """Whether layers are measured only as far as they are read: targets end at the span."""
+        method = self.method
+        ahead: bool = method.schedule.plans_ahead and method.retention.uses_targets
+        return ahead and bool(self.plan.steps)
 
     def influences(self, span: LayerSpan) -> list[float]:
         """Block influence of all layers, or of those up to the span where no more are needed."""

@@ -125,7 +125,7 @@ def draw_influence(plan: Plan, path: Path) -> None:
             scores.plot(ends, [candidate.score] * 2, color=colour, linewidth=1, label=own, **style)
         chosen = [history[step.first][0], history[step.last][-1]]
         scores.plot(chosen, [step.score] * 2, color="crimson", linewidth=2.5, zorder=3, **style)
-        dense = len(step.bi) > len(history)  # all steps were chosen on the dense model
+        dense = plan.block != "layer" or len(step.bi) > len(history)  # positions there
         layers = range(len(step.bi)) if dense else [s[0] for s in history[: len(step.bi)]]
         influence.plot(
             layers, step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label
