@@ -42,7 +42,7 @@ PAPER = Method(
     selection="sbi", retention="bi_power", schedule="progressive", refit="none",
     m=2, tokens="last", norms="mean",
 )  # fmt: skip
-METHODS = {"come": (PAPER, 6), "come_plus": (COME_PLUS, 15)}
+METHODS = {"come": (PAPER, 6), "come_plus": (COME_PLUS, 12)}
 """Method, and the ratio that it should not exceed."""
 
 _MISTRAL = {"vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": None}
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of --shape; the model's by default")
     parser.add_argument("--method", choices=METHODS, default="come_plus")
     parser.add_argument("--target", type=int, default=21)
-    parser.add_argument("--retention-tokens", type=int, help="that units are chosen on")
+    parser.add_argument("--retention-tokens", type=int, help="that units are chosen on; 0 for all")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -251,10 +251,10 @@ def main() -> None:
 
 
 def with_retention_tokens(method: Method, tokens: int | None) -> Method:
-    """The method with units chosen on fewer tokens; None for the method as it is."""
+    """The method with units chosen on so many tokens, 0 for all; None for the method as it is."""
     if tokens is None:
         return method
-    return replace(method, retention=replace(method.retention, tokens=tokens))
+    return replace(method, retention=replace(method.retention, tokens=tokens or None))
 
 
 def _shaped(given: argparse.Namespace, device: torch.device) -> PreTrainedModel:

@@ -1,8 +1,8 @@
-"""How cost grows with layers and tokens, and what it is for models that fit no machine at hand.
+"""How the cost of the default method grows with layers and with tokens.
 
-`python experiments/scaling.py` measures three numbers of layers and of tokens (random weights of
+`python experiments/scaling.py` measures several numbers of layers and of tokens (random weights of
 SmolLM2's layer shape; two layers are removed) and fits exponents. With `--arithmetic` it prints
-what the estimate before a run says for whole models, which needs no weights.
+the estimate for whole models of 7B and 70B parameters, which needs no weights.
 """
 
 from __future__ import annotations
@@ -81,6 +81,25 @@ def _series(shape: str, name: str, points: list[Point]) -> list[str]:
     return [*lines, f"exponent over {name} ({shape}): time {time:.2f}, memory {memory:.2f}"]
 
 
+def _estimates() -> list[str]:
+    """A table of the estimates for whole models."""
+    lines = [
+        "| shape | layers | tokens | device memory | main memory | operations |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape, removed in (("mistral7b", 4), ("llama70b", 10)):
+        count = SHAPES[shape]["num_hidden_layers"]
+        for tokens in (8192, 32768):
+            cost = arithmetic(shape, removed=removed, tokens=tokens)
+            device = cost.weight_bytes + cost.work.bytes
+            lines.append(
+                f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
+                f"| {megabytes(cost.boundary_bytes)} "
+                f"| {cost.work.single + cost.work.double:.1e} |"
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
@@ -89,28 +108,21 @@ def main() -> None:
     parser.add_argument("--arithmetic", action="store_true")
     given = parser.parse_args()
     if given.arithmetic:
-        print("| shape | layers | tokens | device memory | main memory | operations |")
-        print("| --- | --- | --- | --- | --- | --- |")
-        for shape, removed in (("mistral7b", 4), ("llama70b", 10)):
-            for tokens in (4096, 8192, 32768):
-                cost, layers = arithmetic(shape, removed=removed, tokens=tokens), SHAPES[shape]
-                print(
-                    f"| {shape} | {layers['num_hidden_layers']} to "
-                    f"{layers['num_hidden_layers'] - removed} | {tokens} "
-                    f"| {megabytes(cost.weight_bytes + cost.work.bytes)} "
-                    f"| {megabytes(cost.boundary_bytes)} "
-                    f"| {cost.work.single:.1e} single, {cost.work.double:.1e} double |"
-                )
+        print("\n".join(_estimates()))
         return
     print("| layers | tokens | s | forward passes | memory above the weights |")
     print("| --- | --- | --- | --- | --- |", flush=True)
-    middle = given.tokens[0]
+    layers, tokens = sorted(given.layers), sorted(given.tokens)
+    middle = (layers[len(layers) // 2], tokens[len(tokens) // 2])
+    points = {middle: measured(given.shape, *middle)}
     for name, sizes in (
-        ("layers", [(layers, middle) for layers in given.layers]),
-        ("tokens", [(given.layers[1], tokens) for tokens in given.tokens]),
+        ("layers", [(count, middle[1]) for count in layers]),
+        ("tokens", [(middle[0], count) for count in tokens]),
     ):
-        points = [measured(given.shape, *size) for size in sizes]
-        print("\n".join(_series(given.shape, name, points)), flush=True)
+        for size in sizes:
+            if size not in points:
+                points[size] = measured(given.shape, *size)
+        print("\n".join(_series(given.shape, name, [points[size] for size in sizes])), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ def test_the_operations_of_a_solution_are_counted():
     assert size.inverse(32).double == 32**3
     # the inverse, and 2 n^2 for each column that leaves
     left_out = sum(2 * n * n + 2 * 32 * 8 for n in range(17, 33))
+    assert size.eliminated(32, 16).double == 0
+    careful = replace(size, ratio=1e-4)  # chosen in float64
+    assert careful.eliminated(32, 16).double == size.eliminated(32, 16).single
+    assert careful.eliminated(32, 16).bytes == 2 * size.eliminated(32, 16).bytes
     assert size.eliminated(32, 16).single - 32**3 == pytest.approx(left_out, rel=0.05)
 
 

@@ -143,7 +143,7 @@ def test_a_step_is_the_same_whether_or_not_its_slopes_are_held(problem, monkeypa
     for name in names:
         found = [InputMap(targets, layer, plain.middles, name).step(1.0, 5)]
         with monkeypatch.context() as patch:
-            patch.setattr(input_map, "HELD", 0)
+            patch.setattr(input_map, "HELD_BYTES", 0)
             found.append(InputMap(targets, layer, plain.middles, name).step(1.0, 5))
         assert torch.equal(*found)
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from come.linalg.equations import Map, eliminate
+from come.linalg.equations import Map, choice_dtype, eliminate
 from come.linalg.gram import BLOCK, Gram, best_lambda
 from come.merge.apply import apply
-from come.merge.joint_selection import choice_dtype
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
@@ -141,8 +140,9 @@ def test_elimination_in_float32_keeps_the_same_columns(bias, ratio):
 
 
 def test_channels_are_chosen_in_float32_where_the_penalty_allows_it():
-    assert choice_dtype(4 * 14336, 0.1) == torch.float32
-    assert choice_dtype(4 * 14336, 0.01) == torch.float64
+    assert choice_dtype(4 * 1536, 0.1) == torch.float32
+    assert choice_dtype(4 * 1536, 0.01) == torch.float64
+    assert choice_dtype(4 * 1536, 0.1, bias=True) == torch.float64
 
 
 def test_the_halves_of_a_layer_are_the_layer(family, windows):

@@ -23,7 +23,7 @@ def test_points_are_measured(scaling, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:3] for line in printed[2:] if line.startswith("|")]
     sizes = [tuple(int(cell) for cell in row) for row in rows]
-    assert sizes == [(4, 256), (6, 256), (8, 256), (6, 256), (6, 512), (6, 1024)]
+    assert sizes == [(4, 512), (6, 512), (8, 512), (6, 256), (6, 512), (6, 1024)]
     assert [line[:20] for line in printed if not line.startswith("|")] == [
         "exponent over layers",
         "exponent over tokens",

@@ -9,6 +9,7 @@ from itertools import cycle, islice, pairwise
 import torch
 
 from come.merge.constraints import depths
+from come.merge.joint_selection import joint_lambda
 from come.merge.method import Method
 from come.merge.work import SpanSize, Work
 from come.models.loading import ModelShape
@@ -125,15 +126,17 @@ def compression_cost(
     layers, tokens = shape.num_layers, num_samples * seq_len
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
     merges, trials = _merged_spans(method, layers, target), _trial_spans(method, layers, target)
-    again = len(merges) if schedule.remeasures else 0  # the layers after a merge, half of them
-    again = min(again, 1) if schedule.plans_ahead else again  # only up to the next merge
-    work = _span(shape, 1, tokens).passes * (layers + again * layers / 2)
+    sweeps = len(merges) if schedule.remeasures else 0  # over the layers after a merge
+    if method.measures_ahead:
+        sweeps = min(sweeps, 1)  # each merge goes on where the one before ended
+    work = _span(shape, 1, tokens).passes * (layers + sweeps * layers / 2)
+    ratio = joint_lambda(method.refit)
     for size in merges:
-        span = _span(shape, size, tokens)
+        span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
     fitted, judged = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
-        span = _span(shape, size, fitted)
+        span = _span(shape, size, fitted, ratio)
         work += method.retention.work(span) + method.refit.surrogate.work(span)
         work += _span(shape, 1, judged).passes * (layers / 2)
         work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
@@ -170,7 +173,7 @@ def _resident(shape: ModelShape) -> int:
     return (rest + 2 * shape.block_parameters["layer"]) * shape.dtype.itemsize
 
 
-def _span(shape: ModelShape, layers: int, tokens: int) -> SpanSize:
+def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> SpanSize:
     return SpanSize(
         layers=layers,
         tokens=tokens,
@@ -179,6 +182,7 @@ def _span(shape: ModelShape, layers: int, tokens: int) -> SpanSize:
         channels=shape.channels,
         parameters=shape.block_parameters["layer"],
         input_maps=shape.input_maps,
+        ratio=ratio,
     )
 
 

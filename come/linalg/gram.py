@@ -30,8 +30,7 @@ class Gram:
         out: number of outputs d_out.
         bias: whether the map has a bias.
         device: device of the sums.
-        dtype: of the sums and of all that is solved from them. With float32 the condition number,
-            at most (trace of G) / penalty, should be far below 10^7.
+        dtype: of the sums and of all that is solved from them (see `choice_dtype`).
     """
 
     def __init__(
@@ -163,10 +162,11 @@ class Gram:
         return right.add_(self.ridge(penalty)[:, None] * stacked(initial).to(right))
 
     def leverage(self, penalty: float) -> Float[Tensor, " width"]:
-        """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1); without the constant."""
-        gram = self.gram[: self.width, : self.width]
-        ridge = penalty * torch.eye(self.width).to(gram)
-        return 1 - penalty * inverse_of(cholesky(gram + ridge)).diagonal()
+        """diag( G (G + mu I)^-1 ) of the inputs, in [0, 1), float64; without the constant."""
+        damped = self.gram[: self.width, : self.width].clone()
+        damped.diagonal().add_(penalty)
+        inverse = inverse_of(cholesky(damped)).diagonal().double()
+        return (1 - penalty * inverse).clamp_min(0)
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination on the inverse; with `consume` the inverse replaces G."""
@@ -202,7 +202,7 @@ class DenseElimination:
         """See `come.linalg.equations.Elimination`."""
         count = self._width // size
         if size == 1:
-            free = self._inverse.diagonal()[:count]
+            free = self._inverse.diagonal()[:count].clamp_min(LEAST)
             return (self._weight[:count].square().sum(dim=1) / free).double()
         rows = self._weight[: count * size].view(count, size, -1)
         spans = [slice(i * size, (i + 1) * size) for i in range(count)]

@@ -39,6 +39,11 @@ class Combination(Protocol):
         """Whether the hidden states of the dense model must be stored."""
         ...
 
+    @property
+    def measures_ahead(self) -> bool:
+        """Whether merges after the first read no layer behind their span."""
+        ...
+
     def equals(self, record: Any) -> bool:
         """Whether a record, for example from a plan, describes this method."""
         ...

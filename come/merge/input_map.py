@@ -18,7 +18,7 @@ Matrix = Float[Tensor, "channels hidden"]
 
 FLOOR = 1e-4  # damping for whitening, relative to the mean square of the projection's input
 HALVINGS = 4
-HELD = 1 << 29  # bytes of n and D that are held between curvature products
+HELD_BYTES = 1 << 29  # most bytes of n and D that are held between curvature products
 
 
 class InputMap:
@@ -57,9 +57,9 @@ class InputMap:
             min_Z E(Z) + mu (mean_t |Z n_t|^2 + floor |Z|^2)
             mu = ratio mean_j sum_t w_t D_tj^2 |column j of W_d|^2
 
-        Conjugate gradients run in coordinates in which n is white and every row of Z has the same
-        curvature, up to the penalty: row j is scaled by (c_j + mu)^-1/2, where c_j is the term of
-        the mean. The step is halved, at most four times, until the true error is lower than before.
+        Conjugate gradients run in coordinates in which n is white and all rows of Z have about the
+        same curvature: row j is scaled by (c_j + mu)^-1/2, c_j = sum_t w_t D_tj^2 |column j of
+        W_d|^2. The step is halved, at most four times, until the true error is lower than before.
 
         Args:
             ratio: penalty relative to the mean curvature, > 0.
@@ -83,13 +83,14 @@ class InputMap:
         def product(white: Matrix) -> Matrix:
             bar.update()
             scaled = scale * white
-            bent = whiten(self.curved(colour(scaled)))
-            return bent.add_(scaled, alpha=penalty).mul_(scale)
+            curved = whiten(self.curved(colour(scaled)))
+            return curved.add_(scaled, alpha=penalty).mul_(scale)
 
         shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
             found = conjugate_gradients(product, scale * whiten(pull), steps)
             change = colour(scale * found)
+        self._held.clear()
         for _ in range(HALVINGS + 1):
             if self.error(change) < before:
                 return change
@@ -144,7 +145,7 @@ class InputMap:
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         tokens, error = 0, 0.0
         size = self.output.element_size() * (channels + hidden)
-        hold = self.targets.stream.tokens * size <= HELD
+        hold = self.targets.stream.tokens * size <= HELD_BYTES
 
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
             nonlocal error, tokens
@@ -153,7 +154,7 @@ class InputMap:
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
             if hold:
-                self._held.append((read, slopes, weights))
+                self._held.append((read.clone(), slopes.clone(), weights))
             tokens += len(read)
 
         blocks = TokenBlocks(accumulate)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.linalg.dual import Dual
-from come.linalg.equations import DUAL, Equations, Map, unit_columns
+from come.linalg.equations import DUAL, Equations, Map, choice_dtype, unit_columns
 from come.merge.alignment import input_maps
 from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
@@ -116,7 +116,10 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
             ]
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         last = unit == UNITS[-1]
-        dtype = choice_dtype(group.size * count, ratio) if last else torch.float64
+        dtype = torch.float64  # the map of the kept head outputs is solved too
+        if last:
+            bias = len(adapter.output_tensors(unit)) > 1
+            dtype = choice_dtype(group.size * count, ratio, bias=bias)
         sums = stacked_equations(targets, unit, layers, middle, dtype)
         initial = stacked_map(targets, unit)
         penalty = ratio * sums.mean_diagonal()
@@ -135,7 +138,9 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
 def joint_work(size: SpanSize) -> Work:
     """What the joint selection takes, without the choice itself and without alignment."""
     heads = size.layers * size.heads
-    sums = size.sums(heads, size.hidden, DUAL) + size.sums(size.width, size.hidden, DUAL, 4)
+    sums = size.sums(heads, size.hidden, DUAL) + size.sums(
+        size.width, size.hidden, DUAL, size.itemsize
+    )
     copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
     beside = Work(bytes=sums.bytes + copies)
     return sums + beside + size.inverse(heads) + size.passes * (2 * size.layers)
@@ -266,14 +271,6 @@ def _missing(unit: Unit, goal: TargetBatch, middle: Tensor | None) -> States:
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
     """Splits unit indices of the stacked map into ascending lists per layer of `count` units."""
     return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]
-
-
-def choice_dtype(width: int, ratio: float) -> torch.dtype:
-    """float32 for choosing among inputs whose penalty bounds the condition number by 10^6.
-
-    It keeps the same channels as float64 then (experiments/LOG.md), in half the memory and time.
-    """
-    return torch.float32 if width / ratio < 1e6 else torch.float64
 
 
 def joint_lambda(refit: Refit) -> float:

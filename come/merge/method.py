@@ -152,6 +152,11 @@ class Method(HasSettings):
         return towards_dense or self.refit.downstream is not None
 
     @property
+    def measures_ahead(self) -> bool:
+        """Whether merges after the first read no layer behind their span."""
+        return self.schedule.plans_ahead and self.retention.local
+
+    @property
     def min_windows(self) -> int:
         """Smallest number of calibration windows that the method needs."""
         return max(self.selection.min_windows, self.retention.min_windows)

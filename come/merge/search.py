@@ -76,6 +76,7 @@ class Search:
         self._trials = trials
         self._scores: dict[tuple[int, int], float] = {}
         self._start = 0  # the first layer without valid statistics
+        self._embedded = False
         self._ready = False  # whether the selection can score the current model's spans
         kinds = method.sensitivity.moments if method.operator.uses_units else ()
         self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
@@ -104,8 +105,8 @@ class Search:
     def measure(self, plan: Plan) -> None:
         """Brings statistics and scores up to date with the model, which `plan` has led to.
 
-        After the first merge, a schedule that plans ahead seldom needs new scores: layers are then
-        measured when they are read.
+        If merges after the first read no layer behind their span (`measures_ahead`), layers are
+        then measured only when a span or a score reads them.
         """
         self.plan = plan
         stream = self.stream
@@ -115,20 +116,19 @@ class Search:
         self._scores = {span: value for span, value in kept if span[1] < self._start}
         self._ready = False
         self.origins = list(range(stream.num_layers)) if stream.block == "layer" else plan.places
-        if not self.statistics:
+        if not self._embedded:
             stream.embed()
+            self._embedded = True
         if not self._ahead:
             self._prepare_scores()
 
     @property
     def _ahead(self) -> bool:
-        """Whether layers are measured only as far as they are read: targets end at the span."""
-        method = self.method
-        ahead: bool = method.schedule.plans_ahead and method.retention.uses_targets
-        return ahead and bool(self.plan.steps)
+        """Whether layers of the current model are measured only as far as they are read."""
+        return self.method.measures_ahead and bool(self.plan.steps)
 
     def influences(self, span: LayerSpan) -> list[float]:
-        """Block influence of all layers, or of those up to the span where no more are needed."""
+        """Block influence of all layers, or of those up to the span (see `measure`)."""
         found = self.statistics[: span.last + 1] if self._ahead else self.statistics
         return [layer.bi for layer in found]
 
@@ -225,11 +225,11 @@ class Search:
     def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges, or drops."""
         plan, wholes = self.plan.hash, [self.rules.group(*span) for span in spans]
+        missing = [w for w in dict.fromkeys(wholes) if self._trials.get(plan, *w[:2]) is None]
+        if missing:
+            self._prepare_scores()
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
-            missing = [w for w in dict.fromkeys(wholes) if self._trials.get(plan, *w[:2]) is None]
             bar.update(len(spans) - len(missing))
-            if missing:
-                self._prepare_scores()
             for group in together(self.stream, missing):
                 found = self.method.selection.refine_all(
                     self._trial_merges(group), self.method.refit

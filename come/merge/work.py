@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from come.linalg.equations import DUAL
+from come.linalg.equations import DUAL, choice_dtype
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SpanSize:
         channels: FFN channels of one layer.
         parameters: parameters of one layer.
         input_maps: number of input projections of the FFN.
+        ratio: penalty of the refit, relative to the mean diagonal of its Gram matrix.
     """
 
     layers: int
@@ -53,6 +54,7 @@ class SpanSize:
     channels: int
     parameters: int
     input_maps: int = 2
+    ratio: float = 0.1
 
     @property
     def passes(self) -> Work:
@@ -63,6 +65,11 @@ class SpanSize:
     def width(self) -> int:
         """FFN channels of all layers of the span."""
         return self.layers * self.channels
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the normal equations that channels are chosen by."""
+        return choice_dtype(self.width, self.ratio).itemsize
 
     @property
     def layer_bytes(self) -> float:
@@ -99,7 +106,7 @@ class SpanSize:
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
             return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
-        return _arithmetic(float(width) ** 3, float(itemsize) * width * width, itemsize)
+        return _of(float(width) ** 3, itemsize) + Work(bytes=float(itemsize) * width * width)
 
     def aligned(self) -> Work:
         """The alignment of both sublayers' input maps (see `come.merge.alignment`)."""
@@ -116,8 +123,9 @@ class SpanSize:
         return Work(single=2.0 * self.parameters * self.hidden, bytes=2 * self.layer_bytes)
 
     def eliminated(self, width: int, kept: int) -> Work:
-        """Backward elimination from `width` to `kept` columns, in float32."""
-        start, weights = self.inverse(width, 4), 4.0 * width * self.hidden
+        """Backward elimination from `width` to `kept` columns."""
+        item = self.itemsize
+        start, weights = self.inverse(width, item), 4.0 * width * self.hidden
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
             rounds = 12 * (tokens * tokens + 2 * tokens * self.hidden) * (width + kept) / 2
@@ -125,11 +133,10 @@ class SpanSize:
             return start + Work(single=rounds, bytes=stored + weights)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
         rounds += 2.0 * (width - kept) * width * self.hidden
-        return start + Work(rounds, bytes=8.0 * width * width + 3 * weights)
+        stored = item * (2.0 * width * width + 3.0 * width * self.hidden)
+        return start + _of(rounds, item) + Work(bytes=stored)
 
 
-def _arithmetic(operations: float, stored: float, itemsize: int) -> Work:
+def _of(operations: float, itemsize: int) -> Work:
     """Operations on numbers of `itemsize` bytes."""
-    if itemsize == 8:
-        return Work(double=operations, bytes=stored)
-    return Work(single=operations, bytes=stored)
+    return Work(double=operations) if itemsize == 8 else Work(single=operations)

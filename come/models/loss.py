@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 BLOCK = 128  # tokens whose logits are in memory at a time; larger blocks are slower on CPUs
-TOKENS, VOCABULARY = 512, 1024  # of the logits that are in memory for their normaliser
+TOKENS, VOCABULARY = 512, 1024  # tokens and vocabulary entries whose logits are summed at a time
 
 
 def window_nll(
@@ -105,13 +104,14 @@ def _log_normalizer(
 
     A part of the vocabulary at a time, whose logits fit the processor's caches.
     """
-    weights, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-    biases = [None] if bias is None else bias.split(VOCABULARY)
+    weights = head.get_parameter("weight").split(VOCABULARY)
+    bias = getattr(head, "bias", None)
+    biases = [None] * len(weights) if bias is None else bias.split(VOCABULARY)
     totals = []
     for block in states.flatten(0, 1).split(TOKENS):
         parts = [
-            nn.functional.linear(block, rows, bias).float().logsumexp(-1)
-            for rows, bias in zip_longest(weights.split(VOCABULARY), biases)
+            nn.functional.linear(block, rows, offset).float().logsumexp(-1)
+            for rows, offset in zip(weights, biases, strict=True)
         ]
         totals.append(torch.stack(parts).logsumexp(0))
     return torch.cat(totals).view(states.shape[:2])

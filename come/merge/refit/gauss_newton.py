@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from come.merge.input_map import HELD, InputMap
+from come.merge.input_map import HELD_BYTES, InputMap
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
@@ -77,11 +77,13 @@ class GaussNewton(Ridge):
     def work(self, size: SpanSize) -> Work:
         """The ridge regression, and 4 to 6 products of the FFN's size a step and map."""
         held = 4.0 * size.tokens * (size.hidden + size.channels)
+        held = held if held <= HELD_BYTES else 0.0
+        maps = 5 * 4.0 * size.hidden * size.channels + 16.0 * size.hidden**2  # of the iterations
         product = Work(
             single=2.0 * size.tokens * size.hidden * size.channels,
-            bytes=held if held <= HELD else 0.0,
+            bytes=held + maps + 2 * size.layer_bytes,
         )
-        each = self.steps * (4 if held <= HELD else 6) + 10
+        each = self.steps * (4 if held else 6) + 10
         return super().work(size) + product * (size.input_maps * each)
 
     @property

@@ -48,6 +48,7 @@ class Adaptive(RetentionRule):
     needs_units = True
     uses_scores = False
     uses_targets = True
+    local = True
 
     rate: float = setting(
         0.3, "share of the surplus channels that leave in one round", above=0, most=1

@@ -29,6 +29,8 @@ class RetentionRule(HasSettings, ABC):
         min_windows: smallest number of calibration windows that it needs.
         uses_targets: whether it reads the reconstruction targets.
         uses_scores: whether it uses the sensitivity metric.
+        local: whether it reads nothing of the layers after the span: no units' scores, which may
+            need gradients, and no loss.
     """
 
     config_key = "merge.retention"
@@ -40,6 +42,7 @@ class RetentionRule(HasSettings, ABC):
     uses_targets: ClassVar[bool] = False
     min_windows: ClassVar[int] = 1
     uses_scores: ClassVar[bool] = True
+    local: ClassVar[bool] = False
 
     def check(self, method: Combination) -> None:
         """Raises ValueError if the rule cannot be combined with the method's components."""

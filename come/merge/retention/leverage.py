@@ -33,6 +33,7 @@ class Leverage(RetentionRule):
     needs_units = True
     uses_scores = False
     uses_targets = True
+    local = True
 
     def shares(self, group: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
@@ -54,4 +55,4 @@ class Leverage(RetentionRule):
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and one inverse."""
-        return joint_work(size) + size.inverse(size.width, 4)
+        return joint_work(size) + size.inverse(size.width, size.itemsize)
