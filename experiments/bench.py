@@ -3,7 +3,7 @@
 Times a plain forward pass of the decoder before and after a complete compression over the same
 tokens. Prints the seconds, their ratio, the layer passes of the method, and peak memory.
 `--shape mistral7b --layers 8` measures a model of random weights with the layers of a known model
-(bfloat16), for sizes that no package contains.
+(bfloat16 files, computed in `--dtype`), for sizes that no package contains.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--weights", default="memory", choices=("memory", "disk"))
-    parser.add_argument("--dtype", default="float32", help="of the computation, from disk")
+    parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="of a --shape")
     parser.add_argument("--json", action="store_true", help="one line of JSON per repeat")
     given = parser.parse_args()
@@ -260,7 +260,7 @@ def with_retention_tokens(method: Method, tokens: int | None) -> Method:
 def _shaped(given: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """The model of random weights, in memory or with its layers on disk."""
     if given.weights == "memory":
-        return random_model(given.shape, device, given.layers)
+        return random_model(given.shape, device, given.layers).to(getattr(torch, given.dtype))
     folder = random_checkpoint(given.folder, given.shape, given.layers, device)
     return load_weights(folder, dtype=given.dtype, device=given.device, weights="disk")
 

@@ -8,11 +8,15 @@ the estimate for whole models of 7B and 70B parameters, which needs no weights.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench import COME_PLUS, SHAPES, measure, random_config, random_model, random_windows
+from bench import COME_PLUS, SHAPES, random_config
 
 from come.job.estimate import Cost, compression_cost
 from come.models.loading import ModelShape
@@ -33,10 +37,19 @@ class Point(NamedTuple):
 
 
 def measured(shape: str, layers: int, tokens: int) -> Point:
-    """Time and memory of the default method on random weights."""
-    model = random_model(shape, torch.device("cpu"), layers).float()
-    windows = random_windows(model.config.vocab_size, tokens, SEQ_LEN)
-    found = measure(model, windows, COME_PLUS, target=layers - REMOVED)
+    """Time and memory of the default method on random weights, in a process of its own.
+
+    Memory that an earlier point has left to the process would hide what a later one needs.
+    """
+    bench = Path(__file__).with_name("bench.py")
+    words = f"--shape {shape} --layers {layers} --target {layers - REMOVED} --tokens {tokens}"
+    ran = subprocess.run(
+        [sys.executable, str(bench), *words.split(), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])
     names = ("seconds", "forward_seconds", "peak_bytes")
     return Point(layers, tokens, *(found[name] for name in names))
 

@@ -16,18 +16,36 @@ def test_the_exponent_of_a_power(scaling):
     assert scaling.exponent([1, 10, 100], [5.0, 500.0, 50000.0]) == pytest.approx(2.0)
 
 
-def test_points_are_measured(scaling, monkeypatch, capsys):
-    words = "scaling --shape pico --layers 4 6 8 --tokens 256 512 1024".split()
+def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
+    asked = []
+
+    def measured(shape, layers, tokens):
+        asked.append((layers, tokens))
+        return scaling.Point(layers, tokens, layers * tokens / 100, 2.0, tokens**2)
+
+    monkeypatch.setattr(scaling, "measured", measured)
+    words = "scaling --shape pico --layers 8 4 6 --tokens 256 512 1024".split()
     monkeypatch.setattr("sys.argv", words)
     scaling.main()
     printed = capsys.readouterr().out.splitlines()
-    rows = [line.split("|")[1:3] for line in printed[2:] if line.startswith("|")]
-    sizes = [tuple(int(cell) for cell in row) for row in rows]
-    assert sizes == [(4, 512), (6, 512), (8, 512), (6, 256), (6, 512), (6, 1024)]
-    assert [line[:20] for line in printed if not line.startswith("|")] == [
-        "exponent over layers",
-        "exponent over tokens",
+    rows = [line.split("|")[1:4] for line in printed[2:] if line.startswith("|")]
+    assert [tuple(float(cell) for cell in row) for row in rows] == [
+        (4, 512, 20.5), (6, 512, 30.7), (8, 512, 41.0),
+        (6, 256, 15.4), (6, 512, 30.7), (6, 1024, 61.4),
+    ]  # fmt: skip
+    assert sorted(asked) == [(4, 512), (6, 256), (6, 512), (6, 1024), (8, 512)]
+    assert [line for line in printed if not line.startswith("|")] == [
+        "exponent over layers (pico): time 1.00, memory 0.00",
+        "exponent over tokens (pico): time 1.00, memory 2.00",
     ]
+
+
+@pytest.mark.slow
+def test_a_point_is_measured(scaling):
+    point = scaling.measured("pico", 4, 256)
+    assert point[:2] == (4, 256)
+    assert point.seconds > point.forward_seconds > 0
+    assert point.peak_bytes > 0
 
 
 def test_llama_70b_fits_on_one_gpu_by_arithmetic(scaling):
