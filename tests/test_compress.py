@@ -14,6 +14,7 @@ from come.merge.saving import check_cache
 from come.merge.schedules.optimal_partition import OptimalPartition
 from come.models.adapter import ModelAdapter
 from come.report.figures import puzzle_pieces
+from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import paper
 
@@ -125,6 +126,19 @@ def test_planning_ahead_measures_what_the_parts_read(parts, windows):
     recipe = paper(schedule="optimal_partition", **parts)
     plan = compress(pico("llama_gqa"), windows, recipe, target_layers=3, progress=False)
     assert len(plan.steps) > 1
+
+
+def test_a_merge_from_the_first_layer_does_not_embed_again(windows, monkeypatch):
+    calls, embed = [], LayerStream.embed
+
+    def counted(stream):
+        calls.append(stream)
+        embed(stream)
+
+    monkeypatch.setattr(LayerStream, "embed", counted)
+    recipe = paper(groups=[[0, 1], [3, 4]])
+    compress(pico("llama_gqa"), windows, recipe, target_layers=LAYERS - 2, progress=False)
+    assert len(calls) == 1
 
 
 def test_random_sensitivity_depends_on_its_seed_alone(windows):

@@ -106,6 +106,19 @@ def test_it_grows_with_tokens_depth_and_trials(shape):
     assert cost(shape, method=recipe("come_plus", m=2)).work.bytes < cost(shape).work.bytes
 
 
+def test_the_penalty_decides_the_dtype_of_the_choice(shape):
+    small = cost(shape, method=recipe("come_plus", refit_lambda=1e-6)).work
+    assert small.double > cost(shape).work.double
+    assert small.single < cost(shape).work.single
+
+
+def test_merges_that_read_no_further_than_their_span_are_measured_less(shape):
+    method = recipe("come_plus", shortlist=1)
+    ahead = cost(shape, method=method, target=6).work.single
+    method.retention.local = False
+    assert cost(shape, method=method, target=6).work.single > ahead
+
+
 def test_a_choice_of_fewer_tokens_costs_less(shape):
     method = recipe("come_plus")
     method.retention.tokens = 64

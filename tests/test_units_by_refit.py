@@ -12,6 +12,7 @@ from come.merge.joint_selection import (
 )
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
+from come.merge.retention.adaptive import Adaptive
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
@@ -172,3 +173,29 @@ def test_the_lambda_found_does_not_depend_on_the_batches(windows):
 def test_a_shortlist_without_a_choice_is_refused():
     with pytest.raises(ValueError, match="selection=refit_error merges a shortlist on trial, and"):
         paper(selection="refit_error", schedule="laco", operator="laco")
+
+
+@pytest.mark.parametrize(
+    ("family", "ratio", "expected"),
+    [
+        ("llama_gqa", 0.1, [torch.float64, torch.float32]),
+        ("llama_gqa", 1e-4, [torch.float64, torch.float64]),
+        ("opt", 0.1, [torch.float64, torch.float64]),
+    ],
+)
+def test_channels_alone_are_chosen_in_float32(family, ratio, expected, windows, monkeypatch):
+    """Head outputs are solved for too; a small penalty or a bias needs float64."""
+    seen = []
+
+    def choose(rule, sums, *rest):
+        seen.append(sums.gram.dtype)
+        return Adaptive.choose(rule, sums, *rest)
+
+    class Spy(Adaptive):
+        pass
+
+    monkeypatch.setattr(Spy, "choose", choose)
+    method = paper(retention="adaptive", refit="ridge", refit_lambda=ratio)
+    method.retention = Spy()
+    compress(pico(family), windows, method, target_layers=LAYERS - 1, progress=False)
+    assert seen == expected
