@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import resource
 import statistics
 import time
@@ -32,6 +33,7 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import choose_device, load_tokenizer, load_weights
+from come.stream.processes import ALONE, Processes
 from come.stream.sweep import normed_states
 
 if TYPE_CHECKING:
@@ -141,8 +143,9 @@ def measure(
     target: int,
     batch_size: int = 4,
     store: str = "memory",
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Compresses the model and measures it.
+    """Compresses the model and measures it, in this process, which may be one of several.
 
     Returns:
         seconds of the compression and of a forward pass (of the dense model; the mean of one
@@ -157,6 +160,7 @@ def measure(
         plan = compress(
             model, windows, method,
             target_layers=target, batch_size=batch_size, store=store, progress=False,
+            processes=processes,
         )  # fmt: skip
         _wait(device)
         seconds = time.perf_counter() - began
@@ -167,6 +171,7 @@ def measure(
         "target": target,
         "tokens": windows.numel(),
         "store": store,
+        "processes": processes.count,
         "seconds": seconds,
         "forward_seconds": (before + after) / 2,
         "ratio": 2 * seconds / (before + after),
@@ -210,6 +215,9 @@ def main() -> None:
     given = parser.parse_args()
 
     device, (method, wanted) = choose_device(given.device), METHODS[given.method]
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    processes = Processes.launched()
     method = with_retention_tokens(method, given.retention_tokens)
     if not given.shape:
         checkpoint = find_checkpoint(given.model)
@@ -231,8 +239,11 @@ def main() -> None:
         found = measure(
             model, windows, method,
             target=given.target, batch_size=given.batch_size, store=given.store,
+            processes=processes,
         )  # fmt: skip
         del model
+        if processes.rank:
+            continue
         ratios.append(found["ratio"])
         if given.json:
             print(json.dumps(found), flush=True)
@@ -246,7 +257,7 @@ def main() -> None:
             f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all",
             flush=True,
         )
-    if not given.json:
+    if ratios and not given.json:
         print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {wanted})")
 
 

@@ -2,17 +2,20 @@
 
 A redesign moves code and leaves numbers alone: decisions are compared exactly, the sum of the
 weights' magnitudes to 6 digits. `--exact FILE` also compares hashes of all weights, which hold on
-one machine alone.
+one machine alone. `torchrun --nproc_per_node 2 -m tests.golden` shares every case between two
+processes.
 """
 
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from come.merge.loop import compress
+from come.stream.processes import ALONE, Processes
 from tests.conftest import FAMILIES, LAYERS, SEQ, VOCAB, WINDOWS, pico
 from tests.disk import all_tensors, on_disk
 from tests.methods import paper, recipe
@@ -25,11 +28,13 @@ def digest(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 
-def values(family, method, weights="memory"):
+def values(family, method, weights="memory", processes=ALONE):
     """What a method makes of a pico model, also with its layers on disk."""
     windows = torch.randint(3, VOCAB, (WINDOWS, SEQ), generator=torch.Generator().manual_seed(7))
     model = pico(family) if weights == "memory" else on_disk(pico(family))
-    plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
+    plan = compress(
+        model, windows, method, target_layers=LAYERS - 2, progress=False, processes=processes
+    )
     state = all_tensors(model)
     hashed = hashlib.sha256()
     for name in sorted(state):
@@ -60,8 +65,12 @@ def main():
     parser.add_argument("--exact", type=Path, help="hashes of all weights, written or compared")
     parser.add_argument("--weights", default="memory", choices=("memory", "disk"))
     arguments = parser.parse_args()
-    given = arguments.weights
-    found = {name: values(family, method(), given) for name, family, method in cases()}
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    given, processes = arguments.weights, Processes.launched()
+    found = {name: values(family, method(), given, processes) for name, family, method in cases()}
+    if processes.rank:
+        return False
     exact = {name: value.pop("exact") for name, value in found.items()}
     if arguments.write:
         lines = [f'"{name}": {json.dumps(value)}' for name, value in found.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def job_hash(settings: Settings) -> str:
 
     The hash includes the code of this package and of plugins, and the versions of the packages
     that do the computation. For a path, it includes the content. It includes batch sizes, because
-    they change the rounding of sums over tokens, and the device type. It excludes labels, the
-    store of hidden states, and tracking.
+    they change the rounding of sums over tokens, the number of processes for the same reason, and
+    the device type. It excludes labels, the store of hidden states, and tracking.
     """
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],
@@ -74,6 +75,8 @@ def job_hash(settings: Settings) -> str:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else settings.calibration.text_identity()
         parts |= {"calibration": settings.calibration.counted(), "calibration_text": text}
+        if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:  # sums are added up in parts
+            parts["processes"] = count
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
 

@@ -18,16 +18,21 @@ from come.schema import Settings
 FEWER_TOKENS = (8192, 4096, 2048, 1024)
 
 
-def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
-    """What does not fit, and the settings with which it would; None if the compression fits."""
-    missing = _missing(settings, merge_cost(settings, shape, target))
+def memory_shortage(
+    settings: Settings, shape: ModelShape, target: int, processes: int = 1
+) -> str | None:
+    """What does not fit, and the settings with which it would; None if the compression fits.
+
+    `processes`: number of processes on this machine, each with its own weights.
+    """
+    missing = _missing(settings, merge_cost(settings, shape, target), processes)
     if missing is None:
         return None
     words: list[str] = []
     for word, changed in _changes(settings):
         words = [*(w for w in words if w.partition("=")[0] != word.partition("=")[0]), word]
         settings = changed
-        if _missing(settings, merge_cost(settings, shape, target)) is None:
+        if _missing(settings, merge_cost(settings, shape, target), processes) is None:
             return f"{missing}; it would fit with {' '.join(words)}"
     return (
         f"{missing}; take a machine with more, or fewer calibration.num_samples and a smaller "
@@ -52,19 +57,22 @@ def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
     )
 
 
-def _missing(settings: Settings, cost: Cost) -> str | None:
+def _missing(settings: Settings, cost: Cost, processes: int) -> str | None:
     device = choose_device(settings.model.device)
     main = psutil.virtual_memory().available
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         for needed, there, name in (
             (cost.weight_bytes + cost.work.bytes, free, "device memory"),
-            (cost.states_bytes, main, "main memory"),
+            (0 if processes > 1 else cost.states_bytes, main, "main memory"),
         ):
             if needed > there:
                 return _short(needed, there, name)
         return None
-    return _short(cost.memory_bytes, main, "memory") if cost.memory_bytes > main else None
+    needed = cost.memory_bytes
+    if processes > 1:  # boundary states are in files
+        needed = processes * (cost.weight_bytes + cost.work.bytes)
+    return _short(needed, main, "memory") if needed > main else None
 
 
 def _short(needed: float | int, there: int, name: str) -> str:

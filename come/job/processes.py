@@ -1,4 +1,4 @@
-"""Accelerate's process state for jobs that `accelerate launch` starts in several processes."""
+"""The processes of a job that `accelerate launch` or torchrun starts several times."""
 
 from __future__ import annotations
 
@@ -16,21 +16,33 @@ def processes(settings: Settings) -> Accelerator:
     """The `Accelerator` of this process, which runs alone or was started by `accelerate launch`.
 
     Raises:
-        ValueError: several processes were launched for a job that only one can run, or
-            `distill.batch_size` is not a multiple of their number.
+        ValueError: several processes were launched for a job that only one can run, or on several
+            machines for a merge, or `distill.batch_size` is not a multiple of their number.
     """
-    distill = settings.distill
+    distill, merge = settings.distill, settings.merge
+    compresses = merge.enabled and merge.plan is None and settings.from_run is None
     device = choose_device(settings.model.device)
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)
     accelerator = make_accelerator(device.type, distill.train_config(device.type).precision)
     count = accelerator.num_processes
-    if count > 1 and (not distill.active or distill.distillation().apart):
+    if count > 1 and distill.active and distill.distillation().apart:
         raise ValueError(
             f"{count} processes were launched, and distill={distill.method} is for one; "
             "start python run.py without accelerate launch"
         )
-    if distill.batch_size % count:
+    if count > 1 and not distill.active and not compresses:
+        raise ValueError(
+            f"{count} processes were launched, and the job neither merges nor trains; "
+            "start python run.py without accelerate launch"
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if compresses and here != count:
+        raise ValueError(
+            f"{count} processes were launched, {here} of them on this machine, and a merge needs "
+            "all on one machine; merge first, then train with from_run=FOLDER"
+        )
+    if distill.active and distill.batch_size % count:
         raise ValueError(
             f"distill.batch_size={distill.batch_size}: must be a multiple of the {count} processes"
         )

@@ -28,7 +28,7 @@ from come.job.job import Job
 from come.job.memory_check import memory_shortage
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
-from come.job.stages.merge import COST, calibration_result, merge
+from come.job.stages.merge import COST, calibration_result, compresses, join_merge, merge
 from come.job.stages.prepare import prepare
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
@@ -82,9 +82,10 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
     job = prepare(settings, folder, name)
     merged = job.plan is not None or (folder / job.merged).exists()
     if settings.merge.enabled and not merged:
-        missing = memory_shortage(settings, job.shape, job.target)
+        missing = memory_shortage(settings, job.shape, job.target, accelerator.num_processes)
         if missing is not None:
             raise ValueError(missing)
+    broadcast_object_list([compresses(job)])
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
@@ -120,7 +121,9 @@ def _merge(state: State) -> None:
 
     Resumes from the partial plan and the scores of trial merges.
     """
-    state.model, state.plan, state.job, state.compression = merge(state.job, state.trackers)
+    state.model, state.plan, state.job, state.compression = merge(
+        state.job, state.trackers, state.accelerator
+    )
     state.accelerator.wait_for_everyone()
 
 
@@ -178,12 +181,17 @@ def _clean_up(folder: Path, result: Result) -> None:
 
 
 def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
-    """Runs a worker process: waits until the main process has merged, then joins the training."""
+    """Runs a worker process, which joins the merge and the training of the main process."""
     (goes_on,) = broadcast_object_list([None])
     if not goes_on:
         return cast(Result, {})
     job = prepare(settings, folder, name)
+    (merging,) = broadcast_object_list([None])
+    if merging:
+        join_merge(job, accelerator)
     accelerator.wait_for_everyone()
+    if not settings.distill.active:
+        return cast(Result, {})
     from come.job.stages.distill import distill
 
     merged = job.folder / job.merged

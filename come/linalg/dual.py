@@ -8,6 +8,7 @@ from torch import Tensor
 
 from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.equations import LEAST, Elimination, Map
+from come.stream.processes import Processes
 
 COLUMNS = 4096  # columns that are worked on at a time
 
@@ -27,21 +28,29 @@ class Dual:
     Args:
         width: number of inputs of the map.
         out: number of outputs.
-        tokens: number of tokens that will be added.
+        tokens: number of tokens that will be added, by all processes.
         bias: whether the map has a bias.
         device: device of all tensors.
+        first: index of the first token that this process adds.
     """
 
     def __init__(
-        self, width: int, out: int, tokens: int, *, bias: bool, device: torch.device | str = "cpu"
+        self,
+        width: int,
+        out: int,
+        tokens: int,
+        *,
+        bias: bool,
+        device: torch.device | str = "cpu",
+        first: int = 0,
     ) -> None:
         self.width = width
         self.bias = bias
-        self._rows = torch.empty(width, tokens, device=device)
-        self._targets = torch.empty(tokens, out, device=device)
-        self._roots = torch.empty(tokens, device=device)
+        self._rows = torch.zeros(width, tokens, device=device)
+        self._targets = torch.zeros(tokens, out, device=device)
+        self._roots = torch.zeros(tokens, device=device)
         self._means: tuple[Tensor, Tensor] | None = None
-        self._filled = 0
+        self._filled = first
 
     def add(
         self,
@@ -72,6 +81,11 @@ class Dual:
         self._filled = chosen.stop
         self._roots[chosen] = weights.float().sqrt()
         self._targets[chosen] = targets.float() * self._roots[chosen, None]
+
+    def add_up(self, processes: Processes) -> None:
+        """Adds the tokens of the other processes."""
+        processes.add_up(self._rows, self._targets, self._roots)
+        self._filled = self._rows.shape[1]
 
     def mean_diagonal(self) -> float:
         """Mean over the inputs of sum_t w_t f_t^2; positive."""

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from come.stream.processes import Processes
+
 DUAL = 2  # columns per token from which elimination needs less memory in the dual form
 LEAST = 1e-30  # lower bound of a mean square
 
@@ -54,6 +56,10 @@ class Equations(Protocol):
         weights: Float[Tensor, " tokens"],
     ) -> None:
         """Adds a batch of tokens."""
+        ...
+
+    def add_up(self, processes: Processes) -> None:
+        """Adds the tokens of the other processes; called once, after the last batch."""
         ...
 
     def mean_diagonal(self) -> float:

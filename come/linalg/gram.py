@@ -11,6 +11,7 @@ from torch import Tensor
 
 from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.equations import LEAST, Elimination, Map
+from come.stream.processes import Processes
 from come.stream.token_blocks import TokenBlocks
 from come.weak import weak_method
 
@@ -94,6 +95,13 @@ class Gram:
         self._mirrored = False
         self._moment += features.T @ targets
         self._energy += targets.double().square().sum().item()
+
+    def add_up(self, processes: Processes) -> None:
+        """Adds the tokens of the other processes."""
+        self._blocks.finish()
+        processes.add_up(self._upper, self._moment)
+        self._energy = processes.total(self._energy)
+        self._mirrored = False
 
     def __add__(self, other: Gram) -> Gram:
         """The sums over both sets of tokens."""

@@ -42,8 +42,8 @@ def finish(
     start = min(index for index, span in enumerate(history) if len(span) > 1)
     found: dict[int, LayerState] = {}
     with stream.scratch_boundary("finish") as states:
-        for rows, batch in stream.through(start, stream.route(start, start)):
-            states[rows] = batch
+        for rows in stream.own_batches:
+            states[rows] = stream.run(start, stream.boundary(start, rows))
         for index in range(start + 1, len(history)):
             found[index] = _refitted(stream, states, index, history[index][-1], ratio, weighting)
     return found
@@ -61,8 +61,8 @@ def _refitted(
     adapter, layer = stream.adapter, stream.adapter.layer(index)
     initial = output_map(adapter, layer, "channel")
     bias = initial.bias is not None
-    sums = equations(initial.weight.shape[1], adapter, stream.tokens, bias=bias)
-    for rows in stream.batches:
+    sums = equations(initial.weight.shape[1], stream, bias=bias)
+    for rows in stream.own_batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
         _, middle = run_attention(adapter, layer, before, keywords)
@@ -73,11 +73,12 @@ def _refitted(
             (output - middle).flatten(0, 1),
             token_weights(output, weighting),
         )
+    sums.add_up(stream.processes)
     state = adapter.layer_state(index)
     solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
     tensors = as_tensors(adapter, "channel", solved, state)
     layer = adapter.copy_layer(index, {**state, **tensors})
-    for rows in stream.batches:
+    for rows in stream.own_batches:
         before = states[rows].to(adapter.device)
         states[rows] = layer(before, **stream.keywords(len(before), index))
     return tensors

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.sublayers import States, activation_derivative, run_mlp
 from come.progress import ProgressBar
+from come.stream.processes import Processes
 from come.stream.token_blocks import BLOCK, TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
@@ -112,6 +113,7 @@ class InputMap:
             for middle, _, weights, keywords in self._batches():
                 blocks.add(*self._slopes(middle, keywords), weights)
             blocks.finish()
+        self._processes.add_up(total)
         return total
 
     def changed(self, change: Matrix) -> Tensor:
@@ -132,7 +134,11 @@ class InputMap:
             blocks.add(self._gap(middle, target, keywords), weights)
         blocks.finish()
         self._put(self.weight)
-        return total
+        return self._processes.total(total)
+
+    @property
+    def _processes(self) -> Processes:
+        return self.targets.stream.processes
 
     def _put(self, weight: Tensor) -> None:
         self.adapter.assign(self.layer, {f"{self.name}.weight": weight})
@@ -143,27 +149,28 @@ class InputMap:
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
         pull = self.output.new_zeros(channels, hidden)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
-        tokens, error = 0, 0.0
+        error = 0.0
         size = self.output.element_size() * (channels + hidden)
-        hold = self.targets.stream.tokens * size <= HELD_BYTES
+        stream = self.targets.stream
+        hold = stream.tokens / self._processes.count * size <= HELD_BYTES
 
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
-            nonlocal error, tokens
+            nonlocal error
             error += (gap.square().sum(dim=1) * weights).sum().item()
             pull.add_(self._back(gap * weights[:, None], read, slopes))
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
             if hold:
                 self._held.append((read.clone(), slopes.clone(), weights))
-            tokens += len(read)
 
         blocks = TokenBlocks(accumulate)
         for middle, target, weights, keywords in self._batches():
             read, slopes = self._slopes(middle, keywords)
             blocks.add(read, slopes, self._gap(middle, target, keywords), weights)
         blocks.finish()
+        self._processes.add_up(gram, pull, squares)
         sizes = self.output.double().square().sum(dim=0)
-        return gram / tokens, pull, squares * sizes, error
+        return gram / stream.tokens, pull, squares * sizes, self._processes.total(error)
 
     def _gap(self, middle: States, target: States, keywords: dict[str, Any]) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]."""
@@ -180,7 +187,7 @@ class InputMap:
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
-        for rows, batch in zip(stream.batches, self.targets, strict=True):
+        for rows, batch in zip(stream.own_batches, self.targets, strict=True):
             middle = self.middles[rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.targets.first)
             yield middle, batch.output, batch.weights.to(self.output), keywords

@@ -188,7 +188,7 @@ def stacked_equations(
     stream, adapter = targets.stream, targets.stream.adapter
     width = len(layers) * adapter.unit_counts[unit] * adapter.columns_per_unit(unit)
     bias = len(adapter.output_tensors(unit)) > 1
-    sums = equations(width, adapter, stream.tokens, bias=bias, columns_per_token=DUAL, dtype=dtype)
+    sums = equations(width, stream, bias=bias, columns_per_token=DUAL, dtype=dtype)
     module: nn.Module | None = None
     if isinstance(sums, Dual):
         for number, layer in enumerate(layers):
@@ -200,12 +200,14 @@ def stacked_equations(
                 sums.add_columns(number * features.shape[1], tokens, features, goal.weights)
                 if number == 0:
                     sums.add_targets(_missing(unit, goal, middle).flatten(0, 1), goal.weights)
+        sums.add_up(stream.processes)
         return sums
     modules = [layer.module(targets) for layer in layers]
     for goal in targets:
         side_by_side = [_features(targets, unit, module, goal, middle) for module in modules]
         features = torch.cat(side_by_side, dim=-1).flatten(0, 1)
         sums.add(features, _missing(unit, goal, middle).flatten(0, 1), goal.weights)
+    sums.add_up(stream.processes)
     return sums
 
 
@@ -223,8 +225,15 @@ def after_attention(
         layers: the layers of the span.
         found: the output projection of the kept head outputs.
         columns: kept head outputs of every layer.
+
+    Returns:
+        The states of this process's windows; those of others are not set.
     """
-    batches = [goal.states.cpu().clone() for goal in targets]
+    stream = targets.stream
+    shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
+    middle = torch.empty(shape, dtype=stream.adapter.model.dtype)
+    for goal in targets:
+        middle[goal.windows] = goal.states.cpu()
     start, module = 0, None
     for layer, chosen in zip(layers, columns, strict=True):
         weight = found.weight[:, start : start + len(chosen)]
@@ -233,10 +242,9 @@ def after_attention(
             continue
         module = None  # frees the one before
         module = layer.module(targets)
-        for number, goal in enumerate(targets):
+        for goal in targets:
             features = _features(targets, "kv_group", module, goal)[..., chosen.to(weight.device)]
-            batches[number] += (features @ weight.to(features).T).cpu()
-    middle = torch.cat(batches)
+            middle[goal.windows] += (features @ weight.to(features).T).cpu()
     return middle if found.bias is None else middle + found.bias.to(middle)
 
 

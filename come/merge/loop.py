@@ -19,6 +19,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
+from come.stream.processes import ALONE, Processes
 from come.stream.stream import LayerStream
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def compress(
     folder: Path | None = None,
     trials: TrialScores | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Merges spans of layers, in place, until the model has `target_layers` layers.
 
@@ -61,6 +63,8 @@ def compress(
         folder: folder for the files of the disk store.
         trials: cache of trial-merge scores; new scores are added to it.
         progress: whether to show a progress bar.
+        processes: those that share the windows. Every one calls this function with the same
+            arguments and gets the same plan, which differs from that of one process by rounding.
 
     Returns:
         The plan: all decisions, and the merge history.
@@ -92,6 +96,7 @@ def compress(
         folder=folder,
         progress=progress,
         block=method.block,
+        processes=processes,
     ) as stream:
         if method.needs_dense and plan.steps and plan.num_layers > target_layers:
             stream.embed()
@@ -112,7 +117,9 @@ def compress(
             while waiting:
                 step = _refitted(stream, method, plan, waiting.pop(0))
                 apply_step(adapter, plan, step, method.operator)
-                plan = plan.with_step(step, layer_passes=spent + round(stream.layer_passes, 1))
+                passes = spent + round(processes.total(stream.layer_passes), 1)
+                plan = plan.with_step(step, layer_passes=passes)
+                assert processes.agree(plan.hash), "the processes have made different plans"
                 search.outdated_from(_changed_from(stream, plan))
                 last, saved = plan.num_layers == target_layers, plan.num_layers in stops
                 finished = _finished(stream, method, plan) if last or saved else plan

@@ -10,6 +10,7 @@ from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram
 from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
+from come.stream.stream import LayerStream
 
 
 def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
@@ -21,8 +22,7 @@ def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
 
 def equations(
     width: int,
-    adapter: ModelAdapter,
-    tokens: int,
+    stream: LayerStream,
     *,
     bias: bool,
     columns_per_token: int = 1,
@@ -32,16 +32,17 @@ def equations(
 
     Args:
         width: number of inputs of the map.
-        adapter: the model.
-        tokens: number of tokens that will be added.
+        stream: the windows whose tokens will be added, each by its process.
         bias: whether the map has a bias.
         columns_per_token: from how many columns per token on the dual form is taken.
         dtype: of the normal equations.
     """
+    adapter, tokens = stream.adapter, stream.tokens
     out = adapter.config.hidden_size
     if width < columns_per_token * tokens:
         return Gram(width, out, bias=bias, device=adapter.device, dtype=dtype)
-    return Dual(width, out, tokens, bias=bias, device=adapter.device)
+    first = stream.own_batches[0].start * stream.windows.shape[1] if stream.own_batches else tokens
+    return Dual(width, out, tokens, bias=bias, device=adapter.device, first=first)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -110,20 +110,25 @@ class ReconstructionTargets:
         self.weighting: Weighting = weighting
 
     def __iter__(self) -> Iterator[TargetBatch]:
-        """Batches of all windows, in order."""
-        return (TargetBatch(self, number) for number in range(len(self.stream.batches)))
+        """Batches of this process's windows, in order; sums over them need `add_up`."""
+        return (TargetBatch(self, number) for number in self._numbers)
+
+    @property
+    def _numbers(self) -> Sequence[int]:
+        """The numbers of this process's batches."""
+        return self.stream.processes.part(range(len(self.stream.batches)))
 
     @cached_property
-    def after_attention(self) -> list[list[States]]:
-        """The residual stream after the attention of every layer, in batches, in main memory."""
+    def after_attention(self) -> list[dict[int, States]]:
+        """The residual stream after every layer's attention, by batch number, in main memory."""
         stream, adapter = self.stream, self.stream.adapter
-        found: list[list[States]] = []
+        found: list[dict[int, States]] = []
         for index in range(self.first, self.last + 1):
-            layer, after = adapter.layer(index), []
-            for rows in stream.batches:
-                states = stream.boundary(index, rows)
+            layer, after = adapter.layer(index), dict[int, States]()
+            for number in self._numbers:
+                states = stream.boundary(index, stream.batches[number])
                 keywords = stream.keywords(len(states), index)
-                after.append(run_attention(adapter, layer, states, keywords)[1].cpu())
+                after[number] = run_attention(adapter, layer, states, keywords)[1].cpu()
             found.append(after)
         adapter.release()
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from come.merge.combination import Combination
 from come.merge.constraints import SpanConstraints
@@ -17,6 +18,9 @@ from come.statistics.influence import check_tokens
 from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
 from come.stream.candidates import together
 from come.stream.stream import LayerStream
+
+Whole = tuple[int, int, int | None]
+"""First and last layer of a span, and the index of the layer that a drop keeps."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ class Search:
         self._embedded = False
         self._ready = False  # whether the selection can score the current model's spans
         kinds = method.sensitivity.moments if method.operator.uses_units else ()
-        self._collector = StatisticsCollector(stream.adapter, kinds, check_tokens(method.tokens))
+        self._collector = StatisticsCollector(
+            stream.adapter, kinds, check_tokens(method.tokens), stream.processes
+        )
 
     @property
     def history(self) -> Sequence[Span]:
@@ -214,7 +220,8 @@ class Search:
         missing = [place for place in dict.fromkeys(places) if place not in self._scores]
         if missing:
             self._prepare_scores()
-        found = self.method.selection.scores(self.stream, missing)
+        selection, alone = self.method.selection, self.stream.alone()
+        found = self.stream.processes.dealt(missing, partial(selection.scores, alone))
         for place, score in zip(missing, found, strict=True):
             self._scores[place] = self._number(score, *place)
         return [
@@ -230,10 +237,8 @@ class Search:
             self._prepare_scores()
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
             bar.update(len(spans) - len(missing))
-            for group in together(self.stream, missing):
-                found = self.method.selection.refine_all(
-                    self._trial_merges(group), self.method.refit
-                )
+            for group in together(self.stream, missing, self.stream.processes.count):
+                found = self.stream.processes.dealt(group, self._trial_scores)
                 self._trials.add(
                     plan,
                     {
@@ -249,12 +254,15 @@ class Search:
             if score is not None
         ]
 
-    def _trial_merges(
-        self, wholes: Sequence[tuple[int, int, int | None]]
-    ) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
+    def _trial_scores(self, wholes: Sequence[Whole]) -> list[float]:
+        """Scores of trial merges, by this process."""
+        return self.method.selection.refine_all(self._trial_merges(wholes), self.method.refit)
+
+    def _trial_merges(self, wholes: Sequence[Whole]) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
         """The spans of trial merges and their units, one after the other."""
+        stream = self.method.selection.trial_stream(self.stream.alone())
         for first, last, kept in wholes:
-            span = self.span(first, last, self.method.selection.trial_stream(self.stream))
+            span = self.span(first, last, stream)
             yield span, self.split(span, kept)
 
     def chosen(self, candidates: list[SpanCandidate]) -> Choice:

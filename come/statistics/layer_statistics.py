@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.observer import Update
+from come.stream.processes import ALONE, Processes
 from come.stream.token_blocks import TokenBlocks
 from come.weak import weak_method
 
@@ -42,9 +43,12 @@ class InputMoments:
             values = {"abs": flat.abs, "square": flat.to(wide).square, "mean": lambda: flat}[kind]()
             total += values.sum(dim=0, dtype=wide).double().cpu()
 
-    def finish(self) -> None:
-        """Adds the tokens of an incomplete block, and frees their inputs."""
+    def finish(self, processes: Processes = ALONE) -> None:
+        """Adds the tokens of an incomplete block and of other processes, and frees their inputs."""
         self._blocks.finish()
+        if self.sums:
+            processes.add_up(*self.sums.values())
+            self.tokens = round(processes.total(self.tokens))
 
     def mean(self, kind: str) -> Float[Tensor, " width"] | None:
         """The mean over tokens of a moment, [d_in] float64; None if it was not accumulated."""
@@ -73,12 +77,18 @@ class StatisticsCollector:
         kinds: which moments of the output projections' inputs to accumulate: "abs", "square",
             "mean".
         tokens: tokens that BI averages over: "all", or the "last" of each window.
+        processes: those that share the windows.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, kinds: Sequence[str] = (), tokens: TOKENS = "all"
+        self,
+        adapter: ModelAdapter,
+        kinds: Sequence[str] = (),
+        tokens: TOKENS = "all",
+        processes: Processes = ALONE,
     ) -> None:
         self.adapter = adapter
+        self.processes = processes
         self.kinds = kinds
         self.tokens = tokens
         self.found: dict[int, LayerStatistics] = {}
@@ -111,8 +121,9 @@ class StatisticsCollector:
             yield update
         blocks.finish()
         for of_unit in moments.values():
-            of_unit.finish()
-        self.found[index] = LayerStatistics(influence / count, moments)
+            of_unit.finish(self.processes)
+        mean = self.processes.total(influence) / self.processes.total(count)
+        self.found[index] = LayerStatistics(mean, moments)
 
 
 @contextmanager

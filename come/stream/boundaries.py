@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.files import PARTIAL
+from come.stream.processes import ALONE, Processes
 
 Store = Literal["memory", "disk"]
 
@@ -98,6 +99,8 @@ class DiskStore(BoundaryStore):
         folder: parent of the folder `NAME.partial`, which replaces the one left by a killed run;
             None for a temporary folder.
         name: name of that folder.
+        processes: those that share the files. The first makes them, and all call the same methods
+            in the same order.
 
     Raises:
         OSError: the disk is full; raised when a slot is allocated, not when it is written.
@@ -109,20 +112,29 @@ class DiskStore(BoundaryStore):
         dtype: torch.dtype,
         folder: Path | None = None,
         name: str = "boundaries",
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__(shape, dtype)
-        if folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        else:
-            self._folder = folder / f"{name}{PARTIAL}"
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
+        self._processes = processes
+        self._makes = processes.rank == 0 or processes.group is None
+        self._folder = processes.first(self._make_folder(folder, name) if self._makes else Path())
+
+    def _make_folder(self, parent: Path | None, name: str) -> Path:
+        if parent is None:
+            return Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        number = f"-{self._processes.rank}" if self._processes.rank else ""
+        folder = parent / f"{name}{number}{PARTIAL}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
 
     def _allocate(self, number: int) -> Tensor:
         size = torch.Size(self.shape).numel()
         mapped = self.mapped(number)
-        with open(mapped.path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
+        if self._makes:
+            with open(mapped.path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
+        self._processes.wait()
         return mapped.open()
 
     def mapped(self, number: int) -> MappedStates:
@@ -132,7 +144,8 @@ class DiskStore(BoundaryStore):
     def close(self) -> None:
         """Frees all slots and removes their files."""
         super().close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._makes:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def check_store(kind: str) -> Store:
@@ -149,12 +162,15 @@ def make_store(
     dtype: torch.dtype,
     folder: Path | None = None,
     name: str = "boundaries",
+    processes: Processes = ALONE,
 ) -> BoundaryStore:
     """Creates a store of the given kind; `name` must be unique among the stores in a folder.
+
+    Several processes share the states in files, whatever the kind.
 
     Raises:
         ValueError: `kind` is neither "memory" nor "disk".
     """
-    if check_store(kind) == "memory":
+    if check_store(kind) == "memory" and processes.group is None:
         return MemoryStore(shape, dtype)
-    return DiskStore(shape, dtype, folder, name)
+    return DiskStore(shape, dtype, folder, name, processes)

@@ -33,9 +33,12 @@ class Candidate:
     states: Sequence[Tensor] | None = None
 
 
-def together(stream: LayerStream, candidates: Sequence[T]) -> list[Sequence[T]]:
-    """The candidates in groups that go through the model at once: several if layers are on disk."""
-    size = TOGETHER if stream.adapter.on_disk is not None else 1
+def together(stream: LayerStream, candidates: Sequence[T], processes: int = 1) -> list[Sequence[T]]:
+    """The candidates in groups that go through the model at once: several if layers are on disk.
+
+    `processes`: how many processes share a group.
+    """
+    size = processes * (TOGETHER if stream.adapter.on_disk is not None else 1)
     return [candidates[i : i + size] for i in range(0, len(candidates), size)]
 
 

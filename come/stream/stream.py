@@ -17,6 +17,7 @@ from come.models.adapter import Block, ModelAdapter
 from come.progress import ProgressBar
 from come.stream.boundaries import make_store
 from come.stream.observer import LayerObserver, Meter
+from come.stream.processes import ALONE, Processes
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -39,7 +40,8 @@ class LayerStream:
             "attention" and "ffn" the states between attention and MLP are stored too, which
             doubles the storage.
         name: name of the disk store's folder.
-        meter: counts the layer passes; a new one if None.
+        meter: counts the layer passes of this process; a new one if None.
+        processes: those that share the windows.
 
     Use it as a context manager: leaving the context frees the boundaries.
     """
@@ -56,8 +58,10 @@ class LayerStream:
         block: Block = "layer",
         name: str = "boundaries",
         meter: Meter | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.adapter = adapter
+        self.processes = processes
         self.block: Block = block
         self.windows = windows
         self.store = store
@@ -69,10 +73,11 @@ class LayerStream:
             for start in range(0, len(windows), batch_size)
         ]
         shape = (*windows.shape, adapter.config.hidden_size)
-        self._store = make_store(store, shape, adapter.model.dtype, folder, name)
+        dtype = adapter.model.dtype
+        self._store = make_store(store, shape, dtype, folder, name, processes)
         self._middle = self._store
         if block != "layer":
-            self._middle = make_store(store, shape, adapter.model.dtype, folder, f"{name}-middle")
+            self._middle = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
         self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
@@ -108,13 +113,18 @@ class LayerStream:
 
     @property
     def layer_passes(self) -> float:
-        """Forward passes of all windows through one layer so far; backward passes do not count."""
+        """Passes of all windows through one layer so far, by this process; forward only."""
         return self._meter.tokens / self.tokens
 
     @property
     def batches(self) -> Sequence[slice]:
         """The window indices of every batch, in order."""
         return self._batches
+
+    @property
+    def own_batches(self) -> Sequence[slice]:
+        """The batches of this process's part of the windows; with one process, all."""
+        return self.processes.part(self._batches)
 
     @property
     def valid(self) -> int:
@@ -143,28 +153,33 @@ class LayerStream:
 
     def embed(self) -> None:
         """Computes boundary 0 and the keyword arguments of every layer."""
-        first = self._store.writable(0)
+        first, own = self._store.writable(0), self.own_batches
         for rows in self._batches:
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
-            first[rows] = states
             self._kwargs[len(states)] = kwargs
+            if rows in own:
+                first[rows] = states
+        self.processes.wait()
         self._valid = 0
 
     @torch.no_grad()
     def advance(self, first: int, last: int, observer: LayerObserver | None = None) -> None:
         """Runs all windows through layers first..last, one layer at a time.
 
-        Computes boundaries first + 1 .. last + 1. Boundary `first` must be valid.
+        Computes boundaries first + 1 .. last + 1. Boundary `first` must be valid. Each process
+        runs its own windows, and the boundaries are complete when all have.
         """
         assert 0 <= first <= self._valid
         assert last < self.num_layers
-        total = (last - first + 1) * len(self._batches)
+        self.processes.wait()  # another may still read what is overwritten
+        own = self.own_batches
+        total = (last - first + 1) * len(own)
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
-                    for rows in self._batches:
+                    for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
                         with self._watch_middle(index, rows):
                             after = self.run(index, before)
@@ -174,6 +189,7 @@ class LayerStream:
                         )
                         bar.update()
                 self._valid = index + 1
+        self.processes.wait()
 
     def span(
         self, first: int, last: int
@@ -250,7 +266,14 @@ class LayerStream:
             progress=self.progress,
             name="beside",
             meter=self._meter,
+            processes=self.processes,
         )
+
+    def alone(self) -> LayerStream:
+        """A view of this stream for work that this process does without the others."""
+        view = copy(self)
+        view.processes = self.processes.alone
+        return view
 
     def head(self, windows: int) -> LayerStream:
         """A view of this stream restricted to its first windows.
@@ -274,8 +297,12 @@ class LayerStream:
 
     @contextmanager
     def scratch_boundary(self, name: str) -> Iterator[Float[Tensor, "windows seq hidden"]]:
-        """An extra boundary in a store of the same kind, freed when the context exits."""
-        store = make_store(self.store, self._store.shape, self._store.dtype, self._folder, name)
+        """An extra boundary in a store of the same kind, freed when the context exits.
+
+        Each process writes and reads the rows of its own windows.
+        """
+        shape, dtype = self._store.shape, self._store.dtype
+        store = make_store(self.store, shape, dtype, self._folder, name, self.processes)
         try:
             yield store[0]
         finally:

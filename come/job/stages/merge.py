@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 
 from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
@@ -33,6 +34,7 @@ from come.models.checkpoint import fingerprint, identity
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
 from come.records import CalibrationResult, CompressionResult
+from come.stream.processes import Processes
 from come.tracking.base import Trackers
 
 if TYPE_CHECKING:
@@ -44,7 +46,16 @@ log = logging.getLogger(__name__)
 COST = "compression.json"  # cost of the merge, for a later session that resumes the distillation
 
 
-def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
+def compresses(job: Job) -> bool:
+    """Whether the job chooses and solves merges itself, which several processes can share."""
+    settings = job.settings
+    given = not settings.merge.enabled or job.plan is not None or job.start is not None
+    return not given and not (settings.distill.active and _made_by(job, job.folder / job.merged))
+
+
+def merge(
+    job: Job, trackers: Trackers, accelerator: Accelerator
+) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     """Loads the dense model, merges it in place and saves it at every requested depth.
 
     An existing merged model is loaded instead: the model of `from_run`, or, if the job distils,
@@ -68,8 +79,9 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
     remove_changed_layers(job.folder)
+    several = accelerator.num_processes > 1
     with PeakMemory(choose_device(settings.model.device)) as memory:
-        model = job.load()
+        model = job.load(device=str(accelerator.device) if several else None)
         if job.plan is None:
             job = replace(job, calibration=with_samples(job, model))
         began = time.perf_counter()
@@ -98,20 +110,7 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
         else:
             for line in cost.lines(Speed.measured(model.device, job.shape.dtype)):
                 log.info(line)
-            assert job.calibration is not None
-            plan = compress(
-                model,
-                job.calibration.windows,
-                method,
-                target_layers=job.target,
-                stops=method.save_at,
-                plan=earlier or _empty_plan(job, model),
-                on_step=on_step,
-                batch_size=settings.calibration.batch_size,
-                store=settings.calibration.store,
-                folder=job.folder,
-                trials=TrialScores(job.folder / TRIALS, job.hash),
-            )
+            plan = _compress(job, model, earlier or _empty_plan(job, model), on_step)
             if not method.schedule.nested:
                 _compress_apart(job)
         elapsed = seconds()
@@ -131,6 +130,43 @@ def merge(job: Job, trackers: Trackers) -> tuple[PreTrainedModel, Plan, Job, Com
     if settings.distill.active:
         write_text(job.folder / COST, json.dumps(compression))
     return model, plan, job, compression
+
+
+def join_merge(job: Job, accelerator: Accelerator) -> None:
+    """Takes part in the merge of the main process, as one of several processes."""
+    model = job.load(device=str(accelerator.device))
+    _compress(job, model)
+
+
+def _compress(
+    job: Job,
+    model: PreTrainedModel,
+    plan: Plan | None = None,
+    on_step: Callable[[Plan], None] | None = None,
+) -> Plan:
+    """Compresses the model together with the other processes, which get the plan of the first."""
+    settings, processes = job.settings, Processes.launched()
+    plan, calibration = processes.first((plan, job.calibration))
+    trials = TrialScores(job.folder / TRIALS, job.hash)
+    processes.wait()
+    if processes.rank > 0:
+        trials.path = None
+    assert calibration is not None
+    return compress(
+        model,
+        calibration.windows,
+        settings.merge,
+        target_layers=job.target,
+        stops=settings.merge.save_at,
+        plan=plan,
+        on_step=on_step,
+        batch_size=settings.calibration.batch_size,
+        store=settings.calibration.store,
+        folder=job.folder,
+        trials=trials,
+        progress=processes.rank == 0,
+        processes=processes,
+    )
 
 
 def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:

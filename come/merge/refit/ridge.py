@@ -101,7 +101,7 @@ class Ridge(Refit):
                 adapter.assign(layer, found)
             initial = output_map(adapter, layer, unit)
             (out, width), bias = initial.weight.shape, initial.bias is not None
-            fit = equations(width, adapter, targets.stream.tokens, bias=bias)
+            fit = equations(width, targets.stream, bias=bias)
             held_out = None
             if isinstance(self.lambda_, str):
                 fit, held_out = (
@@ -125,6 +125,9 @@ class Ridge(Refit):
                         target[chosen].flatten(0, 1),
                         weights[chosen].flatten(),
                     )
+            fit.add_up(targets.stream.processes)
+            if held_out is not None:
+                held_out.add_up(targets.stream.processes)
             solved = self._solve(fit, held_out, initial)
             tensors = as_tensors(adapter, unit, solved, dict(layer.named_parameters()))
             found |= tensors
