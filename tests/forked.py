@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
     ["come.cli", "come.job.run", "come.report.write", "transformers.models.llama", "tests.forked"]
 )
 
@@ -20,7 +20,7 @@ class Forked:
     def __init__(self, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd, prefix="printed-"))
         arguments = (words, str(cwd), environment, str(self._printed))
-        self._process = _FORKS.Process(target=_run, args=arguments)
+        self._process = FORKS.Process(target=_run, args=arguments)
         self._process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:

@@ -1,0 +1,207 @@
+"""A merge in two processes: they share windows and trial merges, and make the plan of one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from come.merge.loop import compress
+from come.merge.plan import Plan
+from come.models.loading import load_weights
+from come.stream.processes import ALONE, Processes
+from come.stream.stream import LayerStream
+from tests.commands import ROOT, finish, small
+from tests.conftest import LAYERS, SEQ, VOCAB, pico
+from tests.forked import FORKS
+from tests.jobs import job_settings
+from tests.methods import come_plus, paper, recipe
+
+CASES = {
+    "come_plus": ("llama_gqa", come_plus, {}),
+    "biases": ("opt", come_plus, {}),
+    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit_lambda="auto"), {}),
+    "downstream": ("qwen3_gqa", lambda: come_plus(downstream=0.1), {}),
+    "adam": ("llama_gqa", lambda: come_plus(refit={"name": "adam", "steps": 5}), {}),
+    "replaceme": ("llama_gqa", lambda: recipe("replaceme"), {}),
+    "paper": ("llama_bias", paper, {}),
+    "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
+    "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
+    "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
+    "one batch": ("llama_gqa", come_plus, {"batch_size": 16}),
+    "disk": ("llama_gqa", come_plus, {"checkpoint": "pico"}),
+}
+
+
+def merged(case, processes, folder):
+    """The plan of a case, and the passes that this process made."""
+    family, method, options = CASES[case]
+    windows = torch.randint(3, VOCAB, (9, SEQ), generator=torch.Generator().manual_seed(7))
+    model = pico(family)
+    if checkpoint := options.get("checkpoint"):
+        model = load_weights(folder.parent / checkpoint, dtype="float32", weights="disk")
+    own = 0.0
+    make = LayerStream.__exit__
+
+    def leave(stream, *error):
+        nonlocal own
+        own = stream.layer_passes
+        make(stream, *error)
+
+    LayerStream.__exit__ = leave
+    try:
+        plan = compress(
+            model, windows, method(), target_layers=LAYERS - 2, progress=False,
+            batch_size=options.get("batch_size", 2), folder=folder, processes=processes,
+        )  # fmt: skip
+    finally:
+        LayerStream.__exit__ = make
+    return plan, own
+
+
+def work(rank, folder):
+    """What each of two processes does: all cases, one after the other."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    processes, passes = Processes.launched(), {}
+    for case in CASES:
+        plan, passes[case] = merged(case, processes, folder / case)
+        (folder / f"{case}-{rank}").mkdir()
+        plan.save(folder / f"{case}-{rank}" / "plan.json")
+        processes.wait()
+        left = [path.name for path in (folder / case).rglob("*") if path.is_file()]
+        assert not left, left
+    found = {
+        "passes": passes,
+        "parts": [list(processes.part(range(size))) for size in (0, 1, 5)],
+        "dealt": processes.dealt([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
+        "agree": [processes.agree(1), processes.agree(rank)],
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder with the plans of two processes."""
+    folder = tmp_path_factory.mktemp("both")
+    pico("llama_gqa").save_pretrained(folder / "pico")
+    started = [FORKS.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_make_the_plan_of_one(case, both):
+    alone, passes = merged(case, ALONE, both / "alone")
+    plans = [Plan.load(both / f"{case}-{rank}" / "plan.json") for rank in (0, 1)]
+    assert plans[0].hash == plans[1].hash
+    assert alone.steps
+    for one, two in zip(alone.steps, plans[0].steps, strict=True):
+        assert (one.first, one.last, one.kept) == (two.first, two.last, two.kept)
+        assert two.bi == pytest.approx(one.bi, rel=1e-5, abs=1e-7)
+        assert two.score == pytest.approx(one.score, rel=1e-4, abs=1e-6)
+        assert one.solved.tensors.keys() == two.solved.tensors.keys()
+        for name, tensor in one.solved.tensors.items():
+            torch.testing.assert_close(two.solved.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    made = [json.loads((both / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)]
+    assert plans[0].provenance["layer_passes"] == pytest.approx(sum(made), abs=1.1)
+    if case in ("come_plus", "biases", "paper"):  # nothing is done twice but the judging windows
+        assert sum(made) < 1.25 * passes
+        assert max(made) < 0.75 * passes
+
+
+def test_work_is_dealt_out(both):
+    found = [json.loads((both / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [f["parts"] for f in found] == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
+    assert [f["dealt"] for f in found] == [[1.0, 12.0, 3.0]] * 2
+    assert [f["agree"] for f in found] == [[True, False]] * 2
+
+
+def test_one_process_shares_nothing():
+    tensor = torch.ones(2)
+    ALONE.add_up(tensor)
+    assert tensor.tolist() == [1, 1]
+    assert ALONE.part([1, 2]) == [1, 2]
+    assert ALONE.dealt([], lambda own: [1 / 0]) == []
+    assert (ALONE.total(2), ALONE.first("a"), ALONE.agree("a")) == (2, "a", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["merge=none"], {}, "neither merges nor trains"),
+        ([], {"LOCAL_WORLD_SIZE": "1"}, "needs all on one machine"),
+        (["distill=come_mp"], {}, "is for one"),
+        (["distill=come_sp", "distill.batch_size=3", "distill.micro_batch=1"], {}, "multiple of"),
+    ],
+)
+def test_jobs_that_processes_cannot_share(words, environment, message, pico_folder, monkeypatch):
+    from come.job.processes import processes
+
+    class Two:
+        num_processes = 2
+
+    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *given: Two)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        processes(job_settings(pico_folder, *words))
+
+
+def test_the_number_of_processes_counts_for_a_merge(pico_folder, monkeypatch):
+    from come.job.identity import job_hash
+
+    asked = job_settings(pico_folder)
+    one = job_hash(asked)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert job_hash(asked) != one
+
+
+@pytest.mark.slow
+def test_a_launched_run_survives_kill_9(command, pico_folder, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    settings = ["merge=come_plus", "merge.target_layers=20", "eval=perplexity"]
+    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    assert code == 0, errors
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
+
+    def start():
+        return subprocess.Popen(
+            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
+            cwd=tmp_path,
+            env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process, deadline = start(), time.monotonic() + 180
+    while not (both / "plan.partial.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (both / "result.json").exists()
+    code, output, errors = finish(start())
+    assert code == 0, errors
+    assert "resuming at" in output
+    results = [json.loads((folder / "result.json").read_text()) for folder in (alone, both)]
+    assert results[0]["merge_history"] == results[1]["merge_history"]
+    values = [result["depths"][-1]["metrics"]["perplexity"]["value"] for result in results]
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+    assert sorted(path.name for path in both.iterdir()) == sorted(p.name for p in alone.iterdir())
