@@ -26,13 +26,14 @@ from torch import Tensor
 
 from come.data.sources.pydocs import PyDocs
 from come.data.windows import calibration_windows
+from come.job.estimate import Speed, compression_cost
 from come.memory import PeakMemory
 from come.merge.loop import compress
 from come.merge.method import Method
 from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
-from come.models.loading import choose_device, load_tokenizer, load_weights
+from come.models.loading import ModelShape, choose_device, load_tokenizer, load_weights
 from come.stream.processes import ALONE, Processes
 from come.stream.sweep import normed_states
 
@@ -150,9 +151,21 @@ def measure(
     Returns:
         seconds of the compression and of a forward pass (of the dense model; the mean of one
         before and one after, the latter scaled to all layers), ratio, layer_passes,
-        peak_bytes above the weights on the model's device, weight_bytes, and the plan's spans.
+        peak_bytes above the weights on the model's device, weight_bytes, the plan's spans, and the
+        estimate of seconds and bytes before the start (on a GPU, bytes of both memories).
     """
-    device, layers = ModelAdapter(model).device, model.config.num_hidden_layers
+    adapter = ModelAdapter(model)
+    device, layers = adapter.device, adapter.num_layers
+    shape = ModelShape.of(model, model.dtype)
+    cost = compression_cost(
+        shape, num_samples=len(windows), seq_len=windows.shape[1], target=target, method=method,
+        store=store, device=device.type, batch_size=batch_size,
+    )  # fmt: skip
+    ahead = 0 if adapter.on_disk is None else 2 * shape.block_parameters["layer"]
+    estimate = {
+        "estimated_seconds": Speed.measured(device, model.dtype).seconds(cost.work),
+        "estimated_bytes": cost.step_bytes + cost.states_bytes + ahead * shape.dtype.itemsize,
+    }
     before = forward_seconds(model, windows, batch_size)
     gc.collect()
     with PeakMemory(device) as memory:
@@ -180,6 +193,7 @@ def measure(
         "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "spans": [[step.first, step.last] for step in plan.steps],
+        **estimate,
     }
 
 
@@ -254,7 +268,9 @@ def main() -> None:
             f"passes of {found['forward_seconds']:.1f} s, {found['layer_passes']} layer passes "
             f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
             f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
-            f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all",
+            f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all; "
+            f"estimated {found['estimated_seconds']:.0f} s and "
+            f"{found['estimated_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
     if ratios and not given.json:

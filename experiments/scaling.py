@@ -104,7 +104,7 @@ def _estimates() -> list[str]:
         count = SHAPES[shape]["num_hidden_layers"]
         for tokens in (8192, 32768):
             cost = arithmetic(shape, removed=removed, tokens=tokens)
-            device = cost.weight_bytes + cost.work.bytes
+            device = cost.weight_bytes + cost.step_bytes
             lines.append(
                 f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
                 f"| {megabytes(cost.boundary_bytes)} "

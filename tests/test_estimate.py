@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+from come.job.budget import SHARE, memory_needs, memory_shortage, placed, sampling_cost
 from come.job.estimate import Cost, Speed, compression_cost
 from come.job.job import merge_cost
-from come.job.memory_check import memory_shortage, sampling_cost
 from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
 from come.report.numbers import duration
@@ -38,13 +38,13 @@ def test_in_words():
     assert found.lines(SPEED) == [
         "cost: 8192 calibration tokens, 3 trial merges",
         "time: about 2 min 00 s",
-        "memory: weights 538 MB, 2,000 MB for least squares, boundary states 585 MB",
+        "memory: weights 538 MB, 2,000 MB for a merge, boundary states 585 MB",
     ]
     on_gpu = Cost(8192, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
     assert on_gpu.lines(SPEED) == [
         "cost: 8192 calibration tokens",
         "time: about 2 min 00 s, and more for merge.x=y",
-        "memory: weights 538 MB, 2,000 MB for least squares on the GPU; boundary states 585 MB in "
+        "memory: weights 538 MB, 2,000 MB for a merge on the GPU; boundary states 585 MB in "
         "main memory",
     ]
     on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk")
@@ -159,6 +159,7 @@ def test_dry_run(command_line, tmp_path, monkeypatch):
         "cost: 256 calibration tokens",
         "time: about",
         "memory: weights",
+        "budget: needs ",
         "distill: come_sp, 10 steps of 8 windows of 32 tokens",
         "evaluate: perplexity, speed, continuations",
         "disk: ",
@@ -184,10 +185,10 @@ def test_a_dry_run_of_a_sweep(command_line, tmp_path):
 
 
 def test_too_little_memory_is_said(command_line, monkeypatch):
-    monkeypatch.setattr("come.job.estimate.Cost.memory_bytes", 1e15)
+    monkeypatch.setattr("come.job.estimate.Cost.step_bytes", 1e15)
     code, output = command_line("--dry-run")
     assert code == 0, output
-    assert "a run would be refused: the merge needs 1,000,000,000 MB of memory" in output
+    assert "a run would be refused: the merge needs 1,000,000,000 MB of memory, and may" in output
     assert "take a machine with more, or fewer calibration.num_samples" in output
     code, output = command_line()
     assert code == 1
@@ -208,28 +209,93 @@ def large(shape):
     )  # fmt: skip
 
 
-STEPS = ["model.weights=disk", "calibration.store=disk", "merge.retention.tokens=4096"]
+STEPS = [
+    "model.weights=disk", "calibration.store=disk", "calibration.batch_size=1",
+    "merge.retention.tokens=4096",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "count"), [("come_plus", 3), ("flattengpt", 3), ("come", 2)])
+def machine(monkeypatch, free):
+    """A machine on which a merge may use this many bytes."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(free / SHARE))
+
+
+@pytest.mark.parametrize(("method", "count"), [("come_plus", 4), ("flattengpt", 3), ("come", 3)])
 def test_the_settings_that_are_named_would_fit(method, count, large, pico_folder, monkeypatch):
     """One setting after the other, until it fits; the last ones are named only where they help."""
     words = [f"merge={method}", "merge.target_layers=20", "model.weights=memory"]
-    words += ["calibration.num_samples=128", "calibration.seq_len=256"]
+    words += ["calibration.num_samples=128", "calibration.seq_len=256", "calibration.store=memory"]
     asked = job_settings(pico_folder, *words)
 
     def needed(*more):
         return merge_cost(job_settings(pico_folder, *words, *more), large, 28).memory_bytes
 
-    steps = [step for step in STEPS if method != "flattengpt" or "retention" not in step]
-    for taken in range(1, min(count, len(steps)) + 1):
-        fits = int(needed(*steps[:taken])) + 1
-        assert fits < needed(*steps[: taken - 1])
-        monkeypatch.setattr("psutil.virtual_memory", lambda free=fits: Memory(free))
+    for taken in range(1, count + 1):
+        fits = int(needed(*STEPS[:taken])) + 1
+        assert fits < needed(*STEPS[: taken - 1])
+        machine(monkeypatch, fits)
         found = memory_shortage(asked, large, 28)
-        assert found.endswith(f"it would fit with {' '.join(steps[:taken])}")
-    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(10**12))
+        assert found.endswith(f"it would fit with {' '.join(STEPS[:taken])}")
+    machine(monkeypatch, 10**12)
     assert memory_shortage(asked, large, 28) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        ([], [("memory", "memory"), ("memory", "disk"), ("disk", "memory"), ("disk", "disk")]),
+        (["model.weights=disk"], [("disk", "memory"), ("disk", "disk")]),
+        (["calibration.store=memory"], [("memory", "memory"), ("disk", "memory")]),
+    ],
+)
+def test_what_does_not_fit_is_kept_on_disk(words, places, large, pico_folder, monkeypatch):
+    """Each place is taken where the ones before it do not fit; what is set stays."""
+    words = ["merge=come_plus", "merge.target_layers=20", "calibration.num_samples=64", *words]
+    asked = job_settings(pico_folder, *words, "calibration.seq_len=256")
+
+    def at(weights, store):
+        here = replace(asked, model=replace(asked.model, weights=weights))
+        return replace(here, calibration=replace(here.calibration, store=store))
+
+    for place in places:
+        enough = merge_cost(at(*place), large, 28).memory_bytes
+        machine(monkeypatch, enough + 1)
+        found = placed(asked, large, 28)
+        assert (found.model.weights, found.calibration.store) == place
+    machine(monkeypatch, 1)
+    found = placed(asked, large, 28)
+    assert (found.model.weights, found.calibration.store) == places[-1]
+    assert memory_shortage(found, large, 28) is not None
+
+
+def test_the_budget_is_the_smaller_of_what_is_given_and_free(large, pico_folder, monkeypatch):
+    words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256"]
+    asked = job_settings(pico_folder, *words, "calibration.memory=6GB")
+    cost = merge_cost(asked, large, 28)
+    for free, budget in ((1e12, 6e9), (3e9, 3e9)):
+        machine(monkeypatch, free)
+        (need,) = memory_needs(asked, cost)
+        assert need.budget == pytest.approx(budget)
+        assert need.needed == cost.memory_bytes
+    monkeypatch.setenv("WORLD_SIZE", "2")  # hidden states are shared, in files
+    (need,) = memory_needs(asked, cost)
+    assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes)
+    least = replace(asked, calibration=replace(asked.calibration, memory="1MB"))
+    assert "raise calibration.memory=1MB" in memory_shortage(placed(least, large, 28), large, 28)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"), [("much", "must be a size such as 6GB"), ("0GB", "must be above 0")]
+)
+def test_a_budget_that_is_none(word, message, pico_folder):
+    with pytest.raises(ValueError, match=message):
+        job_settings(pico_folder, f"calibration.memory={word}")
+
+
+def test_a_batch_counts(shape):
+    one, four = (cost(shape, batch_size=size) for size in (1, 4))
+    assert four.batch_bytes == 4 * one.batch_bytes > 0
+    assert four.memory_bytes - one.memory_bytes == 3 * one.batch_bytes
 
 
 @pytest.mark.parametrize(("free", "main", "named"), [(1, 10**12, "device"), (10**12, 1, "main")])
@@ -237,12 +303,12 @@ def test_a_gpu_has_two_memories(free, main, named, large, pico_folder, monkeypat
     """Weights and least squares are on the device, hidden states in main memory."""
     asked = job_settings(pico_folder, "merge=come_plus", "merge.target_layers=20")
     cuda = torch.device("cuda")
-    for module in ("memory_check", "job"):
+    for module in ("budget", "job"):
         monkeypatch.setattr(f"come.job.{module}.choose_device", lambda name: cuda)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(main))
     found = memory_shortage(asked, large, 28)
-    assert f"of {named} memory, and 0.0 MB are free" in found
+    assert f"of {named} memory, and may use 0.0 MB" in found
 
 
 @dataclass

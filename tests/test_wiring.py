@@ -72,6 +72,7 @@ CHANGES = [
     ((*COME, "calibration.prefix_tokens=4", "calibration.num_continuations=2"),
      "calibration.prefix_tokens=8", MERGED),
     (COME, "calibration.store=disk", set()),
+    (COME, "calibration.memory=900GB", set()),
     (COME, "model.weights=disk", set()),
     (SAMPLED, "calibration.seed=1", PLANNED),
     (SAMPLED, "calibration.num_samples=7", MERGED),
@@ -176,7 +177,8 @@ CHANGES = [
 # Settings that say where and how, not what: they change no number and not the job's name.
 NAMELESS = {
     "model.name", "model.base_model", "tracking.project", "calibration.store", "model.weights",
-    "distill.gradient_checkpointing", "distill.checkpoint_every", "distill.workers",
+    "calibration.memory", "distill.gradient_checkpointing", "distill.checkpoint_every",
+    "distill.workers",
 }  # fmt: skip
 # Settings that other tests look at: of parts that are computed otherwise, elsewhere, or not at all
 # on a machine without a hub, a GPU or an account.

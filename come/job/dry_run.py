@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from come.job.budget import budget_line, memory_shortage, sampling_cost
 from come.job.estimate import Speed
 from come.job.identity import job_hash
 from come.job.job import Job
-from come.job.memory_check import memory_shortage, sampling_cost
 from come.job.stages.prepare import prepare
 from come.models.loading import choose_device
 from come.report.numbers import megabytes
@@ -54,6 +54,7 @@ def _merge(job: Job) -> list[str]:
     lines = [
         f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
         *job.cost.lines(Speed.measured(device, job.shape.dtype)),
+        budget_line(settings, job.cost),
     ]
     if (read := sampling_cost(settings, job.shape)) is not None:
         lines.append(read)

@@ -68,6 +68,7 @@ class Cost:
         extra: settings that need additional passes (gradients, searches), which `work` does not
             include.
         weights: where the decoder layers are, "memory" or "disk".
+        batch_bytes: bytes of what one layer computes for a batch of windows.
     """
 
     tokens: int
@@ -79,6 +80,7 @@ class Cost:
     device: str = "cpu"
     extra: list[str] = field(default_factory=list)
     weights: str = "memory"
+    batch_bytes: int = 0
 
     def lines(self, speed: Speed) -> list[str]:
         """Lines to log before the compression starts."""
@@ -88,7 +90,7 @@ class Cost:
             f"cost: {self.tokens} calibration tokens{tried}",
             f"time: about {duration(speed.seconds(self.work))}{more}",
         ]
-        solving = f"{megabytes(self.work.bytes)} for least squares"
+        solving = f"{megabytes(self.step_bytes)} for a merge"
         own = f"weights {megabytes(self.weight_bytes)}"
         if self.weights == "disk":
             own += " at a time, layers on disk"
@@ -102,8 +104,13 @@ class Cost:
 
     @property
     def memory_bytes(self) -> float:
-        """Weights, least squares, and boundary states unless they are on disk."""
-        return self.weight_bytes + self.work.bytes + self.states_bytes
+        """Weights, a step of the merge, and boundary states unless they are on disk."""
+        return self.weight_bytes + self.step_bytes + self.states_bytes
+
+    @property
+    def step_bytes(self) -> float:
+        """The largest least-squares problem, and a batch in a layer."""
+        return self.work.bytes + self.batch_bytes
 
     @property
     def states_bytes(self) -> int:
@@ -121,6 +128,7 @@ def compression_cost(
     store: str,
     device: str = "cpu",
     weights: str = "memory",
+    batch_size: int = 4,
 ) -> Cost:
     """Estimates the cost of merging a model of `shape` down to `target` layers."""
     layers, tokens = shape.num_layers, num_samples * seq_len
@@ -159,6 +167,7 @@ def compression_cost(
         work=work,
         trials=trials,
         weight_bytes=shape.weight_bytes if weights == "memory" else _resident(shape),
+        batch_bytes=batch_size * seq_len * (3 * shape.channels + 6 * shape.config.hidden_size) * 4,
         boundary_bytes=tokens * shape.config.hidden_size * shape.dtype.itemsize * slots,
         store=store,
         device=device,

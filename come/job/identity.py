@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from come.files import file_hash, package_hash
 from come.job.folder import find_run
+from come.job.processes import process_count
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.models.checkpoint import fingerprint, identity
@@ -75,8 +75,8 @@ def job_hash(settings: Settings) -> str:
         self_generated = settings.calibration.self_generated
         text = "self_generated" if self_generated else settings.calibration.text_identity()
         parts |= {"calibration": settings.calibration.counted(), "calibration_text": text}
-        if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:  # sums are added up in parts
-            parts["processes"] = count
+        if process_count() > 1:  # sums are added up in parts
+            parts["processes"] = process_count()
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:12]
 

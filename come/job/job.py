@@ -76,7 +76,8 @@ def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
         seq_len=settings.calibration.seq_len,
         target=target,
         method=settings.merge,
-        store=settings.calibration.store,
+        store="disk" if settings.calibration.store == "disk" else "memory",
+        batch_size=settings.calibration.batch_size,
         device=device.type,
         weights=choose_weights(settings.weights, shape, device),
     )

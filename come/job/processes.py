@@ -12,6 +12,11 @@ from come.models.loading import choose_device
 from come.schema import Settings
 
 
+def process_count() -> int:
+    """How many processes of the job were launched, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def processes(settings: Settings) -> Accelerator:
     """The `Accelerator` of this process, which runs alone or was started by `accelerate launch`.
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from come.files import write_text
+from come.job.budget import memory_shortage
 from come.job.environment import machine, versions
 from come.job.folder import (
     MEASURED,
@@ -25,7 +26,6 @@ from come.job.folder import (
 )
 from come.job.identity import job_hash
 from come.job.job import Job
-from come.job.memory_check import memory_shortage
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
 from come.job.stages.merge import COST, calibration_result, compresses, join_merge, merge
@@ -82,7 +82,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
     job = prepare(settings, folder, name)
     merged = job.plan is not None or (folder / job.merged).exists()
     if settings.merge.enabled and not merged:
-        missing = memory_shortage(settings, job.shape, job.target, accelerator.num_processes)
+        missing = memory_shortage(job.settings, job.shape, job.target)
         if missing is not None:
             raise ValueError(missing)
     broadcast_object_list([compresses(job)])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sampling import Sampling
 from come.data.text_settings import TextSettings
 from come.setting import setting
+
+# Optional[...] rather than `X | None`: OmegaConf reads these annotations.
+# ruff: noqa: UP045
 
 
 @dataclass
@@ -30,9 +34,17 @@ class CalibrationSettings(TextSettings):
     prefix_tokens: int = setting(64, "tokens of real text at the beginning of those", least=1)
     batch_size: int = setting(4, "windows of a batch", least=1)
     store: str = setting(
-        "memory",
-        "where hidden states of layer boundaries are kept",
-        choices=("memory", "disk"),
+        "auto",
+        "where hidden states of layer boundaries are kept; auto is disk where they do not fit",
+        choices=("auto", "memory", "disk"),
+        counts=False,
+    )
+    memory: Optional[str] = setting(
+        None,
+        "most memory of a merge, such as 6GB, of the GPU if there is one; null for 9/10 of what "
+        "is free",
+        kind=str,
+        optional=True,
         counts=False,
     )
 
@@ -43,6 +55,8 @@ class CalibrationSettings(TextSettings):
                 f"calibration.prefix_tokens={self.prefix_tokens}: must be below "
                 f"calibration.seq_len={self.seq_len}"
             )
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ValueError(f"calibration.memory={self.memory}: must be above 0")
         if self.num_continuations and self.self_generated:
             raise ValueError(
                 f"calibration.num_continuations={self.num_continuations} continues real text; "
@@ -60,6 +74,24 @@ class CalibrationSettings(TextSettings):
     def sampling(self) -> Sampling:
         """How text is sampled from the model."""
         return Sampling(self.temperature, self.top_p)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None for no limit of its own.
+
+        Raises:
+            ValueError: it is not a size.
+        """
+        if self.memory is None:
+            return None
+        from accelerate.utils import convert_file_size_to_int
+
+        try:
+            return convert_file_size_to_int(self.memory)
+        except ValueError as error:
+            raise ValueError(
+                f"calibration.memory={self.memory}: must be a size such as 6GB, 800MB or 6GiB"
+            ) from error
 
     @property
     def windows(self) -> int:

@@ -83,7 +83,7 @@ def distill(
             accelerator=accelerator,
             folder=folder,
             job=job.hash,
-            store=job.settings.calibration.store,
+            store="disk" if job.settings.calibration.store == "disk" else "memory",
             workers=settings.workers,
             log=lambda layer, losses: record(f"layer_{layer}_", losses),
         )

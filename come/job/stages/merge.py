@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
 from come.files import package_hash, write_text
+from come.job.budget import budget_line, sampling_cost
 from come.job.environment import versions
 from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.job import Job
-from come.job.memory_check import sampling_cost
 from come.memory import PeakMemory
 from come.merge.apply import apply
 from come.merge.loop import compress
@@ -110,6 +110,7 @@ def merge(
         else:
             for line in cost.lines(Speed.measured(model.device, job.shape.dtype)):
                 log.info(line)
+            log.info(budget_line(settings, cost))
             plan = _compress(job, model, earlier or _empty_plan(job, model), on_step)
             if not method.schedule.nested:
                 _compress_apart(job)

@@ -15,8 +15,10 @@ from come.data.windows import (
 )
 from come.evaluate.base import Evaluation, Subject
 from come.files import check_replaceable
+from come.job.budget import placed
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
+from come.job.processes import process_count
 from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
 from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
@@ -25,8 +27,6 @@ from come.merge.saving import MARKS, plan_path
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
-    choose_device,
-    choose_weights,
     inspect_model,
     load_tokenizer,
 )
@@ -80,6 +80,8 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     else:
         target = _target_layers(settings, shape)
         _check_reachable(settings, shape, target)
+    if plan is None:
+        settings = placed(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
     needed = shape.weight_bytes * copies
     calibrating = settings.calibration
@@ -91,9 +93,9 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
                 f"layers by one state a window, and needs at least {least} windows"
             )
-        if calibrating.store == "disk":
+        if settings.calibration.store == "disk" or process_count() > 1:
             needed += merge_cost(settings, shape, target).boundary_bytes
-        if choose_weights(settings.weights, shape, choose_device(source.device)) == "disk":
+        if settings.weights == "disk":
             merged = (shape.num_layers - target) * shape.block_parameters["layer"]
             needed += merged * shape.dtype.itemsize
     if settings.distill.active:

@@ -1,0 +1,146 @@
+"""The memory budget of a merge: what is kept in memory or on disk, and whether all of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import psutil
+import torch
+
+from come.data.sampling import BATCH as SAMPLED_TOGETHER
+from come.job.estimate import Cost
+from come.job.job import merge_cost
+from come.job.processes import process_count
+from come.models.loading import ModelShape, choose_device, choose_weights
+from come.report.numbers import megabytes
+from come.schema import Settings
+
+SHARE = 0.9  # of the free memory that a merge may use
+FEWER_TOKENS = (8192, 4096, 2048, 1024)
+PLACES = ("memory", "disk")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of one kind that a merge needs, and that it may use, in bytes."""
+
+    kind: str
+    needed: float
+    budget: float
+
+    @property
+    def words(self) -> str:
+        """Both numbers."""
+        return f"{megabytes(self.needed)} of {self.kind}, and may use {megabytes(self.budget)}"
+
+
+def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
+    """The settings with weights and hidden states in memory or on disk, where they are "auto".
+
+    Memory is preferred, above all for weights; on disk are those that would not fit otherwise.
+    Numbers are the same in all cases.
+    """
+    weights = PLACES if settings.weights == "auto" else (settings.weights,)
+    stores = PLACES if settings.calibration.store == "auto" else (settings.calibration.store,)
+    chosen = settings
+    for place, store in product(weights, stores):
+        chosen = _with(settings, place, store)
+        if not missing(chosen, shape, target):
+            break
+    return chosen
+
+
+def missing(settings: Settings, shape: ModelShape, target: int) -> list[Need]:
+    """The kinds of memory of which the merge needs more than it may use."""
+    needs = memory_needs(settings, merge_cost(settings, shape, target))
+    return [need for need in needs if need.needed > need.budget]
+
+
+def memory_needs(settings: Settings, cost: Cost) -> list[Need]:
+    """What a merge needs of each kind of memory; every process has weights of its own.
+
+    The budget is `calibration.memory`, of the GPU's memory if there is one, and by default 9/10 of
+    what is free. Several processes keep the hidden states in files.
+    """
+    device, processes = choose_device(settings.model.device), process_count()
+    main = SHARE * psutil.virtual_memory().available
+    given, own = settings.calibration.memory_bytes, cost.weight_bytes + cost.step_bytes
+    states = cost.states_bytes if processes == 1 else 0
+    if device.type != "cuda":
+        budget = main if given is None else min(given, main)
+        return [Need("memory", processes * own + states, budget)]
+    free, _ = torch.cuda.mem_get_info(device)
+    budget = SHARE * free if given is None else min(given, SHARE * free)
+    return [Need("device memory", own, budget), Need("main memory", states, main)]
+
+
+def budget_line(settings: Settings, cost: Cost) -> str:
+    """What a merge needs of each kind of memory, and may use."""
+    return "budget: needs " + "; ".join(need.words for need in memory_needs(settings, cost))
+
+
+def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
+    """What does not fit, and the settings with which it would; None if the compression fits."""
+    short = missing(settings, shape, target)
+    if not short:
+        return None
+    said = f"the merge needs {short[0].words}"
+    words: list[str] = []
+    for word, changed in _changes(settings):
+        words = [*(w for w in words if w.partition("=")[0] != word.partition("=")[0]), word]
+        settings = changed
+        if not missing(settings, shape, target):
+            return f"{said}; it would fit with {' '.join(words)}"
+    given = settings.calibration.memory
+    more = f"raise calibration.memory={given}" if given else "take a machine with more"
+    return f"{said}; {more}, or fewer calibration.num_samples and a smaller merge.m"
+
+
+def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
+    """What sampling the calibration text reads from disk; None if the layers are in memory."""
+    calibration, device = settings.calibration, choose_device(settings.model.device)
+    windows = calibration.num_continuations
+    begin = calibration.prefix_tokens
+    if calibration.self_generated:
+        windows, begin = round(calibration.num_samples / calibration.keep_likeliest), 2
+    if not windows or choose_weights(settings.weights, shape, device) == "memory":
+        return None
+    sweeps = -(-windows // SAMPLED_TOGETHER) * (calibration.seq_len - begin)
+    read = sweeps * shape.num_layers * shape.block_parameters["layer"] * shape.dtype.itemsize
+    return (
+        f"sampling text reads all layers {sweeps} times, {megabytes(read)} in all; "
+        "calibration.path=FILE needs no sampling"
+    )
+
+
+def _with(settings: Settings, weights: str, store: str) -> Settings:
+    calibration = replace(settings.calibration, store=store)
+    if settings.weights == "auto":
+        settings = replace(settings, model=replace(settings.model, weights=weights))
+    return replace(settings, calibration=calibration)
+
+
+def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Settings that need less and less memory, each on top of the one before, as overrides."""
+    if settings.weights == "memory" and not settings.distill.active:
+        settings = replace(settings, model=replace(settings.model, weights="disk"))
+        yield "model.weights=disk", settings
+    if settings.calibration.store != "disk":
+        settings = _with(settings, settings.weights, "disk")
+        yield "calibration.store=disk", settings
+    if settings.calibration.batch_size > 1:
+        settings = replace(settings, calibration=replace(settings.calibration, batch_size=1))
+        yield "calibration.batch_size=1", settings
+    merge = settings.merge
+    if "tokens" in type(merge.retention).settings():
+        read = settings.calibration.tokens
+        most = min(getattr(merge.retention, "tokens", None) or read, read)
+        for tokens in FEWER_TOKENS:
+            if tokens < most:
+                fewer = replace(merge.retention, **{"tokens": tokens})
+                yield (
+                    f"merge.retention.tokens={tokens}",
+                    replace(settings, merge=replace(merge, retention=fewer)),
+                )
