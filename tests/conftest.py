@@ -39,7 +39,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.commands import ROOT, small
-from tests.forked import Forked
+from tests.forked import Forked, known_products
 
 torch.set_num_threads(1)
 
@@ -175,6 +175,13 @@ def stream(family, windows):
         stream.advance(0, LAYERS - 1, collector)
         stream.found = collector.found
         yield stream
+
+
+@pytest.fixture(autouse=True)
+def known_speed(request, monkeypatch):
+    """Measuring the speed of the machine takes a second of every job: only marked tests do it."""
+    if not request.node.get_closest_marker("speed"):
+        monkeypatch.setattr("come.job.estimate._products", known_products)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_typos_fail_at_composition(override, message):
         ),
         (["calibration=self_generated", "calibration.num_continuations=1"], "continues real text"),
         (["calibration.temperature=0"], "calibration.temperature=0.0"),
-        (["calibration.store=tape"], "calibration.store='tape': must be one of memory, disk"),
+        (["calibration.store=tape"], "calibration.store='tape': must be one of auto, memory, disk"),
         (["calibration.source=pydoc"], "did you mean 'pydocs'"),
         (["calibration=mmlu", "calibration.path=x.txt"], "is for calibration=text_file"),
         (["calibration=text_file", "calibration.path=/no/file.txt"], "does not exist"),

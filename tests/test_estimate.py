@@ -139,6 +139,7 @@ def test_passes_that_are_not_counted_are_named(shape):
     )
 
 
+@pytest.mark.speed
 def test_speed_is_measured():
     found = Speed.measured(torch.device("cpu"), torch.float32)
     assert 1e8 < found.double < 1e14
