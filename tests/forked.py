@@ -10,7 +10,14 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["come.cli", "come.job.run", "come.report.write", "transformers.models.llama", "tests.forked"]
+    [
+        "come.cli",
+        "come.job.run",
+        "come.report.write",
+        "transformers.models.llama",
+        "tests.forked",
+        "tests.conftest",
+    ]
 )
 
 

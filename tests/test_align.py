@@ -31,7 +31,7 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
     adapter = targets.stream.adapter
     layers = [adapter.copy_layer(2, state) for state in sources.layers]
     norms = [adapter.copy_norm("kv_group", state) for state in sources.layers]
-    maps = input_maps(targets, "kv_group", norms[0], norms, lambda goal: goal.states, ratio)
+    maps = input_maps(targets, "kv_group", norms[0], norms, lambda batch: batch.states, ratio)
 
     dense = Reference(pico(family), windows)
     name = adapter.architecture.attention_norm

@@ -33,7 +33,7 @@ def ffn(layer, name, weight, read):
 
 
 class Plain:
-    """The layer of a goal in float64, all tokens at once."""
+    """The layer of some targets in float64, all tokens at once."""
 
     def __init__(self, targets, layer):
         stream, architecture = targets.stream, targets.stream.adapter.architecture

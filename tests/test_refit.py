@@ -335,9 +335,9 @@ def test_dense_states_are_those_of_the_dense_model(windows):
         assert not torch.equal(stream.boundary(4, slice(0, 2)), before)
         now = {"states": stream.boundary(2, slice(0, 2)), "output": stream.boundary(4, slice(0, 2))}
         for target, output in (("dense", before), ("current", now["output"])):
-            goal = next(iter(ReconstructionTargets(stream, 2, 3, original=3, target=target)))
-            assert torch.equal(goal.output, output), target
-            assert torch.equal(goal.states, now["states"])
+            batch = next(iter(ReconstructionTargets(stream, 2, 3, original=3, target=target)))
+            assert torch.equal(batch.output, output), target
+            assert torch.equal(batch.states, now["states"])
 
 
 @pytest.mark.parametrize("operator", ["concat", "drop"])

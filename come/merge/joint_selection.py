@@ -194,19 +194,19 @@ def stacked_equations(
         for number, layer in enumerate(layers):
             module = None  # frees the one before
             module = layer.module(targets)
-            for goal in targets:
-                features = _features(targets, unit, module, goal, middle).flatten(0, 1)
-                tokens = int(goal.windows[0]) * goal.states.shape[1]
-                sums.add_columns(number * features.shape[1], tokens, features, goal.weights)
+            for batch in targets:
+                features = _features(targets, unit, module, batch, middle).flatten(0, 1)
+                tokens = int(batch.windows[0]) * batch.states.shape[1]
+                sums.add_columns(number * features.shape[1], tokens, features, batch.weights)
                 if number == 0:
-                    sums.add_targets(_missing(unit, goal, middle).flatten(0, 1), goal.weights)
+                    sums.add_targets(_missing(unit, batch, middle).flatten(0, 1), batch.weights)
         sums.add_up(stream.processes)
         return sums
     modules = [layer.module(targets) for layer in layers]
-    for goal in targets:
-        side_by_side = [_features(targets, unit, module, goal, middle) for module in modules]
+    for batch in targets:
+        side_by_side = [_features(targets, unit, module, batch, middle) for module in modules]
         features = torch.cat(side_by_side, dim=-1).flatten(0, 1)
-        sums.add(features, _missing(unit, goal, middle).flatten(0, 1), goal.weights)
+        sums.add(features, _missing(unit, batch, middle).flatten(0, 1), batch.weights)
     sums.add_up(stream.processes)
     return sums
 
@@ -232,8 +232,8 @@ def after_attention(
     stream = targets.stream
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
     middle = torch.empty(shape, dtype=stream.adapter.model.dtype)
-    for goal in targets:
-        middle[goal.windows] = goal.states.cpu()
+    for batch in targets:
+        middle[batch.windows] = batch.states.cpu()
     start, module = 0, None
     for layer, chosen in zip(layers, columns, strict=True):
         weight = found.weight[:, start : start + len(chosen)]
@@ -242,9 +242,9 @@ def after_attention(
             continue
         module = None  # frees the one before
         module = layer.module(targets)
-        for goal in targets:
-            features = _features(targets, "kv_group", module, goal)[..., chosen.to(weight.device)]
-            middle[goal.windows] += (features @ weight.to(features).T).cpu()
+        for batch in targets:
+            features = _features(targets, "kv_group", module, batch)[..., chosen.to(weight.device)]
+            middle[batch.windows] += (features @ weight.to(features).T).cpu()
     return middle if found.bias is None else middle + found.bias.to(middle)
 
 
@@ -252,28 +252,28 @@ def _features(
     targets: ReconstructionTargets,
     unit: Unit,
     layer: nn.Module,
-    goal: TargetBatch,
+    batch: TargetBatch,
     middle: Tensor | None = None,
 ) -> Tensor:
     """Head outputs, or hidden activations of the MLP, of one layer on one batch."""
     stream = targets.stream
-    keywords = stream.keywords(len(goal.states), targets.first)
+    keywords = stream.keywords(len(batch.states), targets.first)
     run = run_attention if unit == "kv_group" else run_mlp
-    return run(stream.adapter, layer, _read(middle, goal), keywords)[0]
+    return run(stream.adapter, layer, _read(middle, batch), keywords)[0]
 
 
-def _read(middle: Tensor | None, goal: TargetBatch) -> States:
+def _read(middle: Tensor | None, batch: TargetBatch) -> States:
     """The residual stream before the sublayer."""
     if middle is None:
-        return goal.states
-    return middle[goal.windows].to(goal.states.device)
+        return batch.states
+    return middle[batch.windows].to(batch.states.device)
 
 
-def _missing(unit: Unit, goal: TargetBatch, middle: Tensor | None) -> States:
+def _missing(unit: Unit, batch: TargetBatch, middle: Tensor | None) -> States:
     """What the output projection has to add to the residual stream."""
     if unit == "kv_group":
-        return goal.middle - goal.states
-    return goal.output - _read(middle, goal)
+        return batch.middle - batch.states
+    return batch.output - _read(middle, batch)
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

@@ -107,18 +107,18 @@ class Ridge(Refit):
                 fit, held_out = (
                     Gram(width, out, bias=bias, device=adapter.device) for _ in range(2)
                 )
-            for goal in targets:
-                keywords = targets.stream.keywords(len(goal.states), index)
-                features, middle = run_attention(adapter, layer, goal.states, keywords)
-                target = goal.middle - goal.states
+            for batch in targets:
+                keywords = targets.stream.keywords(len(batch.states), index)
+                features, middle = run_attention(adapter, layer, batch.states, keywords)
+                target = batch.middle - batch.states
                 if unit == "channel":
                     features, _ = run_mlp(adapter, layer, middle, keywords)
-                    target = goal.output - middle
-                weights = goal.weights.view(target.shape[:2])
+                    target = batch.output - middle
+                weights = batch.weights.view(target.shape[:2])
                 if held_out is None:
                     fit.add(features.flatten(0, 1), target.flatten(0, 1), weights.flatten())
                     continue
-                apart = goal.windows % HELD_OUT == HELD_OUT - 1
+                apart = batch.windows % HELD_OUT == HELD_OUT - 1
                 for sums, chosen in ((fit, ~apart), (held_out, apart)):
                     sums.add(
                         features[chosen].flatten(0, 1),
@@ -160,11 +160,11 @@ class Ridge(Refit):
         adapter, index = targets.stream.adapter, targets.first
         assert self.align is not None
 
-        def reads(goal: TargetBatch) -> States:
+        def reads(batch: TargetBatch) -> States:
             if unit == "kv_group":
-                return goal.states
-            keywords = targets.stream.keywords(len(goal.states), index)
-            return run_attention(adapter, layer, goal.states, keywords)[1]
+                return batch.states
+            keywords = targets.stream.keywords(len(batch.states), index)
+            return run_attention(adapter, layer, batch.states, keywords)[1]
 
         norms = [adapter.copy_norm(unit, state) for state in sources.layers]
         own = layer.get_submodule(adapter.norm(unit))

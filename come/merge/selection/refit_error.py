@@ -53,10 +53,10 @@ class RefitError(SpanScore):
         fitted = overlay(sources.state, refit.solve(targets, sources))
         layer = adapter.copy_layer(group.first, fitted)
         missed, total = 0.0, 0.0
-        for goal in targets:
-            output = layer(goal.states, **group.stream.keywords(len(goal.states), group.first))
-            target = goal.output.flatten(0, 1).double()
+        for batch in targets:
+            output = layer(batch.states, **group.stream.keywords(len(batch.states), group.first))
+            target = batch.output.flatten(0, 1).double()
             gap = target - output.flatten(0, 1).double()
-            missed += (goal.weights * gap.square().sum(dim=1)).sum().item()
-            total += (goal.weights * target.square().sum(dim=1)).sum().item()
+            missed += (batch.weights * gap.square().sum(dim=1)).sum().item()
+            total += (batch.weights * target.square().sum(dim=1)).sum().item()
         return missed / total
