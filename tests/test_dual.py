@@ -181,3 +181,19 @@ def test_a_cholesky_factor_takes_the_memory_of_its_matrix(size):
     assert inverse.data_ptr() == given.data_ptr()
     torch.testing.assert_close(inverse, whole)
     assert torch.equal(inverse, inverse.T)
+
+
+def test_a_gpu_that_is_full_leaves_problems_to_the_cpu(monkeypatch, caplog):
+    """Memory that torch has reserved and does not use is free; the change is said once."""
+    from come.linalg.placement import _say_once, solving_device
+
+    _say_once.cache_clear()
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 50)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 20)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert solving_device(cuda, 130) == cuda
+    assert [solving_device(cuda, needed) for needed in (131, 200)] == [cpu, cpu]
+    assert solving_device(cpu, 1e12) == cpu
+    assert len(caplog.messages) == 1
+    assert "merge.retention.tokens" in caplog.text

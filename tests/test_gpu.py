@@ -49,6 +49,21 @@ def test_the_plan_of_the_cpu(family, name, windows):
     assert close(models["cuda"], models["cpu"], 2e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_what_does_not_fit_is_solved_on_the_cpu(family, windows, monkeypatch):
+    plans = []
+    for free in (10**12, 0):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10**12))
+        monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
+        monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+        model = pico(family).to("cuda")
+        method = recipe("come_plus")
+        plans.append(compress(model, windows, method, target_layers=LAYERS - 2, progress=False))
+    assert [(s.first, s.last, s.kept) for s in plans[0].steps] == [
+        (s.first, s.last, s.kept) for s in plans[1].steps
+    ]
+
+
 @pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "taylor_plus"])
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 def test_layers_on_disk(family, name, windows):

@@ -80,7 +80,7 @@ class Dual:
         chosen = slice(self._filled, self._filled + len(targets))
         self._filled = chosen.stop
         self._roots[chosen] = weights.float().sqrt()
-        self._targets[chosen] = targets.float() * self._roots[chosen, None]
+        self._targets[chosen] = targets.to(self._targets) * self._roots[chosen, None]
 
     def add_up(self, processes: Processes) -> None:
         """Adds the tokens of the other processes."""
@@ -98,7 +98,7 @@ class Dual:
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
         """The ridge solution, float32."""
         self._centre()
-        weight = initial.weight.float().T.contiguous()
+        weight = initial.weight.to(self._rows).T.contiguous()
         residual = _residual(self._rows, self._targets, weight)
         solved = _solved(_factor(self._rows, penalty), residual).float()
         found = (weight + self._rows @ solved).T
@@ -132,7 +132,7 @@ class Dual:
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination; with `consume` it works on the rows of this problem."""
         self._centre()
-        rows, weight = self._rows, initial.weight.float().T.contiguous()
+        rows, weight = self._rows, initial.weight.to(self._rows).T.contiguous()
         if not consume:
             rows, weight = rows.clone(), weight.clone()
         return DualElimination(rows, _residual(rows, self._targets, weight), weight, penalty)

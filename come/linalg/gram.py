@@ -91,9 +91,10 @@ class Gram:
         """Adds a block of weighted rows."""
         for start in range(0, len(self._upper), BLOCK):
             own = features[:, start : start + BLOCK]
-            self._upper[start : start + BLOCK, start:] += own.T @ features[:, start:]
+            product = own.T @ features[:, start:]
+            self._upper[start : start + BLOCK, start:] += product.to(self._upper.device)
         self._mirrored = False
-        self._moment += features.T @ targets
+        self._moment += (features.T @ targets).to(self._moment.device)
         self._energy += targets.double().square().sum().item()
 
     def add_up(self, processes: Processes) -> None:
@@ -125,9 +126,9 @@ class Gram:
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Gram:
         """The equations for a subset of the inputs; the constant is kept."""
-        rows = kept
+        rows = kept.to(self._upper.device)
         if self.bias:
-            rows = torch.cat([kept, kept.new_tensor([self.width])])
+            rows = torch.cat([rows, rows.new_tensor([self.width])])
         chosen = self._empty(len(kept))
         chosen._upper = self.gram[rows][:, rows]
         chosen._moment = self.moment[rows]

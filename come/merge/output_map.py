@@ -8,6 +8,7 @@ from torch import nn
 from come.linalg.dual import Dual
 from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram
+from come.linalg.placement import solving_device
 from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
 from come.stream.stream import LayerStream
@@ -30,6 +31,8 @@ def equations(
 ) -> Equations:
     """An empty problem of a map to the residual stream, in the form that is smaller.
 
+    A problem that does not fit into the GPU's memory is kept in main memory.
+
     Args:
         width: number of inputs of the map.
         stream: the windows whose tokens will be added, each by its process.
@@ -40,9 +43,12 @@ def equations(
     adapter, tokens = stream.adapter, stream.tokens
     out = adapter.config.hidden_size
     if width < columns_per_token * tokens:
-        return Gram(width, out, bias=bias, device=adapter.device, dtype=dtype)
+        needed = dtype.itemsize * width * (width + 3.0 * out)
+        device = solving_device(adapter.device, needed)
+        return Gram(width, out, bias=bias, device=device, dtype=dtype)
     first = stream.own_batches[0].start * stream.windows.shape[1] if stream.own_batches else tokens
-    return Dual(width, out, tokens, bias=bias, device=adapter.device, first=first)
+    device = solving_device(adapter.device, 4.0 * tokens * (width + out) + 24.0 * tokens**2)
+    return Dual(width, out, tokens, bias=bias, device=device, first=first)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

@@ -1,0 +1,35 @@
+"""Where a least-squares problem is solved: on the model's device or, if it is too large, the CPU."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def solving_device(device: torch.device, needed: float) -> torch.device:
+    """The model's device, or the CPU where a GPU has less free memory than a problem needs.
+
+    Args:
+        device: the model's.
+        needed: bytes of the problem at its largest.
+    """
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed <= free:
+        return device
+    _say_once()
+    return torch.device("cpu")
+
+
+@cache
+def _say_once() -> None:
+    log.warning(
+        "the GPU's free memory is too small for some least-squares problems, which are solved on "
+        "the CPU; merge.retention.tokens and merge.m make them smaller"
+    )
