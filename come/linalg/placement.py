@@ -1,4 +1,4 @@
-"""Where a least-squares problem is solved: on the model's device or, if it is too large, the CPU."""
+"""Where a least-squares problem is solved: on the model's device, or if too large on the CPU."""
 
 from __future__ import annotations
 
