@@ -55,7 +55,7 @@ wheel: $(READY)  ## builds the wheel and runs its command from another folder
 mutants: $(READY)  ## do the fast tests notice wrong code? (ARGS="--sample 200"; run again, it goes on)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill for one of them)
+gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill|shared for one of them)
 	$(BIN)/python experiments/gpu_check.py --part $(or $(PART),all) $(ARGS)
 
 notebooks: $(READY)  ## runs every notebook and keeps its outputs (15 minutes on 2 cores)

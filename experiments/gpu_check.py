@@ -4,6 +4,7 @@ tests    the tests marked gpu
 main     the main job on the GPU and on the CPU: the same groups, and perplexity
 bench    the default method on random weights of Mistral-7B's layer shape
 distill  training throughput, and the loss of the GPU beside that of the CPU
+shared   the merge of the main job shared by two processes, if there are two GPUs
 
 Every part replaces its entry in gpu_check.json and writes the table gpu_check.md again. Without a
 CUDA device, `--device cpu --shape pico` runs the same code at a small size.
@@ -74,10 +75,22 @@ def run_distill(given: argparse.Namespace) -> Found:
     }
 
 
-def _job(given: argparse.Namespace, device: str, *words: str) -> Found:
-    """What one run of run.py leaves in result.json."""
-    folder = given.output / "runs" / (("distill-" if words else "main-") + device)
-    command = [sys.executable, str(ROOT / "run.py"), *given.job, *words, f"model.device={device}"]
+def run_shared(given: argparse.Namespace) -> Found:
+    """Merges in one process and in two, each with a GPU: groups, perplexity, and the speedup."""
+    if given.device == "cuda" and torch.cuda.device_count() < 2:
+        return {"skipped": "one GPU"}
+    one, two = (_job(given, given.device, "eval=perplexity", processes=n) for n in (1, 2))
+    speedup = one["merge_seconds"] / two["merge_seconds"]
+    return {"same_groups": one["groups"] == two["groups"], "speedup": speedup, "1": one, "2": two}
+
+
+def _job(given: argparse.Namespace, device: str, *words: str, processes: int = 1) -> Found:
+    """What one run of run.py, in one or several processes, leaves in result.json."""
+    part = words[0].partition("=")[0] if words else "main"
+    folder = given.output / "runs" / f"{part}-{device}-{processes}"
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "run.py")]
+    command += [*given.job, *words, f"model.device={device}"]
     began = time.perf_counter()
     subprocess.run([*command, f"hydra.run.dir={folder.resolve()}"], cwd=ROOT, check=True)
     seconds = time.perf_counter() - began
@@ -135,6 +148,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "main": run_main,
     "bench": run_bench,
     "distill": run_distill,
+    "shared": run_shared,
 }
 
 
@@ -184,6 +198,16 @@ def table(found: Found) -> str:
             lines.append(
                 f"| {device} | {entry['tokens_per_second']:.0f} | {first:.4f} to {last:.4f} |"
             )
+        lines.append("")
+    if shared := found.get("shared"):
+        if reason := shared.get("skipped"):
+            return "\n".join([*lines, f"A merge in two processes: not run ({reason}).", ""])
+        same = "the same" if shared["same_groups"] else "other"
+        values = [shared[count]["perplexity"]["value"] for count in "12"]
+        lines.append(
+            f"A merge in two processes: x {shared['speedup']:.2f}, {same} groups, perplexity "
+            f"{values[1]:.3f} (in one: {values[0]:.3f})."
+        )
         lines.append("")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,40 @@ def test_the_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
     assert not found["main"]["same_groups"]
     assert "| cuda | 2 | 1 | 3 | 10.000 | 1 to 3 |" in gpu_check.table(found)
     assert "| cpu | 2 | 1 | 3 | 9.000 | 1 to 2 |" in gpu_check.table(found)
+
+
+def test_a_merge_shared_by_two_processes(gpu_check, monkeypatch, tmp_path):
+    started_with = []
+
+    class Ended:
+        returncode = 0
+
+    def ran(command, **options):
+        started_with.append(command)
+        (*_, where) = (word for word in command if word.startswith("hydra.run.dir="))
+        folder = Path(where.partition("=")[2])
+        folder.mkdir(parents=True)
+        metric = {"value": 9.0, "low": 8.0, "high": 10.0, "relative": 1.1}
+        result = {
+            "compression": {"seconds": 6.0 / len(started_with), "peak_bytes": 1},
+            "merge_history": [[0], [1, 2]],
+            "depths": [{"metrics": {"perplexity": metric}}],
+            "distillation": None,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+        return Ended()
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", ran)
+    found, table = started(monkeypatch, gpu_check, tmp_path, "--part", "shared", "merge.m=2")
+    one, two = started_with
+    assert not any("nproc" in word for word in one)
+    assert "--nproc_per_node=2" in two
+    for command in (one, two):
+        assert {"merge.m=2", "eval=perplexity", "model.device=cpu"} <= set(command)
+    assert found["shared"]["speedup"] == 2
+    assert "x 2.00, the same groups, perplexity 9.000 (in one: 9.000)" in table
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    alone = argparse.Namespace(device="cuda")
+    assert gpu_check.run_shared(alone) == {"skipped": "one GPU"}
+    words = {"device": "x", "torch": "2", "cpu": "x", "shared": {"skipped": "one GPU"}}
+    assert "not run (one GPU)" in gpu_check.table(words)
