@@ -193,7 +193,8 @@ class DualElimination:
         found: list[Tensor] = []
         for start in range(0, len(self._rows), size):
             part = slice(start, start + size)
-            inverse = self._inverse(self._rows[part], self._rows[part], same=True)
+            read = _solved(self._factor, self._rows[part].T).float()
+            inverse = self._inverse(self._rows[part], read, same=True)
             rows = self._weight[part].double()
             solved = torch.cholesky_solve(rows, torch.linalg.cholesky(inverse))
             found.append((rows * solved).sum())
@@ -215,25 +216,34 @@ class DualElimination:
             self._anew()
         else:
             self._factor = _penalised(self._gram, self._penalty)
-            self._solution = _solved(self._factor, self._residual).float()
 
     def _update(self, stay: Tensor, gone: Tensor, leaving: Tensor) -> None:
-        """W_s <- W_s - B_sg B_gg^-1 W_g, and the diagonal of B_ss; B = (G + mu I)^-1."""
-        inner = torch.linalg.cholesky(self._inverse(leaving, leaving, same=True))
+        """The solution without the columns U that leave, and the diagonal of B_ss.
+
+        W_s <- W_s - B_su V    Z <- Z + S^-1 F_U V / mu    V = B_uu^-1 W_u    B = (G + mu I)^-1
+        """
+        read = _solved(self._factor, leaving.T).float()
+        inner = torch.linalg.cholesky(self._inverse(leaving, read, same=True))
         solved = torch.cholesky_solve(self._weight[gone].double(), inner).float()
+        self._solution += read @ solved / self._penalty
         weight, leverage = _compacted(self._weight, stay), self._leverage[stay]
         for start in range(0, len(stay), COLUMNS):
             part = slice(start, start + COLUMNS)
-            cross = self._inverse(self._rows[stay[part]], leaving)
+            cross = self._inverse(self._rows[stay[part]], read)
             weight[part] -= cross.float() @ solved
             taken = torch.linalg.solve_triangular(inner, cross.T, upper=False).square().sum(dim=0)
             leverage[part] += self._penalty * taken  # a smaller diagonal of the inverse
         self._weight, self._leverage = weight, leverage
 
-    def _inverse(self, first: Tensor, second: Tensor, same: bool = False) -> Tensor:
-        """The block of B = (I - F^T S^-1 F) / mu for two sets of columns, float64."""
-        product = first @ _solved(self._factor, second.T).float()
-        block = -product.double()
+    def _inverse(self, first: Tensor, read: Tensor, same: bool = False) -> Tensor:
+        """The block of B = (I - F^T S^-1 F) / mu for two sets of columns, float64.
+
+        Args:
+            first: the columns F_1 of one set, [columns, tokens].
+            read: S^-1 F_2 of the other set, [tokens, columns], float32.
+            same: whether both sets are the same.
+        """
+        block = -(first @ read).double()
         if same:
             block = (block + block.T) / 2
             block.diagonal().add_(1)
