@@ -34,7 +34,7 @@ from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import ModelShape, choose_device, load_tokenizer, load_weights
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 from come.stream.sweep import normed_states
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def measure(
     target: int,
     batch_size: int = 4,
     store: str = "memory",
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> dict[str, Any]:
     """Compresses the model and measures it, in this process, which may be one of several.
 

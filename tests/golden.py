@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from come.merge.loop import compress
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 from tests.conftest import FAMILIES, LAYERS, SEQ, VOCAB, WINDOWS, pico
 from tests.disk import all_tensors, on_disk
 from tests.methods import paper, recipe
@@ -28,7 +28,7 @@ def digest(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 
-def values(family, method, weights="memory", processes=ALONE):
+def values(family, method, weights="memory", processes=SINGLE):
     """What a method makes of a pico model, also with its layers on disk."""
     windows = torch.randint(3, VOCAB, (WINDOWS, SEQ), generator=torch.Generator().manual_seed(7))
     model = pico(family) if weights == "memory" else on_disk(pico(family))

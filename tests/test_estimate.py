@@ -38,17 +38,17 @@ def test_in_words():
     assert found.lines(SPEED) == [
         "cost: 8192 calibration tokens, 3 trial merges",
         "time: about 2 min 00 s",
-        "memory: weights 538 MB, 2,000 MB for a merge, boundary states 585 MB",
+        "memory: weights 538 MB, 2,000 MB for a merge, hidden states 585 MB",
     ]
     on_gpu = Cost(8192, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
     assert on_gpu.lines(SPEED) == [
         "cost: 8192 calibration tokens",
         "time: about 2 min 00 s, and more for merge.x=y",
-        "memory: weights 538 MB, 2,000 MB for a merge on the GPU; boundary states 585 MB in "
+        "memory: weights 538 MB, 2,000 MB for a merge on the GPU; hidden states 585 MB in "
         "main memory",
     ]
     on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk")
-    assert on_disk.lines(SPEED)[2].endswith("boundary states 585 MB in memory-mapped files")
+    assert on_disk.lines(SPEED)[2].endswith("hidden states 585 MB in memory-mapped files")
     assert found.memory_bytes - on_disk.memory_bytes == 585_000_000
     assert duration(125.0) == "2 min 05 s"
 
@@ -190,7 +190,7 @@ def test_too_little_memory_is_said(command_line, monkeypatch):
     code, output = command_line("--dry-run")
     assert code == 0, output
     assert "a run would be refused: the merge needs 1,000,000,000 MB of memory, and may" in output
-    assert "take a machine with more, or fewer calibration.num_samples" in output
+    assert "take a machine with more, or take fewer calibration.num_samples" in output
     code, output = command_line()
     assert code == 1
     assert "error: the merge needs 1,000,000,000 MB of memory" in output
@@ -261,12 +261,24 @@ def test_what_does_not_fit_is_kept_on_disk(words, places, large, pico_folder, mo
     for place in places:
         enough = merge_cost(at(*place), large, 28).memory_bytes
         machine(monkeypatch, enough + 1)
+        monkeypatch.setattr("come.job.budget.choose_weights", lambda *given: "memory")
         found = placed(asked, large, 28)
         assert (found.model.weights, found.calibration.store) == place
     machine(monkeypatch, 1)
     found = placed(asked, large, 28)
     assert (found.model.weights, found.calibration.store) == places[-1]
     assert memory_shortage(found, large, 28) is not None
+
+
+def test_weights_leave_room_for_what_follows_the_merge(large, pico_folder, monkeypatch):
+    """More than two thirds of the free memory: from disk, though the merge would fit."""
+    words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256"]
+    asked = job_settings(pico_folder, *words)
+    weights = large.weight_bytes
+    for free, place in ((1.45 * weights, "disk"), (2 * weights, "memory")):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: Memory(free))
+        assert merge_cost(asked, large, 28).memory_bytes < SHARE * 2 * weights
+        assert placed(asked, large, 28).model.weights == place
 
 
 def test_the_budget_is_the_smaller_of_what_is_given_and_free(large, pico_folder, monkeypatch):
@@ -279,18 +291,48 @@ def test_the_budget_is_the_smaller_of_what_is_given_and_free(large, pico_folder,
         assert need.budget == pytest.approx(budget)
         assert need.needed == cost.memory_bytes
     monkeypatch.setenv("WORLD_SIZE", "2")  # hidden states are shared, in files
-    (need,) = memory_needs(asked, cost)
-    assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes)
+    both = placed(asked, large, 28)
+    assert both.calibration.store == "disk"
+    cost = merge_cost(both, large, 28)
+    (need,) = memory_needs(both, cost)
+    assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes + cost.judged_bytes)
     least = replace(asked, calibration=replace(asked.calibration, memory="1MB"))
-    assert "raise calibration.memory=1MB" in memory_shortage(placed(least, large, 28), large, 28)
+    least = placed(least, large, 28)
+    machine(monkeypatch, 1e12)
+    said = memory_shortage(least, large, 28)
+    assert "raise calibration.memory=1MB, start fewer processes" in said
+    machine(monkeypatch, 1e3)
+    assert "take a machine with more, start fewer" in memory_shortage(least, large, 28)
 
 
 @pytest.mark.parametrize(
-    ("word", "message"), [("much", "must be a size such as 6GB"), ("0GB", "must be above 0")]
+    ("word", "message"),
+    [
+        ("much", "must be a size such as 6GB"),
+        ("infGB", "must be a size such as 6GB"),
+        ("0GB", "must be above 0"),
+    ],
 )
 def test_a_budget_that_is_none(word, message, pico_folder):
     with pytest.raises(ValueError, match=message):
         job_settings(pico_folder, f"calibration.memory={word}")
+
+
+@pytest.mark.parametrize(
+    ("word", "size"), [("6GB", 6e9), ("6gb", 6e9), ("1.5MB", 1.5e6), ("2GiB", 2 * 2**30)]
+)
+def test_sizes(word, size, pico_folder):
+    assert job_settings(pico_folder, f"calibration.memory={word}").calibration.memory_bytes == size
+
+
+def test_the_windows_that_trials_are_judged_on_count(shape):
+    """Their states at all boundaries are in memory, wherever those of the others are."""
+    method = recipe("come_plus")
+    found = cost(shape, method=method, store="disk")
+    _, judged = method.selection.trial_tokens(8, 32)
+    assert found.judged_bytes == judged * 13 * shape.config.hidden_size * 4 > 0
+    assert found.memory_bytes == found.weight_bytes + found.step_bytes + found.judged_bytes
+    assert cost(shape, method=recipe("come")).judged_bytes == 0
 
 
 def test_a_batch_counts(shape):

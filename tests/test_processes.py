@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ import torch
 from come.merge.loop import compress
 from come.merge.plan import Plan
 from come.models.loading import load_weights
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 from tests.commands import ROOT, finish, small
 from tests.conftest import LAYERS, SEQ, VOCAB, pico
@@ -33,7 +34,15 @@ CASES = {
     "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
     "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
     "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
+    "ffn": ("llama_gqa", lambda: paper(operator="drop", sublayers=["ffn"]), {}),
     "one batch": ("llama_gqa", come_plus, {"batch_size": 16}),
+    "one batch of attention": (
+        "llama_gqa",
+        lambda: paper(operator="drop", sublayers=["attention"]),
+        {"batch_size": 16},
+    ),
+    "fit in trials": ("llama_gqa", lambda: come_plus(selection="refit_error"), {}),
+    "stops": ("llama_gqa", lambda: come_plus(downstream=0.1), {"stops": (LAYERS - 1,)}),
     "disk": ("llama_gqa", come_plus, {"checkpoint": "pico"}),
 }
 
@@ -58,6 +67,7 @@ def merged(case, processes, folder):
         plan = compress(
             model, windows, method(), target_layers=LAYERS - 2, progress=False,
             batch_size=options.get("batch_size", 2), folder=folder, processes=processes,
+            stops=options.get("stops", ()),
         )  # fmt: skip
     finally:
         LayerStream.__exit__ = make
@@ -74,14 +84,14 @@ def work(rank, folder):
         plan, passes[case] = merged(case, processes, folder / case)
         (folder / f"{case}-{rank}").mkdir()
         plan.save(folder / f"{case}-{rank}" / "plan.json")
-        processes.wait()
+        processes.barrier()
         left = [path.name for path in (folder / case).rglob("*") if path.is_file()]
         assert not left, left
     found = {
         "passes": passes,
-        "parts": [list(processes.part(range(size))) for size in (0, 1, 5)],
-        "dealt": processes.dealt([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
-        "agree": [processes.agree(1), processes.agree(rank)],
+        "parts": [list(processes.shard(range(size))) for size in (0, 1, 5)],
+        "dealt": processes.map([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
+        "from the first": processes.broadcast(rank),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
@@ -96,15 +106,19 @@ def both(tmp_path_factory):
     started = [FORKS.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
     for process in started:
         process.start()
-    for process in started:
-        process.join(300)
+    try:
+        for process in started:
+            process.join(300)
+    finally:
+        for process in started:
+            process.kill()
     assert [process.exitcode for process in started] == [0, 0]
     return folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_make_the_plan_of_one(case, both):
-    alone, passes = merged(case, ALONE, both / "alone")
+    alone, passes = merged(case, SINGLE, both / "alone")
     plans = [Plan.load(both / f"{case}-{rank}" / "plan.json") for rank in (0, 1)]
     assert plans[0].hash == plans[1].hash
     assert alone.steps
@@ -126,16 +140,16 @@ def test_work_is_dealt_out(both):
     found = [json.loads((both / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [f["parts"] for f in found] == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
     assert [f["dealt"] for f in found] == [[1.0, 12.0, 3.0]] * 2
-    assert [f["agree"] for f in found] == [[True, False]] * 2
+    assert [f["from the first"] for f in found] == [0, 0]
 
 
 def test_one_process_shares_nothing():
     tensor = torch.ones(2)
-    ALONE.add_up(tensor)
+    SINGLE.all_reduce(tensor)
     assert tensor.tolist() == [1, 1]
-    assert ALONE.part([1, 2]) == [1, 2]
-    assert ALONE.dealt([], lambda own: [1 / 0]) == []
-    assert (ALONE.total(2), ALONE.first("a"), ALONE.agree("a")) == (2, "a", True)
+    assert SINGLE.shard([1, 2]) == [1, 2]
+    assert SINGLE.map([], lambda own: [1 / 0]) == []
+    assert (SINGLE.reduced(2), SINGLE.broadcast("a"), SINGLE.is_main) == (2, "a", True)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +158,7 @@ def test_one_process_shares_nothing():
         (["merge=none"], {}, "neither merges nor trains"),
         ([], {"LOCAL_WORLD_SIZE": "1"}, "needs all on one machine"),
         (["distill=come_mp"], {}, "is for one"),
+        (["calibration.store=memory"], {}, "share the hidden states in files; leave it out"),
         (["distill=come_sp", "distill.batch_size=3", "distill.micro_batch=1"], {}, "multiple of"),
     ],
 )
@@ -158,6 +173,20 @@ def test_jobs_that_processes_cannot_share(words, environment, message, pico_fold
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         processes(job_settings(pico_folder, *words))
+
+
+def test_every_process_has_a_device_of_its_own(pico_folder, monkeypatch):
+    from come.job.processes import processes
+
+    class Two:
+        num_processes = 2
+
+    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *given: Two)
+    monkeypatch.setattr("come.job.processes.choose_device", lambda name: torch.device("cpu"))
+    asked = job_settings(pico_folder)
+    asked = replace(asked, model=replace(asked.model, device="cuda:1"))
+    with pytest.raises(ValueError, match="choose with CUDA_VISIBLE_DEVICES"):
+        processes(asked)
 
 
 def test_the_number_of_processes_counts_for_a_merge(pico_folder, monkeypatch):

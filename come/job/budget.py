@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -29,21 +30,28 @@ class Need:
     kind: str
     needed: float
     budget: float
+    limited: bool = False
+    """Whether `calibration.memory` is the limit, and not what is free."""
 
-    @property
-    def words(self) -> str:
-        """Both numbers."""
+    def describe(self) -> str:
+        """Both numbers in words."""
         return f"{megabytes(self.needed)} of {self.kind}, and may use {megabytes(self.budget)}"
 
 
 def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
-    """The settings with weights and hidden states in memory or on disk, where they are "auto".
+    """The settings with a place, memory or disk, for weights and hidden states that are "auto".
 
-    Memory is preferred, above all for weights; on disk are those that would not fit otherwise.
-    Numbers are the same in all cases.
+    Prefers memory, for weights first, and moves to disk what does not fit. Weights that need more
+    than two thirds of what is free are on disk in any case (`choose_weights`). The numbers do not
+    depend on the places. Several processes share the hidden states in files.
     """
-    weights = PLACES if settings.weights == "auto" else (settings.weights,)
-    stores = PLACES if settings.calibration.store == "auto" else (settings.calibration.store,)
+    weights: tuple[str, ...] = (settings.weights,)
+    stores: tuple[str, ...] = (settings.calibration.store,)
+    if settings.weights == "auto":
+        most = choose_weights("auto", shape, choose_device(settings.model.device))
+        weights = PLACES[PLACES.index(most) :]
+    if settings.calibration.store == "auto":
+        stores = PLACES if process_count() == 1 else ("disk",)
     chosen = settings
     for place, store in product(weights, stores):
         chosen = _with(settings, place, store)
@@ -59,26 +67,28 @@ def missing(settings: Settings, shape: ModelShape, target: int) -> list[Need]:
 
 
 def memory_needs(settings: Settings, cost: Cost) -> list[Need]:
-    """What a merge needs of each kind of memory; every process has weights of its own.
+    """What a merge needs of each kind of memory; every process has its own weights.
 
-    The budget is `calibration.memory`, of the GPU's memory if there is one, and by default 9/10 of
-    what is free. Several processes keep the hidden states in files.
+    The budget is `calibration.memory`, of the GPU's memory if there is one, and at most 9/10 of
+    what is free.
     """
     device, processes = choose_device(settings.model.device), process_count()
     main = SHARE * psutil.virtual_memory().available
-    given, own = settings.calibration.memory_bytes, cost.weight_bytes + cost.step_bytes
-    states = cost.states_bytes if processes == 1 else 0
+    given = settings.calibration.memory_bytes or math.inf
+    own, judged = cost.weight_bytes + cost.step_bytes, processes * cost.judged_bytes
     if device.type != "cuda":
-        budget = main if given is None else min(given, main)
-        return [Need("memory", processes * own + states, budget)]
-    free, _ = torch.cuda.mem_get_info(device)
-    budget = SHARE * free if given is None else min(given, SHARE * free)
-    return [Need("device memory", own, budget), Need("main memory", states, main)]
+        needed = processes * own + judged + cost.states_bytes
+        return [Need("memory", needed, min(given, main), given < main)]
+    free = SHARE * torch.cuda.mem_get_info(device)[0]
+    return [
+        Need("device memory", own, min(given, free), given < free),
+        Need("main memory", judged + cost.states_bytes, main),
+    ]
 
 
 def budget_line(settings: Settings, cost: Cost) -> str:
     """What a merge needs of each kind of memory, and may use."""
-    return "budget: needs " + "; ".join(need.words for need in memory_needs(settings, cost))
+    return "budget: needs " + "; ".join(need.describe() for need in memory_needs(settings, cost))
 
 
 def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
@@ -86,16 +96,19 @@ def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str |
     short = missing(settings, shape, target)
     if not short:
         return None
-    said = f"the merge needs {short[0].words}"
+    said = f"the merge needs {short[0].describe()}"
     words: list[str] = []
     for word, changed in _changes(settings):
         words = [*(w for w in words if w.partition("=")[0] != word.partition("=")[0]), word]
         settings = changed
         if not missing(settings, shape, target):
             return f"{said}; it would fit with {' '.join(words)}"
-    given = settings.calibration.memory
-    more = f"raise calibration.memory={given}" if given else "take a machine with more"
-    return f"{said}; {more}, or fewer calibration.num_samples and a smaller merge.m"
+    more = "take a machine with more"
+    if missing(settings, shape, target)[0].limited:
+        more = f"raise calibration.memory={settings.calibration.memory}"
+    if process_count() > 1:
+        more += ", start fewer processes"
+    return f"{said}; {more}, or take fewer calibration.num_samples and a smaller merge.m"
 
 
 def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:

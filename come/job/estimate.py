@@ -69,6 +69,7 @@ class Cost:
             include.
         weights: where the decoder layers are, "memory" or "disk".
         batch_bytes: bytes of what one layer computes for a batch of windows.
+        judged_bytes: bytes of the hidden states of windows that trial merges are judged on.
     """
 
     tokens: int
@@ -81,6 +82,7 @@ class Cost:
     extra: list[str] = field(default_factory=list)
     weights: str = "memory"
     batch_bytes: int = 0
+    judged_bytes: int = 0
 
     def lines(self, speed: Speed) -> list[str]:
         """Lines to log before the compression starts."""
@@ -95,7 +97,7 @@ class Cost:
         if self.weights == "disk":
             own += " at a time, layers on disk"
         parts = [own, solving]
-        states = f"boundary states {megabytes(self.boundary_bytes)}"
+        states = f"hidden states {megabytes(self.boundary_bytes + self.judged_bytes)}"
         if self.store == "disk":
             return [*lines, f"memory: {', '.join(parts)}; {states} in memory-mapped files"]
         if self.device == "cuda":
@@ -104,8 +106,8 @@ class Cost:
 
     @property
     def memory_bytes(self) -> float:
-        """Weights, a step of the merge, and boundary states unless they are on disk."""
-        return self.weight_bytes + self.step_bytes + self.states_bytes
+        """Weights, a step of the merge, and hidden states that are not on disk."""
+        return self.weight_bytes + self.step_bytes + self.states_bytes + self.judged_bytes
 
     @property
     def step_bytes(self) -> float:
@@ -114,7 +116,7 @@ class Cost:
 
     @property
     def states_bytes(self) -> int:
-        """The boundary states, unless they are on disk."""
+        """The hidden states at boundaries, unless they are on disk."""
         return self.boundary_bytes if self.store == "memory" else 0
 
 
@@ -167,6 +169,9 @@ def compression_cost(
         work=work,
         trials=trials,
         weight_bytes=shape.weight_bytes if weights == "memory" else _resident(shape),
+        judged_bytes=judged * shape.config.hidden_size * shape.dtype.itemsize * (layers + 1)
+        if trials
+        else 0,
         batch_bytes=batch_size * seq_len * (3 * shape.channels + 6 * shape.config.hidden_size) * 4,
         boundary_bytes=tokens * shape.config.hidden_size * shape.dtype.itemsize * slots,
         store=store,

@@ -76,7 +76,7 @@ def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
         seq_len=settings.calibration.seq_len,
         target=target,
         method=settings.merge,
-        store="disk" if settings.calibration.store == "disk" else "memory",
+        store=settings.calibration.place,
         batch_size=settings.calibration.batch_size,
         device=device.type,
         weights=choose_weights(settings.weights, shape, device),

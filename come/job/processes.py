@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
 
 from come.distill.accelerator import make_accelerator
 from come.models.loading import choose_device
@@ -14,7 +15,7 @@ from come.schema import Settings
 
 def process_count() -> int:
     """How many processes of the job were launched, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
 
 
 def processes(settings: Settings) -> Accelerator:
@@ -22,10 +23,11 @@ def processes(settings: Settings) -> Accelerator:
 
     Raises:
         ValueError: several processes were launched for a job that only one can run, or on several
-            machines for a merge, or `distill.batch_size` is not a multiple of their number.
+            machines for a merge, or with settings for one, or `distill.batch_size` is not a
+            multiple of their number.
     """
     distill, merge = settings.distill, settings.merge
-    compresses = merge.enabled and merge.plan is None and settings.from_run is None
+    merges = merge.enabled and merge.plan is None and settings.from_run is None
     device = choose_device(settings.model.device)
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)
@@ -36,13 +38,23 @@ def processes(settings: Settings) -> Accelerator:
             f"{count} processes were launched, and distill={distill.method} is for one; "
             "start python run.py without accelerate launch"
         )
-    if count > 1 and not distill.active and not compresses:
+    if count > 1 and not distill.active and not merges:
         raise ValueError(
             f"{count} processes were launched, and the job neither merges nor trains; "
             "start python run.py without accelerate launch"
         )
+    if count > 1 and merges and settings.calibration.store == "memory":
+        raise ValueError(
+            f"calibration.store=memory: {count} processes were launched, which share the hidden "
+            "states in files; leave it out"
+        )
+    if count > 1 and ":" in settings.model.device:
+        raise ValueError(
+            f"model.device={settings.model.device}: {count} processes were launched, each with a "
+            "device of its own; say model.device=cuda, and choose with CUDA_VISIBLE_DEVICES"
+        )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if compresses and here != count:
+    if merges and here != count:
         raise ValueError(
             f"{count} processes were launched, {here} of them on this machine, and a merge needs "
             "all on one machine; merge first, then train with from_run=FOLDER"

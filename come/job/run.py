@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,7 +85,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         missing = memory_shortage(job.settings, job.shape, job.target)
         if missing is not None:
             raise ValueError(missing)
-    broadcast_object_list([compresses(job)])
+    broadcast_object_list([compresses(job), job.settings.model, job.settings.calibration])
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
@@ -186,9 +186,12 @@ def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accele
     if not goes_on:
         return cast(Result, {})
     job = prepare(settings, folder, name)
-    (merging,) = broadcast_object_list([None])
+    merging, model, calibration = broadcast_object_list([None, None, None])
     if merging:
-        join_merge(job, accelerator)
+        placed = replace(settings, model=model, calibration=calibration)
+        if (missing := memory_shortage(placed, job.shape, job.target)) is not None:
+            raise ValueError(missing)
+        join_merge(replace(job, settings=placed), accelerator)
     accelerator.wait_for_everyone()
     if not settings.distill.active:
         return cast(Result, {})

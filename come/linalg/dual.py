@@ -82,9 +82,9 @@ class Dual:
         self._roots[chosen] = weights.float().sqrt()
         self._targets[chosen] = targets.to(self._targets) * self._roots[chosen, None]
 
-    def add_up(self, processes: Processes) -> None:
+    def all_reduce(self, processes: Processes) -> None:
         """Adds the tokens of the other processes."""
-        processes.add_up(self._rows, self._targets, self._roots)
+        processes.all_reduce(self._rows, self._targets, self._roots)
         self._filled = self._rows.shape[1]
 
     def mean_diagonal(self) -> float:

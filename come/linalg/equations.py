@@ -58,7 +58,7 @@ class Equations(Protocol):
         """Adds a batch of tokens."""
         ...
 
-    def add_up(self, processes: Processes) -> None:
+    def all_reduce(self, processes: Processes) -> None:
         """Adds the tokens of the other processes; called once, after the last batch."""
         ...
 

@@ -97,11 +97,11 @@ class Gram:
         self._moment += (features.T @ targets).to(self._moment.device)
         self._energy += targets.double().square().sum().item()
 
-    def add_up(self, processes: Processes) -> None:
+    def all_reduce(self, processes: Processes) -> None:
         """Adds the tokens of the other processes."""
         self._blocks.finish()
-        processes.add_up(self._upper, self._moment)
-        self._energy = processes.total(self._energy)
+        processes.all_reduce(self._upper, self._moment)
+        self._energy = processes.reduced(self._energy)
         self._mirrored = False
 
     def __add__(self, other: Gram) -> Gram:

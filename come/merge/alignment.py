@@ -67,7 +67,7 @@ def input_maps(
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first
         sums.add(merged(reads(batch)).flatten(0, 1), inputs, counts.flatten())
-    sums.add_up(targets.stream.processes)
+    sums.all_reduce(targets.stream.processes)
     penalty = ratio * sums.mean_diagonal()
     factor = sums.factor(penalty, consume=True)
     wide = torch.promote_types(adapter.model.dtype, torch.float32)

@@ -73,7 +73,7 @@ def _refitted(
             (output - middle).flatten(0, 1),
             token_weights(output, weighting),
         )
-    sums.add_up(stream.processes)
+    sums.all_reduce(stream.processes)
     state = adapter.layer_state(index)
     solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
     tensors = as_tensors(adapter, "channel", solved, state)

@@ -113,7 +113,7 @@ class InputMap:
             for middle, _, weights, keywords in self._batches():
                 blocks.add(*self._slopes(middle, keywords), weights)
             blocks.finish()
-        self._processes.add_up(total)
+        self._processes.all_reduce(total)
         return total
 
     def changed(self, change: Matrix) -> Tensor:
@@ -134,7 +134,7 @@ class InputMap:
             blocks.add(self._gap(middle, target, keywords), weights)
         blocks.finish()
         self._put(self.weight)
-        return self._processes.total(total)
+        return self._processes.reduced(total)
 
     @property
     def _processes(self) -> Processes:
@@ -168,9 +168,9 @@ class InputMap:
             read, slopes = self._slopes(middle, keywords)
             blocks.add(read, slopes, self._gap(middle, target, keywords), weights)
         blocks.finish()
-        self._processes.add_up(gram, pull, squares)
+        self._processes.all_reduce(gram, pull, squares)
         sizes = self.output.double().square().sum(dim=0)
-        return gram / stream.tokens, pull, squares * sizes, self._processes.total(error)
+        return gram / stream.tokens, pull, squares * sizes, self._processes.reduced(error)
 
     def _gap(self, middle: States, target: States, keywords: dict[str, Any]) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]."""
@@ -187,8 +187,8 @@ class InputMap:
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
-        for rows, batch in zip(stream.own_batches, self.targets, strict=True):
-            middle = self.middles[rows].to(self.adapter.device)
+        for batch in self.targets:
+            middle = self.middles[batch.rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.targets.first)
             yield middle, batch.output, batch.weights.to(self.output), keywords
 

@@ -188,7 +188,7 @@ def stacked_equations(
     stream, adapter = targets.stream, targets.stream.adapter
     width = len(layers) * adapter.unit_counts[unit] * adapter.columns_per_unit(unit)
     bias = len(adapter.output_tensors(unit)) > 1
-    sums = equations(width, stream, bias=bias, columns_per_token=DUAL, dtype=dtype)
+    sums = equations(width, stream, bias=bias, eliminates=True, dtype=dtype)
     module: nn.Module | None = None
     if isinstance(sums, Dual):
         for number, layer in enumerate(layers):
@@ -200,14 +200,14 @@ def stacked_equations(
                 sums.add_columns(number * features.shape[1], tokens, features, batch.weights)
                 if number == 0:
                     sums.add_targets(_missing(unit, batch, middle).flatten(0, 1), batch.weights)
-        sums.add_up(stream.processes)
+        sums.all_reduce(stream.processes)
         return sums
     modules = [layer.module(targets) for layer in layers]
     for batch in targets:
         side_by_side = [_features(targets, unit, module, batch, middle) for module in modules]
         features = torch.cat(side_by_side, dim=-1).flatten(0, 1)
         sums.add(features, _missing(unit, batch, middle).flatten(0, 1), batch.weights)
-    sums.add_up(stream.processes)
+    sums.all_reduce(stream.processes)
     return sums
 
 
@@ -233,7 +233,7 @@ def after_attention(
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
     middle = torch.empty(shape, dtype=stream.adapter.model.dtype)
     for batch in targets:
-        middle[batch.windows] = batch.states.cpu()
+        middle[batch.rows] = batch.states.cpu()
     start, module = 0, None
     for layer, chosen in zip(layers, columns, strict=True):
         weight = found.weight[:, start : start + len(chosen)]
@@ -244,7 +244,7 @@ def after_attention(
         module = layer.module(targets)
         for batch in targets:
             features = _features(targets, "kv_group", module, batch)[..., chosen.to(weight.device)]
-            middle[batch.windows] += (features @ weight.to(features).T).cpu()
+            middle[batch.rows] += (features @ weight.to(features).T).cpu()
     return middle if found.bias is None else middle + found.bias.to(middle)
 
 

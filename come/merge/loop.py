@@ -19,7 +19,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def compress(
     folder: Path | None = None,
     trials: TrialScores | None = None,
     progress: bool = True,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> Plan:
     """Merges spans of layers, in place, until the model has `target_layers` layers.
 
@@ -109,20 +109,20 @@ def compress(
         chosen = plan
         while chosen.num_layers > target_layers:
             search.measure(chosen)
-            step = _next_step(search)
+            step = processes.broadcast(_next_step(search))
             chosen = chosen.with_step(step)
             waiting.append(step)
             if not method.schedule.remeasures and chosen.num_layers > target_layers:
                 continue
             while waiting:
-                step = _refitted(stream, method, plan, waiting.pop(0))
+                step = processes.broadcast(_refitted(stream, method, plan, waiting.pop(0)))
                 apply_step(adapter, plan, step, method.operator)
-                passes = spent + round(processes.total(stream.layer_passes), 1)
+                passes = spent + round(processes.reduced(stream.layer_passes), 1)
                 plan = plan.with_step(step, layer_passes=passes)
-                assert processes.agree(plan.hash), "the processes have made different plans"
                 search.outdated_from(_changed_from(stream, plan))
                 last, saved = plan.num_layers == target_layers, plan.num_layers in stops
-                finished = _finished(stream, method, plan) if last or saved else plan
+                solved = _finish(stream, method, plan) if last or saved else plan.finish
+                finished = replace(plan, finish=processes.broadcast(solved))
                 before = write_finish(adapter, finished)
                 if on_step:
                     on_step(finished)
@@ -193,14 +193,14 @@ def _changed_from(stream: LayerStream, plan: Plan) -> int:
     return first
 
 
-def _finished(stream: LayerStream, method: Method, plan: Plan) -> Plan:
-    """The plan with the downstream refit of all layers after its first merge, if enabled."""
+def _finish(stream: LayerStream, method: Method, plan: Plan) -> SolvedTensors:
+    """The downstream refit of all layers after the plan's first merge, if enabled."""
     if method.refit.downstream is None:
-        return plan
+        return plan.finish
     found = finish(stream, plan.history, method.refit.downstream, method.refit.weights)
     tensors = {
         f"{index}/{name}": tensor
         for index, state in found.items()
         for name, tensor in state.items()
     }
-    return replace(plan, finish=SolvedTensors(tensors))
+    return SolvedTensors(tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from come.linalg.dual import Dual
-from come.linalg.equations import Equations, Map
+from come.linalg.equations import DUAL, Equations, Map
 from come.linalg.gram import Gram
 from come.linalg.placement import solving_device
 from come.models.adapter import ModelAdapter, Unit
@@ -26,7 +26,7 @@ def equations(
     stream: LayerStream,
     *,
     bias: bool,
-    columns_per_token: int = 1,
+    eliminates: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Equations:
     """An empty problem of a map to the residual stream, in the form that is smaller.
@@ -37,13 +37,14 @@ def equations(
         width: number of inputs of the map.
         stream: the windows whose tokens will be added, each by its process.
         bias: whether the map has a bias.
-        columns_per_token: from how many columns per token on the dual form is taken.
+        eliminates: whether columns will be eliminated, for which the dual form is smaller from
+            two columns a token on, and the normal equations need a second matrix.
         dtype: of the normal equations.
     """
     adapter, tokens = stream.adapter, stream.tokens
     out = adapter.config.hidden_size
-    if width < columns_per_token * tokens:
-        needed = dtype.itemsize * width * (width + 3.0 * out)
+    if width < (DUAL if eliminates else 1) * tokens:
+        needed = dtype.itemsize * width * ((1.0 + eliminates) * width + 3 * out)
         device = solving_device(adapter.device, needed)
         return Gram(width, out, bias=bias, device=device, dtype=dtype)
     first = stream.own_batches[0].start * stream.windows.shape[1] if stream.own_batches else tokens

@@ -34,17 +34,17 @@ class TargetBatch:
     @property
     def windows(self) -> Int[Tensor, " batch"]:
         """Indices of the windows, counted from 0 over all batches."""
-        return torch.arange(self._rows.start, self._rows.stop)
+        return torch.arange(self.rows.start, self.rows.stop)
 
     @cached_property
     def states(self) -> States:
         """The layer's input: the residual stream of the current model."""
-        return self.targets.stream.boundary(self.targets.first, self._rows)
+        return self.targets.stream.boundary(self.targets.first, self.rows)
 
     @cached_property
     def output(self) -> States:
         """The target after the MLP."""
-        return self.targets.output(self._rows)
+        return self.targets.output(self.rows)
 
     @property
     def weights(self) -> Float[Tensor, " tokens"]:
@@ -65,12 +65,13 @@ class TargetBatch:
         targets, stream = self.targets, self.targets.stream
         if unit == "kv_group":
             layers = range(targets.first, targets.last + 1)
-            return [stream.boundary(index, self._rows) for index in layers]
+            return [stream.boundary(index, self.rows) for index in layers]
         device = stream.adapter.device
         return [states[self.number].to(device) for states in targets.after_attention]
 
     @property
-    def _rows(self) -> slice:
+    def rows(self) -> slice:
+        """The windows of the batch in the stream."""
         return self.targets.stream.batches[self.number]
 
 
@@ -110,13 +111,13 @@ class ReconstructionTargets:
         self.weighting: Weighting = weighting
 
     def __iter__(self) -> Iterator[TargetBatch]:
-        """Batches of this process's windows, in order; sums over them need `add_up`."""
+        """Batches of this process's windows, in order; sums over them need `all_reduce`."""
         return (TargetBatch(self, number) for number in self._numbers)
 
     @property
     def _numbers(self) -> Sequence[int]:
         """The numbers of this process's batches."""
-        return self.stream.processes.part(range(len(self.stream.batches)))
+        return self.stream.processes.shard(range(len(self.stream.batches)))
 
     @cached_property
     def after_attention(self) -> list[dict[int, States]]:

@@ -220,8 +220,8 @@ class Search:
         missing = [place for place in dict.fromkeys(places) if place not in self._scores]
         if missing:
             self._prepare_scores()
-        selection, alone = self.method.selection, self.stream.alone()
-        found = self.stream.processes.dealt(missing, partial(selection.scores, alone))
+        selection, alone = self.method.selection, self.stream.unshared()
+        found = self.stream.processes.map(missing, partial(selection.scores, alone))
         for place, score in zip(missing, found, strict=True):
             self._scores[place] = self._number(score, *place)
         return [
@@ -238,7 +238,7 @@ class Search:
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
             bar.update(len(spans) - len(missing))
             for group in together(self.stream, missing, self.stream.processes.count):
-                found = self.stream.processes.dealt(group, self._trial_scores)
+                found = self.stream.processes.map(group, self._trial_scores)
                 self._trials.add(
                     plan,
                     {
@@ -260,7 +260,7 @@ class Search:
 
     def _trial_merges(self, wholes: Sequence[Whole]) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
         """The spans of trial merges and their units, one after the other."""
-        stream = self.method.selection.trial_stream(self.stream.alone())
+        stream = self.method.selection.trial_stream(self.stream.unshared())
         for first, last, kept in wholes:
             span = self.span(first, last, stream)
             yield span, self.split(span, kept)

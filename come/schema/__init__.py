@@ -48,7 +48,7 @@ class ModelSettings(HasSettings):
     weights: str = setting(
         "auto",
         "where decoder layers are: disk reads each when it runs; auto is disk where the weights "
-        "need more than two thirds of the free memory",
+        "need more than two thirds of the free memory, or the merge would not fit",
         choices=WEIGHTS,
         counts=False,
     )

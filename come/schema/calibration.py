@@ -71,13 +71,18 @@ class CalibrationSettings(TextSettings):
             self.text_source().check()
 
     @property
+    def place(self) -> str:
+        """Where hidden states are kept, "memory" or "disk"; "auto" is memory until decided."""
+        return "disk" if self.store == "disk" else "memory"
+
+    @property
     def sampling(self) -> Sampling:
         """How text is sampled from the model."""
         return Sampling(self.temperature, self.top_p)
 
     @property
     def memory_bytes(self) -> int | None:
-        """`memory` in bytes; None for no limit of its own.
+        """`memory` in bytes; None if no limit is set.
 
         Raises:
             ValueError: it is not a size.
@@ -87,8 +92,8 @@ class CalibrationSettings(TextSettings):
         from accelerate.utils import convert_file_size_to_int
 
         try:
-            return convert_file_size_to_int(self.memory)
-        except ValueError as error:
+            return convert_file_size_to_int(self.memory.upper())  # a small b would be bits
+        except (ValueError, OverflowError) as error:
             raise ValueError(
                 f"calibration.memory={self.memory}: must be a size such as 6GB, 800MB or 6GiB"
             ) from error

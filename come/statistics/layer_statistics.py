@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from come.models.adapter import UNITS, ModelAdapter, Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.observer import Update
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 from come.stream.token_blocks import TokenBlocks
 from come.weak import weak_method
 
@@ -43,12 +43,12 @@ class InputMoments:
             values = {"abs": flat.abs, "square": flat.to(wide).square, "mean": lambda: flat}[kind]()
             total += values.sum(dim=0, dtype=wide).double().cpu()
 
-    def finish(self, processes: Processes = ALONE) -> None:
+    def finish(self, processes: Processes = SINGLE) -> None:
         """Adds the tokens of an incomplete block and of other processes, and frees their inputs."""
         self._blocks.finish()
         if self.sums:
-            processes.add_up(*self.sums.values())
-            self.tokens = round(processes.total(self.tokens))
+            processes.all_reduce(*self.sums.values())
+            self.tokens = round(processes.reduced(self.tokens))
 
     def mean(self, kind: str) -> Float[Tensor, " width"] | None:
         """The mean over tokens of a moment, [d_in] float64; None if it was not accumulated."""
@@ -85,7 +85,7 @@ class StatisticsCollector:
         adapter: ModelAdapter,
         kinds: Sequence[str] = (),
         tokens: TOKENS = "all",
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         self.adapter = adapter
         self.processes = processes
@@ -122,7 +122,7 @@ class StatisticsCollector:
         blocks.finish()
         for of_unit in moments.values():
             of_unit.finish(self.processes)
-        mean = self.processes.total(influence) / self.processes.total(count)
+        mean = self.processes.reduced(influence) / self.processes.reduced(count)
         self.found[index] = LayerStatistics(mean, moments)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.files import PARTIAL
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 
 Store = Literal["memory", "disk"]
 
@@ -112,12 +112,12 @@ class DiskStore(BoundaryStore):
         dtype: torch.dtype,
         folder: Path | None = None,
         name: str = "boundaries",
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         super().__init__(shape, dtype)
         self._processes = processes
-        self._makes = processes.rank == 0 or processes.group is None
-        self._folder = processes.first(self._make_folder(folder, name) if self._makes else Path())
+        made = self._make_folder(folder, name) if processes.is_main else Path()
+        self._folder = processes.broadcast(made)
 
     def _make_folder(self, parent: Path | None, name: str) -> Path:
         if parent is None:
@@ -131,11 +131,13 @@ class DiskStore(BoundaryStore):
     def _allocate(self, number: int) -> Tensor:
         size = torch.Size(self.shape).numel()
         mapped = self.mapped(number)
-        if self._makes:
+        if self._processes.is_main:
             with open(mapped.path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
-        self._processes.wait()
-        return mapped.open()
+        self._processes.barrier()
+        states = mapped.open()
+        self._processes.barrier()  # until all have it, nobody may remove the file
+        return states
 
     def mapped(self, number: int) -> MappedStates:
         """The file of the slot allocated as number `number`, which another process can open."""
@@ -144,7 +146,7 @@ class DiskStore(BoundaryStore):
     def close(self) -> None:
         """Frees all slots and removes their files."""
         super().close()
-        if self._makes:
+        if self._processes.is_main:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -162,7 +164,7 @@ def make_store(
     dtype: torch.dtype,
     folder: Path | None = None,
     name: str = "boundaries",
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> BoundaryStore:
     """Creates a store of the given kind; `name` must be unique among the stores in a folder.
 

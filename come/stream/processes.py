@@ -17,10 +17,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a job on one machine; by default this one alone.
+    """The processes of a job on one machine; by default a single one.
 
-    All of them run the same code. Each takes a part of the windows, or of the trial merges. Sums
-    over all windows are added up with `add_up`, so every process continues with the same numbers.
+    All of them run the same code, on parts of the windows or of the trial merges. Sums over the
+    windows go through `all_reduce` and decisions through `broadcast`, so all continue with the same
+    numbers.
 
     Attributes:
         rank: number of this process, from 0.
@@ -36,7 +37,7 @@ class Processes:
     def launched(cls) -> Processes:
         """Those that `accelerate launch` or torchrun has started; called once by each of them.
 
-        They exchange tensors in main memory (gloo), so a GPU of each kind serves.
+        Tensors are exchanged in main memory (gloo), whatever the device.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
@@ -44,48 +45,51 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
-    def alone(self) -> Processes:
-        """This process without the others, under its number."""
+    def unshared(self) -> Processes:
+        """This process as a single one, under its rank."""
         return replace(self, count=1, group=None)
 
-    def part(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the items: adjacent ones, in the order of the processes."""
+    @property
+    def is_main(self) -> bool:
+        """Whether this process makes what the others share."""
+        return self.rank == 0 or self.group is None
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of the items: adjacent ones, in the order of the ranks."""
         if self.group is None:
             return items
         size = len(items)
         return items[self.rank * size // self.count : (self.rank + 1) * size // self.count]
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replaces each tensor by the sum of those of all processes."""
         if self.group is None:
             return
         for tensor in tensors:
-            row = max(1, tensor[0].numel()) if tensor.dim() and len(tensor) else 1
-            for part in tensor.split(max(1, CHUNK // row)) if tensor.dim() else [tensor]:
+            row = max(1, tensor[:1].numel())
+            for part in tensor.split(max(1, CHUNK // row)):
                 moved = part.cpu().contiguous()
                 dist.all_reduce(moved, group=self.group)
                 if moved is not part:
                     part.copy_(moved)
 
-    def total(self, value: float) -> float:
+    def reduced(self, value: float) -> float:
         """The sum of the numbers of all processes."""
         found = torch.tensor([value], dtype=torch.float64)
-        self.add_up(found)
+        self.all_reduce(found)
         return found.item()
 
-    def dealt(
-        self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[float]]
-    ) -> list[float]:
-        """A number for each item, in order; each process makes those of every n-th item."""
+    def map(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[float]]) -> list[float]:
+        """A number for each item, in order; item i is computed by process i mod count."""
         if self.group is None or not items:
             return list(do(items)) if items else []
         found = torch.zeros(len(items), dtype=torch.float64)
         if mine := items[self.rank :: self.count]:
             found[self.rank :: self.count] = torch.tensor(do(mine), dtype=torch.float64)
-        self.add_up(found)
+        self.all_reduce(found)
         return found.tolist()
 
-    def first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's value."""
         if self.group is None:
             return value
@@ -93,15 +97,11 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def agree(self, value: object) -> bool:
-        """Whether all processes have the same value as the first one."""
-        return self.total(self.first(value) == value) == self.count
-
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Waits for the others."""
         if self.group is not None:
             dist.barrier(group=self.group)
 
 
-ALONE = Processes()
+SINGLE = Processes()
 """A single process."""

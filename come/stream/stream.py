@@ -17,7 +17,7 @@ from come.models.adapter import Block, ModelAdapter
 from come.progress import ProgressBar
 from come.stream.boundaries import make_store
 from come.stream.observer import LayerObserver, Meter
-from come.stream.processes import ALONE, Processes
+from come.stream.processes import SINGLE, Processes
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -58,7 +58,7 @@ class LayerStream:
         block: Block = "layer",
         name: str = "boundaries",
         meter: Meter | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         self.adapter = adapter
         self.processes = processes
@@ -124,7 +124,7 @@ class LayerStream:
     @property
     def own_batches(self) -> Sequence[slice]:
         """The batches of this process's part of the windows; with one process, all."""
-        return self.processes.part(self._batches)
+        return self.processes.shard(self._batches)
 
     @property
     def valid(self) -> int:
@@ -155,11 +155,13 @@ class LayerStream:
         """Computes boundary 0 and the keyword arguments of every layer."""
         first, own = self._store.writable(0), self.own_batches
         for rows in self._batches:
+            if rows not in own and rows.stop - rows.start in self._kwargs:
+                continue  # another process's, and of a size whose arguments are known
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
             self._kwargs[len(states)] = kwargs
             if rows in own:
                 first[rows] = states
-        self.processes.wait()
+        self.processes.barrier()
         self._valid = 0
 
     @torch.no_grad()
@@ -171,13 +173,15 @@ class LayerStream:
         """
         assert 0 <= first <= self._valid
         assert last < self.num_layers
-        self.processes.wait()  # another may still read what is overwritten
+        self.processes.barrier()  # another may still read what is overwritten
         own = self.own_batches
         total = (last - first + 1) * len(own)
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
+                if self.block != "layer":
+                    self._middle.writable(index)  # all processes make it, also without windows
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
@@ -189,7 +193,7 @@ class LayerStream:
                         )
                         bar.update()
                 self._valid = index + 1
-        self.processes.wait()
+        self.processes.barrier()
 
     def span(
         self, first: int, last: int
@@ -269,10 +273,10 @@ class LayerStream:
             processes=self.processes,
         )
 
-    def alone(self) -> LayerStream:
-        """A view of this stream for work that this process does without the others."""
+    def unshared(self) -> LayerStream:
+        """A view of this stream for work that this process does by itself."""
         view = copy(self)
-        view.processes = self.processes.alone
+        view.processes = self.processes.unshared
         return view
 
     def head(self, windows: int) -> LayerStream:

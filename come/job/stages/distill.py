@@ -83,7 +83,7 @@ def distill(
             accelerator=accelerator,
             folder=folder,
             job=job.hash,
-            store="disk" if job.settings.calibration.store == "disk" else "memory",
+            store=job.settings.calibration.place,
             workers=settings.workers,
             log=lambda layer, losses: record(f"layer_{layer}_", losses),
         )

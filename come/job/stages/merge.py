@@ -147,10 +147,10 @@ def _compress(
 ) -> Plan:
     """Compresses the model together with the other processes, which get the plan of the first."""
     settings, processes = job.settings, Processes.launched()
-    plan, calibration = processes.first((plan, job.calibration))
+    plan, calibration = processes.broadcast((plan, job.calibration))
     trials = TrialScores(job.folder / TRIALS, job.hash)
-    processes.wait()
-    if processes.rank > 0:
+    processes.barrier()
+    if not processes.is_main:
         trials.path = None
     assert calibration is not None
     return compress(
@@ -162,10 +162,10 @@ def _compress(
         plan=plan,
         on_step=on_step,
         batch_size=settings.calibration.batch_size,
-        store=settings.calibration.store,
+        store=settings.calibration.place,
         folder=job.folder,
         trials=trials,
-        progress=processes.rank == 0,
+        progress=processes.is_main,
         processes=processes,
     )
 
@@ -275,7 +275,7 @@ def _compress_apart(job: Job) -> None:
             target_layers=depth,
             plan=_empty_plan(job, model),
             batch_size=settings.calibration.batch_size,
-            store=settings.calibration.store,
+            store=settings.calibration.place,
             folder=job.folder,
         )
         save(job, model, folder.name, plan)

@@ -18,7 +18,6 @@ from come.files import check_replaceable
 from come.job.budget import placed
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
-from come.job.processes import process_count
 from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
 from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
@@ -93,7 +92,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
                 f"layers by one state a window, and needs at least {least} windows"
             )
-        if settings.calibration.store == "disk" or process_count() > 1:
+        if settings.calibration.place == "disk":
             needed += merge_cost(settings, shape, target).boundary_bytes
         if settings.weights == "disk":
             merged = (shape.num_layers - target) * shape.block_parameters["layer"]

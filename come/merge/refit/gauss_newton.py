@@ -64,9 +64,9 @@ class GaussNewton(Ridge):
         found = dict(super().solve(targets, sources))
         layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
         with stream.scratch_boundary("refit") as middles:
-            for rows, batch in zip(stream.own_batches, targets, strict=True):
+            for batch in targets:
                 keywords = stream.keywords(len(batch.states), targets.first)
-                middles[rows] = run_attention(adapter, layer, batch.states, keywords)[1]
+                middles[batch.rows] = run_attention(adapter, layer, batch.states, keywords)[1]
             for name in adapter.architecture.ffn_inputs:
                 problem = InputMap(targets, layer, middles, name)
                 change = problem.step(self.input_lambda, self.steps)

@@ -125,9 +125,9 @@ class Ridge(Refit):
                         target[chosen].flatten(0, 1),
                         weights[chosen].flatten(),
                     )
-            fit.add_up(targets.stream.processes)
+            fit.all_reduce(targets.stream.processes)
             if held_out is not None:
-                held_out.add_up(targets.stream.processes)
+                held_out.all_reduce(targets.stream.processes)
             solved = self._solve(fit, held_out, initial)
             tensors = as_tensors(adapter, unit, solved, dict(layer.named_parameters()))
             found |= tensors
