@@ -1,7 +1,8 @@
 """Cost of a compression in forward passes: `make bench`, or with `--method come_plus`.
 
 Times a plain forward pass of the decoder before and after a complete compression over the same
-tokens. Prints the seconds, their ratio, the layer passes of the method, and peak memory.
+tokens. Prints the seconds, their ratio, the layer passes of the method, and peak memory. The ratio
+of processor times hardly depends on what else the machine does.
 `--shape mistral7b --layers 8` measures a model of random weights with the layers of a known model
 (bfloat16 files, computed in `--dtype`), for sizes that no package contains.
 """
@@ -15,7 +16,7 @@ import os
 import resource
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,20 +121,39 @@ def _shard(name: str) -> str:
     return "-".join(name.split(".")[1:3]) if ".layers." in name else "rest"
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """A duration by the clock, and the processor time of all threads."""
+
+    clock: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """The current times."""
+        return cls(time.perf_counter(), time.process_time())
+
+    @property
+    def since(self) -> Seconds:
+        """The time that has passed since this one."""
+        now = Seconds.now()
+        return Seconds(now.clock - self.clock, now.processor - self.processor)
+
+
 @torch.inference_mode()
 def forward_seconds(
     model: PreTrainedModel, windows: Int[Tensor, "windows seq"], batch_size: int
-) -> float:
-    """Seconds for one forward pass of the decoder over all windows, after a warm-up batch."""
+) -> Seconds:
+    """Time for one forward pass of the decoder over all windows, after a warm-up batch."""
     adapter = ModelAdapter(model)
     for _ in normed_states(adapter, windows[:batch_size], batch_size):
         pass
     _wait(adapter.device)
-    began = time.perf_counter()
+    began = Seconds.now()
     for _ in normed_states(adapter, windows, batch_size):
         pass
     _wait(adapter.device)
-    return time.perf_counter() - began
+    return began.since
 
 
 def measure(
@@ -150,7 +170,8 @@ def measure(
 
     Returns:
         seconds of the compression and of a forward pass (of the dense model; the mean of one
-        before and one after, the latter scaled to all layers), ratio, layer_passes,
+        before and one after, the latter scaled to all layers), their ratio, that of processor
+        times, layer_passes,
         peak_bytes above the weights on the model's device, weight_bytes, the plan's spans, and the
         estimate of seconds and bytes before the start (on a GPU, bytes of both memories).
     """
@@ -169,15 +190,17 @@ def measure(
     before = forward_seconds(model, windows, batch_size)
     gc.collect()
     with PeakMemory(device) as memory:
-        began = time.perf_counter()
+        began = Seconds.now()
         plan = compress(
             model, windows, method,
             target_layers=target, batch_size=batch_size, store=store, progress=False,
             processes=processes,
         )  # fmt: skip
         _wait(device)
-        seconds = time.perf_counter() - began
-    after = forward_seconds(model, windows, batch_size) * layers / target
+        took = began.since
+    after, more = forward_seconds(model, windows, batch_size), layers / target
+    forward = (before.clock + more * after.clock) / 2
+    processor = (before.processor + more * after.processor) / 2
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "layers": layers,
@@ -185,9 +208,10 @@ def measure(
         "tokens": windows.numel(),
         "store": store,
         "processes": processes.count,
-        "seconds": seconds,
-        "forward_seconds": (before + after) / 2,
-        "ratio": 2 * seconds / (before + after),
+        "seconds": took.clock,
+        "forward_seconds": forward,
+        "ratio": took.clock / forward,
+        "processor_ratio": took.processor / processor,
         "layer_passes": plan.provenance["layer_passes"],
         "peak_bytes": memory.peak,
         "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -265,7 +289,8 @@ def main() -> None:
         print(
             f"turn {repeat + 1}: {given.method}, {found['tokens']} tokens, {found['layers']} to "
             f"{given.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
-            f"passes of {found['forward_seconds']:.1f} s, {found['layer_passes']} layer passes "
+            f"passes of {found['forward_seconds']:.1f} s ({found['processor_ratio']:.2f} by "
+            f"processor time), {found['layer_passes']} layer passes "
             f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
             f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
             f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all; "
