@@ -189,7 +189,8 @@ class DualElimination:
         free = (1 - self._leverage).clamp_min(1e-12) / self._penalty
         if size == 1:
             parts = self._weight.split(COLUMNS)
-            return torch.cat([part.double().square().sum(dim=1) for part in parts]) / free
+            sizes = [part.square().sum(dim=1, dtype=torch.float64) for part in parts]
+            return torch.cat(sizes) / free
         found: list[Tensor] = []
         for start in range(0, len(self._rows), size):
             part = slice(start, start + size)

@@ -44,6 +44,9 @@ def input_maps(
     with the same token, its weight is 1, because a fit to that token says nothing about texts that
     begin with another one (experiments/LOG.md).
 
+    The attention of the merged layer reads what that of the span's first layer reads, so that
+    layer's map is I, and the others depend on the targets alone: they are solved once.
+
     Source: this project.
 
     Args:
@@ -58,11 +61,17 @@ def input_maps(
         P_i of every layer, solved in float64, in float32 or wider.
     """
     adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
+    wide = torch.promote_types(adapter.model.dtype, torch.float32)
+    known = 1 if unit == "kv_group" else 0  # layers whose map is I
+    if known and ratio in targets.input_maps:
+        return targets.input_maps[ratio]
+    norms = norms[known:]
     sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
     begins = targets.stream.windows[:, 0]
     first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
     for batch in targets:
-        normed = [n(states) for n, states in zip(norms, batch.entering(unit), strict=True)]
+        entering = batch.entering(unit)[known:]
+        normed = [n(states) for n, states in zip(norms, entering, strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first
@@ -70,12 +79,13 @@ def input_maps(
     sums.all_reduce(targets.stream.processes)
     penalty = ratio * sums.mean_diagonal()
     factor = sums.factor(penalty, consume=True)
-    wide = torch.promote_types(adapter.model.dtype, torch.float32)
-    found = []
+    found = [torch.eye(hidden, dtype=wide, device=adapter.device)] * known
     for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
         pull = part.clone()
         pull.diagonal().add_(penalty)
         found.append(cholesky_solve(factor, pull).T.to(wide))
+    if known:
+        targets.input_maps[ratio] = found
     return found
 
 

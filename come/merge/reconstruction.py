@@ -109,6 +109,7 @@ class ReconstructionTargets:
         self.original = original
         self.target: Target = target
         self.weighting: Weighting = weighting
+        self.input_maps: dict[float, list[Tensor]] = {}  # of the attentions, by penalty
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of this process's windows, in order; sums over them need `all_reduce`."""
