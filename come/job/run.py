@@ -86,6 +86,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         if missing is not None:
             raise ValueError(missing)
     broadcast_object_list([compresses(job), job.settings.model, job.settings.calibration])
+    accelerator.wait_for_everyone()  # the others check their memory before any is taken
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
@@ -191,6 +192,8 @@ def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accele
         placed = replace(settings, model=model, calibration=calibration)
         if (missing := memory_shortage(placed, job.shape, job.target)) is not None:
             raise ValueError(missing)
+    accelerator.wait_for_everyone()
+    if merging:
         join_merge(replace(job, settings=placed), accelerator)
     accelerator.wait_for_everyone()
     if not settings.distill.active:
