@@ -28,8 +28,8 @@ class Need:
     """Memory of one kind that a merge needs, and that it may use, in bytes."""
 
     kind: str
-    needed: float
-    budget: float
+    needed: int | float
+    budget: int | float
     limited: bool = False
     """Whether `calibration.memory` is the limit, and not what is free."""
 

@@ -10,7 +10,7 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def solving_device(device: torch.device, needed: float) -> torch.device:
+def solving_device(device: torch.device, needed: int | float) -> torch.device:
     """The model's device, or the CPU where a GPU has less free memory than a problem needs.
 
     Args:

@@ -73,7 +73,7 @@ class Processes:
                 if moved is not part:
                     part.copy_(moved)
 
-    def reduced(self, value: float) -> float:
+    def reduced(self, value: int | float) -> float:
         """The sum of the numbers of all processes."""
         found = torch.tensor([value], dtype=torch.float64)
         self.all_reduce(found)
