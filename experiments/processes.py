@@ -1,11 +1,12 @@
 """How much faster several processes are: `python experiments/processes.py --target 24`.
 
-Runs the bench in one process and in several, each with one thread, in turns. All options go to
-`bench.py`. On a machine with N cores, N processes of one thread use it whole.
+Runs the bench in one process and in two, each with one thread, in turns. All options but `--turns`
+go to `bench.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 COUNT = 2
-TURNS = 2
 
 
 def measured(count: int, words: list[str]) -> dict[str, Any]:
@@ -35,15 +35,18 @@ def measured(count: int, words: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=2)
+    given, words = parser.parse_known_args()
     speedups = []
-    for turn in range(TURNS):
-        one, several = (measured(count, sys.argv[1:]) for count in (1, COUNT))
+    for turn in range(given.turns):
+        one, several = (measured(count, words) for count in (1, COUNT))
         assert one["spans"] == several["spans"], "the plans differ"
         speedups.append(one["seconds"] / several["seconds"])
         print(
             f"turn {turn + 1}: {one['layers']} to {one['target']} layers, {one['tokens']} tokens: "
-            f"{one['seconds']:.1f} s in one process, {several['seconds']:.1f} s in {COUNT}: "
-            f"x {speedups[-1]:.2f}; layer passes {one['layer_passes']} and "
+            f"{one['seconds']:.1f} s = {one['ratio']:.2f} forward passes in one process, "
+            f"{several['seconds']:.1f} s in {COUNT}: x {speedups[-1]:.2f}; layer passes {one['layer_passes']} and "
             f"{several['layer_passes']}",
             flush=True,
         )
