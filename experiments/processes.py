@@ -46,8 +46,8 @@ def main() -> None:
         print(
             f"turn {turn + 1}: {one['layers']} to {one['target']} layers, {one['tokens']} tokens: "
             f"{one['seconds']:.1f} s = {one['ratio']:.2f} forward passes in one process, "
-            f"{several['seconds']:.1f} s in {COUNT}: x {speedups[-1]:.2f}; layer passes {one['layer_passes']} and "
-            f"{several['layer_passes']}",
+            f"{several['seconds']:.1f} s in {COUNT}: x {speedups[-1]:.2f}; "
+            f"layer passes {one['layer_passes']} and {several['layer_passes']}",
             flush=True,
         )
     print(f"median x {statistics.median(speedups):.2f} (wanted: at least 1.6)")
