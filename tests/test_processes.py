@@ -42,6 +42,7 @@ CASES = {
         {"batch_size": 16},
     ),
     "fit in trials": ("llama_gqa", lambda: come_plus(selection="refit_error"), {}),
+    "dual form": ("llama_gqa", come_plus, {"windows": (2, 8), "batch_size": 1, "atol": 1e-3}),
     "stops": ("llama_gqa", lambda: come_plus(downstream=0.1), {"stops": (LAYERS - 1,)}),
     "disk": ("llama_gqa", come_plus, {"checkpoint": "pico"}),
 }
@@ -50,7 +51,8 @@ CASES = {
 def merged(case, processes, folder):
     """The plan of a case, and the passes that this process made."""
     family, method, options = CASES[case]
-    windows = torch.randint(3, VOCAB, (9, SEQ), generator=torch.Generator().manual_seed(7))
+    size = options.get("windows", (9, SEQ))
+    windows = torch.randint(3, VOCAB, size, generator=torch.Generator().manual_seed(7))
     model = pico(family)
     if checkpoint := options.get("checkpoint"):
         model = load_weights(folder.parent / checkpoint, dtype="float32", weights="disk")
@@ -121,6 +123,7 @@ def test_two_processes_make_the_plan_of_one(case, both):
     alone, passes = merged(case, SINGLE, both / "alone")
     plans = [Plan.load(both / f"{case}-{rank}" / "plan.json") for rank in (0, 1)]
     assert plans[0].hash == plans[1].hash
+    atol = CASES[case][2].get("atol", 1e-4)  # few tokens leave less to fit
     assert alone.steps
     for one, two in zip(alone.steps, plans[0].steps, strict=True):
         assert (one.first, one.last, one.kept) == (two.first, two.last, two.kept)
@@ -128,7 +131,10 @@ def test_two_processes_make_the_plan_of_one(case, both):
         assert two.score == pytest.approx(one.score, rel=1e-4, abs=1e-6)
         assert one.solved.tensors.keys() == two.solved.tensors.keys()
         for name, tensor in one.solved.tensors.items():
-            torch.testing.assert_close(two.solved.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(two.solved.tensors[name], tensor, rtol=1e-3, atol=atol)
+    assert alone.finish.tensors.keys() == plans[0].finish.tensors.keys()
+    for name, tensor in alone.finish.tensors.items():
+        torch.testing.assert_close(plans[0].finish.tensors[name], tensor, rtol=1e-3, atol=1e-4)
     made = [json.loads((both / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)]
     assert plans[0].provenance["layer_passes"] == pytest.approx(sum(made), abs=1.1)
     if case in ("come_plus", "biases", "paper"):  # nothing is done twice but the judging windows
