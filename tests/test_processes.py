@@ -42,7 +42,7 @@ CASES = {
         {"batch_size": 16},
     ),
     "fit in trials": ("llama_gqa", lambda: come_plus(selection="refit_error"), {}),
-    "dual form": ("llama_gqa", come_plus, {"windows": (2, 8), "batch_size": 1, "atol": 1e-3}),
+    "dual form": ("llama_bias", come_plus, {"windows": (2, 8), "batch_size": 1, "atol": 1e-3}),
     "stops": ("llama_gqa", lambda: come_plus(downstream=0.1), {"stops": (LAYERS - 1,)}),
     "disk": ("llama_gqa", come_plus, {"checkpoint": "pico"}),
 }
