@@ -185,7 +185,7 @@ def measure(
     ahead = 0 if adapter.on_disk is None else 2 * shape.block_parameters["layer"]
     estimate = {
         "estimated_seconds": Speed.measured(device, model.dtype).seconds(cost.work),
-        "estimated_bytes": cost.step_bytes + cost.states_bytes + ahead * shape.dtype.itemsize,
+        "estimated_bytes": cost.memory_bytes - cost.weight_bytes + ahead * shape.dtype.itemsize,
     }
     before = forward_seconds(model, windows, batch_size)
     gc.collect()

@@ -107,7 +107,7 @@ def _estimates() -> list[str]:
             device = cost.weight_bytes + cost.step_bytes
             lines.append(
                 f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
-                f"| {megabytes(cost.boundary_bytes)} "
+                f"| {megabytes(cost.boundary_bytes + cost.judged_bytes)} "
                 f"| {cost.work.single + cost.work.double:.1e} |"
             )
     return lines

@@ -12,9 +12,13 @@ import psutil
 import pytest
 import torch
 
+from come.merge.input_map import InputMap
 from come.merge.loop import compress
 from come.merge.plan import Plan
+from come.merge.reconstruction import ReconstructionTargets
+from come.models.adapter import ModelAdapter
 from come.models.loading import load_weights
+from come.models.sublayers import run_attention
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 from tests.commands import ROOT, finish, small
@@ -76,6 +80,26 @@ def merged(case, processes, folder):
     return plan, own
 
 
+def error_of_a_step(processes, folder):
+    """The error of a layer whose up projection has been changed, over all windows."""
+    adapter = ModelAdapter(pico("llama_gqa"))
+    windows = torch.randint(3, VOCAB, (9, SEQ), generator=torch.Generator().manual_seed(7))
+    with LayerStream(
+        adapter, windows, batch_size=2, folder=folder, progress=False, processes=processes
+    ) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        stream.snapshot_dense()
+        targets = ReconstructionTargets(stream, 2, 3, original=3)
+        layer = adapter.copy_layer(2, adapter.layer_state(2))
+        with stream.scratch_boundary("refit") as middles:
+            for batch in targets:
+                keywords = stream.keywords(len(batch.states), 2)
+                middles[batch.rows] = run_attention(adapter, layer, batch.states, keywords)[1]
+            problem = InputMap(targets, layer, middles, "mlp.up_proj")
+            return problem.error(torch.full_like(problem.weight, 0.01))
+
+
 def work(rank, folder):
     """What each of two processes does: all cases, one after the other."""
     torch.set_num_threads(1)
@@ -93,6 +117,7 @@ def work(rank, folder):
         "passes": passes,
         "parts": [list(processes.shard(range(size))) for size in (0, 1, 5)],
         "dealt": processes.map([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
+        "error": error_of_a_step(processes, folder / "error"),
         "from the first": processes.broadcast(rank),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -147,6 +172,8 @@ def test_work_is_dealt_out(both):
     assert [f["parts"] for f in found] == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
     assert [f["dealt"] for f in found] == [[1.0, 12.0, 3.0]] * 2
     assert [f["from the first"] for f in found] == [0, 0]
+    error = error_of_a_step(SINGLE, None)
+    assert [f["error"] for f in found] == [pytest.approx(error, rel=1e-5)] * 2
 
 
 def test_one_process_shares_nothing():

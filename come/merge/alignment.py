@@ -65,7 +65,10 @@ def input_maps(
     known = 1 if unit == "kv_group" else 0  # layers whose map is I
     if known and ratio in targets.input_maps:
         return targets.input_maps[ratio]
+    found = [torch.eye(hidden, dtype=wide, device=adapter.device)] * known
     norms = norms[known:]
+    if not norms:
+        return found
     sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
     begins = targets.stream.windows[:, 0]
     first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
@@ -79,7 +82,6 @@ def input_maps(
     sums.all_reduce(targets.stream.processes)
     penalty = ratio * sums.mean_diagonal()
     factor = sums.factor(penalty, consume=True)
-    found = [torch.eye(hidden, dtype=wide, device=adapter.device)] * known
     for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
         pull = part.clone()
         pull.diagonal().add_(penalty)

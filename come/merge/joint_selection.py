@@ -196,7 +196,7 @@ def stacked_equations(
             module = layer.module(targets)
             for batch in targets:
                 features = _features(targets, unit, module, batch, middle).flatten(0, 1)
-                tokens = int(batch.windows[0]) * batch.states.shape[1]
+                tokens = batch.rows.start * batch.states.shape[1]
                 sums.add_columns(number * features.shape[1], tokens, features, batch.weights)
                 if number == 0:
                     sums.add_targets(_missing(unit, batch, middle).flatten(0, 1), batch.weights)
@@ -266,7 +266,7 @@ def _read(middle: Tensor | None, batch: TargetBatch) -> States:
     """The residual stream before the sublayer."""
     if middle is None:
         return batch.states
-    return middle[batch.windows].to(batch.states.device)
+    return middle[batch.rows].to(batch.states.device)
 
 
 def _missing(unit: Unit, batch: TargetBatch, middle: Tensor | None) -> States:

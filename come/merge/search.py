@@ -19,7 +19,7 @@ from come.statistics.layer_statistics import LayerStatistics, StatisticsCollecto
 from come.stream.candidates import together
 from come.stream.stream import LayerStream
 
-Whole = tuple[int, int, int | None]
+TrialSpan = tuple[int, int, int | None]
 """First and last layer of a span, and the index of the layer that a drop keeps."""
 
 
@@ -220,8 +220,8 @@ class Search:
         missing = [place for place in dict.fromkeys(places) if place not in self._scores]
         if missing:
             self._prepare_scores()
-        selection, alone = self.method.selection, self.stream.unshared()
-        found = self.stream.processes.map(missing, partial(selection.scores, alone))
+        selection, stream = self.method.selection, self.stream.unshared()
+        found = self.stream.processes.map(missing, partial(selection.scores, stream))
         for place, score in zip(missing, found, strict=True):
             self._scores[place] = self._number(score, *place)
         return [
@@ -231,8 +231,8 @@ class Search:
 
     def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges, or drops."""
-        plan, wholes = self.plan.hash, [self.rules.group(*span) for span in spans]
-        missing = [w for w in dict.fromkeys(wholes) if self._trials.get(plan, *w[:2]) is None]
+        plan, groups = self.plan.hash, [self.rules.group(*span) for span in spans]
+        missing = [g for g in dict.fromkeys(groups) if self._trials.get(plan, *g[:2]) is None]
         if missing:
             self._prepare_scores()
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
@@ -247,21 +247,23 @@ class Search:
                     },
                 )
                 bar.update(len(group))
-        scores = [self._trials.get(plan, first, last) for first, last, _ in wholes]
+        scores = [self._trials.get(plan, first, last) for first, last, _ in groups]
         return [
             SpanCandidate(*span, score)
             for span, score in zip(spans, scores, strict=True)
             if score is not None
         ]
 
-    def _trial_scores(self, wholes: Sequence[Whole]) -> list[float]:
+    def _trial_scores(self, groups: Sequence[TrialSpan]) -> list[float]:
         """Scores of trial merges, by this process."""
-        return self.method.selection.refine_all(self._trial_merges(wholes), self.method.refit)
+        return self.method.selection.refine_all(self._trial_merges(groups), self.method.refit)
 
-    def _trial_merges(self, wholes: Sequence[Whole]) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
+    def _trial_merges(
+        self, groups: Sequence[TrialSpan]
+    ) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
         """The spans of trial merges and their units, one after the other."""
         stream = self.method.selection.trial_stream(self.stream.unshared())
-        for first, last, kept in wholes:
+        for first, last, kept in groups:
             span = self.span(first, last, stream)
             yield span, self.split(span, kept)
 

@@ -101,12 +101,14 @@ class Ridge(Refit):
                 adapter.assign(layer, found)
             initial = output_map(adapter, layer, unit)
             (out, width), bias = initial.weight.shape, initial.bias is not None
-            fit = equations(width, targets.stream, bias=bias)
-            held_out = None
+            fit: Equations
+            held_out: Gram | None = None
             if isinstance(self.lambda_, str):
                 fit, held_out = (
                     Gram(width, out, bias=bias, device=adapter.device) for _ in range(2)
                 )
+            else:
+                fit = equations(width, targets.stream, bias=bias)
             for batch in targets:
                 keywords = targets.stream.keywords(len(batch.states), index)
                 features, middle = run_attention(adapter, layer, batch.states, keywords)
