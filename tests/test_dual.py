@@ -8,9 +8,9 @@ import torch
 
 from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.dual import Dual
-from come.linalg.equations import Map, eliminate
+from come.linalg.equations import Map, eliminate, unit_columns
 from come.linalg.gram import Gram, inverse_of
-from come.merge.joint_selection import SourceLayer, stacked_equations
+from come.merge.joint_selection import Features, SourceLayer, stacked_equations
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
@@ -86,9 +86,23 @@ def test_elimination(bias, size, rate):
     dense, dual, _, initial = both_forms(bias)
     penalty = 0.1 * dense.mean_diagonal()
     keep = 60 // size
-    expected = eliminate(dense, initial, penalty, keep, size, rate)
-    assert eliminate(dual, initial, penalty, keep, size, rate) == expected
-    assert eliminate(dual, initial, penalty, keep, size, rate, consume=True) == expected
+    expected, dense_left = eliminate(dense, initial, penalty, keep, size, rate)
+    columns = unit_columns(expected, size)
+    own = Map(initial.weight[:, columns], initial.bias)
+    solution = dense.columns(columns).solve(own, penalty)
+    for form, consume in ((dual, False), (dual, True)):
+        found, left = eliminate(form, initial, penalty, keep, size, rate, consume=consume)
+        assert found == expected
+        for end in (left, dense_left):
+            solved = end.solution(own)
+            torch.testing.assert_close(
+                solved.weight.double(), solution.weight, rtol=1e-3, atol=1e-5
+            )
+            assert (solved.bias is None) == (not bias)
+            if bias:
+                torch.testing.assert_close(
+                    solved.bias.double(), solution.bias, rtol=1e-3, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize("leaving", [1, 5, 9, 10, 30])
@@ -106,6 +120,42 @@ def test_growth_after_columns_have_left(leaving):
     torch.testing.assert_close(states[1].growth(3), states[0].growth(3), rtol=5e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_outputs_are_sketched(bias):
+    """1100 outputs are read as 512: growths within a few standard deviations of 6%."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(60, 300, generator=generator) + 0.3
+    shape = torch.randn(20, 1100, generator=generator)  # of low rank, as targets are
+    targets = torch.randn(60, 20, generator=generator) @ shape
+    start = (torch.randn(300, 20, generator=generator) @ shape).T.double() / 40
+    weights = 0.5 + torch.rand(60, generator=generator)
+    initial = Map(start, torch.ones(1100, dtype=torch.float64) if bias else None)
+    dense, dual = Gram(300, 1100, bias=bias), Dual(300, 1100, 60, bias=bias)
+    for form in (dense, dual):
+        form.add(features, targets, weights)
+    penalty = 0.1 * dense.mean_diagonal()
+    states = [form.elimination(initial, penalty) for form in (dense, dual)]
+    ratios = states[1].growth(1) / states[0].growth(1)
+    assert ratios.std() == pytest.approx(0.06, abs=0.03)
+    assert not torch.equal(ratios, torch.ones_like(ratios))
+    assert ratios.mean() == pytest.approx(1, abs=0.05)
+
+    errors = []
+    for form in (dense, dual):
+        kept, left = eliminate(form, initial, penalty, 150, 1, 0.3)
+        columns = unit_columns(kept, 1)
+        own = Map(initial.weight[:, columns], initial.bias)
+        found = dense.columns(columns).solve(own, penalty)
+        torch.testing.assert_close(
+            left.solution(own).weight.double(), found.weight, rtol=1e-3, atol=1e-4
+        )
+        whole = torch.zeros_like(start)
+        whole[:, columns] = found.weight
+        missed = dense.error(Map(whole, found.bias))
+        errors.append(missed + penalty * float((whole - start).square().sum()))
+    assert errors[1] < 1.02 * errors[0]
+
+
 @pytest.mark.parametrize("tokens", [32, 80])
 def test_the_form_is_chosen_by_size(tokens, windows):
     """128 columns of two layers: dual from 2 columns per token."""
@@ -116,7 +166,7 @@ def test_the_form_is_chosen_by_size(tokens, windows):
         stream.snapshot_dense()
         targets = ReconstructionTargets(stream, 2, 3, original=3)
         layers = [SourceLayer(adapter.layer_state(index)) for index in (2, 3)]
-        sums = stacked_equations(targets, "channel", layers)
+        sums = stacked_equations(Features(targets, "channel", layers))
         assert isinstance(sums, Dual if tokens == 32 else Gram)
 
 

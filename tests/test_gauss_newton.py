@@ -108,7 +108,7 @@ def test_slopes_are_the_derivatives_of_features(problem):
     targets, layer, plain, names = problem
     for name in names:
         rows, keywords = plain.middles[:2], targets.stream.keywords(2, 2)
-        read, slopes = activation_derivative(targets.stream.adapter, layer, rows, keywords, name)
+        read, slopes, _ = activation_derivative(targets.stream.adapter, layer, rows, keywords, name)
         linear = plain.layer.get_submodule(name)
         given = linear(read.double()).detach().requires_grad_(True)
         features = features_of(plain.layer, name, given, read.double())

@@ -1,5 +1,6 @@
 """Sets of groups by the costs of neighbouring layers, and what a trial merge costs."""
 
+import copy
 import itertools
 import json
 import random
@@ -15,7 +16,7 @@ from come.merge.trial_scores import TrialScores
 from come.models import loss
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
-from tests.methods import come_plus, paper
+from tests.methods import come_plus, decoder_layers, paper, without
 
 METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
@@ -74,11 +75,22 @@ def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
 @pytest.mark.parametrize(("batch_size", "repeat_weight"), [(1, 0.5), (3, 0.5), (3, 0.1), (3, 0.0)])
 @torch.no_grad()
-def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, repeat_weight, windows):
-    """KL of whole models: two layers merged alone, on the first windows, judged on the last.
+def test_a_trial_costs_what_it_does_to_predictions(
+    family, batch_size, repeat_weight, windows, monkeypatch
+):
+    """KL of whole models: the trial's layer in place of two, judged on the last windows.
 
     Those are read as they are, or, with a repeat weight, their first half twice.
     """
+    fit, fitted = trial_kl.fitted_trial, {}
+
+    def recorded(group, *rest):
+        assert group.stream.windows.tolist() == windows[:2].tolist()
+        route = fit(group, *rest)
+        fitted[group.first, group.last] = copy.deepcopy(route[0][1])
+        return route
+
+    monkeypatch.setattr(trial_kl, "fitted_trial", recorded)
     recipe = paper(
         **METHOD,
         retention="adaptive",
@@ -100,9 +112,9 @@ def test_a_trial_costs_what_it_does_to_predictions(family, batch_size, repeat_we
     wanted = dense.double()(ids).logits.log_softmax(-1)
     assert len(plan.steps[0].candidates) == 2
     for c in plan.steps[0].candidates:
-        alone = paper(groups=((c.first, c.last),), refit="ridge", retention="adaptive")
-        merged = pico(family)
-        compress(merged, windows[:2], alone, target_layers=5, progress=False)
+        merged = without(pico(family), {c.last})
+        layers = decoder_layers(merged)
+        layers[c.first] = fitted[c.first, c.last]
         given = merged.double()(ids).logits.log_softmax(-1)
         kl = (wanted.exp() * (wanted - given)).sum(-1)
         expected = (1 - repeat_weight) * kl[:, :8].mean() + repeat_weight * kl[:, 8:].mean()

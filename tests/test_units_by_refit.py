@@ -1,10 +1,13 @@
 """Units chosen on the refit's Gram matrix, and what is refitted behind: against plain float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from come.linalg.equations import unit_columns
+from come.linalg.equations import eliminate, unit_columns
 from come.merge.joint_selection import (
+    Features,
     SourceLayer,
     after_attention,
     stacked_equations,
@@ -13,10 +16,13 @@ from come.merge.joint_selection import (
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import Adaptive
+from come.merge.span import LayerSpan
 from come.models.adapter import ModelAdapter
+from come.models.layer_state import overlay
+from come.models.sublayers import head_outputs, hidden_activations, run_attention
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, paper, without
+from tests.methods import decoder_layers, paper, recipe, without
 from tests.reference import Reference
 from tests.test_refit import activations, plain_ridge
 
@@ -58,7 +64,8 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
     initial = stacked_map(targets, "kv_group")
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (2, 3)]
-    sums = stacked_equations(targets, "kv_group", layers)
+    held = Features(targets, "kv_group", layers, hold=True)
+    sums = stacked_equations(held)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -69,10 +76,10 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     chosen = type(initial)(initial.weight[:, columns], initial.bias)
     middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
     middle = middle if chosen.bias is None else middle + chosen.bias
-    found = after_attention(targets, layers, chosen, [columns, columns[:0]])
+    found = after_attention(held, chosen, [columns, columns[:0]])
     torch.testing.assert_close(found.double(), middle.view(found.shape), rtol=1e-3, atol=1e-4)
     channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
-    sums = stacked_equations(targets, "channel", layers, found)
+    sums = stacked_equations(Features(targets, "channel", layers, found))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -80,12 +87,105 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
     torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("align", [None, 0.01])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_trial_takes_the_solution_of_its_choice(family, align, streamed):
+    """Its output maps: plain ridge regressions on the activations of the layer with its inputs."""
+    stream = streamed(family)
+    adapter, method = stream.adapter, recipe("come_plus", refit_align=align)
+    span = LayerSpan(
+        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
+    )
+    split = method.retention.trial_split(span)
+    sources = span.sources(split)
+    found = method.refit.surrogate.solve(span.targets, sources)
+    layer = adapter.copy_layer(2, overlay(sources.state, found))
+    solved = 0
+    for unit, run in (("kv_group", head_outputs), ("channel", hidden_activations)):
+        features, targets, weights = [], [], []
+        for batch in span.targets:
+            keywords = stream.keywords(len(batch.states), 2)
+            middle = run_attention(adapter, layer, batch.states, keywords)[1]
+            read, target = (batch.states, batch.middle - batch.states)
+            if unit == "channel":
+                read, target = middle, batch.output - middle
+            features.append(run(adapter, layer, read, keywords).flatten(0, 1).double())
+            targets.append(target.flatten(0, 1).double())
+            weights.append(batch.weights.double())
+        # the penalty is that of the choice: 0.1 times the mean square of all units of the span
+        inputs = split.solved[unit].inputs
+        assert len(inputs) == (2 if align else 0)
+        layers = [
+            SourceLayer(state, {unit: inputs[i]} if align else {})
+            for i, state in enumerate(sources.layers)
+        ]
+        before = middles(span.targets, layer) if unit == "channel" else None
+        penalty = (
+            0.1 * stacked_equations(Features(span.targets, unit, layers, before)).mean_diagonal()
+        )
+        name, *bias = adapter.output_tensors(unit)
+        data = torch.cat(features), torch.cat(targets), torch.cat(weights)
+        start = sources.state[bias[0]] if bias else None
+        weight, constant = plain_ridge(*data, sources.state[name], start, penalty)
+        torch.testing.assert_close(found[name].double(), weight, rtol=2e-3, atol=2e-5)
+        if bias:
+            torch.testing.assert_close(found[bias[0]].double(), constant, rtol=2e-3, atol=2e-4)
+        solved += 1
+    assert solved == 2
+
+
+def middles(targets, layer):
+    """The residual stream after a layer's attention, of all windows."""
+    stream = targets.stream
+    return torch.cat(
+        [
+            run_attention(
+                stream.adapter, layer, batch.states, stream.keywords(len(batch.states), 2)
+            )[1]
+            for batch in targets
+        ]
+    )
+
+
+@pytest.mark.parametrize(("rate", "of_trial"), [(0.3, 0.7), (0.9, 0.9)])
+def test_a_trial_eliminates_in_fewer_rounds(rate, of_trial, streamed, monkeypatch):
+    stream, rates = streamed("llama_gqa"), []
+
+    def counted(sums, initial, penalty, keep, size, rate, **rest):
+        rates.append(rate)
+        return eliminate(sums, initial, penalty, keep, size, rate, **rest)
+
+    monkeypatch.setattr("come.merge.retention.adaptive.eliminate", counted)
+    method = recipe("come_plus", rate=rate)
+    span = LayerSpan(
+        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
+    )
+    assert method.retention.trial_split(span).solved.keys() == {"kv_group", "channel"}
+    assert not method.retention.split(span).solved
+    assert rates == [0.0, of_trial, 0.0, rate]
+
+
+@pytest.mark.parametrize("changes", [{"refit_lambda": "auto"}, {"refit_sublayers": ["ffn"]}])
+def test_a_refit_with_another_problem_is_solved_anew(changes, streamed):
+    stream, method = streamed("llama_gqa"), recipe("come_plus", refit="ridge", **changes)
+    span = LayerSpan(
+        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
+    )
+    sources = span.sources(method.retention.trial_split(span))
+    with_choice = method.refit.solve(span.targets, sources)
+    without_choice = method.refit.solve(span.targets, replace(sources, solved={}))
+    assert with_choice.keys() == without_choice.keys()
+    for name, tensor in with_choice.items():
+        assert torch.equal(tensor, without_choice[name])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (1, 2, 3)]
-    sums = stacked_equations(targets, "kv_group", layers)
+    sums = stacked_equations(Features(targets, "kv_group", layers))
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)

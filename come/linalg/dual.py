@@ -11,6 +11,7 @@ from come.linalg.equations import LEAST, Elimination, Map
 from come.stream.processes import Processes
 
 COLUMNS = 4096  # columns that are worked on at a time
+SKETCH = 512  # outputs that eliminations read, where there are more than twice as many
 
 
 class Dual:
@@ -99,7 +100,7 @@ class Dual:
         """The ridge solution, float32."""
         self._centre()
         weight = initial.weight.to(self._rows).T.contiguous()
-        residual = _residual(self._rows, self._targets, weight)
+        residual = self._targets - self._rows.T @ weight
         solved = _solved(_factor(self._rows, penalty), residual).float()
         found = (weight + self._rows @ solved).T
         if self._means is None:
@@ -109,19 +110,18 @@ class Dual:
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Dual:
         """The problem for a subset of the inputs."""
-        chosen = Dual(
-            len(kept),
-            self._targets.shape[1],
-            self._filled,
-            bias=self.bias,
-            device=self._rows.device,
-        )
-        chosen._filled = self._filled
-        chosen._rows = self._rows[kept.to(self._rows.device)]
+        kept = kept.to(self._rows.device)
+        return self.with_rows(self._rows[kept], kept)
+
+    def with_rows(self, rows: Float[Tensor, "kept tokens"], kept: Int[Tensor, " kept"]) -> Dual:
+        """The problem for a subset of the inputs, whose rows are given."""
+        out, device = self._targets.shape[1], rows.device
+        chosen = Dual(len(kept), out, 0, bias=self.bias, device=device)
+        chosen._rows, chosen._filled = rows, self._filled
         chosen._targets, chosen._roots = self._targets, self._roots
         if self._means is not None:
             features, targets = self._means
-            chosen._means = features[kept.to(features.device)], targets
+            chosen._means = features[kept], targets
         return chosen
 
     def leverage(self, penalty: float) -> Float[Tensor, " width"]:
@@ -132,10 +132,24 @@ class Dual:
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination; with `consume` it works on the rows of this problem."""
         self._centre()
-        rows, weight = self._rows, initial.weight.to(self._rows).T.contiguous()
-        if not consume:
-            rows, weight = rows.clone(), weight.clone()
-        return DualElimination(rows, _residual(rows, self._targets, weight), weight, penalty)
+        rows = self._rows if consume else self._rows.clone()
+        return DualElimination(self, rows, initial, penalty)
+
+    def sketch(self, initial: Map) -> tuple[Tensor, Tensor]:
+        """W_0^T and Y - F W_0^T, times a random matrix S if there are many outputs.
+
+        S has the entries +-r^-1/2, so |w S|^2 is |w|^2 on average, with a relative standard
+        deviation of at most (2 / r)^1/2: 6% for r = 512 (Johnson and Lindenstrauss 1984).
+        """
+        out, device = self._targets.shape[1], self._rows.device
+        if out <= 2 * SKETCH:
+            weight = initial.weight.to(self._rows).T.clone(memory_format=torch.contiguous_format)
+            return weight, self._targets - self._rows.T @ weight
+        signs = torch.randint(0, 2, (out, SKETCH), generator=torch.Generator().manual_seed(0))
+        random = ((2.0 * signs - 1) / SKETCH**0.5).to(device)
+        parts = initial.weight.T.split(COLUMNS)
+        weight = torch.cat([part.to(self._rows) @ random for part in parts])
+        return weight, self._targets @ random - self._rows.T @ weight
 
     def _centre(self) -> None:
         """Projects the constant of a bias out of inputs and targets."""
@@ -158,20 +172,29 @@ class DualElimination:
 
     The solution and the diagonal of the inverse are updated while few columns leave, and computed
     anew when many do, which is cheaper then. W takes the place of W_0, which W - F^T Z gives back.
+    Where the map has many outputs, all of this reads a random sketch of them (see `Dual.sketch`),
+    and `solution` the outputs themselves.
 
     Args:
+        problem: of all columns.
         rows: F, [columns, tokens]; changed.
-        residual: Y - F W_0^T, [tokens, out].
-        initial: W_0, [columns, out]; changed.
+        initial: the map that the penalty refers to.
         penalty: mu.
     """
 
-    def __init__(self, rows: Tensor, residual: Tensor, initial: Tensor, penalty: float) -> None:
-        self._rows, self._residual, self._weight = rows, residual, initial
-        self._penalty = penalty
+    def __init__(self, problem: Dual, rows: Tensor, initial: Map, penalty: float) -> None:
+        self._problem = problem
+        self._kept = torch.arange(len(rows), device=rows.device)
+        self._rows, self._penalty = rows, penalty
+        self._weight, self._residual = problem.sketch(initial)
         self._gram = _gram(rows)
-        self._solution = torch.zeros_like(residual)
+        self._solution = torch.zeros_like(self._residual)
         self._anew()
+
+    def solution(self, initial: Map) -> Map:
+        """See `come.linalg.equations.Elimination`."""
+        problem = self._problem.with_rows(self._rows, self._kept)
+        return problem.solve(initial, self._penalty)
 
     def _anew(self) -> None:
         """Factor, leverage, Z and W for the current S and residual."""
@@ -191,19 +214,19 @@ class DualElimination:
             parts = self._weight.split(COLUMNS)
             sizes = [part.square().sum(dim=1, dtype=torch.float64) for part in parts]
             return torch.cat(sizes) / free
-        found: list[Tensor] = []
-        for start in range(0, len(self._rows), size):
-            part = slice(start, start + size)
-            read = _solved(self._factor, self._rows[part].T).float()
-            inverse = self._inverse(self._rows[part], read, same=True)
-            rows = self._weight[part].double()
-            solved = torch.cholesky_solve(rows, torch.linalg.cholesky(inverse))
-            found.append((rows * solved).sum())
+        single, found = self._factor.float(), list[Tensor]()
+        for rows, weight in zip(self._rows.split(size), self._weight.split(size), strict=True):
+            half = torch.linalg.solve_triangular(single, rows.T, upper=False)
+            inverse = self._inverse(half.T, half, same=True)
+            wide = weight.double()
+            solved = torch.cholesky_solve(wide, torch.linalg.cholesky(inverse))
+            found.append((wide * solved).sum())
         return torch.stack(found)
 
     def remove(self, stay: Int[Tensor, " stay"], gone: Int[Tensor, " gone"]) -> None:
         """See `come.linalg.equations.Elimination`."""
         stay, gone = stay.to(self._rows.device), gone.to(self._rows.device)
+        self._kept = self._kept[stay]
         leaving, many = self._rows[gone], 4 * len(gone) >= self._rows.shape[1]
         initial = self._weight[gone] - leaving @ self._solution
         if many:
@@ -240,8 +263,8 @@ class DualElimination:
         """The block of B = (I - F^T S^-1 F) / mu for two sets of columns, float64.
 
         Args:
-            first: the columns F_1 of one set, [columns, tokens].
-            read: S^-1 F_2 of the other set, [tokens, columns], float32.
+            first: the columns F_1 of one set, [columns, tokens], or L^-1 F_1 transposed.
+            read: S^-1 F_2 of the other set, [tokens, columns], float32, or L^-1 F_2.
             same: whether both sets are the same.
         """
         block = -(first @ read).double()
@@ -272,10 +295,6 @@ def _factor(rows: Tensor, penalty: float) -> Tensor:
 
 def _solved(factor: Tensor, right: Tensor) -> Tensor:
     return cholesky_solve(factor, right.double())
-
-
-def _residual(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    return targets - rows.T @ weight
 
 
 def _leverage(rows: Tensor, factor: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ class Elimination(Protocol):
         """Removes columns `gone`, and renumbers the others in the order of `stay`."""
         ...
 
+    def solution(self, initial: Map) -> Map:
+        """The solution for the columns that remain; `initial`: their part of W_0.
+
+        Called once, at the end.
+        """
+        ...
+
 
 @runtime_checkable
 class Equations(Protocol):
@@ -79,7 +86,7 @@ class Equations(Protocol):
         ...
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
-        """Backward elimination from all columns; `consume` as in `solve`, also of `initial`."""
+        """Backward elimination from all columns; `consume` as in `solve`."""
         ...
 
 
@@ -92,7 +99,7 @@ def eliminate(
     rate: float,
     *,
     consume: bool = False,
-) -> list[int]:
+) -> tuple[list[int], Elimination]:
     """Backward elimination of units of `size` adjacent columns until `keep` units remain.
 
     Args:
@@ -105,7 +112,7 @@ def eliminate(
         consume: whether the equations are not needed afterwards.
 
     Returns:
-        Kept units, ascending.
+        Kept units, ascending, and the elimination that has led to them.
     """
     alive = list(range(sums.width // size))
     state = sums.elimination(initial, penalty, consume=consume)
@@ -115,7 +122,7 @@ def eliminate(
         stay, gone = sorted(order[: len(alive) - leaving]), sorted(order[len(alive) - leaving :])
         state.remove(unit_columns(stay, size), unit_columns(gone, size))
         alive = [alive[i] for i in stay]
-    return alive
+    return alive, state
 
 
 def choice_dtype(width: int, ratio: float, *, bias: bool = False) -> torch.dtype:

@@ -90,11 +90,10 @@ class Gram:
     def _accumulate(self, features: Tensor, targets: Tensor) -> None:
         """Adds a block of weighted rows."""
         for start in range(0, len(self._upper), BLOCK):
-            own = features[:, start : start + BLOCK]
-            product = own.T @ features[:, start:]
-            self._upper[start : start + BLOCK, start:] += product.to(self._upper.device)
+            own, upper = features[:, start : start + BLOCK].T, self._upper[start : start + BLOCK]
+            _add_product(upper[:, start:], own, features[:, start:])
         self._mirrored = False
-        self._moment += (features.T @ targets).to(self._moment.device)
+        _add_product(self._moment, features.T, targets)
         self._energy += targets.double().square().sum().item()
 
     def all_reduce(self, processes: Processes) -> None:
@@ -219,6 +218,12 @@ class DenseElimination:
         solved = torch.cholesky_solve(rows, torch.linalg.cholesky(blocks))
         return (rows * solved).sum(dim=(1, 2)).double()
 
+    def solution(self, initial: Map) -> Map:
+        """See `come.linalg.equations.Elimination`."""
+        solved = self._weight.T
+        constant = solved[:, self._width] if len(self._weight) > self._width else None
+        return Map(solved[:, : self._width], constant)
+
     def remove(self, stay: Int[Tensor, " stay"], gone: Int[Tensor, " gone"]) -> None:
         """See `come.linalg.equations.Elimination`."""
         inverse, weight, device = self._inverse, self._weight, self._inverse.device
@@ -251,6 +256,14 @@ def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         own = inverse[start : start + BLOCK, start : start + BLOCK]
         own.copy_(own.triu() + own.triu(1).T)
     return inverse
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a matrix product to `total`, which may have another dtype and device."""
+    if (total.dtype, total.device) == (left.dtype, left.device):
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).to(total.device)
 
 
 def _mirror(upper: Tensor) -> None:

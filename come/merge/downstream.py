@@ -10,7 +10,7 @@ from torch import Tensor
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import Weighting, token_weights
 from come.models.layer_state import LayerState
-from come.models.sublayers import run_attention, run_mlp
+from come.models.sublayers import hidden_activations, run_attention
 from come.models.surgery import Span
 from come.stream.stream import LayerStream
 
@@ -66,7 +66,7 @@ def _refitted(
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
         _, middle = run_attention(adapter, layer, before, keywords)
-        features, _ = run_mlp(adapter, layer, middle, keywords)
+        features = hidden_activations(adapter, layer, middle, keywords)
         output = stream.dense(original + 1, rows)
         sums.add(
             features.flatten(0, 1),

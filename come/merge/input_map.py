@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from come.merge.reconstruction import ReconstructionTargets
-from come.models.sublayers import States, activation_derivative, run_mlp
+from come.models.sublayers import States, activation_derivative, hidden_activations
 from come.progress import ProgressBar
 from come.stream.processes import Processes
 from come.stream.token_blocks import BLOCK, TokenBlocks
@@ -111,7 +111,7 @@ class InputMap:
         if not self._held:
             blocks = TokenBlocks(accumulate)
             for middle, _, weights, keywords in self._batches():
-                blocks.add(*self._slopes(middle, keywords), weights)
+                blocks.add(*self._slopes(middle, keywords)[:2], weights)
             blocks.finish()
         self._processes.all_reduce(total)
         return total
@@ -131,7 +131,8 @@ class InputMap:
 
         blocks = TokenBlocks(accumulate)
         for middle, target, weights, keywords in self._batches():
-            blocks.add(self._gap(middle, target, keywords), weights)
+            features = hidden_activations(self.adapter, self.layer, middle, keywords)
+            blocks.add(self._gap(middle, target, features), weights)
         blocks.finish()
         self._put(self.weight)
         return self._processes.reduced(total)
@@ -165,22 +166,25 @@ class InputMap:
 
         blocks = TokenBlocks(accumulate)
         for middle, target, weights, keywords in self._batches():
-            read, slopes = self._slopes(middle, keywords)
-            blocks.add(read, slopes, self._gap(middle, target, keywords), weights)
+            read, slopes, features = self._slopes(middle, keywords)
+            blocks.add(read, slopes, self._gap(middle, target, features), weights)
         blocks.finish()
         self._processes.all_reduce(gram, pull, squares)
         sizes = self.output.double().square().sum(dim=0)
         return gram / stream.tokens, pull, squares * sizes, self._processes.reduced(error)
 
-    def _gap(self, middle: States, target: States, keywords: dict[str, Any]) -> Tensor:
-        """Target minus the layer's output, [tokens, hidden]."""
-        output = run_mlp(self.adapter, self.layer, middle, keywords)[1]
-        return (target - output).flatten(0, 1).to(self.output)
+    def _gap(self, middle: States, target: States, features: States) -> Tensor:
+        """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
+        output = self.layer.get_submodule(self.adapter.architecture.ffn_output)
+        return (target - (middle + output(features))).flatten(0, 1).to(self.output)
 
-    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The input n of W, [tokens, hidden], and the derivatives D, [tokens, channels]."""
-        read, slopes = activation_derivative(self.adapter, self.layer, middle, keywords, self.name)
-        return read.flatten(0, 1).to(self.output), slopes.flatten(0, 1).to(self.output)
+    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, States]:
+        """The input n of W, [tokens, hidden], the derivatives D, [tokens, channels], and f."""
+        read, slopes, features = activation_derivative(
+            self.adapter, self.layer, middle, keywords, self.name
+        )
+        flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
+        return flat[0], flat[1], features
 
     def _back(self, gap: Tensor, read: Tensor, slopes: Tensor) -> Matrix:
         return ((gap @ self.output) * slopes).T @ read

@@ -17,11 +17,12 @@ from come.merge.alignment import input_maps
 from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
+from come.merge.source_layers import UnitSolution
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.work import SpanSize, Work
 from come.models.adapter import UNITS, Unit
 from come.models.layer_state import LayerState
-from come.models.sublayers import States, run_attention, run_mlp
+from come.models.sublayers import States, head_outputs, hidden_activations
 
 
 @runtime_checkable
@@ -29,22 +30,18 @@ class UnitRule(Protocol):
     """Chooses units by the least-squares problem of all units of a span."""
 
     def choose(
-        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, last: bool
-    ) -> list[int]:
-        """The kept units, ascending.
+        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
+    ) -> tuple[list[int], Map | None]:
+        """The kept units, ascending, and the output projection of what they keep.
 
         Args:
-            sums: the problem of all units.
+            sums: the problem of all units, which is not read again.
             initial: the stacked map of all units.
             penalty: the refit's, absolute.
             keep: how many to keep.
             size: columns of a unit.
-            last: whether the problem is not read again.
+            solves: whether the output projection is read; otherwise it may be None.
         """
-        ...
-
-    def kept_map(self, sums: Equations, own: Map, columns: Tensor, penalty: float) -> Map:
-        """The output projection of the kept units, whose columns and own map are given."""
         ...
 
 
@@ -86,7 +83,9 @@ class AlignedNorm(nn.Module):
 
 
 @torch.no_grad()
-def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
+def select_units_jointly(
+    group: LayerSpan, rule: UnitRule, *, solves: bool = False
+) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
 
     MLP channels read the residual stream after the kept attention. Units are those of layers with
@@ -95,6 +94,7 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     Args:
         group: a span with reconstruction targets.
         rule: selects the kept units of one kind.
+        solves: whether the allocation gets the solution for the kept units of both kinds.
 
     Returns:
         The kept units; shares are those of the kept MLP channels.
@@ -105,34 +105,38 @@ def select_units_jointly(group: LayerSpan, rule: UnitRule) -> UnitAllocation:
     undecided = UnitAllocation([1 / group.size] * group.size)
     layers = [SourceLayer(state) for state in group.sources(undecided).layers]
     kept: dict[Unit, list[list[int]]] = {}
+    solved: dict[Unit, UnitSolution] = {}
     middle: Tensor | None = None
     for unit in UNITS:
+        changes: list[Tensor] = []
         if align is not None:
             norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
-            maps = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
+            changes = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
             layers = [
                 SourceLayer(layer.state, {unit: change})
-                for layer, change in zip(layers, maps, strict=True)
+                for layer, change in zip(layers, changes, strict=True)
             ]
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         last = unit == UNITS[-1]
-        dtype = torch.float64  # the map of the kept head outputs is solved too
+        dtype = torch.float64  # the map of the kept head outputs is read
         if last:
             bias = len(adapter.output_tensors(unit)) > 1
             dtype = choice_dtype(group.size * count, ratio, bias=bias)
-        sums = stacked_equations(targets, unit, layers, middle, dtype)
+        read = Features(targets, unit, layers, middle, hold=not last)
+        sums = stacked_equations(read, dtype)
         initial = stacked_map(targets, unit)
         penalty = ratio * sums.mean_diagonal()
-        units = rule.choose(sums, initial, penalty, count, size, last)
+        units, found = rule.choose(sums, initial, penalty, count, size, solves or not last)
         kept[unit] = by_layer(units, count, group.size)
+        if found is not None:
+            solved[unit] = UnitSolution(changes, found)
         if not last:
-            columns = unit_columns(units, size).to(adapter.device)
-            own = Map(initial.weight[:, columns], initial.bias)
-            found = rule.kept_map(sums, own, columns, penalty)
-            of_layers = [unit_columns(chosen, size) for chosen in kept[unit]]
-            middle = after_attention(targets, layers, found, of_layers)
+            assert found is not None
+            columns = [unit_columns(chosen, size) for chosen in kept[unit]]
+            middle = after_attention(read, found, columns)
     total = adapter.unit_counts["channel"]
-    return UnitAllocation([len(layer) / total for layer in kept["channel"]], kept)
+    shares = [len(layer) / total for layer in kept["channel"]]
+    return UnitAllocation(shares, kept, solved if solves else {})
 
 
 def joint_work(size: SpanSize) -> Work:
@@ -142,6 +146,7 @@ def joint_work(size: SpanSize) -> Work:
         size.width, size.hidden, DUAL, size.itemsize
     )
     copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
+    copies += 4.0 * size.tokens * heads  # head outputs are held
     beside = Work(bytes=sums.bytes + copies)
     return sums + beside + size.inverse(heads) + size.passes * (2 * size.layers)
 
@@ -161,23 +166,60 @@ def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
     )
 
 
+class Features:
+    """Head outputs, or hidden activations of the MLP, of all layers on the span's input.
+
+    Args:
+        targets: reconstruction targets of the span.
+        unit: kv_group for head outputs, channel for hidden activations.
+        layers: the layers of the span.
+        middle: for MLP channels, the residual stream after the kept attention.
+        hold: whether they are held in main memory, to be read twice.
+    """
+
+    def __init__(
+        self,
+        targets: ReconstructionTargets,
+        unit: Unit,
+        layers: Sequence[SourceLayer],
+        middle: Float[Tensor, "windows seq hidden"] | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.targets = targets
+        self.unit: Unit = unit
+        self.layers = layers
+        self.middle = middle
+        self._hold = hold
+        self._held: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, number: int, module: nn.Module | None, batch: TargetBatch) -> Tensor:
+        """Those of layer `number` on one batch, [batch, seq, width]; `module`: unless held."""
+        stream = self.targets.stream
+        if (number, batch.number) in self._held:
+            return self._held[number, batch.number].to(stream.adapter.device)
+        assert module is not None
+        keywords = stream.keywords(len(batch.states), self.targets.first)
+        run = head_outputs if self.unit == "kv_group" else hidden_activations
+        found = run(stream.adapter, module, _read(self.middle, batch), keywords)
+        if self._hold:
+            self._held[number, batch.number] = found.cpu()
+        return found
+
+    def missing(self, batch: TargetBatch) -> Tensor:
+        """What the output projection has to add to the residual stream, [batch, seq, hidden]."""
+        if self.unit == "kv_group":
+            return batch.middle - batch.states
+        return batch.output - _read(self.middle, batch)
+
+
 @torch.no_grad()
-def stacked_equations(
-    targets: ReconstructionTargets,
-    unit: Unit,
-    layers: Sequence[SourceLayer],
-    middle: Float[Tensor, "windows seq hidden"] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Equations:
+def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) -> Equations:
     """The problem of all units of one kind, with every layer reading the span's input.
 
     In its form by tokens, only one of the layers is in memory at a time.
 
     Args:
-        targets: reconstruction targets of the span.
-        unit: the kind of unit.
-        layers: the layers of the span.
-        middle: for MLP channels, the residual stream after the kept attention.
+        features: of the units.
         dtype: of the normal equations.
 
     Returns:
@@ -185,6 +227,7 @@ def stacked_equations(
         channels, the equations from hidden activations, on the residual stream after the kept
         attention, to the remaining difference from the target output.
     """
+    targets, unit, layers = features.targets, features.unit, features.layers
     stream, adapter = targets.stream, targets.stream.adapter
     width = len(layers) * adapter.unit_counts[unit] * adapter.columns_per_unit(unit)
     bias = len(adapter.output_tensors(unit)) > 1
@@ -195,71 +238,48 @@ def stacked_equations(
             module = None  # frees the one before
             module = layer.module(targets)
             for batch in targets:
-                features = _features(targets, unit, module, batch, middle).flatten(0, 1)
+                found = features.of(number, module, batch).flatten(0, 1)
                 tokens = batch.rows.start * batch.states.shape[1]
-                sums.add_columns(number * features.shape[1], tokens, features, batch.weights)
+                sums.add_columns(number * found.shape[1], tokens, found, batch.weights)
                 if number == 0:
-                    sums.add_targets(_missing(unit, batch, middle).flatten(0, 1), batch.weights)
+                    sums.add_targets(features.missing(batch).flatten(0, 1), batch.weights)
         sums.all_reduce(stream.processes)
         return sums
     modules = [layer.module(targets) for layer in layers]
     for batch in targets:
-        side_by_side = [_features(targets, unit, module, batch, middle) for module in modules]
-        features = torch.cat(side_by_side, dim=-1).flatten(0, 1)
-        sums.add(features, _missing(unit, batch, middle).flatten(0, 1), batch.weights)
+        side_by_side = [features.of(i, module, batch) for i, module in enumerate(modules)]
+        found = torch.cat(side_by_side, dim=-1).flatten(0, 1)
+        sums.add(found, features.missing(batch).flatten(0, 1), batch.weights)
     sums.all_reduce(stream.processes)
     return sums
 
 
 @torch.no_grad()
 def after_attention(
-    targets: ReconstructionTargets,
-    layers: Sequence[SourceLayer],
-    found: Map,
-    columns: Sequence[Int[Tensor, " _"]],
+    features: Features, found: Map, columns: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, "windows seq hidden"]:
     """The residual stream after the kept attention, in main memory.
 
     Args:
-        targets: reconstruction targets of the span.
-        layers: the layers of the span.
+        features: head outputs of the span's layers, held.
         found: the output projection of the kept head outputs.
         columns: kept head outputs of every layer.
 
     Returns:
         The states of this process's windows; those of others are not set.
     """
-    stream = targets.stream
+    targets, stream = features.targets, features.targets.stream
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
     middle = torch.empty(shape, dtype=stream.adapter.model.dtype)
+    weights = found.weight.split([len(chosen) for chosen in columns], dim=1)
     for batch in targets:
-        middle[batch.rows] = batch.states.cpu()
-    start, module = 0, None
-    for layer, chosen in zip(layers, columns, strict=True):
-        weight = found.weight[:, start : start + len(chosen)]
-        start += len(chosen)
-        if not len(chosen):
-            continue
-        module = None  # frees the one before
-        module = layer.module(targets)
-        for batch in targets:
-            features = _features(targets, "kv_group", module, batch)[..., chosen.to(weight.device)]
-            middle[batch.rows] += (features @ weight.to(features).T).cpu()
+        after = batch.states.cpu()
+        for number, (weight, chosen) in enumerate(zip(weights, columns, strict=True)):
+            if len(chosen):
+                read = features.of(number, None, batch)[..., chosen.to(weight.device)]
+                after = after + (read @ weight.to(read).T).cpu()
+        middle[batch.rows] = after
     return middle if found.bias is None else middle + found.bias.to(middle)
-
-
-def _features(
-    targets: ReconstructionTargets,
-    unit: Unit,
-    layer: nn.Module,
-    batch: TargetBatch,
-    middle: Tensor | None = None,
-) -> Tensor:
-    """Head outputs, or hidden activations of the MLP, of one layer on one batch."""
-    stream = targets.stream
-    keywords = stream.keywords(len(batch.states), targets.first)
-    run = run_attention if unit == "kv_group" else run_mlp
-    return run(stream.adapter, layer, _read(middle, batch), keywords)[0]
 
 
 def _read(middle: Tensor | None, batch: TargetBatch) -> States:
@@ -267,13 +287,6 @@ def _read(middle: Tensor | None, batch: TargetBatch) -> States:
     if middle is None:
         return batch.states
     return middle[batch.rows].to(batch.states.device)
-
-
-def _missing(unit: Unit, batch: TargetBatch, middle: Tensor | None) -> States:
-    """What the output projection has to add to the residual stream."""
-    if unit == "kv_group":
-        return batch.middle - batch.states
-    return batch.output - _read(middle, batch)
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

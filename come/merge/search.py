@@ -196,14 +196,14 @@ class Search:
             sensitivity=self.method.sensitivity,
         )
 
-    def split(self, span: LayerSpan, kept: int | None) -> UnitAllocation:
+    def split(self, span: LayerSpan, kept: int | None, *, trial: bool = False) -> UnitAllocation:
         """What remains of a span, given the index of the layer that a drop keeps."""
         if kept is not None:
             return UnitAllocation.drop(span.size, kept)
-        shares = self.method.operator.fixed_shares(span.size)
-        split: UnitAllocation = (
-            UnitAllocation(shares) if shares else self.method.retention.split(span)
-        )
+        if shares := self.method.operator.fixed_shares(span.size):
+            return UnitAllocation(shares)
+        retention = self.method.retention
+        split: UnitAllocation = retention.trial_split(span) if trial else retention.split(span)
         return split
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
@@ -265,7 +265,7 @@ class Search:
         stream = self.method.selection.trial_stream(self.stream.unshared())
         for first, last, kept in groups:
             span = self.span(first, last, stream)
-            yield span, self.split(span, kept)
+            yield span, self.split(span, kept, trial=True)
 
     def chosen(self, candidates: list[SpanCandidate]) -> Choice:
         """The candidate with the lowest score; ties go to the first one."""

@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from come.linalg.equations import Map
 from come.models.adapter import Unit
 from come.models.layer_state import LayerState
 
 KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
 """For each kind of unit, the kept indices of every layer of the span, ascending."""
+
+
+@dataclass(frozen=True)
+class UnitSolution:
+    """What a sublayer becomes by the least-squares problem that has chosen its units.
+
+    Attributes:
+        inputs: for every layer of the span the map P_i that its input projections are multiplied
+            by (see `come.merge.alignment`); empty without alignment.
+        output: output projection of the kept units.
+    """
+
+    inputs: Sequence[Tensor]
+    output: Map
 
 
 @dataclass(frozen=True)
@@ -21,12 +38,14 @@ class SourceLayers:
         join: returns all tensors of the merged layer, given such layers.
         shares: share of every layer in the merged layer.
         kept: kept units of every layer, by kind; empty if no units are chosen.
+        solved: solutions for the kept units, by kind, where their choice has found them.
     """
 
     layers: Sequence[LayerState]
     join: Callable[[Sequence[LayerState]], LayerState]
     shares: Sequence[float] = ()
     kept: KeptUnits = field(default_factory=dict)
+    solved: Mapping[Unit, UnitSolution] = field(default_factory=dict)
 
     @property
     def keeper(self) -> int:

@@ -11,7 +11,7 @@ from come.merge.operators.base import MergeOperator
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import Refit
 from come.merge.sensitivity.base import SensitivityMetric
-from come.merge.source_layers import SourceLayers
+from come.merge.source_layers import SourceLayers, UnitSolution
 from come.merge.unit_scores import UnitScores, unit_scores
 from come.models.adapter import Unit
 from come.models.layer_state import LayerState
@@ -28,10 +28,12 @@ class UnitAllocation:
     Attributes:
         shares: share rho of every layer, in depth order; >= 0, summing to 1.
         kept: kept units of every layer, ascending, by kind; empty if no units are chosen.
+        solved: solutions for the kept units, by kind, where the choice has found them.
     """
 
     shares: list[float]
     kept: dict[Unit, list[list[int]]] = field(default_factory=dict)
+    solved: dict[Unit, UnitSolution] = field(default_factory=dict)
 
     @classmethod
     def drop(cls, size: int, kept: int) -> UnitAllocation:
@@ -111,9 +113,10 @@ class LayerSpan:
 
     def sources(self, split: UnitAllocation) -> SourceLayers:
         """The layers as the operator reads them, and the function that merges them."""
-        return source_layers_of(
+        sources = source_layers_of(
             self.stream.adapter, self.layers, self.operator, self.norms, split.shares, split.kept
         )
+        return replace(sources, solved=split.solved)
 
     def merge(self, split: UnitAllocation) -> LayerState:
         """The tensors of the merged layer, without a refit."""

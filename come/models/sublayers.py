@@ -55,9 +55,17 @@ def run_attention(
 
 
 @torch.no_grad()
-def run_mlp(
+def head_outputs(
+    adapter: ModelAdapter, layer: nn.Module, states: States, keywords: Mapping[str, Any]
+) -> Features:
+    """The input of the attention's output projection; arguments as for `run_attention`."""
+    return _input_of(layer, adapter.architecture.attention_output, states, keywords)
+
+
+@torch.no_grad()
+def hidden_activations(
     adapter: ModelAdapter, layer: nn.Module, middle: States, keywords: Mapping[str, Any]
-) -> tuple[Features, States]:
+) -> Features:
     """Runs a layer's MLP on a residual stream, without its attention.
 
     Args:
@@ -67,16 +75,23 @@ def run_mlp(
         keywords: the layer's keyword arguments for a batch of this size.
 
     Returns:
-        The input of the MLP's output projection, [batch, seq, channels], and the layer's output.
+        The input of the MLP's output projection, [batch, seq, channels].
     """
+    with _without_attention(adapter, layer):
+        return _input_of(layer, adapter.architecture.ffn_output, middle, keywords)
+
+
+def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str, Any]) -> Features:
+    """The input of a module of the layer, whose forward pass ends there; [batch, seq, width]."""
     seen: list[Tensor] = []
-    output = layer.get_submodule(adapter.architecture.ffn_output)
-    with (
-        _without_attention(adapter, layer),
-        _before(output, lambda module, inputs: seen.append(inputs[0])),
-    ):
-        after = layer(middle, **keywords)
-    return seen[0].view(*middle.shape[:2], -1), after
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _EnoughError
+
+    with _before(layer.get_submodule(name), stop), suppress(_EnoughError):
+        layer(states, **keywords)
+    return seen[0].view(*states.shape[:2], -1)
 
 
 def activation_derivative(
@@ -85,7 +100,7 @@ def activation_derivative(
     middle: States,
     keywords: Mapping[str, Any],
     name: str,
-) -> tuple[States, Features]:
+) -> tuple[States, Features, Features]:
     """Derivative of the MLP's hidden activations by the output of one of its input projections.
 
     Each hidden activation f_tj depends on one row of each input projection, so its derivative is a
@@ -101,7 +116,7 @@ def activation_derivative(
         name: the input projection W, one of the family's `ffn_inputs`.
 
     Returns:
-        n, the input of W, [batch, seq, hidden], and D, [batch, seq, channels].
+        n, the input of W, [batch, seq, hidden], D and f, [batch, seq, channels] each.
     """
     seen: list[Tensor] = []
 
@@ -109,25 +124,16 @@ def activation_derivative(
         seen.extend([inputs[0].detach(), out.detach().requires_grad_(True)])
         return seen[-1]
 
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _EnoughError
-
     handle = layer.get_submodule(name).register_forward_hook(cut)
-    output = layer.get_submodule(adapter.architecture.ffn_output)
     try:
-        with (
-            torch.enable_grad(),
-            _without_attention(adapter, layer),
-            _before(output, stop),
-            suppress(_EnoughError),
-        ):
-            layer(middle, **keywords)
+        with torch.enable_grad(), _without_attention(adapter, layer):
+            features = _input_of(layer, adapter.architecture.ffn_output, middle, keywords)
     finally:
         handle.remove()
-    read, given, features = seen
+    read, given = seen
     (slopes,) = torch.autograd.grad(features, given, torch.ones_like(features))
-    return read.view(middle.shape), slopes.view(*middle.shape[:2], -1)
+    shape = *middle.shape[:2], -1
+    return read.view(middle.shape), slopes.view(shape), features.detach()
 
 
 @contextmanager

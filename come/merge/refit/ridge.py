@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,12 @@ from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.adapter import Unit
+from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
-from come.models.sublayers import States, run_attention, run_mlp
+from come.models.sublayers import States, head_outputs, hidden_activations, run_attention
 from come.setting import setting
 
-SUBLAYERS = ("attention", "ffn")
+UNITS_OF: dict[str, Unit] = {"attention": "kv_group", "ffn": "channel"}
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 5  # with lambda "auto", every fifth window is held out
 
@@ -45,7 +46,8 @@ class Ridge(Refit):
     MLP activations on h'; middle, output: the targets (see `come.merge.reconstruction`). W_o0 and
     W_d0 are the projections of the merged layer before the refit. Output biases are solved together
     with their projections. With `align`, the input projections of each sublayer are aligned first
-    (see `come.merge.alignment`).
+    (see `come.merge.alignment`). In a trial merge the choice of units may have solved for W_o and
+    W_d (`sources.solved`), with the mean diagonal of all units in mu; they are taken as they are.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -62,7 +64,7 @@ class Ridge(Refit):
         words=("auto",),
     )
     sublayers: list[str] = setting(
-        ["attention", "ffn"], "whose output maps are refitted", choices=SUBLAYERS
+        ["attention", "ffn"], "whose output maps are refitted", choices=tuple(UNITS_OF)
     )
     align: float | None = setting(
         None,
@@ -90,12 +92,12 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.first, sources.state
+        same = len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
+        if same and sources.solved:  # the choice of units has solved this problem
+            return _as_chosen(adapter, sources)
         layer = adapter.copy_layer(index, state)
         found: dict[str, Tensor] = {}
-        units: tuple[tuple[str, Unit], ...] = (("attention", "kv_group"), ("ffn", "channel"))
-        for part, unit in units:
-            if part not in self.sublayers:
-                continue
+        for unit in self._units:
             if self.align is not None:
                 found |= self._aligned(targets, sources, layer, unit)
                 adapter.assign(layer, found)
@@ -111,10 +113,12 @@ class Ridge(Refit):
                 fit = equations(width, targets.stream, bias=bias)
             for batch in targets:
                 keywords = targets.stream.keywords(len(batch.states), index)
-                features, middle = run_attention(adapter, layer, batch.states, keywords)
-                target = batch.middle - batch.states
-                if unit == "channel":
-                    features, _ = run_mlp(adapter, layer, middle, keywords)
+                if unit == "kv_group":
+                    features = head_outputs(adapter, layer, batch.states, keywords)
+                    target = batch.middle - batch.states
+                else:
+                    middle = run_attention(adapter, layer, batch.states, keywords)[1]
+                    features = hidden_activations(adapter, layer, middle, keywords)
                     target = batch.output - middle
                 weights = batch.weights.view(target.shape[:2])
                 if held_out is None:
@@ -145,6 +149,11 @@ class Ridge(Refit):
         aligned = Work() if self.align is None else size.aligned() + size.folded()
         return heads + ffn + reads + copies + aligned
 
+    @property
+    def _units(self) -> list[Unit]:
+        """The units whose output projections are solved for, in order."""
+        return [unit for part, unit in UNITS_OF.items() if part in self.sublayers]
+
     def plain(self) -> Ridge:
         """The ridge regression only, for refits that extend it."""
         return Ridge(
@@ -171,20 +180,14 @@ class Ridge(Refit):
         norms = [adapter.copy_norm(unit, state) for state in sources.layers]
         own = layer.get_submodule(adapter.norm(unit))
         maps = input_maps(targets, unit, own, norms, reads, self.align)
-        names, kept = input_tensors(adapter, unit), sources.kept.get(unit)
-        if kept is None:  # rows of several layers are mixed
-            folded = [
-                fold_input_transform(adapter, unit, state, change)
-                for state, change in zip(sources.layers, maps, strict=True)
-            ]
-            joined = sources.join(folded)
-            return {name: joined[name] for name in names}
-        found = {}
-        for name in names:
-            counts = [len(units) * adapter.roles[name].size for units in kept]
-            rows = layer.get_parameter(name).split(counts)
-            found[name] = torch.cat([transformed(*pair) for pair in zip(rows, maps, strict=True)])
-        return found
+        if unit in sources.kept:
+            return _folded(adapter, unit, sources, dict(layer.named_parameters()), maps)
+        folded = [  # rows of several layers are mixed
+            fold_input_transform(adapter, unit, state, change)
+            for state, change in zip(sources.layers, maps, strict=True)
+        ]
+        joined = sources.join(folded)
+        return {name: joined[name] for name in input_tensors(adapter, unit)}
 
     def _solve(self, fit: Equations, held_out: Gram | None, initial: Map) -> Map:
         if held_out is None:
@@ -193,3 +196,29 @@ class Ridge(Refit):
         both = fit + held_out
         ratio = best_lambda(fit, held_out, initial, GRID) if held_out.energy else 0.1
         return both.solve(initial, ratio * both.mean_diagonal(), consume=True)
+
+
+def _as_chosen(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
+    """The tensors that the choice of units has solved for."""
+    state, found = dict(sources.state), dict[str, Tensor]()
+    for unit, solved in sources.solved.items():
+        if solved.inputs:
+            found |= _folded(adapter, unit, sources, state, solved.inputs)
+        found |= as_tensors(adapter, unit, solved.output, state)
+    return found
+
+
+def _folded(
+    adapter: ModelAdapter,
+    unit: Unit,
+    sources: SourceLayers,
+    state: LayerState,
+    maps: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """The merged layer's input projections of one kind of unit, each layer's rows by its map."""
+    found = {}
+    for name in input_tensors(adapter, unit):
+        counts = [len(units) * adapter.roles[name].size for units in sources.kept[unit]]
+        rows = state[name].split(counts)
+        found[name] = torch.cat([transformed(*pair) for pair in zip(rows, maps, strict=True)])
+    return found

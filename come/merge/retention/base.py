@@ -76,6 +76,10 @@ class RetentionRule(HasSettings, ABC):
         """
         return with_units(self.shares(group), group.scores)
 
+    def trial_split(self, group: LayerSpan) -> UnitAllocation:
+        """What remains of a span that is merged on trial; may be an approximation of `split`."""
+        return self.split(group)
+
 
 def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:
     """The allocation by shares, with each layer's most sensitive units; no units without scores."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from come.linalg.equations import Equations, Map
+from come.linalg.equations import Equations, Map, unit_columns
 from come.merge.joint_selection import joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
@@ -44,14 +42,12 @@ class Leverage(RetentionRule):
         return select_units_jointly(group, self)
 
     def choose(
-        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, last: bool
-    ) -> list[int]:
-        """The units with the largest sum of leverages."""
-        return top_units(sums.leverage(penalty).view(-1, size).sum(dim=1), keep)
-
-    def kept_map(self, sums: Equations, own: Map, columns: Tensor, penalty: float) -> Map:
-        """The output projection of the kept units, as it is."""
-        return own
+        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
+    ) -> tuple[list[int], Map | None]:
+        """The units with the largest sum of leverages, and their output projection as it is."""
+        units = top_units(sums.leverage(penalty).view(-1, size).sum(dim=1), keep)
+        columns = unit_columns(units, size).to(initial.weight.device)
+        return units, Map(initial.weight[:, columns], initial.bias)
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and one inverse."""
