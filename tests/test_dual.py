@@ -12,8 +12,10 @@ from come.linalg.equations import Map, eliminate, unit_columns
 from come.linalg.gram import Gram, inverse_of
 from come.merge.joint_selection import Features, SourceLayer, stacked_equations
 from come.merge.loop import compress
+from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
+from come.stream.boundaries import mapped_zeros
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import recipe
@@ -168,6 +170,51 @@ def test_the_form_is_chosen_by_size(tokens, windows):
         layers = [SourceLayer(adapter.layer_state(index)) for index in (2, 3)]
         sums = stacked_equations(Features(targets, "channel", layers))
         assert isinstance(sums, Dual if tokens == 32 else Gram)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [7, 64])
+def test_inputs_in_a_file_are_read_in_tiles(bias, columns, monkeypatch, tmp_path):
+    """A file that no name leads to, tiles that do not divide the columns: the same results."""
+    monkeypatch.setattr("come.linalg.dual.COLUMNS", columns)
+    dense, stored, (features, targets, weights), initial = both_forms(bias)
+    tiled = Dual(
+        WIDTH, OUT, TOKENS, bias=bias, rows=mapped_zeros((WIDTH, TOKENS), tmp_path / "new")
+    )
+    assert not list((tmp_path / "new").iterdir())
+    tiled.add(features.float(), targets.float(), weights.float())
+    penalty = 0.1 * dense.mean_diagonal()
+    assert tiled.mean_diagonal() == pytest.approx(dense.mean_diagonal(), rel=1e-6)
+    torch.testing.assert_close(
+        tiled.leverage(penalty), dense.leverage(penalty), rtol=1e-4, atol=1e-5
+    )
+    found, expected = (form.solve(initial, penalty) for form in (tiled, dense))
+    torch.testing.assert_close(found.weight.double(), expected.weight, rtol=1e-4, atol=1e-5)
+    chosen = [eliminate(form, initial, penalty, 60, 1, 0.3)[0] for form in (tiled, stored, dense)]
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+@pytest.mark.parametrize(("free", "store", "mapped"), [
+    (0, "memory", False), (1e5, "memory", False), (1e9, "memory", False), (1e9, "disk", True),
+])  # fmt: skip
+def test_where_inputs_of_a_problem_are(free, store, mapped, windows, monkeypatch, tmp_path):
+    """With the problem; beside a GPU that has room for all else; or with it in main memory."""
+    asked = []
+    monkeypatch.setattr("come.merge.output_map.COLUMNS", 8)
+    monkeypatch.setattr(
+        "come.merge.output_map.fits", lambda device, needed: asked.append(needed) or needed <= free
+    )
+    adapter = ModelAdapter(pico("llama_gqa"))
+    with LayerStream(adapter, windows, store=store, folder=tmp_path, progress=False) as stream:
+        made = []
+        scratch = stream.scratch
+        monkeypatch.setattr(stream, "scratch", lambda *shape: made.append(shape) or scratch(*shape))
+        tokens, hidden = stream.tokens, adapter.config.hidden_size
+        sums = equations(8 * tokens, stream, bias=False, eliminates=True)
+        others = 4 * (tokens * hidden + 8 * tokens + 8 * tokens * hidden) + 24 * tokens**2
+        assert asked == ([] if mapped else [others + 4 * tokens * 8 * tokens])
+        assert isinstance(sums, Dual)
+        assert made == ([] if free == 1e9 and not mapped else [(8 * tokens, tokens)])
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])

@@ -64,6 +64,21 @@ def test_what_does_not_fit_is_solved_on_the_cpu(family, windows, monkeypatch):
     ]
 
 
+def test_inputs_in_main_memory_are_read_in_tiles(windows, monkeypatch):
+    """The problem by tokens on the GPU, its inputs beside it: the same units."""
+    monkeypatch.setattr("come.merge.joint_selection.DUAL", 0)
+    monkeypatch.setattr("come.merge.output_map.DUAL", 0)
+    monkeypatch.setattr("come.linalg.dual.COLUMNS", 24)
+    plans = []
+    for fit in (True, False):
+        monkeypatch.setattr("come.merge.output_map.fits", lambda device, needed, fit=fit: fit)
+        model, method = pico("llama_gqa").to("cuda"), recipe("come_plus")
+        plans.append(compress(model, windows, method, target_layers=LAYERS - 2, progress=False))
+    assert [(s.first, s.last, s.kept) for s in plans[0].steps] == [
+        (s.first, s.last, s.kept) for s in plans[1].steps
+    ]
+
+
 @pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "taylor_plus"])
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 def test_layers_on_disk(family, name, windows):

@@ -175,10 +175,9 @@ def compare_speed(
                     found[label]["generation"].append(generation)
                 else:
                     caches[label] = _cache_bytes(model, prompt_tokens)
-                    works = (
-                        partial(_prompt, model, prompt_tokens),
-                        partial(_generate, model, batch, new_tokens),
-                    )
+                    works: list[Callable[[], object]] = [partial(_prompt, model, prompt_tokens)]
+                    if batch * (_PROMPT + new_tokens) > prompt_tokens:  # otherwise it needs less
+                        works.append(partial(_generate, model, batch, new_tokens))
                     peaks[label] = max(_peak_bytes(model, work) for work in works)
                 bar.update()
     return {

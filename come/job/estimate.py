@@ -147,7 +147,8 @@ def compression_cost(
     fitted, judged = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
-        work += method.retention.work(span) + method.refit.surrogate.work(span)
+        work += method.retention.work(span)
+        work += method.refit.trial_work(span, method.retention.solves)
         work += _span(shape, 1, judged).passes * (layers / 2)
         work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
     extra = {

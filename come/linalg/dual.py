@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.linalg.cholesky import cholesky, cholesky_solve
-from come.linalg.equations import LEAST, Elimination, Map
+from come.linalg.equations import LEAST, Elimination, Map, outputs_read
 from come.stream.processes import Processes
 
 COLUMNS = 4096  # columns that are worked on at a time
-SKETCH = 512  # outputs that eliminations read, where there are more than twice as many
 
 
 class Dual:
@@ -24,14 +25,16 @@ class Dual:
     is not penalised: F and Y are centred for it.
 
     F is stored in float32, [columns, tokens]; products with it run in float32, the tokens x tokens
-    matrix and its factor are float64.
+    matrix and its factor are float64. F may be stored elsewhere, in main memory for a GPU or in a
+    mapped file: it is read in tiles of 4096 columns.
 
     Args:
         width: number of inputs of the map.
         out: number of outputs.
         tokens: number of tokens that will be added, by all processes.
         bias: whether the map has a bias.
-        device: device of all tensors.
+        device: device of all tensors but `rows`.
+        rows: where F is stored, zeros of shape [width, tokens]; None for the device's memory.
         first: index of the first token that this process adds.
     """
 
@@ -43,11 +46,13 @@ class Dual:
         *,
         bias: bool,
         device: torch.device | str = "cpu",
+        rows: Float[Tensor, "width tokens"] | None = None,
         first: int = 0,
     ) -> None:
         self.width = width
         self.bias = bias
-        self._rows = torch.zeros(width, tokens, device=device)
+        self._device = torch.device(device)
+        self._rows = torch.zeros(width, tokens, device=device) if rows is None else rows
         self._targets = torch.zeros(tokens, out, device=device)
         self._roots = torch.zeros(tokens, device=device)
         self._means: tuple[Tensor, Tensor] | None = None
@@ -99,10 +104,12 @@ class Dual:
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
         """The ridge solution, float32."""
         self._centre()
-        weight = initial.weight.to(self._rows).T.contiguous()
-        residual = self._targets - self._rows.T @ weight
-        solved = _solved(_factor(self._rows, penalty), residual).float()
-        found = (weight + self._rows @ solved).T
+        weight = initial.weight.to(self._targets).T.clone(memory_format=torch.contiguous_format)
+        residual = self._residual(self._targets, weight)
+        solved = _solved(_penalised(_gram(self._rows, self._device), penalty), residual).float()
+        for part, rows in _tiles(self._rows, self._device):
+            weight[part] += rows @ solved
+        found = weight.T
         if self._means is None:
             return Map(found)
         features, targets = self._means
@@ -110,24 +117,23 @@ class Dual:
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Dual:
         """The problem for a subset of the inputs."""
-        kept = kept.to(self._rows.device)
-        return self.with_rows(self._rows[kept], kept)
+        return self.with_rows(self._rows[kept.to(self._rows.device)], kept)
 
     def with_rows(self, rows: Float[Tensor, "kept tokens"], kept: Int[Tensor, " kept"]) -> Dual:
         """The problem for a subset of the inputs, whose rows are given."""
-        out, device = self._targets.shape[1], rows.device
-        chosen = Dual(len(kept), out, 0, bias=self.bias, device=device)
-        chosen._rows, chosen._filled = rows, self._filled
+        out, device = self._targets.shape[1], self._device
+        chosen = Dual(len(kept), out, 0, bias=self.bias, device=device, rows=rows)
+        chosen._filled = self._filled
         chosen._targets, chosen._roots = self._targets, self._roots
         if self._means is not None:
             features, targets = self._means
-            chosen._means = features[kept], targets
+            chosen._means = features[kept.to(features.device)], targets
         return chosen
 
     def leverage(self, penalty: float) -> Float[Tensor, " width"]:
         """diag( G (G + mu I)^-1 ), in [0, 1), float64; without the constant of a bias."""
         assert self._means is None, "the inputs are centred already"
-        return _leverage(self._rows, _factor(self._rows, penalty))
+        return _leverage(self._rows, _penalised(_gram(self._rows, self._device), penalty))
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination; with `consume` it works on the rows of this problem."""
@@ -141,15 +147,22 @@ class Dual:
         S has the entries +-r^-1/2, so |w S|^2 is |w|^2 on average, with a relative standard
         deviation of at most (2 / r)^1/2: 6% for r = 512 (Johnson and Lindenstrauss 1984).
         """
-        out, device = self._targets.shape[1], self._rows.device
-        if out <= 2 * SKETCH:
-            weight = initial.weight.to(self._rows).T.clone(memory_format=torch.contiguous_format)
-            return weight, self._targets - self._rows.T @ weight
-        signs = torch.randint(0, 2, (out, SKETCH), generator=torch.Generator().manual_seed(0))
-        random = ((2.0 * signs - 1) / SKETCH**0.5).to(device)
-        parts = initial.weight.T.split(COLUMNS)
-        weight = torch.cat([part.to(self._rows) @ random for part in parts])
-        return weight, self._targets @ random - self._rows.T @ weight
+        out, targets = self._targets.shape[1], self._targets
+        read = outputs_read(out)
+        if read == out:
+            weight = initial.weight.to(targets).T.clone(memory_format=torch.contiguous_format)
+            return weight, self._residual(targets, weight)
+        signs = torch.randint(0, 2, (out, read), generator=torch.Generator().manual_seed(0))
+        random = ((2.0 * signs - 1) / read**0.5).to(targets)
+        weight = torch.cat([w.to(targets) @ random for w in initial.weight.T.split(COLUMNS)])
+        return weight, self._residual(targets @ random, weight)
+
+    def _residual(self, targets: Tensor, weight: Tensor) -> Tensor:
+        """Y - F W^T."""
+        found = targets.clone()
+        for part, rows in _tiles(self._rows, self._device):
+            found -= rows.T @ weight[part]
+        return found
 
     def _centre(self) -> None:
         """Projects the constant of a bias out of inputs and targets."""
@@ -157,10 +170,10 @@ class Dual:
         if not self.bias or self._means is not None:
             return
         total = self._roots.square().sum()
-        means = (self._rows @ self._roots) / total, (self._roots @ self._targets) / total
-        for start in range(0, self.width, COLUMNS):
-            part = slice(start, start + COLUMNS)
-            self._rows[part] -= means[0][part, None] * self._roots
+        of_rows = [rows @ self._roots for _, rows in _tiles(self._rows, self._device)]
+        means = torch.cat(of_rows) / total, (self._roots @ self._targets) / total
+        for part, rows in _tiles(self._rows, self._device):
+            self._rows[part] = (rows - means[0][part, None] * self._roots).to(self._rows.device)
         self._targets = self._targets - self._roots[:, None] * means[1]
         self._means = means
 
@@ -187,7 +200,8 @@ class DualElimination:
         self._kept = torch.arange(len(rows), device=rows.device)
         self._rows, self._penalty = rows, penalty
         self._weight, self._residual = problem.sketch(initial)
-        self._gram = _gram(rows)
+        self._device = self._weight.device
+        self._gram = _gram(rows, self._device)
         self._solution = torch.zeros_like(self._residual)
         self._anew()
 
@@ -202,10 +216,8 @@ class DualElimination:
         self._leverage = _leverage(self._rows, self._factor)
         before, self._solution = self._solution, _solved(self._factor, self._residual).float()
         change = self._solution - before
-        for rows, weight in zip(
-            self._rows.split(COLUMNS), self._weight.split(COLUMNS), strict=True
-        ):
-            weight += rows @ change
+        for part, rows in _tiles(self._rows, self._device):
+            self._weight[part] += rows @ change
 
     def growth(self, size: int) -> Float[Tensor, " units"]:
         """See `come.linalg.equations.Elimination`."""
@@ -216,7 +228,7 @@ class DualElimination:
             return torch.cat(sizes) / free
         single, found = self._factor.float(), list[Tensor]()
         for rows, weight in zip(self._rows.split(size), self._weight.split(size), strict=True):
-            half = torch.linalg.solve_triangular(single, rows.T, upper=False)
+            half = torch.linalg.solve_triangular(single, rows.to(single).T, upper=False)
             inverse = self._inverse(half.T, half, same=True)
             wide = weight.double()
             solved = torch.cholesky_solve(wide, torch.linalg.cholesky(inverse))
@@ -227,7 +239,7 @@ class DualElimination:
         """See `come.linalg.equations.Elimination`."""
         stay, gone = stay.to(self._rows.device), gone.to(self._rows.device)
         self._kept = self._kept[stay]
-        leaving, many = self._rows[gone], 4 * len(gone) >= self._rows.shape[1]
+        leaving, many = self._rows[gone].to(self._device), 4 * len(gone) >= self._rows.shape[1]
         initial = self._weight[gone] - leaving @ self._solution
         if many:
             self._weight = _compacted(self._weight, stay)
@@ -253,7 +265,7 @@ class DualElimination:
         weight, leverage = _compacted(self._weight, stay), self._leverage[stay]
         for start in range(0, len(stay), COLUMNS):
             part = slice(start, start + COLUMNS)
-            cross = self._inverse(self._rows[stay[part]], read)
+            cross = self._inverse(self._rows[stay[part]].to(self._device), read)
             weight[part] -= cross.float() @ solved
             taken = torch.linalg.solve_triangular(inner, cross.T, upper=False).square().sum(dim=0)
             leverage[part] += self._penalty * taken  # a smaller diagonal of the inverse
@@ -274,10 +286,17 @@ class DualElimination:
         return block / self._penalty
 
 
-def _gram(rows: Tensor) -> Tensor:
+def _tiles(rows: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of the columns of F, as slices and on the device."""
+    for start in range(0, len(rows), COLUMNS):
+        part = slice(start, min(start + COLUMNS, len(rows)))
+        yield part, rows[part].to(device)
+
+
+def _gram(rows: Tensor, device: torch.device) -> Tensor:
     """F F^T over the tokens, float64."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(COLUMNS):
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=device)
+    for _, part in _tiles(rows, device):
         total += part.T @ part
     return total
 
@@ -287,10 +306,6 @@ def _penalised(gram: Tensor, penalty: float) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(penalty)
     return cholesky(damped)
-
-
-def _factor(rows: Tensor, penalty: float) -> Tensor:
-    return _penalised(_gram(rows), penalty)
 
 
 def _solved(factor: Tensor, right: Tensor) -> Tensor:
@@ -303,7 +318,7 @@ def _leverage(rows: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(
         [
             torch.linalg.solve_triangular(single, part.T, upper=False).double().square().sum(dim=0)
-            for part in rows.split(COLUMNS)
+            for _, part in _tiles(rows, factor.device)
         ]
     )
 

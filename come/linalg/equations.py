@@ -12,6 +12,7 @@ from torch import Tensor
 from come.stream.processes import Processes
 
 DUAL = 2  # columns per token from which elimination needs less memory in the dual form
+SKETCH = 512  # outputs that eliminations in the dual form read of more than twice as many
 LEAST = 1e-30  # lower bound of a mean square
 
 
@@ -137,6 +138,11 @@ def choice_dtype(width: int, ratio: float, *, bias: bool = False) -> torch.dtype
         bias: whether there is a constant, which is not penalised.
     """
     return torch.float32 if width / ratio < 1e5 and not bias else torch.float64
+
+
+def outputs_read(out: int) -> int:
+    """How many outputs, or random sums of them, eliminations in the dual form read."""
+    return SKETCH if out > 2 * SKETCH else out
 
 
 def unit_columns(units: list[int], size: int) -> Int[Tensor, " columns"]:

@@ -10,6 +10,15 @@ import torch
 log = logging.getLogger(__name__)
 
 
+def fits(device: torch.device, needed: int | float) -> bool:
+    """Whether a GPU has this many bytes of free memory; True for other devices."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return needed <= free
+
+
 def solving_device(device: torch.device, needed: int | float) -> torch.device:
     """The model's device, or the CPU where a GPU has less free memory than a problem needs.
 
@@ -17,11 +26,7 @@ def solving_device(device: torch.device, needed: int | float) -> torch.device:
         device: the model's.
         needed: bytes of the problem at its largest.
     """
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed <= free:
+    if fits(device, needed):
         return device
     _say_once()
     return torch.device("cpu")

@@ -142,13 +142,12 @@ def select_units_jointly(
 def joint_work(size: SpanSize) -> Work:
     """What the joint selection takes, without the choice itself and without alignment."""
     heads = size.layers * size.heads
-    sums = size.sums(heads, size.hidden, DUAL) + size.sums(
-        size.width, size.hidden, DUAL, size.itemsize
-    )
+    attention = size.sums(heads, size.hidden, DUAL)
+    ffn = size.sums(size.width, size.hidden, DUAL, size.itemsize)
+    held = 4.0 * size.tokens * heads
     copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
-    copies += 4.0 * size.tokens * heads  # head outputs are held
-    beside = Work(bytes=sums.bytes + copies)
-    return sums + beside + size.inverse(heads) + size.passes * (2 * size.layers)
+    beside = Work(bytes=max(attention.bytes + held, ffn.bytes) + copies)
+    return attention + ffn + beside + size.inverse(heads) + size.passes * (2 * size.layers)
 
 
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:

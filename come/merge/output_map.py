@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from come.linalg.dual import Dual
-from come.linalg.equations import DUAL, Equations, Map
+from come.linalg.dual import COLUMNS, Dual
+from come.linalg.equations import DUAL, Equations, Map, outputs_read
 from come.linalg.gram import Gram
-from come.linalg.placement import solving_device
+from come.linalg.placement import fits, solving_device
 from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
 from come.stream.stream import LayerStream
@@ -31,7 +31,9 @@ def equations(
 ) -> Equations:
     """An empty problem of a map to the residual stream, in the form that is smaller.
 
-    A problem that does not fit into the GPU's memory is kept in main memory.
+    The inputs of a dual problem are stored as the hidden states are where the GPU has no room for
+    them, or with `calibration.store=disk`. A problem that does not fit into the GPU's memory
+    without them is solved in main memory.
 
     Args:
         width: number of inputs of the map.
@@ -48,8 +50,11 @@ def equations(
         device = solving_device(adapter.device, needed)
         return Gram(width, out, bias=bias, device=device, dtype=dtype)
     first = stream.own_batches[0].start * stream.windows.shape[1] if stream.own_batches else tokens
-    device = solving_device(adapter.device, 4.0 * tokens * (width + out) + 24.0 * tokens**2)
-    return Dual(width, out, tokens, bias=bias, device=device, first=first)
+    others = 4.0 * (tokens * out + COLUMNS * tokens + width * outputs_read(out)) + 24.0 * tokens**2
+    stays = stream.store == "memory" and fits(adapter.device, others + 4.0 * tokens * width)
+    rows = None if stays else stream.scratch(width, tokens)
+    device = adapter.device if stays else solving_device(adapter.device, others)
+    return Dual(width, out, tokens, bias=bias, device=device, rows=rows, first=first)
 
 
 def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:

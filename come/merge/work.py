@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from come.linalg.equations import DUAL, choice_dtype
+from come.linalg.equations import DUAL, choice_dtype, outputs_read
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,18 @@ class SpanSize:
 
     def eliminated(self, width: int, kept: int) -> Work:
         """Backward elimination from `width` to `kept` columns."""
-        item = self.itemsize
-        start, weights = self.inverse(width, item), 4.0 * width * self.hidden
+        item, removed = self.itemsize, float(width) ** 2 - float(kept) ** 2
         if self.dual(width, DUAL):
-            tokens = float(self.tokens)
-            rounds = 12 * (tokens * tokens + 2 * tokens * self.hidden) * (width + kept) / 2
-            stored = 4 * tokens * width + 24 * tokens * tokens
-            return start + Work(single=rounds, bytes=stored + weights)
+            tokens, read = float(self.tokens), float(outputs_read(self.hidden))
+            start = self.inverse(width) + Work(
+                single=2 * tokens * width * (tokens + 2 * read), double=2 * tokens**2 * read
+            )
+            stored = 4 * tokens * width + 24 * tokens**2 + 4.0 * width * (self.hidden + read)
+            return start + Work(single=(tokens + read) * removed, bytes=stored)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
         rounds += 2.0 * (width - kept) * width * self.hidden
         stored = item * (2.0 * width * width + 3.0 * width * self.hidden)
-        return start + _of(rounds, item) + Work(bytes=stored)
+        return self.inverse(width, item) + _of(rounds, item) + Work(bytes=stored)
 
 
 def _of(operations: float, itemsize: int) -> Work:

@@ -150,6 +150,16 @@ class DiskStore(BoundaryStore):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def mapped_zeros(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """Zeros, float32, in a memory-mapped file that no name leads to: it goes with the tensor."""
+    size = torch.Size(shape).numel()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=PARTIAL) as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
+        return torch.from_file(file.name, shared=True, size=size).view(shape)
+
+
 def check_store(kind: str) -> Store:
     """Raises ValueError unless `kind` is "memory" or "disk"."""
     for allowed in get_args(Store):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from come.models.adapter import Block, ModelAdapter
 from come.progress import ProgressBar
-from come.stream.boundaries import make_store
+from come.stream.boundaries import make_store, mapped_zeros
 from come.stream.observer import LayerObserver, Meter
 from come.stream.processes import SINGLE, Processes
 
@@ -311,6 +311,12 @@ class LayerStream:
             yield store[0]
         finally:
             store.close()
+
+    def scratch(self, *shape: int) -> Tensor:
+        """Zeros, float32, for this process only: in main memory, or in a file if the store is."""
+        if self.store == "memory":
+            return torch.zeros(shape)
+        return mapped_zeros(shape, self._folder)
 
     def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
         """The model's own layers first..last as a route for `through`; may be empty."""

@@ -82,6 +82,10 @@ class Refit(HasSettings, ABC):
         """What solving for one merged layer takes; none for refits without an estimate."""
         return Work()
 
+    def trial_work(self, size: SpanSize, solved: bool) -> Work:
+        """What a trial merge takes; `solved`: whether the choice of units has solved for it."""
+        return self.surrogate.work(size)
+
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """Factor on the output projections and their biases of all layers after the merged one."""
         return 1.0

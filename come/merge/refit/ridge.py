@@ -92,9 +92,8 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.first, sources.state
-        same = len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
-        if same and sources.solved:  # the choice of units has solved this problem
-            return _as_chosen(adapter, sources)
+        if self._as_chosen and sources.solved:
+            return _of_choice(adapter, sources)
         layer = adapter.copy_layer(index, state)
         found: dict[str, Tensor] = {}
         for unit in self._units:
@@ -154,6 +153,18 @@ class Ridge(Refit):
         """The units whose output projections are solved for, in order."""
         return [unit for part, unit in UNITS_OF.items() if part in self.sublayers]
 
+    def trial_work(self, size: SpanSize, solved: bool) -> Work:
+        """The alignment, and only without a solution by the choice of units the rest."""
+        if solved and self._as_chosen:
+            copies = Work(bytes=2 * size.layer_bytes)
+            return copies if self.align is None else size.aligned() + size.folded() + copies
+        return self.plain().work(size)
+
+    @property
+    def _as_chosen(self) -> bool:
+        """Whether the choice of units solves the same problem."""
+        return len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
+
     def plain(self) -> Ridge:
         """The ridge regression only, for refits that extend it."""
         return Ridge(
@@ -198,7 +209,7 @@ class Ridge(Refit):
         return both.solve(initial, ratio * both.mean_diagonal(), consume=True)
 
 
-def _as_chosen(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
+def _of_choice(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
     """The tensors that the choice of units has solved for."""
     state, found = dict(sources.state), dict[str, Tensor]()
     for unit, solved in sources.solved.items():

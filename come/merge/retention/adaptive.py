@@ -48,6 +48,7 @@ class Adaptive(RetentionRule):
     needs_units = True
     uses_scores = False
     uses_targets = True
+    solves = True
     local = True
 
     rate: float = setting(

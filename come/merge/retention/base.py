@@ -29,6 +29,7 @@ class RetentionRule(HasSettings, ABC):
         min_windows: smallest number of calibration windows that it needs.
         uses_targets: whether it reads the reconstruction targets.
         uses_scores: whether it uses the sensitivity metric.
+        solves: whether the choice for a trial merge solves for the output projections too.
         local: whether it reads nothing of the layers after the span: no units' scores, which may
             need gradients, and no loss.
     """
@@ -42,6 +43,7 @@ class RetentionRule(HasSettings, ABC):
     uses_targets: ClassVar[bool] = False
     min_windows: ClassVar[int] = 1
     uses_scores: ClassVar[bool] = True
+    solves: ClassVar[bool] = False
     local: ClassVar[bool] = False
 
     def check(self, method: Combination) -> None:
