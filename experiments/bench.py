@@ -173,7 +173,8 @@ def measure(
         before and one after, the latter scaled to all layers), their ratio, that of processor
         times, layer_passes,
         peak_bytes above the weights on the model's device, weight_bytes, the plan's spans, and the
-        estimate of seconds and bytes before the start (on a GPU, bytes of both memories).
+        estimate of seconds and bytes before the start (on a GPU, bytes of both memories), with
+        boundary_bytes of hidden states at the boundaries of the dense and of the merged model.
     """
     adapter = ModelAdapter(model)
     device, layers = adapter.device, adapter.num_layers
@@ -186,6 +187,7 @@ def measure(
     estimate = {
         "estimated_seconds": Speed.measured(device, model.dtype).seconds(cost.work),
         "estimated_bytes": cost.memory_bytes - cost.weight_bytes + ahead * shape.dtype.itemsize,
+        "boundary_bytes": cost.boundary_bytes,
     }
     before = forward_seconds(model, windows, batch_size)
     gc.collect()
@@ -295,7 +297,8 @@ def main() -> None:
             f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
             f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all; "
             f"estimated {found['estimated_seconds']:.0f} s and "
-            f"{found['estimated_bytes'] / 1e6:.0f} MB",
+            f"{found['estimated_bytes'] / 1e6:.0f} MB, of which hidden states at boundaries "
+            f"{found['boundary_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
     if ratios and not given.json:

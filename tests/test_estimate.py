@@ -366,7 +366,7 @@ def test_mistral_7b_from_disk_fits_into_a_laptop(large, pico_folder):
     words = ["merge=come_plus", "merge.target_layers=20", "model.weights=disk"]
     sizes = ["calibration.num_samples=32", "calibration.seq_len=256"]
     asked = job_settings(pico_folder, *words, *sizes)
-    assert merge_cost(asked, large, 26).memory_bytes < 10e9
+    assert merge_cost(asked, large, 26).memory_bytes < 10.5e9
 
 
 def test_sampling_from_disk_says_what_it_reads(large, pico_folder):

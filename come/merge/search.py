@@ -82,7 +82,8 @@ class Search:
         self._start = 0  # the first layer without valid statistics
         self._embedded = False
         self._ready = False  # whether the selection can score the current model's spans
-        kinds = method.sensitivity.moments if method.operator.uses_units else ()
+        scored = method.operator.uses_units and method.retention.uses_scores
+        kinds = method.sensitivity.moments if scored else ()
         self._collector = StatisticsCollector(
             stream.adapter, kinds, check_tokens(method.tokens), stream.processes
         )

@@ -46,7 +46,7 @@ class GaussNewton(Ridge):
     input_lambda: float = setting(
         2.0, "penalty of the step on input maps, relative to the mean curvature", above=0
     )
-    steps: int = setting(6, "steps of conjugate gradients for each input map", least=1)
+    steps: int = setting(4, "steps of conjugate gradients for each input map", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

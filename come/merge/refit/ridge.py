@@ -211,7 +211,7 @@ class Ridge(Refit):
 
 def _of_choice(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
     """The tensors that the choice of units has solved for."""
-    state, found = dict(sources.state), dict[str, Tensor]()
+    state, found = sources.state, dict[str, Tensor]()
     for unit, solved in sources.solved.items():
         if solved.inputs:
             found |= _folded(adapter, unit, sources, state, solved.inputs)

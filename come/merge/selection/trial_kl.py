@@ -110,6 +110,7 @@ class TrialKL(SpanScore):
             judge = self._judging_stream(group.stream)
             states = [states for _, states in judge.through(group.first, fitted)]
             judged.append(Candidate(group.first, [], group.last + 1, states))
+            del group, split, fitted  # before the next ones are made
         assert judge is not None
         return [self._divergence(judge, states) for states in final_states(judge, judged)]
 
