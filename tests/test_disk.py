@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from come.evaluate.perplexity import perplexity
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
+from come.merge.retention.adaptive import Adaptive
 from come.merge.saving import check_cache
+from come.merge.selection import trial_kl
 from come.models.adapter import ModelAdapter
 from come.models.loading import choose_weights, inspect_model, load_weights
 from come.models.weights import layers_on_disk, save_weights
@@ -273,3 +276,26 @@ def test_training_needs_memory(command_line):
     code, said = command_line("model.weights=disk", "distill=come_sp")
     assert code == 1
     assert "model.weights=disk: distill=come_sp trains a model in memory" in said
+
+
+def test_one_trial_is_in_memory_at_a_time(windows, monkeypatch):
+    """Several candidates go through layers on disk at once, as hidden states only."""
+    alive, tried = [], []
+    fit, split = trial_kl.fitted_trial, Adaptive.trial_split
+
+    def fitted(group, units, refit):
+        route = fit(group, units, refit)
+        alive.extend(weakref.ref(kept) for kept in (group, units, route[0][1]))
+        return route
+
+    def next_one(rule, group):
+        gc.collect()
+        tried.append([ref() is None for ref in alive])
+        return split(rule, group)
+
+    monkeypatch.setattr(trial_kl, "fitted_trial", fitted)
+    monkeypatch.setattr(Adaptive, "trial_split", next_one)
+    method = recipe("come_plus", m=2)
+    compress(on_disk(pico("llama_gqa")), windows, method, target_layers=LAYERS - 1, progress=False)
+    assert len(tried) > 3
+    assert all(all(gone) for gone in tried)

@@ -10,6 +10,7 @@ import torch
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.models.adapter import UNITS
+from come.statistics.layer_statistics import StatisticsCollector
 from come.statistics.manifold import diffusion_map, shared_information
 from tests.conftest import LAYERS, pico
 from tests.methods import (
@@ -72,3 +73,18 @@ def test_mka_weights_are_a_sigmoid_of_mean_similarity(windows):
     means = [sum(shared_information(maps[i], other) for other in maps) / 6 for i in (2, 3)]
     expected = 1 / (1 + math.exp(-means[0] / sum(means)))
     assert plan.steps[0].shares == pytest.approx([expected, 1 - expected], rel=0.05)
+
+
+def test_moments_are_gathered_for_rules_that_read_them(windows, monkeypatch):
+    asked = []
+
+    class Recorder(StatisticsCollector):
+        def __init__(self, adapter, kinds, *rest):
+            asked.append(tuple(kinds))
+            super().__init__(adapter, kinds, *rest)
+
+    monkeypatch.setattr("come.merge.search.StatisticsCollector", Recorder)
+    for method in (paper(), paper(retention="leverage", norms="fold"), paper(operator="average")):
+        compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False)
+    assert asked == [tuple(paper().sensitivity.moments), (), ()]
+    assert asked[0]
