@@ -299,3 +299,19 @@ def test_one_trial_is_in_memory_at_a_time(windows, monkeypatch):
     compress(on_disk(pico("llama_gqa")), windows, method, target_layers=LAYERS - 1, progress=False)
     assert len(tried) > 3
     assert all(all(gone) for gone in tried)
+
+
+@torch.no_grad()
+def test_release_frees_the_layer_that_was_read_ahead(windows):
+    model = on_disk(pico("llama_gqa"))
+    adapter, disk = ModelAdapter(model), layers_on_disk(model)
+    states, keywords = adapter.layer_inputs(windows)
+    for index in (0, 1):
+        states = adapter.layer(index)(states, **keywords[index])
+    _, reading = disk._ahead
+    read = weakref.ref(next(iter(reading.result().values())))
+    del reading
+    adapter.release()
+    gc.collect()
+    assert read() is None
+    assert all(p.is_meta for layer in adapter.layers for p in layer.parameters())

@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_kept_on_disk(words, places, large, pico_folder, mo
 
     def at(weights, store):
         here = replace(asked, model=replace(asked.model, weights=weights))
-        return replace(here, calibration=replace(here.calibration, store=store))
+        return replace(here, calibration=replace(here.calibration, store=store, batch_size=1))
 
     for place in places:
         enough = merge_cost(at(*place), large, 28).memory_bytes
@@ -268,6 +268,27 @@ def test_what_does_not_fit_is_kept_on_disk(words, places, large, pico_folder, mo
     found = placed(asked, large, 28)
     assert (found.model.weights, found.calibration.store) == places[-1]
     assert memory_shortage(found, large, 28) is not None
+
+
+@pytest.mark.parametrize(("words", "sizes"), [
+    ([], [4, 2, 1, 4]), (["calibration.batch_size=3"], [3]), (["merge.refit=adam"], [4]),
+])  # fmt: skip
+def test_batches_are_as_large_as_fits(words, sizes, large, pico_folder, monkeypatch):
+    """Before anything goes to disk; what is set, and what a result depends on, stays."""
+    words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256", *words]
+    asked = job_settings(pico_folder, *words)
+    monkeypatch.setattr("come.job.budget.choose_weights", lambda *given: "memory")
+    places = []
+    for number, size in enumerate(sizes):
+        there = replace(asked.calibration, batch_size=size, store="memory")
+        if number == 3:
+            there = replace(there, store="disk")
+        here = replace(asked, model=replace(asked.model, weights="memory"), calibration=there)
+        machine(monkeypatch, merge_cost(here, large, 28).memory_bytes + 1)
+        found = placed(asked, large, 28)
+        places.append((found.model.weights, found.calibration.store, found.calibration.batch_size))
+    stores = ["memory"] * min(3, len(sizes)) + ["disk"] * (len(sizes) - 3)
+    assert places == [("memory", store, size) for store, size in zip(stores, sizes, strict=True)]
 
 
 def test_weights_leave_room_for_what_follows_the_merge(large, pico_folder, monkeypatch):

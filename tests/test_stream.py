@@ -5,6 +5,7 @@ import torch
 
 from come.merge.loop import compress
 from come.models.adapter import ModelAdapter
+from come.stream.boundaries import make_store
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import paper
@@ -72,3 +73,18 @@ def test_hidden_states_that_are_not_finite_are_an_error(windows):
         ModelAdapter(model).layers[3].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"layer 3 are not finite; try model.dtype"):
         compress(model, windows, paper(), target_layers=4, progress=False)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_page_locked_memory_is_taken_where_it_can_be(pinned, monkeypatch):
+    """Without a GPU it cannot, and the states are in ordinary memory."""
+    tried, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *shape, **how: tried.append("pin_memory" in how) or empty(*shape, **how),
+    )
+    store = make_store("memory", (2, 3, 4), torch.float32, pinned=pinned)
+    assert store[0].shape == store[1].shape == (2, 3, 4)
+    if not torch.cuda.is_available():
+        assert tried == ([True, False, False] if pinned else [False, False])

@@ -17,10 +17,12 @@ from come.job.processes import process_count
 from come.models.loading import ModelShape, choose_device, choose_weights
 from come.report.numbers import megabytes
 from come.schema import Settings
+from come.schema.calibration import WINDOWS
 
 SHARE = 0.9  # of the free memory that a merge may use
 FEWER_TOKENS = (8192, 4096, 2048, 1024)
 PLACES = ("memory", "disk")
+BATCHES = (WINDOWS, WINDOWS // 2, 1)
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ class Need:
 
 
 def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
-    """The settings with a place, memory or disk, for weights and hidden states that are "auto".
+    """The settings with a batch size and places, memory or disk, where they are "auto".
 
-    Prefers memory, for weights first, and moves to disk what does not fit. Weights that need more
-    than two thirds of what is free are on disk in any case (`choose_weights`). The numbers do not
-    depend on the places. Several processes share the hidden states in files.
+    Takes smaller batches where the largest do not fit, prefers memory, for weights first, and moves
+    to disk what does not fit then. Weights that need more than two thirds of what is free are on
+    disk in any case (`choose_weights`). The numbers do not depend on places or on batches: a refit
+    whose numbers do has the largest. Several processes share the hidden states in files.
     """
     weights: tuple[str, ...] = (settings.weights,)
     stores: tuple[str, ...] = (settings.calibration.store,)
@@ -52,9 +55,12 @@ def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
         weights = PLACES[PLACES.index(most) :]
     if settings.calibration.store == "auto":
         stores = PLACES if process_count() == 1 else ("disk",)
+    batches: tuple[int, ...] = (settings.calibration.batch,)
+    if settings.calibration.batch_size == "auto" and not settings.merge.refit.batchwise:
+        batches = BATCHES
     chosen = settings
-    for place, store in product(weights, stores):
-        chosen = _with(settings, place, store)
+    for place, store, batch in product(weights, stores, batches):
+        chosen = _with(settings, place, store, batch)
         if not missing(chosen, shape, target):
             break
     return chosen
@@ -128,8 +134,8 @@ def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
     )
 
 
-def _with(settings: Settings, weights: str, store: str) -> Settings:
-    calibration = replace(settings.calibration, store=store)
+def _with(settings: Settings, weights: str, store: str, batch: int) -> Settings:
+    calibration = replace(settings.calibration, store=store, batch_size=batch)
     if settings.weights == "auto":
         settings = replace(settings, model=replace(settings.model, weights=weights))
     return replace(settings, calibration=calibration)
@@ -141,9 +147,9 @@ def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
         settings = replace(settings, model=replace(settings.model, weights="disk"))
         yield "model.weights=disk", settings
     if settings.calibration.store != "disk":
-        settings = _with(settings, settings.weights, "disk")
+        settings = _with(settings, settings.weights, "disk", settings.calibration.batch)
         yield "calibration.store=disk", settings
-    if settings.calibration.batch_size > 1:
+    if settings.calibration.batch > 1:
         settings = replace(settings, calibration=replace(settings.calibration, batch_size=1))
         yield "calibration.batch_size=1", settings
     merge = settings.merge

@@ -77,7 +77,7 @@ def merge_cost(settings: Settings, shape: ModelShape, target: int) -> Cost:
         target=target,
         method=settings.merge,
         store=settings.calibration.place,
-        batch_size=settings.calibration.batch_size,
+        batch_size=settings.calibration.batch,
         device=device.type,
         weights=choose_weights(settings.weights, shape, device),
     )

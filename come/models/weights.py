@@ -134,8 +134,8 @@ class LayersOnDisk:
         self._loaded = layer
 
     def free(self) -> None:
-        """Frees the weights of the loaded layer."""
-        layer, self._loaded = self._loaded, None
+        """Frees the weights of the loaded layer, and of the one read ahead."""
+        layer, self._loaded, self._ahead = self._loaded, None, None
         if layer is not None:
             state = layer.state_dict()
             blank = {name: torch.empty_like(state[name], device="meta") for name in state}

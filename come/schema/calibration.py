@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sampling import Sampling
@@ -12,6 +12,8 @@ from come.setting import setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
+
+WINDOWS = 4  # of a batch
 
 
 @dataclass
@@ -32,7 +34,13 @@ class CalibrationSettings(TextSettings):
         0, "further windows, which the model writes after beginnings of real text", least=0
     )
     prefix_tokens: int = setting(64, "tokens of real text at the beginning of those", least=1)
-    batch_size: int = setting(4, "windows of a batch", least=1)
+    batch_size: Any = setting(
+        "auto",
+        f"windows of a batch; auto is {WINDOWS}, or fewer where they do not fit",
+        kind=int,
+        least=1,
+        words=("auto",),
+    )
     store: str = setting(
         "auto",
         "where hidden states of layer boundaries are kept; auto is disk where they do not fit",
@@ -69,6 +77,11 @@ class CalibrationSettings(TextSettings):
             )
         if not self.self_generated:
             self.text_source().check()
+
+    @property
+    def batch(self) -> int:
+        """Windows of a batch; "auto" is 4 until decided."""
+        return WINDOWS if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def place(self) -> str:

@@ -69,9 +69,27 @@ class BoundaryStore(ABC):
 
 
 class MemoryStore(BoundaryStore):
-    """Boundaries in main memory (CPU tensors)."""
+    """Boundaries in main memory (CPU tensors).
+
+    Args:
+        shape: (windows, seq, hidden).
+        dtype: dtype of the states.
+        pinned: whether the memory is page-locked, which a GPU reads faster; memory that cannot be
+            is not.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, pinned: bool = False
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._pinned = pinned
 
     def _allocate(self, number: int) -> Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(self.shape, dtype=self.dtype, pin_memory=True)
+            except RuntimeError:  # the system's limit on page-locked memory
+                self._pinned = False
         return torch.empty(self.shape, dtype=self.dtype)
 
 
@@ -175,6 +193,8 @@ def make_store(
     folder: Path | None = None,
     name: str = "boundaries",
     processes: Processes = SINGLE,
+    *,
+    pinned: bool = False,
 ) -> BoundaryStore:
     """Creates a store of the given kind; `name` must be unique among the stores in a folder.
 
@@ -184,5 +204,5 @@ def make_store(
         ValueError: `kind` is neither "memory" nor "disk".
     """
     if check_store(kind) == "memory" and processes.group is None:
-        return MemoryStore(shape, dtype)
+        return MemoryStore(shape, dtype, pinned)
     return DiskStore(shape, dtype, folder, name, processes)

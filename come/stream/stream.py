@@ -74,7 +74,8 @@ class LayerStream:
         ]
         shape = (*windows.shape, adapter.config.hidden_size)
         dtype = adapter.model.dtype
-        self._store = make_store(store, shape, dtype, folder, name, processes)
+        pinned = adapter.device.type == "cuda"
+        self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
         self._middle = self._store
         if block != "layer":
             self._middle = make_store(store, shape, dtype, folder, f"{name}-middle", processes)

@@ -161,7 +161,7 @@ def _compress(
         stops=settings.merge.save_at,
         plan=plan,
         on_step=on_step,
-        batch_size=settings.calibration.batch_size,
+        batch_size=settings.calibration.batch,
         store=settings.calibration.place,
         folder=job.folder,
         trials=trials,
@@ -274,7 +274,7 @@ def _compress_apart(job: Job) -> None:
             settings.merge,
             target_layers=depth,
             plan=_empty_plan(job, model),
-            batch_size=settings.calibration.batch_size,
+            batch_size=settings.calibration.batch,
             store=settings.calibration.place,
             folder=job.folder,
         )
