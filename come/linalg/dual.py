@@ -104,7 +104,7 @@ class Dual:
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
         """The ridge solution, float32."""
         self._centre()
-        weight = initial.weight.to(self._targets).T.clone(memory_format=torch.contiguous_format)
+        weight = _transposed(initial.weight, self._targets)
         residual = self._residual(self._targets, weight)
         solved = _solved(_penalised(_gram(self._rows, self._device), penalty), residual).float()
         for part, rows in _tiles(self._rows, self._device):
@@ -142,15 +142,15 @@ class Dual:
         return DualElimination(self, rows, initial, penalty)
 
     def sketch(self, initial: Map) -> tuple[Tensor, Tensor]:
-        """W_0^T and Y - F W_0^T, times a random matrix S if there are many outputs.
+        """W_0^T and Y - F W_0^T, times a random matrix Q if there are many outputs.
 
-        S has the entries +-r^-1/2, so |w S|^2 is |w|^2 on average, with a relative standard
-        deviation of at most (2 / r)^1/2: 6% for r = 512 (Johnson and Lindenstrauss 1984).
+        Q has r columns of entries +-r^-1/2, so |w Q|^2 is |w|^2 on average, with a relative
+        standard deviation of at most (2 / r)^1/2: 6% for r = 512 (Johnson and Lindenstrauss 1984).
         """
         out, targets = self._targets.shape[1], self._targets
         read = outputs_read(out)
         if read == out:
-            weight = initial.weight.to(targets).T.clone(memory_format=torch.contiguous_format)
+            weight = _transposed(initial.weight, targets)
             return weight, self._residual(targets, weight)
         signs = torch.randint(0, 2, (out, read), generator=torch.Generator().manual_seed(0))
         random = ((2.0 * signs - 1) / read**0.5).to(targets)
@@ -291,6 +291,11 @@ def _tiles(rows: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]
     for start in range(0, len(rows), COLUMNS):
         part = slice(start, min(start + COLUMNS, len(rows)))
         yield part, rows[part].to(device)
+
+
+def _transposed(weight: Tensor, like: Tensor) -> Tensor:
+    """A contiguous copy of the transposed matrix, in the dtype and on the device of `like`."""
+    return like.new_empty(weight.T.shape).copy_(weight.T)
 
 
 def _gram(rows: Tensor, device: torch.device) -> Tensor:
