@@ -20,7 +20,7 @@ _SMALL = [
 ]
 
 
-def small(*overrides):
+def small_job_overrides(*overrides):
     """Settings of a small job, without those of evaluations that the overrides do not choose."""
     chosen = ["perplexity", "speed", "continuations"]
     for override in overrides:
@@ -31,15 +31,15 @@ def small(*overrides):
         key, _, value = override.partition("=")
         if key == "eval":
             chosen = value.strip("[]").split(",")
-    return chosen_only(_SMALL, chosen)
+    return drop_unused_eval_settings(_SMALL, chosen)
 
 
-def chosen_only(words, chosen):
+def drop_unused_eval_settings(words, chosen):
     """The overrides without settings of evaluations that are not chosen."""
     return [word for word in words if not word.startswith("eval.") or word.split(".")[1] in chosen]
 
 
-def finish(process):
+def communicate(process):
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -48,12 +48,12 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def equal(a, b):
+def same_checkpoint(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def script(name):
+def load_script(name):
     """The module of experiments/NAME.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

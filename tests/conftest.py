@@ -38,8 +38,8 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, small
-from tests.forked import Forked, known_products
+from tests.commands import ROOT, small_job_overrides
+from tests.forkserver import ForkedRun, fixed_products
 
 torch.set_num_threads(1)
 
@@ -91,7 +91,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-PRINTED = "printed"
+SUMMARY = "printed"
 """Name of a test's property that is shown at the end, whichever process ran the test."""
 
 
@@ -99,7 +99,7 @@ def pytest_terminal_summary(terminalreporter):
     """Shows what tests have to show."""
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         for name, text in getattr(report, "user_properties", ()):
-            if name == PRINTED and getattr(report, "when", "") == "call":
+            if name == SUMMARY and getattr(report, "when", "") == "call":
                 terminalreporter.write_sep("=", report.nodeid)
                 terminalreporter.write_line(text)
 
@@ -181,7 +181,7 @@ def stream(family, windows):
 def known_speed(request, monkeypatch):
     """Measuring the speed of the machine takes a second of every job: only marked tests do it."""
     if not request.node.get_closest_marker("speed"):
-        monkeypatch.setattr("come.job.estimate._products", known_products)
+        monkeypatch.setattr("come.job.estimate._products", fixed_products)
 
 
 @pytest.fixture
@@ -195,9 +195,9 @@ def command(pico_folder, tmp_path, request):
         given = ("merge=", "experiment=", "+merge=", "from_run=")
         if not any(o.startswith(given) for o in overrides):
             words.append("merge=come")
-        words += [*small(*overrides), *overrides]
+        words += [*small_job_overrides(*overrides), *overrides]
         if not alone:
-            return Forked(words, tmp_path, environment)
+            return ForkedRun(words, tmp_path, environment)
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *words],
             cwd=tmp_path,
@@ -223,7 +223,7 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
             f"model.path={pico_folder}",
             "model=local",
             "merge=come",
-            *small(*overrides),
+            *small_job_overrides(*overrides),
         ]
         given = {word.partition("=")[0] for word in overrides}
         given |= {"merge"} if "from_run" in given else set()

@@ -14,11 +14,11 @@ def on_disk(model, folder=None, device="cpu"):
         model.save_pretrained(place)
         loaded = load_weights(place, dtype="float32", device=device, weights="disk")
         if folder is None:
-            keep_all(loaded)
+            rewrite_layers(loaded)
         return loaded
 
 
-def keep_all(model):
+def rewrite_layers(model):
     """Writes all layers to files that live as long as the model."""
     adapter = ModelAdapter(model)
     for index in range(adapter.num_layers):

@@ -13,11 +13,16 @@ from come.models.adapter import UNITS, ModelAdapter
 from tests.conftest import pico
 from tests.reference import Reference
 
-SOME = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # where a computation of each family is dear
+SELECTED_FAMILIES = [
+    "llama_mha",
+    "llama_bias",
+    "qwen3_gqa",
+    "opt",
+]  # where a computation of each family is dear
 CONF = Path(__file__).parents[1] / "conf" / "merge"
 
 
-def read(name: str) -> dict:
+def read_recipe(name: str) -> dict:
     """A recipe of conf/merge, its parts as plain data."""
     data = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     parts = [entry for entry in data.pop("defaults") if entry != "_self_"]
@@ -26,7 +31,7 @@ def read(name: str) -> dict:
     return data
 
 
-def method(base: dict, changes: dict) -> Method:
+def build_method(base: dict, changes: dict) -> Method:
     """A method with changes; a setting of a part is written without the part, or "refit_" first."""
     data = {key: value for key, value in base.items() if key in Method.__dataclass_fields__}
     changes = changes | changes.pop("options", {})
@@ -55,18 +60,18 @@ def _lists(value):
 
 def paper(**changes) -> Method:
     """The paper's method, with changes."""
-    return method(read("come"), changes)
+    return build_method(read_recipe("come"), changes)
 
 
 def come_plus(**changes) -> Method:
     """The default method, with changes."""
-    return method(read("come_plus"), changes)
+    return build_method(read_recipe("come_plus"), changes)
 
 
 def recipe(name: str, **changes) -> Method:
     if name in ("magnitude_plus", "taylor_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
-    return method(read(name), changes)
+    return build_method(read_recipe(name), changes)
 
 
 def scorer(name: str, tokens: str) -> SpanScore:
@@ -76,7 +81,7 @@ def scorer(name: str, tokens: str) -> SpanScore:
     return found
 
 
-def same(a, b):
+def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -110,7 +115,7 @@ def output_names(model, part):
     return adapter.output_tensors("kv_group" if part == "attention" else "channel")
 
 
-def dropped(plan):
+def dropped_layers(plan):
     """Original layers that a plan of drops left out, in order."""
     own, gone = list(range(plan.base.num_layers)), []
     for step in plan.steps:

@@ -181,7 +181,7 @@ class Coverage:
         measured = json.loads(path.read_text())
         self._lines: dict[str, dict[str, list[str]]] = measured["lines"]
         self._seconds: dict[str, float] = measured["seconds"]
-        self._commands = sorted(self._of("tests/forked.py"), key=self._cost)
+        self._commands = sorted(self._of("tests/forkserver.py"), key=self._cost)
 
     def _measure(self, folder: Path, tree: Path) -> dict[str, Any]:
         from coverage import CoverageData

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def answers():
-    return script("answers")
+    return load_script("answers")
 
 
 class Letters:

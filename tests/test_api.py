@@ -6,7 +6,7 @@ import torch
 import come
 from come.merge.loop import compress as compress_layers
 from come.models.loading import load_model
-from tests.methods import same
+from tests.methods import same_weights
 
 SMALL = {"num_samples": 4, "seq_len": 16, "progress": False}
 
@@ -37,11 +37,11 @@ def test_given_windows_are_the_calibration(loaded, pico_folder):
     )
     other, _ = load_model(pico_folder)
     assert compress_layers(other, windows(), method, target_layers=22, progress=False) == plan
-    assert same(model, other)
+    assert same_weights(model, other)
     for text in (windows().flatten(), windows().flatten().tolist()):
         again, _ = load_model(pico_folder)
         come.compress(again, tokenizer, text=text, method=method, target_layers=22, **SMALL)
-        assert same(again, model)
+        assert same_weights(again, model)
 
 
 def test_documents_and_files_are_read(loaded, text_file, tmp_path):

@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.merge.plan import Plan
-from tests.commands import equal, finish
+from tests.commands import same_checkpoint, communicate
 
 
 def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     folder = tmp_path / "out"
     where = f"hydra.run.dir={folder}"
-    code, output, errors = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    code, output, errors = communicate(command("merge.save_at=[21,18]", "tracking=wandb", where))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     assert [d["layers"] for d in result["depths"]] == [24, 21, 18]
@@ -69,19 +69,19 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
 
     # finished: returned, not computed again
     before = (folder / "result.json").stat().st_mtime_ns
-    code, output, _ = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    code, output, _ = communicate(command("merge.save_at=[21,18]", "tracking=wandb", where))
     assert code == 0
     assert "is already finished" in output
     assert (folder / "result.json").stat().st_mtime_ns == before
 
     # another job in the same folder: refused
-    code, _, errors = finish(command("merge.m=3", "tracking=none", where))
+    code, _, errors = communicate(command("merge.m=3", "tracking=none", where))
     assert code == 1
     assert "holds the result of another job" in errors
 
     # rebuilt from its plan, bit for bit, at both depths
     again = tmp_path / "again"
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(
             "merge=from_plan",
             f"merge.plan={folder / 'plan.json'}",
@@ -91,8 +91,8 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
         )
     )
     assert code == 0, errors
-    assert equal(folder / "model", again / "model")
-    assert equal(folder / "model-21", again / "model-21")
+    assert same_checkpoint(folder / "model", again / "model")
+    assert same_checkpoint(folder / "model-21", again / "model-21")
 
 
 def leveldb_log(data, block=32768, head=7):
@@ -136,7 +136,7 @@ def read_wandb(folder, run_id):
 def test_killed_and_started_again_it_goes_on_to_the_same_model(weights, command, tmp_path):
     job = ["merge.target_layers=12", "calibration.num_samples=64", "eval=none"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, errors = finish(command(*job, f"hydra.run.dir={whole}"))
+    code, _, errors = communicate(command(*job, f"hydra.run.dir={whole}"))
     assert code == 0, errors
 
     job.append(f"model.weights={weights}")
@@ -154,10 +154,10 @@ def test_killed_and_started_again_it_goes_on_to_the_same_model(weights, command,
     assert 1 <= done < 12
     assert bool(list(killed.glob("weights-*"))) == (weights == "disk")
 
-    code, output, errors = finish(command(*job, f"hydra.run.dir={killed}"))
+    code, output, errors = communicate(command(*job, f"hydra.run.dir={killed}"))
     assert code == 0, errors
     assert f"after {done} merges" in output
-    assert equal(whole / "model", killed / "model")
+    assert same_checkpoint(whole / "model", killed / "model")
     assert not list(killed.glob("weights-*"))
     results = [json.loads((f / "result.json").read_text()) for f in (whole, killed)]
     assert results[0]["plan"] == results[1]["plan"]
@@ -178,14 +178,14 @@ class Loud(SensitivityMetric):
     plugin.write_text(code)
     job = (f"plugins=[{plugin}]", "merge.target_layers=22", "eval=none")
     sweep = command(*job, "merge.sensitivity=loud,come", "-m")
-    code, _, errors = finish(sweep)
+    code, _, errors = communicate(sweep)
     assert code == 0, errors
     results = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")]
     metrics = {r["settings"]["merge"]["sensitivity"]["name"] for r in results}
     assert metrics == {"come", "loud"}
     assert len({r["plan"] for r in results}) == 2
     plugin.write_text("import nonsense")
-    code, _, errors = finish(command(*job))
+    code, _, errors = communicate(command(*job))
     assert code == 1
     assert "loud.py fails with ModuleNotFoundError: No module named 'nonsense'" in errors
 
@@ -194,7 +194,7 @@ class Loud(SensitivityMetric):
 def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
     folder = tmp_path / "out"
     where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
-    code, _, errors = finish(command("merge=uidl", "merge.save_at=[22,20]", *where))
+    code, _, errors = communicate(command("merge=uidl", "merge.save_at=[22,20]", *where))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     assert [d["layers"] for d in result["depths"]] == [24, 22, 20]
@@ -210,7 +210,7 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     folder = tmp_path / "out"
     method = ("merge=shortgpt", "merge.sublayers=[attention]", "merge.save_at=[22,20]")
     where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
-    code, output, errors = finish(command(*method, *where))
+    code, output, errors = communicate(command(*method, *where))
     assert code == 0, errors
     assert "dropped" in errors + output
     result = json.loads((folder / "result.json").read_text())
@@ -231,7 +231,7 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
 @pytest.mark.slow
 def test_self_generated_calibration_needs_no_text(command, tmp_path):
     folder = tmp_path / "out"
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(
             "calibration=self_generated",
             "merge.target_layers=22",
@@ -304,7 +304,7 @@ def test_bad_input_is_one_line_and_exit_code_1(command_line, tmp_path, overrides
 )
 def test_so_it_is_in_a_process_of_its_own(command, overrides, message):
     began = time.monotonic()
-    code, output, errors = finish(command(*overrides))
+    code, output, errors = communicate(command(*overrides))
     assert code == 1
     assert message in errors
     assert "Traceback" not in errors + output

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def copying():
-    return script("copying")
+    return load_script("copying")
 
 
 def test_what_is_new_seen_and_a_pair(copying):

@@ -26,7 +26,7 @@ from come.stream.candidates import Candidate, losses
 from come.stream.stream import LayerStream
 from tests.conftest import FAMILIES, LAYERS, pico
 from tests.disk import all_tensors, on_disk
-from tests.jobs import QUICK, questions, start
+from tests.jobs import QUICK, local_task, run_job
 from tests.methods import paper, recipe
 
 TARGET = LAYERS - 2
@@ -107,11 +107,11 @@ def test_candidates_share_the_layers_after_them(windows, monkeypatch):
 def test_other_evaluations_are_those_of_memory(chosen, pico_folder, tmp_path, monkeypatch):
     words = ["merge.target_layers=22", f"eval={chosen}"]
     if chosen == "zero_shot":
-        words += questions(tmp_path / "tasks")
+        words += local_task(tmp_path / "tasks")
     results = []
     for weights in ("memory", "disk"):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / f"cache-{weights}"))
-        run = start(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
+        run = run_job(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
         results.append(run["depths"])
     assert results[0] == results[1]
     assert results[0][1]["metrics"]
@@ -178,7 +178,7 @@ def test_a_job_leaves_the_same_from_disk(method, pico_folder, tmp_path, monkeypa
     words = [f"merge={method}", "merge.target_layers=21", "merge.save_at=[23,21]", *QUICK]
     for weights in ("memory", "disk"):
         folders.append(tmp_path / weights)
-        results.append(start(pico_folder, folders[-1], *words, f"model.weights={weights}"))
+        results.append(run_job(pico_folder, folders[-1], *words, f"model.weights={weights}"))
     memory, disk = results
     assert disk["job"] == memory["job"]
     assert disk["plan"] == memory["plan"]

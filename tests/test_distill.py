@@ -21,7 +21,7 @@ from come.models.adapter import ModelAdapter
 from come.stream.boundaries import make_store
 from tests.commands import ROOT
 from tests.conftest import LAYERS, pico
-from tests.methods import SOME, decoder_layers, loss, paper, same
+from tests.methods import SELECTED_FAMILIES, decoder_layers, loss, paper, same_weights
 from tests.reference import Reference
 
 WHOLE = ["come_sp", "logits", "lora"]
@@ -96,7 +96,7 @@ def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
 def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, windows):
     """Against float64 autograd over whole models."""
     given = pair(family)
@@ -145,7 +145,7 @@ def test_mp_sees_the_teachers_boundaries(store, windows, tmp_path):
     keep.close()
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
 @pytest.mark.parametrize("name", WHOLE)
 def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, windows, tmp_path):
     given = pair(family)
@@ -162,11 +162,11 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, win
     method.settle(objective, given)
     model = given.student.model
     assert model.state_dict().keys() == before.state_dict().keys()
-    assert not same(model, before)
+    assert not same_weights(model, before)
     assert float(objective(windows)["loss"]) == pytest.approx(float(trained["loss"]), rel=1e-4)
     if name != "lora":  # all but the merged layers is as it was
         for i in set(range(len(given.history))) - set(given.merged):
-            assert same(decoder_layers(model)[i], decoder_layers(before)[i])
+            assert same_weights(decoder_layers(model)[i], decoder_layers(before)[i])
     model.save_pretrained(tmp_path / "model")
     type(model).from_pretrained(tmp_path / "model")
 
@@ -192,7 +192,7 @@ def test_mp_trains_each_layer_alone(windows, tmp_path):
     assert sorted(found) == given.merged == sorted(set(told))
     model = given.student.model
     for index, layer in enumerate(decoder_layers(model)):
-        assert same(layer, decoder_layers(before)[index]) == (index not in given.merged)
+        assert same_weights(layer, decoder_layers(before)[index]) == (index not in given.merged)
     for progress in found.values():
         assert progress.validation[-1]["loss"] < progress.validation[0]["loss"]
     a_layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
@@ -218,7 +218,7 @@ def test_one_after_another_is_side_by_side(windows, tmp_path):
             log=lambda layer, losses: None,
         )
         models.append(given.student.model)
-    assert same(*models)
+    assert same_weights(*models)
 
 
 @pytest.mark.parametrize("train_what", ["layers", "norms", "outputs", "lora"])
@@ -333,7 +333,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
     progress = run(objective, windows[:4], windows[4:], tmp_path, **train_config)
     assert progress.best_step == 0
     assert progress.step == 6
-    assert same(given.student.model, before)
+    assert same_weights(given.student.model, before)
 
 
 def test_micro_batches_add_up(windows, tmp_path):

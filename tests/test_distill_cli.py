@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.commands import ROOT, equal, finish, small
+from tests.commands import ROOT, same_checkpoint, communicate, small_job_overrides
 
 TRAIN = [
     "distill.tokens=2560",
@@ -34,7 +34,7 @@ def result(folder):
 @pytest.mark.slow
 def test_a_distilled_run_and_one_from_it(command, tmp_path):
     folder, again = tmp_path / "out", tmp_path / "again"
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command("distill=come_sp", *TRAIN, "tracking=wandb", f"hydra.run.dir={folder}")
     )
     assert code == 0, errors
@@ -64,7 +64,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert len(losses) == 20
 
     # another distillation of the same merged model, without merging again
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command(
             "distill=logits",
             *TRAIN[:-1],
@@ -75,12 +75,12 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert code == 0, errors
     assert "already merged, 21 layers" in output
     assert result(again)["merge_history"] == found["merge_history"]
-    assert equal(again / "model-merged", folder / "model-merged")
-    assert not equal(again / "model", folder / "model")
+    assert same_checkpoint(again / "model-merged", folder / "model-merged")
+    assert not same_checkpoint(again / "model", folder / "model")
     assert result(again)["depths"][1]["metrics"] == found["depths"][1]["metrics"]
 
     # only evaluated
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(
             "eval.perplexity.max_tokens=256",
             f"from_run={folder}",
@@ -88,7 +88,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
         )
     )
     assert code == 0, errors
-    assert equal(tmp_path / "eval" / "model", folder / "model")
+    assert same_checkpoint(tmp_path / "eval" / "model", folder / "model")
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
 def test_a_killed_distillation_goes_on(method, command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = [f"distill={method}", *TRAIN, "eval=none"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={whole}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={whole}"))
     assert code == 0, errors
     process = command(*settings, f"hydra.run.dir={cut}")
     deadline = time.monotonic() + 120
@@ -107,11 +107,11 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "result.json").exists()
-    code, output, errors = finish(command(*settings, f"hydra.run.dir={cut}"))
+    code, output, errors = communicate(command(*settings, f"hydra.run.dir={cut}"))
     assert code == 0, errors
     assert "already merged" in output
     assert result(cut)["distillation"]["curve"] == result(whole)["distillation"]["curve"]
-    assert equal(cut / "model", whole / "model")
+    assert same_checkpoint(cut / "model", whole / "model")
 
 
 @pytest.mark.slow
@@ -121,11 +121,11 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
 def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     settings = ["merge=come", f"distill={method}", *TRAIN, "distill.micro_batch=1", "eval=none"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={alone}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--standalone"]
-    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
+    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
     own = {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     own |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
 
@@ -150,7 +150,7 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
             one.kill()
         process.wait()
         process = start()
-    code, output, errors = finish(process)
+    code, output, errors = communicate(process)
     assert code == 0, errors
     assert ("already merged" in output) == sharded
     one, two = (

@@ -18,10 +18,10 @@ from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_spe
 from come.job.stages.evaluate import Measured
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
-from tests.bases import saved
+from tests.bases import save_base
 from tests.commands import ROOT
 from tests.conftest import pico
-from tests.jobs import start
+from tests.jobs import run_job
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
@@ -184,9 +184,9 @@ def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
     (code,) = [block.partition("```")[0] for block in blocks if "class Entropy(" in block]
     (tmp_path / "entropy.py").write_text(code)
     plugin = f"plugins=[{tmp_path / 'entropy.py'}]"
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     asked = ("eval=[perplexity,entropy]", "eval.entropy.prompts=[a,b c,d]", plugin)
-    result = start(base, tmp_path / "out", *asked)
+    result = run_job(base, tmp_path / "out", *asked)
     dense, merged = (depth["metrics"]["entropy"] for depth in result["depths"])
     assert len(merged["samples"]) == 3
     assert merged["relative"]["value"] == pytest.approx(merged["value"] - dense["value"])
@@ -201,7 +201,7 @@ def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
 
 def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     asked = ("eval=[perplexity,speed,continuations]", "merge.target_layers=4", "merge.save_at=[5]")
     calls = []
 
@@ -220,18 +220,18 @@ def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch)
     counted(Continuations, "measure")
     counted(Speed, "measure_together")
     broken = False
-    whole = start(base, tmp_path / "whole", *asked)
+    whole = run_job(base, tmp_path / "whole", *asked)
     assert len(calls) == 7  # two evaluations of three models, and one of two together
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "other cache"))
     broken = True
     calls.clear()
     calls.append("the eighth is the last continuation")
     with pytest.raises(KeyboardInterrupt):
-        start(base, tmp_path / "out", *asked)
+        run_job(base, tmp_path / "out", *asked)
     assert (tmp_path / "out" / "metrics.partial.json").is_file()
     broken = False
     calls.clear()
-    resumed = start(base, tmp_path / "out", *asked)
+    resumed = run_job(base, tmp_path / "out", *asked)
     assert calls == ["Continuations"]
     assert not (tmp_path / "out" / "metrics.partial.json").exists()
     for first, second in zip(whole["depths"], resumed["depths"], strict=True):

@@ -10,7 +10,7 @@ from come.evaluate.perplexity import perplexity
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
-from tests.commands import finish
+from tests.commands import communicate
 from tests.conftest import LAYERS, pico
 from tests.disk import all_tensors, on_disk
 from tests.methods import recipe
@@ -147,7 +147,7 @@ def test_text_from_the_model(pico_folder):
 def test_a_whole_run(distill, command, tmp_path):
     words = [] if distill == "none" else TRAIN
     folder = tmp_path / "run"
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command(f"distill={distill}", *words, "model.device=cuda", f"hydra.run.dir={folder}")
     )
     assert code == 0, errors + output

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, script
+from tests.commands import ROOT, load_script
 
 
 @pytest.fixture
 def gpu_check(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    return script("gpu_check")
+    return load_script("gpu_check")
 
 
 def started(monkeypatch, module, folder, *words):

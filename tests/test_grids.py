@@ -18,7 +18,7 @@ from come.report.grid import read_grid
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, points
 from come.report.tables import metric_table
-from tests.commands import ROOT, finish
+from tests.commands import ROOT, communicate
 
 TWELVE_JOBS = [
     "merge/sensitivity=come,random",
@@ -45,7 +45,7 @@ def results(folder):
 @pytest.mark.slow
 def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={whole}", "-m"))
+    code, _, errors = communicate(command(*TWELVE_JOBS, f"hydra.sweep.dir={whole}", "-m"))
     assert code == 0, errors
     expected = results(whole)
     assert len(expected) == 12
@@ -60,7 +60,7 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
     assert 7 <= len(before) < 12
 
-    code, output, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m"))
+    code, output, errors = communicate(command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m"))
     assert code == 0, errors
     assert output.count("is already finished") == len(before)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
@@ -74,9 +74,9 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
 def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher):
     pytest.importorskip({"processes": "joblib", "submitit_local": "submitit"}[launcher])
     alone, together = tmp_path / "alone", tmp_path / "together"
-    code, _, errors = finish(command(*TWO_JOBS, f"hydra.sweep.dir={alone}", "-m"))
+    code, _, errors = communicate(command(*TWO_JOBS, f"hydra.sweep.dir={alone}", "-m"))
     assert code == 0, errors
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command(*TWO_JOBS, f"hydra.sweep.dir={together}", f"hydra/launcher={launcher}", "-m")
     )
     assert code == 0, errors
@@ -113,7 +113,7 @@ class Broken(SpanScore):
 """.replace("ERROR", error)
     )
     grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=22"]
-    code, output, errors = finish(command("merge=come", *grid, "eval=none", "-m"))
+    code, output, errors = communicate(command("merge=come", *grid, "eval=none", "-m"))
     assert code == 1
     assert "nobody expected this" in errors
     assert "Not finished: selection=broken." in output
@@ -129,7 +129,7 @@ class Broken(SpanScore):
 def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
     pytest.importorskip("submitit")
     grid = ["merge.m=1,3", "merge.target_layers=20", "eval=none", "hydra/launcher=submitit_local"]
-    code, _, errors = finish(command(*grid, "-m"))
+    code, _, errors = communicate(command(*grid, "-m"))
     assert code == 1
     assert errors.count("error: job 0: merge.m=1: must be a whole number of at least 2") == 1
     assert "Traceback" not in errors
@@ -145,7 +145,7 @@ def test_one_job_twice_at_once_runs_once(command, tmp_path):
         f"hydra.run.dir={tmp_path / 'j'}",
     ]
     both = [command(*job, "eval=none") for _ in range(2)]
-    outputs = [finish(process) for process in both]
+    outputs = [communicate(process) for process in both]
     assert [code for code, _, _ in outputs] == [0, 0], outputs
     assert sum("is already finished" in output for _, output, _ in outputs) == 1
     assert sum("going on at" in output for _, output, _ in outputs) == 0
@@ -154,7 +154,7 @@ def test_one_job_twice_at_once_runs_once(command, tmp_path):
 def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
     further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     folder = tmp_path / "out"
-    code, _, errors = finish(command("merge=none", further, f"hydra.run.dir={folder}"))
+    code, _, errors = communicate(command("merge=none", further, f"hydra.run.dir={folder}"))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     (depth,) = result["depths"]
@@ -177,7 +177,7 @@ def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file)
 def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
     grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval=[perplexity,continuations]"]
     further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
-    code, _, errors = finish(command(*grid, further, "-m"))
+    code, _, errors = communicate(command(*grid, further, "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-sweep"
     lines = (folder / "table.md").read_text().splitlines()
@@ -210,7 +210,9 @@ def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_fi
 def test_trackio_keeps_a_run_on_this_machine(command, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setitem(os.environ, "TRACKIO_DIR", str(tmp_path / "trackio"))
-    code, _, errors = finish(command("merge.target_layers=22", "tracking=trackio", "eval=none"))
+    code, _, errors = communicate(
+        command("merge.target_layers=22", "tracking=trackio", "eval=none")
+    )
     assert code == 0, errors
     assert list((tmp_path / "trackio").glob("come*.db"))
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def costs():
-    return script("group_costs")
+    return load_script("group_costs")
 
 
 def test_the_lowest_angles_of_every_size_are_tried(costs, windows, monkeypatch):

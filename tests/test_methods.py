@@ -16,7 +16,16 @@ from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
 from tests.conftest import LAYERS, VOCAB, pico
-from tests.methods import CONF, dropped, loss, paper, read, recipe, same, without
+from tests.methods import (
+    CONF,
+    dropped_layers,
+    loss,
+    paper,
+    read_recipe,
+    recipe,
+    same_weights,
+    without,
+)
 from tests.reference import Reference
 
 RECIPES = sorted(
@@ -32,7 +41,7 @@ def test_every_recipe_on_every_family(family, name, windows, tmp_path):
     assert [layer for span in plan.history for layer in span] == list(range(LAYERS))
     assert check_cache(model) < 1e-4
     plan.save(tmp_path / "plan.json")
-    assert same(apply(Plan.load(tmp_path / "plan.json"), pico(family)), model)
+    assert same_weights(apply(Plan.load(tmp_path / "plan.json"), pico(family)), model)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -73,7 +82,7 @@ PARTS = [
 def test_every_part_in_the_paper_s_recipe(family, parts, windows):
     model = pico(family)
     plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)
-    assert same(apply(plan, pico(family)), model)
+    assert same_weights(apply(plan, pico(family)), model)
     if family == "llama_gqa":
         again = compress(pico(family), windows, paper(**parts), target_layers=4, progress=False)
         assert again == plan
@@ -81,7 +90,7 @@ def test_every_part_in_the_paper_s_recipe(family, parts, windows):
 
 def test_recipes_name_what_the_registries_hold():
     for name in RECIPES:
-        assert read(name)["name"] == name
+        assert read_recipe(name)["name"] == name
         recipe(name)
         first = (CONF / f"{name}.yaml").read_text().splitlines()[0]
         assert f"python run.py merge={name}" in first
@@ -137,7 +146,7 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_
         model, plan = pico("llama_gqa"), Plan.load(tmp_path / "plan.partial.json")
         plan = compress(model, windows, method, target_layers=target, plan=plan, progress=False)
         assert plan.hash == expected.hash
-        assert same(model, whole)
+        assert same_weights(model, whole)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_half_precision(name, windows):
     model = pico("qwen3_gqa").bfloat16()
     plan = compress(model, windows, recipe(name), target_layers=4, progress=False)
     assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
-    assert same(apply(plan, pico("qwen3_gqa").bfloat16()), model)
+    assert same_weights(apply(plan, pico("qwen3_gqa").bfloat16()), model)
     full = compress(pico("qwen3_gqa"), windows, recipe(name), target_layers=4, progress=False)
     scores = {(c.first, c.last): c.score for c in full.steps[0].candidates}
     for candidate in plan.steps[0].candidates:
@@ -161,7 +170,7 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
     reference = Reference(dense, windows)
 
     plan = compress(pico(family), windows, recipe("shortgpt"), target_layers=3, progress=False)
-    assert dropped(plan) == sorted(range(LAYERS), key=lambda i: reference.bi(i, "all"))[:3]
+    assert dropped_layers(plan) == sorted(range(LAYERS), key=lambda i: reference.bi(i, "all"))[:3]
 
     plan = compress(pico(family), windows, recipe("uidl"), target_layers=4, progress=False)
     angles = {}
@@ -169,7 +178,7 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
         cosines = reference.cosines(first, first + 2, "last")
         angles[first] = sum(math.acos(max(-1, min(1, c))) for c in cosines)
     best = min(angles, key=lambda first: angles[first])
-    assert dropped(plan) == [best, best + 1]
+    assert dropped_layers(plan) == [best, best + 1]
 
     plan = compress(pico(family), windows, recipe("sleb"), target_layers=3, progress=False)
     gone: list[int] = []
@@ -178,7 +187,7 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
         with torch.no_grad():
             losses = {i: float(loss(without(dense, (*gone, i)), windows)) for i in rest}
         gone.append(min(losses, key=lambda i: losses[i]))
-    assert dropped(plan) == gone
+    assert dropped_layers(plan) == gone
 
 
 def test_depths_of_a_block_method_are_found_apart(windows):
@@ -193,7 +202,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
             angles[first] = sum(math.acos(max(-1, min(1, c))) for c in cosines)
         best = min(angles, key=lambda first: angles[first])
         assert len(plan.steps) == 1
-        assert dropped(plan) == list(range(best, best + size))
+        assert dropped_layers(plan) == list(range(best, best + size))
 
 
 @pytest.mark.parametrize(

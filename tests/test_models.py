@@ -14,7 +14,7 @@ from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
 from come.models.loading import inspect_model, load_model, load_weights
 from come.models.surgery import check_layer_config, reindex_config
-from tests.bases import byte_level
+from tests.bases import save_byte_level_tokenizer
 from tests.conftest import LAYERS, pico
 
 
@@ -212,6 +212,6 @@ def test_half_precision_models_keep_their_dtype(pico_folder):
 
 
 def test_a_folder_without_weights_beside_the_tokenizer(tmp_path):
-    byte_level(tmp_path)
+    save_byte_level_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"has no config.json"):
         check_checkpoint(tmp_path)

@@ -7,8 +7,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from come.cli.errors import user_line
-from tests.bases import saved
-from tests.jobs import before_loading
+from tests.bases import save_base
+from tests.jobs import prepare_job
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_a_path_with_signs_is_told_how_to_be_quoted(value):
 
 
 def test_a_folder_with_signs_can_be_used(tmp_path):
-    base = saved(tmp_path / "model (copy), é=1", "llama_gqa")
-    assert before_loading(base, tmp_path / "out").checkpoint == base
+    base = save_base(tmp_path / "model (copy), é=1", "llama_gqa")
+    assert prepare_job(base, tmp_path / "out").checkpoint == base
 
 
 def test_messages_of_hydra_come_whole(command_line):

@@ -21,9 +21,9 @@ from come.models.loading import load_weights
 from come.models.sublayers import run_attention
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, finish, small
+from tests.commands import ROOT, communicate, small_job_overrides
 from tests.conftest import LAYERS, SEQ, VOCAB, pico
-from tests.forked import FORKS
+from tests.forkserver import FORKSERVER
 from tests.jobs import job_settings
 from tests.methods import come_plus, paper, recipe
 
@@ -130,7 +130,7 @@ def both(tmp_path_factory):
     """The folder with the plans of two processes."""
     folder = tmp_path_factory.mktemp("both")
     pico("llama_gqa").save_pretrained(folder / "pico")
-    started = [FORKS.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
+    started = [FORKSERVER.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
     for process in started:
         process.start()
     try:
@@ -235,10 +235,10 @@ def test_the_number_of_processes_counts_for_a_merge(pico_folder, monkeypatch):
 def test_a_launched_run_survives_kill_9(command, pico_folder, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     settings = ["merge=come_plus", "merge.target_layers=20", "eval=perplexity"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={alone}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
+    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
 
     def start():
         return subprocess.Popen(
@@ -259,7 +259,7 @@ def test_a_launched_run_survives_kill_9(command, pico_folder, tmp_path):
         one.send_signal(signal.SIGKILL)
     process.wait()
     assert not (both / "result.json").exists()
-    code, output, errors = finish(start())
+    code, output, errors = communicate(start())
     assert code == 0, errors
     assert "resuming at" in output
     results = [json.loads((folder / "result.json").read_text()) for folder in (alone, both)]

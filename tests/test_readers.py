@@ -20,7 +20,7 @@ from come.merge.saving import save_model
 from come.models.loading import load_model
 from tests.bases import BASES
 from tests.commands import ROOT
-from tests.conftest import PRINTED, VOCAB
+from tests.conftest import SUMMARY, VOCAB
 from tests.methods import paper
 
 FOUR = Path(sys.prefix) / "transformers4"
@@ -158,5 +158,5 @@ def test_every_reader_sees_the_same_model(results, readings, record_property):
                 failed.append(f"{name}, {reader}: {error}")
         lines.append("".join(f"{cell:<24}" for cell in (name, *cells)))
     head = "".join(f"{cell:<24}" for cell in ("", *READERS))
-    record_property(PRINTED, "\n".join([head, *lines]))
+    record_property(SUMMARY, "\n".join([head, *lines]))
     assert not failed, "\n".join(failed)

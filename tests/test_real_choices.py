@@ -10,7 +10,7 @@ from come.data.windows import calibration_windows
 from come.merge.loop import compress
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from tests.methods import decoder_layers, dropped, loss, method, read, recipe
+from tests.methods import decoder_layers, dropped_layers, loss, build_method, read_recipe, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,9 @@ def hidden(dense, windows):
 
 def choice(checkpoint, windows, name, target):
     model = load_weights(checkpoint, dtype="float32")
-    return dropped(compress(model, windows, recipe(name), target_layers=target, progress=False))
+    return dropped_layers(
+        compress(model, windows, recipe(name), target_layers=target, progress=False)
+    )
 
 
 def cosines(before, after):
@@ -105,5 +107,7 @@ def test_magnitude_taylor_and_reverse(checkpoint, windows, dense):
     assert choice(checkpoint, windows, "reverse", 25) == [29, 28, 27, 26, 25]
     for name, scores in (("magnitude_plus", size), ("taylor_plus", taylor)):
         model = load_weights(checkpoint, dtype="float32")
-        plan = compress(model, windows, method(read(name), {}), target_layers=25, progress=False)
-        assert dropped(plan) == order(scores, 4, 2)[:5]
+        plan = compress(
+            model, windows, build_method(read_recipe(name), {}), target_layers=25, progress=False
+        )
+        assert dropped_layers(plan) == order(scores, 4, 2)[:5]

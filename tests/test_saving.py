@@ -18,9 +18,9 @@ from come.models.companions import companion_files
 from come.models.dialects import both_dialects, tokenizer_for_both
 from come.models.loading import load_model
 from come.report.card import _command
-from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
+from tests.bases import BASES, LLAMA3, YARN, edit_json, save_base, save_sentencepiece_tokenizer
 from tests.conftest import VOCAB
-from tests.jobs import QUICK, start
+from tests.jobs import QUICK, run_job
 from tests.methods import paper
 
 
@@ -73,7 +73,7 @@ OTHERS = {
 
 
 def test_files_of_the_tokenizer_are_copied_byte_for_byte(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
     for name, content in (FILES | OTHERS).items():
@@ -93,8 +93,8 @@ def test_files_of_the_tokenizer_are_copied_byte_for_byte(tmp_path):
 
 
 def test_only_what_the_merge_changed_differs_in_the_configuration(tmp_path):
-    base = saved(tmp_path / "base", "qwen2_gqa", old=True)
-    edit(base / "config.json", "layer_types", "head_dim", attn_pdrop=0.5, mine={"a": [1]})
+    base = save_base(tmp_path / "base", "qwen2_gqa", v4=True)
+    edit_json(base / "config.json", "layer_types", "head_dim", attn_pdrop=0.5, mine={"a": [1]})
     before, after = config(base), config(merged(base, tmp_path / "out"))
     changed = {key for key in before if after[key] != before[key]}
     assert changed == {"num_hidden_layers", "max_window_layers"}
@@ -134,18 +134,18 @@ def test_the_tokenizer_class_of_transformers_5():
 
 
 def test_a_base_without_generation_configuration_has_none_after(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "generation_config.json").unlink()
     assert not (merged(base, tmp_path / "out") / "generation_config.json").exists()
 
 
 def test_code_that_is_not_there_is_not_named(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     auto_map = {
         "AutoConfig": "configuration_mine.MyConfig",
         "AutoModel": "somebody/other--modeling.Model",
     }
-    edit(base / "config.json", auto_map=auto_map)
+    edit_json(base / "config.json", auto_map=auto_map)
     found = config(merged(base, tmp_path / "out"))
     assert found["auto_map"] == {"AutoModel": "somebody/other--modeling.Model"}
     (base / "configuration_mine.py").write_text("raise SystemExit('code of a checkpoint has run')")
@@ -157,8 +157,10 @@ def test_code_that_is_not_there_is_not_named(tmp_path):
 
 
 def test_the_result_loads_with_the_flags_of_the_base_in_a_fresh_folder(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa", tokenizer=sentencepieces, old=True)
-    start(base, tmp_path / "out", *QUICK)
+    base = save_base(
+        tmp_path / "base", "llama_gqa", tokenizer=save_sentencepiece_tokenizer, v4=True
+    )
+    run_job(base, tmp_path / "out", *QUICK)
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(tmp_path / "out" / "model", moved)
     shutil.rmtree(base)
@@ -172,7 +174,7 @@ def test_the_result_loads_with_the_flags_of_the_base_in_a_fresh_folder(tmp_path)
 
 
 def test_a_tokenizer_that_was_changed_in_memory_is_written(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     _, tokenizer = load_model(base)
     tokenizer.chat_template = "{{ 'mine' }}"
     folder = merged(base, tmp_path / "out", tokenizer=tokenizer)
@@ -182,7 +184,7 @@ def test_a_tokenizer_that_was_changed_in_memory_is_written(tmp_path):
 
 
 def test_a_model_of_no_folder_is_saved_whole(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
     model.config._name_or_path = ""
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
@@ -194,20 +196,20 @@ def test_a_model_of_no_folder_is_saved_whole(tmp_path):
 
 def test_runs_of_earlier_versions_are_read(tmp_path):
     """Their plan and its tensors lie beside the weights, and the configuration names the plan."""
-    base = saved(tmp_path / "base", "llama_gqa")
-    start(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
+    base = save_base(tmp_path / "base", "llama_gqa")
+    run_job(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
     model = tmp_path / "old" / "model"
     assert "Refit `ridge`: " in (model / "README.md").read_text()
     for path in (model / "come").iterdir():
         path.rename(model / path.name)
     (model / "come").rmdir()
-    edit(model / "config.json", come={"plan": "x", "merge_history": [[0]]})
+    edit_json(model / "config.json", come={"plan": "x", "merge_history": [[0]]})
     plan = Plan.load(plan_path(model))
     assert plan.num_layers == 5
     assert find_run(str(tmp_path / "old")) == model
 
     asked = [f"from_run={tmp_path / 'old'}", "merge.target_layers=null"]
-    result = start(base, tmp_path / "new", *asked, *QUICK)
+    result = run_job(base, tmp_path / "new", *asked, *QUICK)
     assert result["plan"] == plan.hash
     again = tmp_path / "new" / "model"
     assert Plan.load(again / "come" / "plan.json").hash == plan.hash
@@ -221,8 +223,8 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
 
 
 def test_a_run_that_kept_no_weights_is_no_start(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
-    start(base, tmp_path / "out", "merge.refit=ridge", "merge.save_weights=false", *QUICK)
+    base = save_base(tmp_path / "base", "llama_gqa")
+    run_job(base, tmp_path / "out", "merge.refit=ridge", "merge.save_weights=false", *QUICK)
     with pytest.raises(ValueError, match="no merged model with its come/plan.json there"):
         find_run(str(tmp_path / "out"))
 
@@ -241,9 +243,9 @@ tags: [old]
 
 
 def test_the_card_continues_the_base_models(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "README.md").write_text(CARD)
-    start(base, tmp_path / "out", "model.base_model=somebody/one", *QUICK)
+    run_job(base, tmp_path / "out", "model.base_model=somebody/one", *QUICK)
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     for line in (
         "base_model: somebody/one",
@@ -261,9 +263,9 @@ def test_the_card_continues_the_base_models(tmp_path):
 
 
 def test_a_card_without_a_base_names_none(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "README.md").write_text("---\n: [no yaml\n---\n")
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "base_model" not in card
     assert "license" not in card.partition("# base")[0]
@@ -271,9 +273,9 @@ def test_a_card_without_a_base_names_none(tmp_path):
 
 
 def test_a_card_has_the_hub_id_that_the_configuration_names(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
-    edit(base / "config.json", _name_or_path="somebody/one")
-    start(base, tmp_path / "out", *QUICK)
+    base = save_base(tmp_path / "base", "llama_gqa")
+    edit_json(base / "config.json", _name_or_path="somebody/one")
+    run_job(base, tmp_path / "out", *QUICK)
     assert "base_model: somebody/one" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.commands import ROOT, script
+from tests.commands import ROOT, load_script
 
 
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    return script("scaling")
+    return load_script("scaling")
 
 
 def test_the_exponent_of_a_power(scaling):

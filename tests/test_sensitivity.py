@@ -13,7 +13,7 @@ from come.models.adapter import UNITS, ModelAdapter
 from come.statistics.gradients import path_gradients
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import SOME, loss
+from tests.methods import SELECTED_FAMILIES, loss
 from tests.reference import Reference
 
 
@@ -95,7 +95,7 @@ def whole_path(model, windows, steps):
     return total
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
 def test_path_attribution_is_the_whole_models(stream, windows):
     expected = whole_path(stream.adapter.model, windows, 10)
     scores = found_scores(stream, "path_attribution", 2, 3)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 def test_the_first_token_behind_merged_layers_and_in_front_of_the_last(windows):
-    sink = script("sink")
+    sink = load_script("sink")
     dense = sink.states(pico("llama_mha"), windows)
     merged = [dense[0], dense[1], 2 * dense[3], *dense[4:]]  # layers 1 and 2 became one
     merged[2][:, 1:] /= 2

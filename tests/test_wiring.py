@@ -15,8 +15,8 @@ from come.evaluate.speed import ModelSpeed, Timing
 from come.job.identity import job_hash
 from come.merge.method import PARTS
 from come.schema import Settings
-from tests.bases import saved
-from tests.commands import chosen_only
+from tests.bases import save_base
+from tests.commands import drop_unused_eval_settings
 from tests.jobs import job_settings
 from tests.test_zero_shot import TASK
 
@@ -204,7 +204,7 @@ OF_THE_WALK = {
 def place(tmp_path_factory):
     """A base model, texts and tasks."""
     root = tmp_path_factory.mktemp("wiring")
-    saved(root / "base", "llama_gqa")
+    save_base(root / "base", "llama_gqa")
     for number, name in enumerate(("text", "other", "third", "held_out")):
         lines = [
             f"Line {i} of {name} speaks of {i * (i + number)} layers in {i % 7} groups, "
@@ -279,7 +279,7 @@ def observe(place, folder, overrides):
     asked = job_settings(
         place / "base",
         chosen,
-        *chosen_only(always, chosen.removeprefix("eval=").strip("[]").split(",")),
+        *drop_unused_eval_settings(always, chosen.removeprefix("eval=").strip("[]").split(",")),
         *(word for word in words if not word.startswith("eval=")),
     )
     fake_speed.how = None

@@ -24,9 +24,9 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
 from come.stream.stream import LayerStream
-from tests.bases import edit, saved
+from tests.bases import edit_json, save_base
 from tests.conftest import LAYERS, pico
-from tests.jobs import QUICK, before_loading, settings, start
+from tests.jobs import QUICK, prepare_job, settings, run_job
 from tests.test_distill import pair
 
 HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(tmp_path):
-    return saved(tmp_path / "base", "llama_gqa")
+    return save_base(tmp_path / "base", "llama_gqa")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_training_text_is_parted_from_held_out_text(base, numbered, tmp_path):
         f"eval.perplexity.path={numbered}",
         "distill.tokens=8192",
     )
-    job = before_loading(base, tmp_path / "out", *asked)
+    job = prepare_job(base, tmp_path / "out", *asked)
     tokenizer = load_tokenizer(base)
     assert max(numbers(tokenizer, job.training.windows)) < 0.61 * 3000
     assert min(numbers(tokenizer, job.evaluations["perplexity"][1][""].windows)) > 0.79 * 3000
@@ -75,9 +75,9 @@ def test_training_text_is_parted_from_held_out_text(base, numbered, tmp_path):
 
 def test_held_out_text_is_parted_from_what_a_plan_was_calibrated_on(base, numbered, tmp_path):
     texts = (f"calibration.path={numbered}", f"eval.perplexity.path={numbered}")
-    start(base, tmp_path / "out", *texts, *QUICK)
+    run_job(base, tmp_path / "out", *texts, *QUICK)
     plan = ("merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}")
-    job = before_loading(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
+    job = prepare_job(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
     assert (
         min(numbers(load_tokenizer(base), job.evaluations["perplexity"][1][""].windows))
         > 0.79 * 3000
@@ -96,7 +96,7 @@ def test_calibration_is_parted_from_every_held_out_text(base, numbered, text_fil
 def test_the_first_training_windows_validate(base, numbered, tmp_path, monkeypatch):
     """The last ones are those that a calibration of the same seed draws first."""
     asked = (*HEAL, f"distill.path={numbered}", "distill.validation_samples=3")
-    text = before_loading(base, tmp_path / "out", *asked).training.windows
+    text = prepare_job(base, tmp_path / "out", *asked).training.windows
     module = importlib.import_module("come.job.stages.distill")
     whole, seen = module.train, {}
 
@@ -106,7 +106,7 @@ def test_the_first_training_windows_validate(base, numbered, tmp_path, monkeypat
         return whole(objective, windows, count, held_out, held_out_count, *args, **kwargs)
 
     monkeypatch.setattr(module, "train", watched)
-    start(base, tmp_path / "out", *asked, *QUICK)
+    run_job(base, tmp_path / "out", *asked, *QUICK)
     assert torch.equal(seen["validation"], text[:3])
     assert torch.equal(seen["training"], text[3:])
 
@@ -136,7 +136,9 @@ def test_the_training_texts_identity_is_that_of_the_text_that_trains(numbered, t
 
 
 def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
-    edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+    edit_json(
+        base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]}
+    )
     (base / "tokenization_x.py").write_text("")
     assert "tokenization_x.py" in {path.name for path in companion_files(base)}
 
@@ -153,7 +155,7 @@ def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(module, "compress", watched)
-    start(base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]", *QUICK)
+    run_job(base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]", *QUICK)
     assert seen == [[5]]
     texts = {}
     for name in ("model", "model-5"):
@@ -242,7 +244,7 @@ def test_layers_trained_apart_validate_on_held_out_windows(base, tmp_path):
     found = []
     for number, method in enumerate(("come_sp", "come_mp")):
         asked = (*HEAL, f"distill={method}", "distill.validation_samples=3")
-        result = start(base, tmp_path / str(number), *asked, *QUICK)
+        result = run_job(base, tmp_path / str(number), *asked, *QUICK)
         found.append(result["distillation"]["validation"][0]["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -258,7 +260,7 @@ def test_speed_is_held_against_the_share_of_the_layers(base, tmp_path, monkeypat
         }
 
     monkeypatch.setattr("come.evaluate.speed.compare_speed", speeds)
-    result = start(base, tmp_path / "out", "eval=[perplexity,speed]")
+    result = run_job(base, tmp_path / "out", "eval=[perplexity,speed]")
     prompt = result["depths"][1]["metrics"]["speed/prompt"]
     assert prompt["relative"]["value"] == 2
     assert prompt["details"]["realised"] == pytest.approx((1 - 1 / 2) / (1 / 6))

@@ -13,7 +13,7 @@ from come.evaluate.paired import paired_difference
 from come.evaluate.tasks import load_tasks, tasks_identity
 from come.evaluate.zero_shot import ZeroShot, zero_shot
 from come.models.loading import load_model
-from tests.commands import finish
+from tests.commands import communicate
 
 TASK = """task: {name}
 dataset_path: json
@@ -147,7 +147,7 @@ def test_a_run_with_tasks(tasks, command, tmp_path):
         "eval.zero_shot.tasks=[layers,models]",
     ]
     words += ["merge.target_layers=20", f"hydra.run.dir={folder}"]
-    code, output, errors = finish(command(*words))
+    code, output, errors = communicate(command(*words))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     dense, merged = (depth["metrics"] for depth in result["depths"])

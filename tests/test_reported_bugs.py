@@ -17,9 +17,9 @@ from come.job.folder import check_finite, write_result
 from come.job.identity import job_hash
 from come.models.checkpoint import check_checkpoint
 from come.models.loading import inspect_model, load_model, load_tokenizer, load_weights
-from tests.bases import TEMPLATE, change_weights, edit, lone_token, saved
+from tests.bases import TEMPLATE, change_weights, edit_json, add_token_without_embedding, save_base
 from tests.conftest import VOCAB
-from tests.jobs import QUICK, before_loading, job_settings, questions, start
+from tests.jobs import QUICK, prepare_job, job_settings, local_task, run_job
 from tests.test_zero_shot import TASK
 
 
@@ -31,15 +31,15 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(tmp_path):
-    return saved(tmp_path / "base", "llama_gqa")
+    return save_base(tmp_path / "base", "llama_gqa")
 
 
 # Wrong, and silent
 
 
 def test_a_changed_tokenizer_is_measured_anew(base, tmp_path, monkeypatch):
-    asked = ["merge=none", "merge.target_layers=null", *questions(tmp_path / "tasks")]
-    first = start(base, tmp_path / "a", *asked)
+    asked = ["merge=none", "merge.target_layers=null", *local_task(tmp_path / "tasks")]
+    first = run_job(base, tmp_path / "a", *asked)
     before = job_hash(job_settings(base, *asked))
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["post_processor"] = {
@@ -54,10 +54,10 @@ def test_a_changed_tokenizer_is_measured_anew(base, tmp_path, monkeypatch):
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert job_hash(job_settings(base, *asked)) != before
     with pytest.raises(ValueError, match="holds the result of another job"):
-        start(base, tmp_path / "a", *asked)
-    second = start(base, tmp_path / "b", *asked)
+        run_job(base, tmp_path / "a", *asked)
+    second = run_job(base, tmp_path / "b", *asked)
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "fresh"))
-    fresh = start(base, tmp_path / "c", *asked)
+    fresh = run_job(base, tmp_path / "c", *asked)
     tasks = [r["depths"][0]["metrics"] for r in (first, second, fresh)]
     assert tasks[1] == tasks[2] != tasks[0]
 
@@ -82,7 +82,7 @@ def test_every_file_that_is_read_counts(base, name):
 
 
 def test_an_index_of_shards_that_are_gone_beside_a_whole_file(base, tmp_path):
-    sharded = saved(tmp_path / "sharded", "llama_gqa", shard="20KB")
+    sharded = save_base(tmp_path / "sharded", "llama_gqa", shard="20KB")
     shutil.copy(sharded / "model.safetensors.index.json", base)
     before = job_hash(job_settings(base))
     check_checkpoint(base)
@@ -92,12 +92,12 @@ def test_an_index_of_shards_that_are_gone_beside_a_whole_file(base, tmp_path):
 
 
 def test_weights_without_a_dtype_in_the_configuration_keep_theirs(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
     config = json.loads((base / "config.json").read_text())
     del config["dtype"]
     (base / "config.json").write_text(json.dumps(config))
     assert inspect_model(base).dtype == torch.bfloat16
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     written = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert {t.dtype for t in written.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
@@ -162,21 +162,21 @@ def test_weights_that_are_not_finite(base, tmp_path):
     for number, merge in enumerate(("merge=none", "merge=come")):
         targets = ["merge.target_layers=null"] if merge == "merge=none" else []
         with pytest.raises(ValueError, match=r"layers.3.mlp.up_proj.weight are not finite in"):
-            start(base, tmp_path / str(number), merge, *targets)
+            run_job(base, tmp_path / str(number), merge, *targets)
         assert not (tmp_path / str(number) / "result.json").exists()
 
 
 def test_predictions_that_overflow_half_precision(tmp_path):
     """The weights are finite, and the head's products are not."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.float16)
     change_weights(base, lambda t: t["lm_head.weight"].mul_(30000))
     none = ("merge=none", "merge.target_layers=null")
     with pytest.raises(ValueError, match=r"perplexity: a loss of windows .* not finite.*bfloat16"):
-        start(base, tmp_path / "a", *none)
+        run_job(base, tmp_path / "a", *none)
     with pytest.raises(ValueError, match=r"a log-likelihood of asked is not a number.*bfloat16"):
-        start(base, tmp_path / "b", *none, *questions(tmp_path / "tasks"))
+        run_job(base, tmp_path / "b", *none, *local_task(tmp_path / "tasks"))
     with pytest.raises(ValueError, match=r"predictions are not finite in torch.float16"):
-        start(base, tmp_path / "c", "merge.plan=null")
+        run_job(base, tmp_path / "c", "merge.plan=null")
     for name in "abc":
         assert not (tmp_path / name / "result.json").exists()
 
@@ -190,7 +190,7 @@ def test_a_number_that_is_not_finite_is_never_a_result(tmp_path):
 
 def test_a_head_of_its_own_in_a_tied_configuration(tmp_path):
     """transformers 5 does not tie then, 4 does: what was measured is what is written."""
-    base = saved(tmp_path / "base", "llama_tied")
+    base = save_base(tmp_path / "base", "llama_tied")
     tied = inspect_model(base).parameters
     change_weights(base, lambda t: t.update({"lm_head.weight": torch.ones(VOCAB, 32)}))
     assert inspect_model(base).parameters == tied + VOCAB * 32
@@ -198,7 +198,7 @@ def test_a_head_of_its_own_in_a_tied_configuration(tmp_path):
     assert sum(p.numel() for p in model.parameters()) == tied + VOCAB * 32
     model.tie_weights()  # as the harness does
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    result = start(base, tmp_path / "out", *QUICK)
+    result = run_job(base, tmp_path / "out", *QUICK)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert result["depths"][0]["parameters"] == tied + VOCAB * 32
     assert result["depths"][1]["parameters"] == sum(p.numel() for p in found.parameters())
@@ -212,8 +212,8 @@ def test_a_head_of_its_own_in_a_tied_configuration(tmp_path):
 def test_a_metric_that_is_no_number_for_each_document(base, tmp_path):
     mcc = "metric_list:\n  - metric: mcc\n"
     task = TASK[: TASK.index("metric_list")] + mcc
-    asked = questions(tmp_path / "tasks", task)
-    result = start(base, tmp_path / "out", *asked)
+    asked = local_task(tmp_path / "tasks", task)
+    result = run_job(base, tmp_path / "out", *asked)
     for depth in result["depths"]:
         found = depth["metrics"]["zero_shot/asked"]
         assert found["details"]["metric"] == "mcc"
@@ -231,37 +231,37 @@ def test_a_metric_that_is_no_number_for_each_document(base, tmp_path):
 
 @pytest.mark.parametrize("place", ["calibration", "eval", "distill"])
 def test_token_ids_beyond_the_embedding(base, tmp_path, text_file, place):
-    token, index = lone_token(base)
+    token, index = add_token_without_embedding(base)
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text().replace("layers", f"layers {token}"))
     group = "eval.perplexity" if place == "eval" else place
     asked = [f"{group}.path={text}"] + ["distill=come_sp"] * (place == "distill")
     with pytest.raises(ValueError, match=rf"text .* '{token}' with id {index}.* {index} rows"):
-        before_loading(base, tmp_path / "out", *asked)
-    before_loading(base, tmp_path / "out", f"calibration.path={text_file}")
+        prepare_job(base, tmp_path / "out", *asked)
+    prepare_job(base, tmp_path / "out", f"calibration.path={text_file}")
 
 
 def test_token_ids_beyond_the_embedding_in_tasks(base, tmp_path):
-    _, index = lone_token(base, "What")
+    _, index = add_token_without_embedding(base, "What")
     with pytest.raises(
         ValueError, match=rf"a prompt of asked has the token 'What' with id {index}"
     ):
-        before_loading(base, tmp_path / "out", *questions(tmp_path / "tasks"))
+        prepare_job(base, tmp_path / "out", *local_task(tmp_path / "tasks"))
 
 
 def test_sampled_text_of_a_model_that_overflows(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.float16)
     change_weights(base, lambda t: t["lm_head.weight"].mul_(30000))
     with pytest.raises(ValueError, match=r"not finite in torch.float16, so no text can be sampled"):
-        start(base, tmp_path / "out", "calibration=self_generated")
+        run_job(base, tmp_path / "out", "calibration=self_generated")
 
 
 @pytest.mark.parametrize(
     "ids", [{"bos_token_id": 151643}, {"eos_token_id": [2, 151645]}, {"pad_token_id": -1}]
 )
 def test_special_ids_beyond_the_embedding(base, tmp_path, ids, caplog):
-    edit(base / "config.json", **ids)
-    start(base, tmp_path / "out", "calibration=self_generated", *QUICK)
+    edit_json(base / "config.json", **ids)
+    run_job(base, tmp_path / "out", "calibration=self_generated", *QUICK)
     assert ("sampled without a begin token" in caplog.text) == ("bos_token_id" in ids)
     model, _ = load_model(base)
     windows = self_generated_windows(model, num_samples=8, seq_len=12, progress=False).windows
@@ -269,17 +269,19 @@ def test_special_ids_beyond_the_embedding(base, tmp_path, ids, caplog):
 
 
 def test_zero_shot_without_begin_and_end_tokens(base, tmp_path):
-    edit(base / "tokenizer_config.json", "bos_token", "eos_token")
-    asked = questions(tmp_path / "tasks")
+    edit_json(base / "tokenizer_config.json", "bos_token", "eos_token")
+    asked = local_task(tmp_path / "tasks")
     with pytest.raises(ValueError, match=r"needs a begin or end token .* has neither; name one as"):
-        before_loading(base, tmp_path / "out", *asked)
-    before_loading(base, tmp_path / "out")  # perplexity needs none
+        prepare_job(base, tmp_path / "out", *asked)
+    prepare_job(base, tmp_path / "out")  # perplexity needs none
 
 
 def test_the_harness_leaves_the_tokenizer_as_it_is(base, tmp_path):
-    edit(base / "tokenizer_config.json", "pad_token", tokenizer_class="PreTrainedTokenizerFast")
-    asked = [*questions(tmp_path / "tasks"), "merge.save_at=[5]"]
-    start(base, tmp_path / "out", *asked)
+    edit_json(
+        base / "tokenizer_config.json", "pad_token", tokenizer_class="PreTrainedTokenizerFast"
+    )
+    asked = [*local_task(tmp_path / "tasks"), "merge.save_at=[5]"]
+    run_job(base, tmp_path / "out", *asked)
     assert (tmp_path / "out/model/tokenizer_config.json").read_bytes() == (
         base / "tokenizer_config.json"
     ).read_bytes()
@@ -296,9 +298,9 @@ def test_the_harness_leaves_the_tokenizer_as_it_is(base, tmp_path):
     ],
 )
 def test_every_length_is_held_against_the_model(tmp_path, key, asked):
-    base = saved(tmp_path / "base", "opt", max_position_embeddings=48)
+    base = save_base(tmp_path / "base", "opt", max_position_embeddings=48)
     with pytest.raises(ValueError, match=f"{key}.*the model reads at most 48 tokens"):
-        before_loading(base, tmp_path / "out", *asked)
+        prepare_job(base, tmp_path / "out", *asked)
 
 
 # Unclear
@@ -307,7 +309,7 @@ def test_every_length_is_held_against_the_model(tmp_path, key, asked):
 def test_one_text_on_one_line_for_calibration_and_evaluation(base, tmp_path):
     text = tmp_path / "line.txt"
     text.write_text(" ".join(f"Layer {i} speaks of {i * i} groups." for i in range(3000)))
-    job = before_loading(
+    job = prepare_job(
         base, tmp_path / "out", f"calibration.path={text}", f"eval.perplexity.path={text}"
     )
     tokenizer = load_tokenizer(base)
@@ -354,13 +356,13 @@ def test_an_adapter_in_the_folder_is_named(base):
 
 
 def test_the_whole_message_of_a_bad_configuration(base):
-    edit(base / "config.json", layer_types=["full_attention"] * 4)
+    edit_json(base / "config.json", layer_types=["full_attention"] * 4)
     with pytest.raises(ValueError, match=r"bad configuration: .*layer_types.*6|6.*layer_types"):
         inspect_model(base)
 
 
 def test_rows_of_a_padded_vocabulary_are_never_sampled(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa", vocab_size=2 * VOCAB)
+    base = save_base(tmp_path / "base", "llama_gqa", vocab_size=2 * VOCAB)
     model, tokenizer = load_model(base)
     unused = unused_ids(model, tokenizer)
     assert unused == list(range(len(tokenizer), 2 * VOCAB))
@@ -369,7 +371,7 @@ def test_rows_of_a_padded_vocabulary_are_never_sampled(tmp_path):
     clean = self_generated_windows(model, **sizes, banned=unused).windows
     assert (clean < len(tokenizer)).all()
     asked = ("calibration=self_generated", "calibration.num_samples=64", *QUICK)
-    start(base, tmp_path / "out", *asked)
+    run_job(base, tmp_path / "out", *asked)
     (path,) = (tmp_path / "cache" / "generated").glob("*.safetensors")
     assert (load_file(path)["windows"] < len(tokenizer)).all()
 
@@ -378,14 +380,14 @@ def test_rows_of_a_padded_vocabulary_are_never_sampled(tmp_path):
 
 
 def test_temperature_without_sampling_stays(base, tmp_path):
-    edit(base / "generation_config.json", temperature=0.6, top_p=0.9)
+    edit_json(base / "generation_config.json", temperature=0.6, top_p=0.9)
     written = (base / "generation_config.json").read_bytes()
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     assert (tmp_path / "out/model/generation_config.json").read_bytes() == written
 
 
 def test_frequencies_and_a_redundant_head_in_the_file(tmp_path):
-    base = saved(tmp_path / "base", "llama_tied")
+    base = save_base(tmp_path / "base", "llama_tied")
 
     def change(tensors):
         for i in range(6):
@@ -395,7 +397,7 @@ def test_frequencies_and_a_redundant_head_in_the_file(tmp_path):
     parameters = inspect_model(base).parameters
     change_weights(base, change)
     assert inspect_model(base).parameters == parameters
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     written = load_file(tmp_path / "out/model/model.safetensors")
     assert "lm_head.weight" not in written
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").config.tie_word_embeddings

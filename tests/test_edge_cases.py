@@ -20,8 +20,8 @@ from come.job.run import _trackers
 from come.merge.selection.random import Random
 from come.models.loading import inspect_model, load_model, load_weights
 from come.tracking.base import JSONL
-from tests.bases import change_weights, edit, lone_token, saved
-from tests.jobs import QUICK, before_loading, job_settings, questions, start
+from tests.bases import change_weights, edit_json, add_token_without_embedding, save_base
+from tests.jobs import QUICK, prepare_job, job_settings, local_task, run_job
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +32,20 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(tmp_path):
-    return saved(tmp_path / "base", "llama_gqa")
+    return save_base(tmp_path / "base", "llama_gqa")
 
 
 def test_a_trial_that_overflows_is_not_the_best_one(tmp_path):
     """Logits that overflow on the calibration text alone: no trial has a divergence."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.float16)
     change_weights(base, lambda t: t["lm_head.weight"][40:60].mul_(60000))
     trials = ("merge.selection=trial_kl", "eval=none")
     with pytest.raises(ValueError, match="gives no number for layers"):
-        start(base, tmp_path / "out", "merge=come", *trials)
+        run_job(base, tmp_path / "out", "merge=come", *trials)
 
 
 def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+    base = save_base(tmp_path / "base", "llama_gqa")
 
     def silence(tensors):
         for i in (4, 5):
@@ -53,7 +53,7 @@ def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
             tensors[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
 
     change_weights(base, silence)
-    result = start(base, tmp_path / "out", "merge=come_plus", *QUICK)
+    result = run_job(base, tmp_path / "out", "merge=come_plus", *QUICK)
     assert result["depths"][1]["layers"] == 5
 
 
@@ -74,11 +74,11 @@ def test_settings_are_finite_numbers(base, setting):
 
 def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
     """Its rotary table stays in float32, as every reader makes it."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
     heal = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
-    result = start(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
+    result = run_job(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
     model = load_weights(tmp_path / "out" / "model")
-    job = before_loading(base, tmp_path / "again")
+    job = prepare_job(base, tmp_path / "again")
     windows = job.evaluations["perplexity"][1][""].windows
     again = perplexity(model, windows, batch_tokens=2048, progress=False)
     assert result["depths"][-1]["metrics"]["perplexity"]["samples"] == again.samples
@@ -89,7 +89,7 @@ def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
 
 
 def test_without_a_tracker_metrics_are_written_to_disk_alone(base, tmp_path):
-    job = before_loading(base, tmp_path / "out")
+    job = prepare_job(base, tmp_path / "out")
     with _trackers(job) as trackers:
         assert [type(tracker) for tracker in trackers._trackers] == [JSONL]
 
@@ -103,7 +103,7 @@ def test_random_scores_are_uniform(seed):
 
 def test_the_part_of_a_text_that_is_held_out_counts(base, text_file, tmp_path):
     """With a plan, calibration text only decides which part of the same text is held out."""
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     plan = ["merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}"]
     asked = [*plan, "merge.target_layers=null", f"eval.perplexity.path={text_file}"]
     apart = job_hash(job_settings(base, *asked))
@@ -194,12 +194,12 @@ def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
     ):
         task = GENERATES.format(data="{data}", tokens=tokens).replace("{{", "{{{{")
         task = task.replace("}}", "}}}}") + change.get("more", "")
-        asked = questions(tmp_path / f"tasks{number}", task)
+        asked = local_task(tmp_path / f"tasks{number}", task)
         if "without" in change:
             written = (base / "tokenizer_config.json").read_text()
-            edit(base / "tokenizer_config.json", change["without"])
+            edit_json(base / "tokenizer_config.json", change["without"])
         with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "out", *asked)
+            prepare_job(base, tmp_path / "out", *asked)
         if "without" in change:
             (base / "tokenizer_config.json").write_text(written)
 
@@ -216,22 +216,22 @@ def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
 )
 def test_a_base_with_any_card(base, tmp_path, card):
     (base / "README.md").write_text(card)
-    start(base, tmp_path / "out", "eval=none")
+    run_job(base, tmp_path / "out", "eval=none")
     found = (tmp_path / "out" / "model" / "README.md").read_text()
     assert ("language: 'no'" in found) == ("language: no" in card)
     assert ("base model (mit, apache-2.0)" in found) == ("apache" in card)
 
 
 def test_names_with_dollar_signs_are_drawn(tmp_path):
-    base = saved(tmp_path / "a$x_{$ b", "llama_gqa")
-    start(base, tmp_path / "out", "eval=perplexity")
+    base = save_base(tmp_path / "a$x_{$ b", "llama_gqa")
+    run_job(base, tmp_path / "out", "eval=perplexity")
     assert (tmp_path / "out" / "perplexity.png").is_file()
 
 
 def test_the_prompts_of_the_report_are_held_against_the_embedding(base, tmp_path):
-    lone_token(base, "capital")
+    add_token_without_embedding(base, "capital")
     with pytest.raises(ValueError, match=r"a prompt has the token 'capital'"):
-        before_loading(base, tmp_path / "out")
+        prepare_job(base, tmp_path / "out")
 
 
 def test_continuations_are_greedy_whatever_the_generation_configuration(base):
@@ -246,14 +246,14 @@ def test_continuations_are_greedy_whatever_the_generation_configuration(base):
 
 def test_weights_that_the_configuration_names(base, tmp_path):
     shutil.copy(base / "model.safetensors", base / "other.safetensors")
-    edit(base / "config.json", transformers_weights="other.safetensors")
+    edit_json(base / "config.json", transformers_weights="other.safetensors")
     before = job_hash(job_settings(base))
     tensors = load_file(base / "other.safetensors")
     tensors["lm_head.weight"] *= 2
     save_file(tensors, base / "other.safetensors", metadata={"format": "pt"})
     assert job_hash(job_settings(base)) != before
     (base / "model.safetensors").unlink()
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     assert torch.equal(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").lm_head.weight,
         tensors["lm_head.weight"],
@@ -280,7 +280,7 @@ def test_a_short_training_text_is_named(base, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(ValueError, match=r"training text too short: .* distill.seq_len=256"):
-        before_loading(base, tmp_path / "out", "distill=come_sp", f"distill.path={short}")
+        prepare_job(base, tmp_path / "out", "distill=come_sp", f"distill.path={short}")
 
 
 def test_rows_with_both_names_of_a_message(tmp_path):
@@ -293,11 +293,11 @@ def test_rows_with_both_names_of_a_message(tmp_path):
 
 def test_methods_that_need_windows_say_so_at_once(base, tmp_path):
     with pytest.raises(ValueError, match=r"num_samples=4: .* needs at least 5 windows"):
-        before_loading(base, tmp_path / "out", "merge=mka", "calibration.num_samples=4")
+        prepare_job(base, tmp_path / "out", "merge=mka", "calibration.num_samples=4")
 
 
 def test_plans_that_fit_no_model_are_refused_at_once(base, tmp_path):
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     path = tmp_path / "out" / "plan.json"
     plan = json.loads(path.read_text())
     asked = ("merge=from_plan", "merge.target_layers=null", f"merge.plan={path}")
@@ -309,19 +309,19 @@ def test_plans_that_fit_no_model_are_refused_at_once(base, tmp_path):
         change(changed)
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "again", *asked)
+            prepare_job(base, tmp_path / "again", *asked)
 
 
 def test_a_neighbour_with_old_in_its_name_stays(base, tmp_path):
     (tmp_path / "out" / "model.old").mkdir(parents=True)
     (tmp_path / "out" / "model.old" / "thesis.txt").write_text("years of work")
     for _ in range(2):
-        start(base, tmp_path / "out", *QUICK)
+        run_job(base, tmp_path / "out", *QUICK)
         (tmp_path / "out" / "result.json").unlink()
     assert (tmp_path / "out" / "model.old" / "thesis.txt").read_text() == "years of work"
 
 
 def test_no_index_of_weights_that_were_not_kept(base, tmp_path, monkeypatch):
     monkeypatch.setattr("come.merge.saving.MAX_SHARD_SIZE", "20KB")
-    start(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
+    run_job(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
     assert not list((tmp_path / "out" / "model").glob("model*"))

@@ -14,7 +14,7 @@ from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     SPANS,
-    dropped,
+    dropped_layers,
     loss,
     output_names,
     paper,
@@ -68,7 +68,7 @@ def test_a_part_is_dropped_where_the_loss_misses_it_least(family, windows, part)
                 losses[candidate] = float(loss(tried, windows))
         gone.append(min(losses, key=losses.get))
         assert min(losses.values()) == pytest.approx(step.score, rel=1e-4)
-    assert dropped(plan) == gone
+    assert dropped_layers(plan) == gone
     assert model.config.num_hidden_layers == LAYERS
     assert plan.places == [i for i in range(LAYERS) if i not in gone]
     for index in range(LAYERS):
