@@ -1,4 +1,4 @@
-"""Small base models as people have them: folders in the form of transformers 4 or 5."""
+"""Small base checkpoints in the formats that transformers 4 and 5 write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfo
 
 
 def save_byte_level_tokenizer(folder: Path, *, extra: Sequence[str] = ()) -> None:
-    """A byte-level BPE tokenizer, saved by the installed transformers."""
+    """Saves a byte-level BPE tokenizer with the installed transformers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def save_byte_level_tokenizer(folder: Path, *, extra: Sequence[str] = ()) -> Non
 
 
 def save_sentencepiece_tokenizer(folder: Path) -> None:
-    """A sentencepiece tokenizer in the form of Llama 2's."""
+    """Saves a sentencepiece tokenizer in the format of Llama 2's."""
     text = folder / "text"
     text.write_text("\n".join(f"{TEXT} {i}, line {i * i} of the text" for i in range(300)))
     sentencepiece.SentencePieceTrainer.train(
@@ -76,14 +76,14 @@ def save_sentencepiece_tokenizer(folder: Path) -> None:
 
 
 def edit_json(path: Path, *without: str, **values: Any) -> None:
-    """Changes keys of a JSON file, which need not be there."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {key: value for key, value in found.items() if key not in without}
-    path.write_text(json.dumps(kept | values, indent=2) + "\n")
+    """Sets keys of a JSON file and removes those in `without`; creates a missing file."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    rest = {key: value for key, value in content.items() if key not in without}
+    path.write_text(json.dumps(rest | values, indent=2) + "\n")
 
 
 def to_transformers4_format(folder: Path) -> None:
-    """Brings a folder into the form that transformers 4 writes."""
+    """Rewrites the config files of a folder in the format of transformers 4."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters", None)
@@ -128,22 +128,22 @@ def save_base(
     family: str,
     *,
     tokenizer: Callable[[Path], None] = save_byte_level_tokenizer,
-    old: bool = False,
+    v4: bool = False,
     dtype: torch.dtype = torch.float32,
     shard: str = "5GB",
     **config: Any,
 ) -> Path:
-    """Writes a pico model with its tokenizer; weights vary in every part."""
+    """Writes a random pico model and its tokenizer; `v4` is for the format of transformers 4."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer(folder)
     pico(family, **config).to(dtype).save_pretrained(folder, max_shard_size=shard)
-    if old:
+    if v4:
         to_transformers4_format(folder)
     return folder
 
 
 def add_token_without_embedding(base: Path, token: str = "<new>") -> tuple[str, int]:
-    """Adds a token to the tokenizer, and not to the model."""
+    """Adds a token to the tokenizer without an embedding row in the model."""
     tokenizer = load_tokenizer(base)
     save_base(base, "llama_gqa", vocab_size=len(tokenizer))
     tokenizer.add_tokens([token])
@@ -151,10 +151,10 @@ def add_token_without_embedding(base: Path, token: str = "<new>") -> tuple[str, 
     return token, len(tokenizer) - 1
 
 
-EXTRA = partial(save_byte_level_tokenizer, extra=("<|extra|>",))
+WITH_EXTRA_TOKEN = partial(save_byte_level_tokenizer, extra=("<|extra|>",))
 
 BASES: dict[str, Callable[[Path], Path]] = {
-    "LLaMA tied": lambda path: save_base(path, "llama_tied", tokenizer=EXTRA, rope_parameters={
+    "LLaMA tied": lambda path: save_base(path, "llama_tied", tokenizer=WITH_EXTRA_TOKEN, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),
     "LLaMA untied": lambda path: save_base(path, "llama_gqa", v4=True, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),

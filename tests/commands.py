@@ -1,4 +1,4 @@
-"""How tests start run.py, read what it leaves, and load the scripts of experiments."""
+"""Helpers for running run.py, reading its output, and loading scripts of experiments/."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ _SMALL = [
 
 
 def small_job_overrides(*overrides):
-    """Settings of a small job, without those of evaluations that the overrides do not choose."""
+    """Overrides for a small job, limited to the evaluations that `overrides` choose."""
     chosen = ["perplexity", "speed", "continuations"]
     for override in overrides:
         key, _, value = override.partition("=")
@@ -35,11 +35,12 @@ def small_job_overrides(*overrides):
 
 
 def drop_unused_eval_settings(words, chosen):
-    """The overrides without settings of evaluations that are not chosen."""
+    """Drops the overrides of evaluations that are not chosen."""
     return [word for word in words if not word.startswith("eval.") or word.split(".")[1] in chosen]
 
 
 def communicate(process):
+    """Waits for the process; returns its exit code, stdout and stderr."""
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -49,12 +50,13 @@ def weights(folder):
 
 
 def same_checkpoint(a, b):
+    """Whether two model folders have identical weights."""
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def load_script(name):
-    """The module of experiments/NAME.py."""
+    """Imports experiments/NAME.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Runs of the command in processes that are forked where the imports have been made already."""
+"""Runs run.py in processes forked from a server that has imported the package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORKSERVER.set_forkserver_preload(
 
 
 def fixed_products(device: object, dtype: object) -> float:
-    """Operations per second of matrix products, without measuring them."""
+    """A constant speed of matrix products in operations per second, instead of a measurement."""
     return 1e11
 
 
@@ -36,9 +36,9 @@ class ForkedRun:
         self._process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Waits for the end; what it wrote to stdout and stderr."""
+        """Waits for the process; returns stdout and stderr."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, "it takes too long"
+        assert self._process.exitcode is not None, "timeout"
         return tuple((self._printed / name).read_text() for name in ("out", "err"))
 
     @property

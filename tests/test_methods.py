@@ -1,4 +1,4 @@
-"""Every method on every family: it runs, resumes, reloads, and refuses what it cannot do."""
+"""Every method on every family: runs, resumes, reloads and validates its settings."""
 
 import math
 
@@ -79,7 +79,7 @@ PARTS = [
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt"])
-def test_every_part_in_the_paper_s_recipe(family, parts, windows):
+def test_every_part_in_the_paper_recipe(family, parts, windows):
     model = pico(family)
     plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)
     assert same_weights(apply(plan, pico(family)), model)
@@ -88,7 +88,7 @@ def test_every_part_in_the_paper_s_recipe(family, parts, windows):
         assert again == plan
 
 
-def test_recipes_name_what_the_registries_hold():
+def test_recipe_names_and_commands():
     for name in RECIPES:
         assert read_recipe(name)["name"] == name
         recipe(name)
@@ -120,7 +120,7 @@ def test_recipes_name_what_the_registries_hold():
     ],
     ids=lambda parts: "-".join(map(str, parts.values())),
 )
-def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_path):
+def test_interrupted_search_resumes_to_the_same_plan(parts, windows, tmp_path):
     class Interrupt(Exception):
         pass
 
@@ -165,7 +165,7 @@ def test_half_precision(name, windows):
             assert candidate.score == pytest.approx(scores[span], rel=0.1, abs=0.05)
 
 
-def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
+def test_shortgpt_uidl_and_sleb_drop_the_same_layers_as_plain_loops(family, windows):
     dense = pico(family)
     reference = Reference(dense, windows)
 
@@ -181,16 +181,16 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
     assert dropped_layers(plan) == [best, best + 1]
 
     plan = compress(pico(family), windows, recipe("sleb"), target_layers=3, progress=False)
-    gone: list[int] = []
-    while len(gone) < 3:
-        rest = [i for i in range(LAYERS) if i not in gone]
+    removed: list[int] = []
+    while len(removed) < 3:
+        rest = [i for i in range(LAYERS) if i not in removed]
         with torch.no_grad():
-            losses = {i: float(loss(without(dense, (*gone, i)), windows)) for i in rest}
-        gone.append(min(losses, key=lambda i: losses[i]))
-    assert dropped_layers(plan) == gone
+            losses = {i: float(loss(without(dense, (*removed, i)), windows)) for i in rest}
+        removed.append(min(losses, key=lambda i: losses[i]))
+    assert dropped_layers(plan) == removed
 
 
-def test_depths_of_a_block_method_are_found_apart(windows):
+def test_block_method_plans_each_depth_separately(windows):
     reference = Reference(pico("llama_gqa"), windows)
     for size in (2, 3):
         plan = compress(
@@ -246,7 +246,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ),
     ],
 )
-def test_recipes_that_are_refused(settings, message):
+def test_invalid_recipes(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)
 
@@ -254,7 +254,7 @@ def test_recipes_that_are_refused(settings, message):
 @pytest.mark.parametrize(
     "name", ["come", "come_plus", "come_p", "laco", "mka", "shortgpt", "taylor_plus", "replaceme"]
 )
-def test_batches_of_any_size_give_one_plan(name):
+def test_batches_of_any_size_give_the_same_plan(name):
     windows = torch.randint(3, VOCAB, (12, 100), generator=torch.Generator().manual_seed(7))
     plans = {
         compress(

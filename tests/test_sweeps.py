@@ -1,4 +1,4 @@
-"""Sweeps and experiments as a user starts them, in real processes."""
+"""End-to-end sweeps and experiments."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests.commands import ROOT, communicate
 
 
-def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
+def test_sweep_folders_are_named_by_job_hash(command, tmp_path):
     code, _, errors = communicate(
         command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m")
     )
@@ -22,7 +22,7 @@ def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
+def test_sweep_writes_table_and_figure(command, tmp_path):
     grid = (
         "merge=come,shortgpt",
         "calibration.seed=0,1",
@@ -47,7 +47,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
         ("shortgpt", "1"),
     ]
     done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
-    code, output, errors = communicate(command(*grid, "-m"))  # nothing runs again
+    code, output, errors = communicate(command(*grid, "-m"))  # no job runs again
     assert code == 0, errors
     assert output.count("is already finished") == 4
     for job, changed in done.items():
@@ -62,7 +62,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
+def test_experiment_sets_the_axis_of_its_figure(command, tmp_path, text_file):
     grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
     code, _, errors = communicate(command(*grid, f"calibration.path={text_file}", "-m"))
     assert code == 0, errors
@@ -73,7 +73,7 @@ def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_fi
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
 
 
-def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
+def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
     code, _, errors = communicate(
         command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m")
     )
@@ -82,7 +82,7 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
-EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
+EXPERIMENTS = {  # overrides that adapt the depths to the pico model
     "smoke": ["merge.target_layers=22"],
     "choices": ["merge.save_at=[22,21]"],
     "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
@@ -105,7 +105,7 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
 }
 
 
-QUICK = {"smoke"}  # the others run with the slow tests
+QUICK = {"smoke"}  # the other experiments are slow tests
 
 
 @pytest.mark.parametrize(
