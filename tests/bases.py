@@ -154,7 +154,8 @@ def add_token_without_embedding(base: Path, token: str = "<new>") -> tuple[str, 
 WITH_EXTRA_TOKEN = partial(save_byte_level_tokenizer, extra=("<|extra|>",))
 
 BASES: dict[str, Callable[[Path], Path]] = {
-    "LLaMA tied": lambda path: save_base(path, "llama_tied", tokenizer=WITH_EXTRA_TOKEN, rope_parameters={
+    "LLaMA tied": lambda path: save_base(
+        path, "llama_tied", tokenizer=WITH_EXTRA_TOKEN, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),
     "LLaMA untied": lambda path: save_base(path, "llama_gqa", v4=True, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),

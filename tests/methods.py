@@ -113,13 +113,13 @@ def output_names(model, part):
 
 def dropped_layers(plan):
     """The original layers that a plan dropped, in the order of its steps."""
-    own, gone = list(range(plan.base.num_layers)), []
+    own, removed = list(range(plan.base.num_layers)), []
     for step in plan.steps:
         keeper = step.keeper
         group = own[step.first : step.last + 1]
-        gone += [layer for i, layer in enumerate(group) if i != keeper]
+        removed += [layer for i, layer in enumerate(group) if i != keeper]
         own[step.first : step.last + 1] = [group[keeper]]
-    return gone
+    return removed
 
 
 def come_scores(windows, layers):

@@ -331,32 +331,34 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="retry the survivors")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mutants")
-    given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    found_path = given.output / "results.jsonl"
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    found_path = arguments.output / "results.jsonl"
     found = _read(found_path)
     everything = [
         pair
-        for package in given.packages
+        for package in arguments.packages
         for path in sorted((ROOT / "come" / package).rglob("*.py"))
         for pair in mutants(path)
     ]
-    random.Random(given.seed).shuffle(everything)
-    chosen = everything[: given.sample or None]
+    random.Random(arguments.seed).shuffle(everything)
+    chosen = everything[: arguments.sample or None]
     names = {mutant.name for mutant, _ in chosen}
     todo = [
         (mutant, source)
         for mutant, source in chosen
         if mutant.name not in found
-        or (given.again and not found[mutant.name]["outcome"].startswith("killed"))
+        or (arguments.again and not found[mutant.name]["outcome"].startswith("killed"))
     ]
-    folder = given.output.resolve()
+    folder = arguments.output.resolve()
     coverage = Coverage(folder, copy_tree(folder / "tree0"))
     for name in _SHARED:
         importlib.import_module(name)
     workers = [
-        _FORK.Process(target=_work, args=(folder, job, todo[job :: given.jobs], coverage, given))
-        for job in range(given.jobs)
+        _FORK.Process(
+            target=_work, args=(folder, job, todo[job :: arguments.jobs], coverage, arguments)
+        )
+        for job in range(arguments.jobs)
     ]
     for worker in workers:
         worker.start()
@@ -371,12 +373,12 @@ def _work(
     job: int,
     todo: list[tuple[Mutant, str]],
     coverage: Coverage,
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
 ) -> None:
     """Tests some of the mutants in a separate copy of the tree."""
     tree = copy_tree(folder / f"tree{job}") if job else folder / "tree0"
     for mutant, source in todo:
-        result = outcome(tree, mutant, source, coverage, given.limit)
+        result = outcome(tree, mutant, source, coverage, arguments.limit)
         entry = {"name": mutant.name, "outcome": result, **asdict(mutant)}
         with (folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")

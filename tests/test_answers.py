@@ -22,9 +22,9 @@ class CharTokenizer:
 
 def test_prompts_have_the_format_of_the_local_tasks(answers):
     arc = {"question": "Why?", "choices": ["so", "no"], "answer": 1}
-    assert answers.questions(arc) == ("Question: Why?\nAnswer:", [" so", " no"], 1)
+    assert answers.parse_question(arc) == ("Question: Why?\nAnswer:", [" so", " no"], 1)
     piqa = {"goal": "sit", "sol1": "a chair", "sol2": "a pin", "label": 0}
-    assert answers.questions(piqa) == ("Question: sit\nAnswer:", [" a chair", " a pin"], 0)
+    assert answers.parse_question(piqa) == ("Question: sit\nAnswer:", [" a chair", " a pin"], 0)
 
 
 def test_batched_scores_equal_separate_forward_passes(answers):

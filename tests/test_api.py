@@ -23,9 +23,7 @@ def windows(rows=4, seq=16):
 def test_compress_with_defaults(loaded):
     model, tokenizer = loaded
     plan = come.compress(model, tokenizer, **SMALL)
-    assert (
-        plan.num_layers == model.config.num_hidden_layers < 24
-    )  # removes a tenth of the parameters
+    assert plan.num_layers == model.config.num_hidden_layers < 24  # 10% fewer parameters
     method = plan.provenance["recipe"]
     assert method["refit"]["name"] == "gauss_newton"
     assert method["selection"]["repeat_weight"] == 0.2  # the model wrote the text

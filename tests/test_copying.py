@@ -14,7 +14,7 @@ def copying():
 
 def test_kinds_of_tokens(copying):
     ids = torch.tensor([[1, 2, 3, 1, 2, 1, 3]])
-    every, new, seen, pair = (kind[0].tolist() for kind in copying.kinds_of(ids))
+    every, new, seen, pair = (kind[0].tolist() for kind in copying.token_kinds(ids))
     assert every == [True] * 6
     assert new == [True, True, False, False, False, False]
     assert pair == [False, False, False, True, False, False]

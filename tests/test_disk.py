@@ -122,7 +122,7 @@ def test_zero_shot_and_continuations_equal_those_in_memory(
 
 
 def test_written_layer_replaces_a_prefetched_one(tmp_path):
-    """The new tensors are read even if the old ones were prefetched, and the old file is deleted."""
+    """The new tensors are read even after a prefetch of the old ones; the old file is deleted."""
     pico("llama_gqa").save_pretrained(tmp_path / "model")
     model = load_weights(tmp_path / "model", weights="disk", scratch=tmp_path)
     adapter = ModelAdapter(model)
@@ -289,17 +289,17 @@ def test_at_most_one_trial_is_in_memory(windows, monkeypatch):
 
     def fitted(group, units, refit):
         route = fit(group, units, refit)
-        alive.extend(weakref.ref(kept) for kept in (group, units, route[0][1]))
+        alive.extend(weakref.ref(each) for each in (group, units, route[0][1]))
         return route
 
-    def next_one(rule, group):
+    def trial_split(rule, group):
         gc.collect()
         tried.append([ref() is None for ref in alive])
         return split(rule, group)
 
     monkeypatch.setattr(trial_kl, "fitted_trial", fitted)
-    monkeypatch.setattr(Adaptive, "trial_split", next_one)
+    monkeypatch.setattr(Adaptive, "trial_split", trial_split)
     method = recipe("come_plus", m=2)
     compress(on_disk(pico("llama_gqa")), windows, method, target_layers=LAYERS - 1, progress=False)
     assert len(tried) > 3
-    assert all(all(gone) for gone in tried)
+    assert all(all(freed) for freed in tried)

@@ -119,7 +119,7 @@ def test_killed_distillation_resumes(method, command, tmp_path):
     ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("lora", True)]
 )
 def test_two_processes_train_like_one(method, sharded, command, pico_folder, tmp_path):
-    single, double = tmp_path / "alone", tmp_path / "both"
+    single, double = tmp_path / "single", tmp_path / "double"
     settings = ["merge=come", f"distill={method}", *TRAIN, "distill.micro_batch=1", "eval=none"]
     code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors

@@ -260,9 +260,9 @@ def test_gram_is_freed_by_reference_counting():
     try:
         sums = Gram(4, 2, bias=False)
         sums.add(torch.ones(3, 4), torch.ones(3, 2), torch.ones(3))
-        removed = weakref.ref(sums)
+        reference = weakref.ref(sums)
         del sums
-        assert removed() is None
+        assert reference() is None
     finally:
         gc.enable()
 

@@ -37,7 +37,7 @@ class PlainProblem:
 
     def __init__(self, targets, layer):
         stream, architecture = targets.stream, targets.stream.adapter.architecture
-        states, targeted, weights = (
+        states, target, weights = (
             torch.cat(parts)
             for parts in zip(*((b.states, b.output, b.weights) for b in targets), strict=True)
         )
@@ -56,7 +56,7 @@ class PlainProblem:
         middle = self.middles.flatten(0, 1).double()
         self.read = layer.get_submodule(architecture.ffn_norm)(middle).detach()
         self.output = layer.get_submodule(architecture.ffn_output)
-        self.residual_target = targeted.flatten(0, 1).double() - middle
+        self.residual_target = target.flatten(0, 1).double() - middle
         self.root = weights.double().sqrt()[:, None]
 
     @torch.no_grad()
@@ -134,11 +134,11 @@ def test_step_lowers_the_error_for_any_penalty(problem):
     for name in names:
         weight = plain.layer.get_parameter(f"{name}.weight").detach()
         for ratio in (1e-6, 1.0):
-            problem_of_map = InputMap(targets, layer, plain.middles, name)
-            change = problem_of_map.step(ratio, 30)
+            least_squares = InputMap(targets, layer, plain.middles, name)
+            change = least_squares.step(ratio, 30)
             before, after = (plain.error(name, weight + z) for z in (0, change))
             assert after < before
-            assert problem_of_map.error(change) == pytest.approx(after, rel=1e-3)
+            assert least_squares.error(change) == pytest.approx(after, rel=1e-3)
         assert torch.equal(layer.get_parameter(f"{name}.weight").double(), weight)
 
 

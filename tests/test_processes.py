@@ -160,13 +160,13 @@ def test_two_processes_give_the_plan_of_one(case, two_processes):
     assert single.finish.tensors.keys() == plans[0].finish.tensors.keys()
     for name, tensor in single.finish.tensors.items():
         torch.testing.assert_close(plans[0].finish.tensors[name], tensor, rtol=1e-3, atol=1e-4)
-    done = [
+    shared = [
         json.loads((two_processes / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)
     ]
-    assert plans[0].provenance["layer_passes"] == pytest.approx(sum(done), abs=1.1)
+    assert plans[0].provenance["layer_passes"] == pytest.approx(sum(shared), abs=1.1)
     if case in ("come_plus", "biases", "paper"):  # only the validation windows are computed twice
-        assert sum(done) < 1.25 * passes
-        assert max(done) < 0.75 * passes
+        assert sum(shared) < 1.25 * passes
+        assert max(shared) < 0.75 * passes
 
 
 def test_shard_map_and_broadcast(two_processes):
@@ -235,7 +235,7 @@ def test_job_hash_covers_the_number_of_processes(pico_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_distributed_run_resumes(command, pico_folder, tmp_path):
-    single, two_processes = tmp_path / "single", tmp_path / "two_processes"
+    single, double = tmp_path / "single", tmp_path / "double"
     settings = ["merge=come_plus", "merge.target_layers=20", "eval=perplexity"]
     code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors
@@ -244,7 +244,7 @@ def test_killed_distributed_run_resumes(command, pico_folder, tmp_path):
 
     def start():
         return subprocess.Popen(
-            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={two_processes}"],
+            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={double}"],
             cwd=tmp_path,
             env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -253,23 +253,21 @@ def test_killed_distributed_run_resumes(command, pico_folder, tmp_path):
         )
 
     process, deadline = start(), time.monotonic() + 180
-    while not (two_processes / "plan.partial.json").exists():
+    while not (double / "plan.partial.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for one in (*psutil.Process(process.pid).children(recursive=True), process):
         one.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (two_processes / "result.json").exists()
+    assert not (double / "result.json").exists()
     code, output, errors = communicate(start())
     assert code == 0, errors
     assert "resuming at" in output
-    results = [
-        json.loads((folder / "result.json").read_text()) for folder in (single, two_processes)
-    ]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (single, double)]
     assert results[0]["merge_history"] == results[1]["merge_history"]
     values = [result["depths"][-1]["metrics"]["perplexity"]["value"] for result in results]
     assert values[1] == pytest.approx(values[0], rel=1e-4)
-    assert sorted(path.name for path in two_processes.iterdir()) == sorted(
+    assert sorted(path.name for path in double.iterdir()) == sorted(
         p.name for p in single.iterdir()
     )

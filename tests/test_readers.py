@@ -65,8 +65,8 @@ def readings(results, tmp_path_factory):
 
 
 def server_tensors(folder):
-    """The tensors that vLLM and SGLang load: those of every safetensors file at the top level that an
-    index, if there is one, names."""
+    """The tensors that vLLM and SGLang load: all safetensors files at the top level, or those that
+    the index names."""
     files = {path.name: path for path in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -42,12 +42,10 @@ def test_changed_tokenizer_invalidates_cached_results(base, tmp_path, monkeypatc
     first = run_job(base, tmp_path / "a", *overrides)
     before = job_hash(job_settings(base, *overrides))
     tokenizer = json.loads((base / "tokenizer.json").read_text())
+    bos = {"id": "<s>", "type_id": 0}
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
+        "single": [{"SpecialToken": bos}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
@@ -229,13 +227,13 @@ def test_task_metric_without_per_document_values(base, tmp_path):
     assert f"| {relative['value']:+.3f} |" in report
 
 
-@pytest.mark.parametrize("text_kind", ["calibration", "eval", "distill"])
-def test_token_ids_without_embedding_in_texts(base, tmp_path, text_file, text_kind):
+@pytest.mark.parametrize("section", ["calibration", "eval", "distill"])
+def test_token_ids_without_embedding_in_texts(base, tmp_path, text_file, section):
     token, index = add_token_without_embedding(base)
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text().replace("layers", f"layers {token}"))
-    group = "eval.perplexity" if text_kind == "eval" else text_kind
-    overrides = [f"{group}.path={text}"] + ["distill=come_sp"] * (text_kind == "distill")
+    group = "eval.perplexity" if section == "eval" else section
+    overrides = [f"{group}.path={text}"] + ["distill=come_sp"] * (section == "distill")
     with pytest.raises(ValueError, match=rf"text .* '{token}' with id {index}.* {index} rows"):
         prepare_job(base, tmp_path / "out", *overrides)
     prepare_job(base, tmp_path / "out", f"calibration.path={text_file}")
@@ -243,9 +241,8 @@ def test_token_ids_without_embedding_in_texts(base, tmp_path, text_file, text_ki
 
 def test_token_ids_without_embedding_in_tasks(base, tmp_path):
     _, index = add_token_without_embedding(base, "What")
-    with pytest.raises(
-        ValueError, match=rf"a prompt of local_qa has the token 'What' with id {index}"
-    ):
+    message = rf"a prompt of local_qa has the token 'What' with id {index}"
+    with pytest.raises(ValueError, match=message):
         prepare_job(base, tmp_path / "out", *local_task(tmp_path / "tasks"))
 
 

@@ -102,9 +102,7 @@ def test_config_changes_only_where_the_merge_requires(tmp_path):
     assert after["num_hidden_layers"] == 5
     assert set(after) - set(before) == {"layer_types"}  # one entry per layer, checked by readers
     assert after["torch_dtype"] == "float32"
-    assert (
-        after["transformers_version"] == "4.44.0"
-    )  # some readers fix tokenizers of certain versions
+    assert after["transformers_version"] == "4.44.0"  # some readers depend on it
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}])

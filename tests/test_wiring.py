@@ -39,24 +39,16 @@ COME_PLUS = ("merge=come_plus", "merge.m=2")
 SAMPLED = (*COME, "calibration=self_generated", "calibration.path=null")
 TRIALS = ("merge=come", "merge.selection=trial_kl", "merge.refit=ridge", "merge.retention=uniform")
 HEAL = (
-    "merge=come",
-    "distill=come_sp",
-    "distill.tokens=256",
-    "distill.seq_len=16",
-    "distill.batch_size=4",
-    "distill.micro_batch=2",
-    "distill.validation_samples=4",
-    "distill.validate_every=2",
-    "distill.checkpoint_every=2",
-)
+    "merge=come", "distill=come_sp", "distill.tokens=256", "distill.seq_len=16",
+    "distill.batch_size=4", "distill.micro_batch=2", "distill.validation_samples=4",
+    "distill.validate_every=2", "distill.checkpoint_every=2",
+)  # fmt: skip
 SPEED = ("merge=come", "eval=[perplexity,speed]")
 CONTINUATIONS = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
 ZERO_SHOT = (
-    "merge=come",
-    "eval=[perplexity,zero_shot]",
-    "eval.zero_shot.include_path={tasks}",
-    "eval.zero_shot.tasks=[a]",
-)
+    "merge=come", "eval=[perplexity,zero_shot]",
+    "eval.zero_shot.include_path={tasks}", "eval.zero_shot.tasks=[a]",
+)  # fmt: skip
 
 # (job, changed setting, outputs that change)
 CHANGES = [
@@ -269,13 +261,10 @@ def observe(inputs, folder, overrides):
     ]
     *_, chosen = ["eval=perplexity", *(word for word in words if word.startswith("eval="))]
     defaults = [
-        f"calibration.path={inputs / 'text.txt'}",
-        f"eval.perplexity.path={inputs / 'held_out.txt'}",
-        "calibration.num_samples=6",
-        "calibration.seq_len=16",
-        "eval.perplexity.seq_len=32",
-        "eval.perplexity.max_tokens=128",
-    ]
+        f"calibration.path={inputs / 'text.txt'}", "calibration.num_samples=6",
+        "calibration.seq_len=16", f"eval.perplexity.path={inputs / 'held_out.txt'}",
+        "eval.perplexity.seq_len=32", "eval.perplexity.max_tokens=128",
+    ]  # fmt: skip
     settings = job_settings(
         inputs / "base",
         chosen,
@@ -374,7 +363,7 @@ def test_every_setting_is_covered():
 
 
 def test_batch_sizes_reach_their_functions(inputs, tmp_path, monkeypatch):
-    """Batches are rounded apart, so no number tells job a size went: what is called does."""
+    """Batch sizes hardly change the numbers, so the calls are recorded."""
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(inputs / "datasets"))
     monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
@@ -395,12 +384,10 @@ def test_batch_sizes_reach_their_functions(inputs, tmp_path, monkeypatch):
     recorded("come.evaluate.zero_shot", "load_tasks")
     recorded("come.job.stages.distill", "train")
     sizes = (
-        "calibration.batch_size=3",
-        "eval.perplexity.batch_tokens=96",
-        "eval.zero_shot.batch_size=5",
-    )
-    more = ("distill.micro_batch=3", "calibration.store=disk")
-    observe(inputs, tmp_path / "out", (*HEAL, *ZERO_SHOT[1:], *sizes, *more))
+        "calibration.batch_size=3", "eval.perplexity.batch_tokens=96",
+        "eval.zero_shot.batch_size=5", "distill.micro_batch=3", "calibration.store=disk",
+    )  # fmt: skip
+    observe(inputs, tmp_path / "out", (*HEAL, *ZERO_SHOT[1:], *sizes))
     ((_, merging),) = calls["compress"]
     assert (merging["batch_size"], merging["store"]) == (3, "disk")
     assert merging["folder"] == tmp_path / "out"
