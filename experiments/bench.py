@@ -291,8 +291,8 @@ def main() -> None:
             print(json.dumps(found), flush=True)
             continue
         print(
-            f"turn {repeat + 1}: {arguments.method}, {found['tokens']} tokens, {found['layers']} to "
-            f"{arguments.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
+            f"turn {repeat + 1}: {arguments.method}, {found['tokens']} tokens, "
+            f"{found['layers']} to {arguments.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
             f"passes of {found['forward_seconds']:.1f} s ({found['processor_ratio']:.2f} by "
             f"processor time), {found['layer_passes']} layer passes "
             f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
