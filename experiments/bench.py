@@ -292,15 +292,15 @@ def main() -> None:
             continue
         print(
             f"turn {repeat + 1}: {arguments.method}, {found['tokens']} tokens, "
-            f"{found['layers']} to {arguments.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
-            f"passes of {found['forward_seconds']:.1f} s ({found['processor_ratio']:.2f} by "
-            f"processor time), {found['layer_passes']} layer passes "
-            f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
-            f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
-            f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all; "
-            f"estimated {found['estimated_seconds']:.0f} s and "
-            f"{found['estimated_bytes'] / 1e6:.0f} MB, of which hidden states at boundaries "
-            f"{found['boundary_bytes'] / 1e6:.0f} MB",
+            f"{found['layers']} to {arguments.target} layers: {found['seconds']:.1f} s = "
+            f"{found['ratio']:.2f} forward passes of {found['forward_seconds']:.1f} s "
+            f"({found['processor_ratio']:.2f} by processor time), {found['layer_passes']} layer "
+            f"passes ({found['layer_passes'] / found['layers']:.2f} forward passes); above the "
+            f"weights ({found['weight_bytes'] / 1e6:.0f} MB) at most "
+            f"{found['peak_bytes'] / 1e6:.0f} MB on {found['device']}, "
+            f"{found['resident_bytes'] / 1e6:.0f} MB resident in all; estimated "
+            f"{found['estimated_seconds']:.0f} s and {found['estimated_bytes'] / 1e6:.0f} MB, of "
+            f"which hidden states at boundaries {found['boundary_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
     if ratios and not arguments.json:

@@ -269,8 +269,8 @@ def test_adam_improves_on_ridge(windows):
         method = paper(groups=((2, 3),), refit=refit, options=options)
         plan = compress(model, windows, method, target_layers=5, progress=False)
         assert same_weights(apply(plan, pico("llama_bias")), model)
-        error = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
-        return float((error / dense[4].square().mean(dim=-1)).mean())
+        per_token = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
+        return float((per_token / dense[4].square().mean(dim=-1)).mean())
 
     closed = error("ridge")
     assert error("adam", steps=100, learning_rate=1e-3) < 0.8 * closed
