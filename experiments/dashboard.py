@@ -79,15 +79,15 @@ def main() -> None:
     parser.add_argument("project")
     parser.add_argument("--entity", default="")
     parser.add_argument("--group", help="a grid: only runs with its name")
-    parser.add_argument("--save", action="store_true", help="make them, over the network")
+    parser.add_argument("--save", action="store_true", help="create them over the network")
     arguments = parser.parse_args()
-    place = (arguments.entity, arguments.project, arguments.group)
-    for made in (workspace(*place), report(*place)):
+    scope = (arguments.entity, arguments.project, arguments.group)
+    for item in (workspace(*scope), report(*scope)):
         if arguments.save:
-            made.save()
-            print(made.url)
+            item.save()
+            print(item.url)
         else:
-            print(json.dumps(_plain(made), indent=1))
+            print(json.dumps(_plain(item), indent=1))
 
 
 def _plain(value: object) -> object:

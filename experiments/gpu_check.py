@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make gpu-check`, or a part of it with `make gpu-check PART=main`.
+"""Checks that need a GPU: `make gpu-check`, or a part of it with `make gpu-check PART=main`.
 
 tests    the tests marked gpu
 main     the main job on the GPU and on the CPU: the same groups, and perplexity
@@ -39,58 +39,58 @@ from come.files import write_text
 from come.models.loading import choose_device, load_weights
 
 ROOT = Path(__file__).parents[1]
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
-def run_tests(given: argparse.Namespace) -> Found:
+def run_tests(arguments: argparse.Namespace) -> Results:
     """Runs the tests marked gpu: how many passed, failed and were skipped."""
     began = time.perf_counter()
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    completed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     counts = {
         word: int(number)
-        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ended.stdout)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", completed.stdout)
     }
-    if ended.returncode:
-        print(ended.stdout[-4000:], file=sys.stderr)
+    if completed.returncode:
+        print(completed.stdout[-4000:], file=sys.stderr)
     return {**counts, "seconds": time.perf_counter() - began}
 
 
-def run_main(given: argparse.Namespace) -> Found:
+def run_main(arguments: argparse.Namespace) -> Results:
     """Runs the main job on each device: seconds, peak memory, groups and perplexity."""
-    found = {device: _job(given, device) for device in dict.fromkeys([given.device, "cpu"])}
+    found = {device: _job(arguments, device) for device in dict.fromkeys([arguments.device, "cpu"])}
     groups = [result["groups"] for result in found.values()]
     return {"same_groups": all(g == groups[0] for g in groups), **found}
 
 
-def run_distill(given: argparse.Namespace) -> Found:
+def run_distill(arguments: argparse.Namespace) -> Results:
     """Trains the merged layers on each device: tokens per second, and validation losses."""
     words = [
-        "distill=come_sp", f"distill.tokens={given.distill_tokens}", "distill.precision=float32",
-        "eval=none",
+        "distill=come_sp", f"distill.tokens={arguments.distill_tokens}",
+        "distill.precision=float32", "eval=none",
     ]  # fmt: skip
     return {
-        device: _job(given, device, *words)["distillation"]
-        for device in dict.fromkeys([given.device, "cpu"])
+        device: _job(arguments, device, *words)["distillation"]
+        for device in dict.fromkeys([arguments.device, "cpu"])
     }
 
 
-def run_shared(given: argparse.Namespace) -> Found:
+def run_shared(arguments: argparse.Namespace) -> Results:
     """Merges in one process and in two, each with a GPU: groups, perplexity, and the speedup."""
-    if given.device == "cuda" and torch.cuda.device_count() < 2:
+    if arguments.device == "cuda" and torch.cuda.device_count() < 2:
         return {"skipped": "one GPU"}
-    one, two = (_job(given, given.device, "eval=perplexity", processes=n) for n in (1, 2))
+    one, two = (_job(arguments, arguments.device, "eval=perplexity", processes=n) for n in (1, 2))
     speedup = one["merge_seconds"] / two["merge_seconds"]
     return {"same_groups": one["groups"] == two["groups"], "speedup": speedup, "1": one, "2": two}
 
 
-def _job(given: argparse.Namespace, device: str, *words: str, processes: int = 1) -> Found:
-    """What one run of run.py, in one or several processes, leaves in result.json."""
+def _job(arguments: argparse.Namespace, device: str, *words: str, processes: int = 1) -> Results:
+    """Runs run.py in one or several processes; returns the main values of result.json."""
     part = words[0].partition("=")[0] if words else "main"
-    folder = given.output / "runs" / f"{part}-{device}-{processes}"
+    folder = arguments.output / "runs" / f"{part}-{device}-{processes}"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "run.py")]
-    command += [*given.job, *words, f"model.device={device}"]
+    command += [*arguments.job, *words, f"model.device={device}"]
     began = time.perf_counter()
     subprocess.run([*command, f"hydra.run.dir={folder.resolve()}"], cwd=ROOT, check=True)
     seconds = time.perf_counter() - began
@@ -111,29 +111,29 @@ def _job(given: argparse.Namespace, device: str, *words: str, processes: int = 1
     return found
 
 
-def run_bench(given: argparse.Namespace) -> list[Found]:
+def run_bench(arguments: argparse.Namespace) -> list[Results]:
     """Runs the default method on random weights, once for every size."""
-    device, (method, _) = choose_device(given.device), METHODS["come_plus"]
-    method = with_retention_tokens(method, given.retention_tokens)
-    if device.type == "cuda" and given.memory_cap:
+    device, (method, _) = choose_device(arguments.device), METHODS["come_plus"]
+    method = with_retention_tokens(method, arguments.retention_tokens)
+    if device.type == "cuda" and arguments.memory_cap:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(given.memory_cap * 1e9 / total)
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_cap * 1e9 / total)
     found = []
-    for size in given.sizes.split(","):
+    for size in arguments.sizes.split(","):
         layers, target, tokens = map(int, size.split(":"))
-        if given.weights == "disk":
-            folder = random_checkpoint(given.output, given.shape, layers, device)
-            model = load_weights(folder, device=given.device, weights="disk")
+        if arguments.weights == "disk":
+            folder = random_checkpoint(arguments.output, arguments.shape, layers, device)
+            model = load_weights(folder, device=arguments.device, weights="disk")
         else:
-            model = random_model(given.shape, device, layers)
+            model = random_model(arguments.shape, device, layers)
         windows = random_windows(model.config.vocab_size, tokens, min(256, tokens))
-        entry: Found = {
-            "shape": given.shape, "layers": layers, "target": target, "tokens": tokens,
-            "weights": given.weights, "memory_cap_gb": given.memory_cap,
-            "retention_tokens": given.retention_tokens,
+        entry: Results = {
+            "shape": arguments.shape, "layers": layers, "target": target, "tokens": tokens,
+            "weights": arguments.weights, "memory_cap_gb": arguments.memory_cap,
+            "retention_tokens": arguments.retention_tokens,
         }  # fmt: skip
         try:
-            entry |= measure(model, windows, method, target=target, batch_size=given.batch_size)
+            entry |= measure(model, windows, method, target=target, batch_size=arguments.batch_size)
         except torch.cuda.OutOfMemoryError as error:
             traceback.print_exc()
             entry["error"] = str(error).partition(". ")[0]
@@ -152,7 +152,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
-def table(found: Found) -> str:
+def table(found: Results) -> str:
     """The results as Markdown."""
     lines = [f"{found['device']}, torch {found['torch']}, {found['cpu']}.", ""]
     if tests := found.get("tests"):
@@ -227,20 +227,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--distill-tokens", type=int, default=65536)
     parser.add_argument("job", nargs="*", help="overrides of the main job and the distillation")
-    given = parser.parse_args()
-    device = choose_device(given.device)
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = given.output / "gpu_check.json"
-    given.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "gpu_check.json"
+    arguments.output.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("device") != name:
         found = {}
     found |= {"device": name, "torch": torch.__version__, "cpu": platform.machine()}
-    for part in PARTS if given.part == "all" else [given.part]:
-        found[part] = PARTS[part](given)
+    for part in PARTS if arguments.part == "all" else [arguments.part]:
+        found[part] = PARTS[part](arguments)
         write_text(path, json.dumps(found, indent=1) + "\n")
-        write_text(given.output / "gpu_check.md", table(found))
-        print((given.output / "gpu_check.md").read_text(), flush=True)
+        write_text(arguments.output / "gpu_check.md", table(found))
+        print((arguments.output / "gpu_check.md").read_text(), flush=True)
 
 
 if __name__ == "__main__":

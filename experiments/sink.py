@@ -1,4 +1,4 @@
-"""What merges do to the attention sink, the first token of a window.
+"""Effect of merges on the attention sink, the first token of a window.
 
     python experiments/sink.py TEXT runs/JOB/plan.json ...
 
@@ -63,10 +63,10 @@ def rows(
     for index, span in enumerate(history[:-1]):
         if len(span) == 1 and index < len(history) - 2:
             continue
-        wanted, found = dense[span[-1] + 1], merged[index + 1]
-        errors = (wanted - found).norm(dim=-1) / wanted.norm(dim=-1)
-        ratio = found[:, 0].norm(dim=-1) / wanted[:, 0].norm(dim=-1)
-        cosine = torch.cosine_similarity(wanted[:, 0], found[:, 0], dim=-1)
+        reference, found = dense[span[-1] + 1], merged[index + 1]
+        errors = (reference - found).norm(dim=-1) / reference.norm(dim=-1)
+        ratio = found[:, 0].norm(dim=-1) / reference[:, 0].norm(dim=-1)
+        cosine = torch.cosine_similarity(reference[:, 0], found[:, 0], dim=-1)
         numbers = [ratio.mean(), cosine.mean(), errors[:, 0].mean(), errors[:, 1:].median()]
         name = str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
         yield name, [number.item() for number in numbers]

@@ -1,4 +1,4 @@
-"""Small base models as people have them: folders in the form of transformers 4 or 5."""
+"""Small base checkpoints in the formats that transformers 4 and 5 write."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TEXT = "the layers of a model, merged in depth order"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
 
-def byte_level(folder: Path, *, extra: Sequence[str] = ()) -> None:
-    """A byte-level BPE tokenizer, saved by the installed transformers."""
+def save_byte_level_tokenizer(folder: Path, *, extra: Sequence[str] = ()) -> None:
+    """Saves a byte-level BPE tokenizer with the installed transformers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,8 +42,8 @@ def byte_level(folder: Path, *, extra: Sequence[str] = ()) -> None:
     ).save_pretrained(folder)
 
 
-def sentencepieces(folder: Path) -> None:
-    """A sentencepiece tokenizer in the form of Llama 2's."""
+def save_sentencepiece_tokenizer(folder: Path) -> None:
+    """Saves a sentencepiece tokenizer in the format of Llama 2's."""
     text = folder / "text"
     text.write_text("\n".join(f"{TEXT} {i}, line {i * i} of the text" for i in range(300)))
     sentencepiece.SentencePieceTrainer.train(
@@ -62,8 +62,8 @@ def sentencepieces(folder: Path) -> None:
     for name in ("text", "tokenizer.vocab"):
         (folder / name).unlink()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    edit(folder / "special_tokens_map.json", **special)
-    edit(
+    edit_json(folder / "special_tokens_map.json", **special)
+    edit_json(
         folder / "tokenizer_config.json",
         **special,
         tokenizer_class="LlamaTokenizer",
@@ -75,15 +75,15 @@ def sentencepieces(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def edit(path: Path, *without: str, **values: Any) -> None:
-    """Changes keys of a JSON file, which need not be there."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {key: value for key, value in found.items() if key not in without}
-    path.write_text(json.dumps(kept | values, indent=2) + "\n")
+def edit_json(path: Path, *without: str, **values: Any) -> None:
+    """Sets keys of a JSON file and removes those in `without`; creates a missing file."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    rest = {key: value for key, value in content.items() if key not in without}
+    path.write_text(json.dumps(rest | values, indent=2) + "\n")
 
 
-def old_form(folder: Path) -> None:
-    """Brings a folder into the form that transformers 4 writes."""
+def to_transformers4_format(folder: Path) -> None:
+    """Rewrites the config files of a folder in the format of transformers 4."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters", None)
@@ -96,7 +96,7 @@ def old_form(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer = folder / "tokenizer_config.json"
     if json.loads(tokenizer.read_text())["tokenizer_class"] == "TokenizersBackend":
-        edit(tokenizer, "backend", tokenizer_class="PreTrainedTokenizerFast")
+        edit_json(tokenizer, "backend", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -123,52 +123,53 @@ YARN = {
 }
 
 
-def saved(
+def save_base(
     folder: Path,
     family: str,
     *,
-    tokenizer: Callable[[Path], None] = byte_level,
-    old: bool = False,
+    tokenizer: Callable[[Path], None] = save_byte_level_tokenizer,
+    v4: bool = False,
     dtype: torch.dtype = torch.float32,
     shard: str = "5GB",
     **config: Any,
 ) -> Path:
-    """Writes a pico model with its tokenizer; weights vary in every part."""
+    """Writes a random pico model and its tokenizer; `v4` is for the format of transformers 4."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer(folder)
     pico(family, **config).to(dtype).save_pretrained(folder, max_shard_size=shard)
-    if old:
-        old_form(folder)
+    if v4:
+        to_transformers4_format(folder)
     return folder
 
 
-def lone_token(base: Path, token: str = "<new>") -> tuple[str, int]:
-    """Adds a token to the tokenizer, and not to the model."""
+def add_token_without_embedding(base: Path, token: str = "<new>") -> tuple[str, int]:
+    """Adds a token to the tokenizer without an embedding row in the model."""
     tokenizer = load_tokenizer(base)
-    saved(base, "llama_gqa", vocab_size=len(tokenizer))
+    save_base(base, "llama_gqa", vocab_size=len(tokenizer))
     tokenizer.add_tokens([token])
     tokenizer.save_pretrained(base)
     return token, len(tokenizer) - 1
 
 
-EXTRA = partial(byte_level, extra=("<|extra|>",))
+WITH_EXTRA_TOKEN = partial(save_byte_level_tokenizer, extra=("<|extra|>",))
 
 BASES: dict[str, Callable[[Path], Path]] = {
-    "LLaMA tied": lambda path: saved(path, "llama_tied", tokenizer=EXTRA, rope_parameters={
+    "LLaMA tied": lambda path: save_base(
+        path, "llama_tied", tokenizer=WITH_EXTRA_TOKEN, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),
-    "LLaMA untied": lambda path: saved(path, "llama_gqa", old=True, rope_parameters={
+    "LLaMA untied": lambda path: save_base(path, "llama_gqa", v4=True, rope_parameters={
         "rope_type": "default", "rope_theta": 77000.0}),
-    "llama3 rope": lambda path: saved(path, "llama_gqa", old=True, rope_parameters=dict(LLAMA3)),
-    "llama3 rope, 5": lambda path: saved(path, "llama_gqa", rope_parameters=dict(LLAMA3)),
-    "yarn": lambda path: saved(path, "llama_tied", rope_parameters=dict(YARN)),
-    "linear": lambda path: saved(path, "llama_gqa", rope_parameters={
+    "llama3 rope": lambda path: save_base(path, "llama_gqa", v4=True, rope_parameters=dict(LLAMA3)),
+    "llama3 rope, 5": lambda path: save_base(path, "llama_gqa", rope_parameters=dict(LLAMA3)),
+    "yarn": lambda path: save_base(path, "llama_tied", rope_parameters=dict(YARN)),
+    "linear": lambda path: save_base(path, "llama_gqa", rope_parameters={
         "rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
-    "dynamic": lambda path: saved(path, "llama_gqa", rope_parameters={
+    "dynamic": lambda path: save_base(path, "llama_gqa", rope_parameters={
         "rope_type": "dynamic", "rope_theta": 20000.0, "factor": 2.0}),
-    "sentencepiece": lambda path: saved(
-        path, "llama_gqa", tokenizer=sentencepieces, old=True, pad_token_id=None),
-    "Qwen2 bf16 sharded": lambda path: saved(
-        path, "qwen2_gqa", dtype=torch.bfloat16, shard="20KB", old=True),
-    "Mistral": lambda path: saved(path, "mistral_sliding", old=True),
-    "OPT": lambda path: saved(path, "opt", old=True),
+    "sentencepiece": lambda path: save_base(
+        path, "llama_gqa", tokenizer=save_sentencepiece_tokenizer, v4=True, pad_token_id=None),
+    "Qwen2 bf16 sharded": lambda path: save_base(
+        path, "qwen2_gqa", dtype=torch.bfloat16, shard="20KB", v4=True),
+    "Mistral": lambda path: save_base(path, "mistral_sliding", v4=True),
+    "OPT": lambda path: save_base(path, "opt", v4=True),
 }  # fmt: skip

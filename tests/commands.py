@@ -1,4 +1,4 @@
-"""How tests start run.py, read what it leaves, and load the scripts of experiments."""
+"""Helpers for running run.py, reading its output, and loading scripts of experiments/."""
 
 import importlib.util
 from pathlib import Path
@@ -20,8 +20,8 @@ _SMALL = [
 ]
 
 
-def small(*overrides):
-    """Settings of a small job, without those of evaluations that the overrides do not choose."""
+def small_job_overrides(*overrides):
+    """Overrides for a small job, limited to the evaluations that `overrides` choose."""
     chosen = ["perplexity", "speed", "continuations"]
     for override in overrides:
         key, _, value = override.partition("=")
@@ -31,15 +31,16 @@ def small(*overrides):
         key, _, value = override.partition("=")
         if key == "eval":
             chosen = value.strip("[]").split(",")
-    return chosen_only(_SMALL, chosen)
+    return drop_unused_eval_settings(_SMALL, chosen)
 
 
-def chosen_only(words, chosen):
-    """The overrides without settings of evaluations that are not chosen."""
+def drop_unused_eval_settings(words, chosen):
+    """Drops the overrides of evaluations that are not chosen."""
     return [word for word in words if not word.startswith("eval.") or word.split(".")[1] in chosen]
 
 
-def finish(process):
+def communicate(process):
+    """Waits for the process; returns its exit code, stdout and stderr."""
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -48,13 +49,14 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def equal(a, b):
+def same_checkpoint(a, b):
+    """Whether two model folders have identical weights."""
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def script(name):
-    """The module of experiments/NAME.py."""
+def load_script(name):
+    """Imports experiments/NAME.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

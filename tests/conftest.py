@@ -1,4 +1,4 @@
-"""Pico random models of every family and layout, built from configuration, and their folders."""
+"""Random pico models of every family and layout, built from configs, and shared fixtures."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, small
-from tests.forked import Forked, known_products
+from tests.commands import ROOT, small_job_overrides
+from tests.forkserver import ForkedRun, fixed_products
 
 torch.set_num_threads(1)
 
-# `make test-shapes` resolves annotations when it runs, and these are imported for type checkers
-# alone: transformers takes seconds.
+# `make test-shapes` resolves annotations at run time. The package imports these names only for type
+# checking, because importing transformers takes seconds.
 for name in ("PretrainedConfig", "PreTrainedModel", "PreTrainedTokenizerBase"):
     setattr(builtins, name, getattr(transformers, name))
 
@@ -91,21 +91,21 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-PRINTED = "printed"
-"""Name of a test's property that is shown at the end, whichever process ran the test."""
+SUMMARY = "printed"
+"""A test property with this name is printed at the end, also under pytest-xdist."""
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Shows what tests have to show."""
+    """Prints the summaries that tests recorded."""
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         for name, text in getattr(report, "user_properties", ()):
-            if name == PRINTED and getattr(report, "when", "") == "call":
+            if name == SUMMARY and getattr(report, "when", "") == "call":
                 terminalreporter.write_sep("=", report.nodeid)
                 terminalreporter.write_line(text)
 
 
 def pico(family: str, seed: int = 0, **config: object) -> PreTrainedModel:
-    """A random model with nothing at its default: norms, biases and weights all vary."""
+    """A random model; norms, biases and weights all differ from their defaults."""
     torch.manual_seed(seed)
     model = FAMILIES[family](**config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def windows() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved pico LLaMA with a byte-level tokenizer, deep enough to be interrupted."""
+    """A saved pico LLaMA of 24 layers, enough to interrupt a run, with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -178,26 +178,26 @@ def stream(family, windows):
 
 
 @pytest.fixture(autouse=True)
-def known_speed(request, monkeypatch):
-    """Measuring the speed of the machine takes a second of every job: only marked tests do it."""
+def fixed_machine_speed(request, monkeypatch):
+    """Skips the speed measurement, which takes a second per job, except in tests marked speed."""
     if not request.node.get_closest_marker("speed"):
-        monkeypatch.setattr("come.job.estimate._products", known_products)
+        monkeypatch.setattr("come.job.estimate._products", fixed_products)
 
 
 @pytest.fixture
 def command(pico_folder, tmp_path, request):
-    """Starts run.py: forked from a process with its imports, or marked tests in one of its own."""
-    alone = any(request.node.get_closest_marker(name) for name in ("slow", "process"))
+    """Starts run.py in a forked process; tests marked slow or process get a new interpreter."""
+    new_interpreter = any(request.node.get_closest_marker(name) for name in ("slow", "process"))
 
     def start(*overrides, model=pico_folder):
         environment = os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         words = [f"model.path={model}", "model=local"] if model else []
-        given = ("merge=", "experiment=", "+merge=", "from_run=")
-        if not any(o.startswith(given) for o in overrides):
+        sets_method = ("merge=", "experiment=", "+merge=", "from_run=")
+        if not any(o.startswith(sets_method) for o in overrides):
             words.append("merge=come")
-        words += [*small(*overrides), *overrides]
-        if not alone:
-            return Forked(words, tmp_path, environment)
+        words += [*small_job_overrides(*overrides), *overrides]
+        if not new_interpreter:
+            return ForkedRun(words, tmp_path, environment)
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *words],
             cwd=tmp_path,
@@ -212,9 +212,9 @@ def command(pico_folder, tmp_path, request):
 
 @pytest.fixture
 def command_line(pico_folder, tmp_path, monkeypatch, capfd):
-    """Runs the command line in this process: exit code and stderr. For what ends before work."""
+    """Runs the command line in this process and returns exit code and output, for early exits."""
 
-    def run_here(*overrides):
+    def run(*overrides):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("come.cli._said", set())
@@ -223,7 +223,7 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
             f"model.path={pico_folder}",
             "model=local",
             "merge=come",
-            *small(*overrides),
+            *small_job_overrides(*overrides),
         ]
         given = {word.partition("=")[0] for word in overrides}
         given |= {"merge"} if "from_run" in given else set()
@@ -233,23 +233,23 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
         handlers = logging.root.handlers[:]
         try:
             code = come.cli.main()
-        except SystemExit as ended:
-            code = ended.code
+        except SystemExit as exit_:
+            code = exit_.code
         finally:
-            logging.root.handlers[:] = handlers  # Hydra's write to the job's folder
+            logging.root.handlers[:] = handlers  # Hydra's handlers write to the job's folder
         return code, "\n".join(capfd.readouterr())
 
-    return run_here
+    return run
 
 
 @pytest.fixture
 def targets(windows):
-    """Gives targets of layers 2 and 3 of a pico model, and those layers."""
+    """Factory for reconstruction targets of layers 2 and 3 of a pico model, and their sources."""
     opened = []
 
-    def make(family, chosen=windows):
+    def make(family, windows=windows):
         adapter = ModelAdapter(pico(family))
-        stream = LayerStream(adapter, chosen, batch_size=2, progress=False)
+        stream = LayerStream(adapter, windows, batch_size=2, progress=False)
         opened.append(stream)
         stream.embed()
         stream.advance(0, LAYERS - 1)

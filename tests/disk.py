@@ -1,4 +1,4 @@
-"""Models whose layers are on disk, for tests."""
+"""Models with their layers on disk, for tests."""
 
 import tempfile
 from pathlib import Path
@@ -8,25 +8,25 @@ from come.models.loading import load_weights
 
 
 def on_disk(model, folder=None, device="cpu"):
-    """The same model with its layers in files."""
-    with tempfile.TemporaryDirectory() as made:
-        place = folder or Path(made)
+    """A copy of the model that reads its layers from disk."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(temporary)
         model.save_pretrained(place)
         loaded = load_weights(place, dtype="float32", device=device, weights="disk")
         if folder is None:
-            keep_all(loaded)
+            rewrite_layers(loaded)
         return loaded
 
 
-def keep_all(model):
-    """Writes all layers to files that live as long as the model."""
+def rewrite_layers(model):
+    """Writes all layers to scratch files that exist as long as the model."""
     adapter = ModelAdapter(model)
     for index in range(adapter.num_layers):
         adapter.write(index, dict(adapter.layer_state(index)))
 
 
 def all_tensors(model):
-    """All tensors of a model by name, also of its layers on disk."""
+    """All tensors of a model by name, including those of layers on disk."""
     adapter = ModelAdapter(model)
     name = adapter.architecture.layers
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{name}.")}

@@ -1,9 +1,8 @@
 """Golden values of every method on every pico family: python -m tests.golden [--write].
 
-A redesign moves code and leaves numbers alone: decisions are compared exactly, the sum of the
-weights' magnitudes to 6 digits. `--exact FILE` also compares hashes of all weights, which hold on
-one machine alone. `torchrun --nproc_per_node 2 -m tests.golden` shares every case between two
-processes.
+A refactoring must not change them. Plans are compared exactly, and the sum of absolute weights to 6
+digits. `--exact FILE` also compares hashes of all weights, which are valid only on the machine that
+wrote them. `torchrun --nproc_per_node 2 -m tests.golden` shares every case between two processes.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def digest(data):
 
 
 def values(family, method, weights="memory", processes=SINGLE):
-    """What a method makes of a pico model, also with its layers on disk."""
+    """The plan and the weights that a method gives for a pico model, in memory or on disk."""
     windows = torch.randint(3, VOCAB, (WINDOWS, SEQ), generator=torch.Generator().manual_seed(7))
     model = pico(family) if weights == "memory" else on_disk(pico(family))
     plan = compress(
@@ -49,7 +48,7 @@ def values(family, method, weights="memory", processes=SINGLE):
 
 
 def cases():
-    """Names and methods: recipes on every family, single parts on four."""
+    """Yields name, family and method: recipes on every family, single parts on four."""
     for family in FAMILIES:
         for name in RECIPES:
             yield f"{family}/{name}", family, lambda name=name: recipe(name)

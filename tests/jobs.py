@@ -1,4 +1,4 @@
-"""Whole jobs in this process: settings composed as on the command line, and run."""
+"""Complete jobs in this process, with settings composed as on the command line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from come.job.run import run
 from come.job.stages.prepare import prepare
 from come.schema import Settings
 from come.schema.explicit import check_explicit
-from tests.commands import small
+from tests.commands import small_job_overrides
 from tests.test_zero_shot import TASK
 
-ONE_LAYER_LESS = ("merge=come", "merge.target_layers=5")
+REMOVE_ONE_LAYER = ("merge=come", "merge.target_layers=5")
 QUICK = ("eval=perplexity",)
-ONLY_TASKS = ("eval=zero_shot", "eval.zero_shot.batch_size=4")
+ZERO_SHOT_ONLY = ("eval=zero_shot", "eval.zero_shot.batch_size=4")
 
 
 def settings(*overrides: str) -> Settings:
@@ -32,31 +32,40 @@ def settings(*overrides: str) -> Settings:
 
 def job_settings(base: Path, *overrides: str) -> Settings:
     """Settings of a small job on a model of six layers."""
-    words = ["model=local", f'model.path="{base}"', *small(*overrides), *ONE_LAYER_LESS]
-    asked = settings(*words, *overrides)
-    asked.check()
-    check_explicit(asked, overrides)
-    return asked
+    words = [
+        "model=local",
+        f'model.path="{base}"',
+        *small_job_overrides(*overrides),
+        *REMOVE_ONE_LAYER,
+    ]
+    composed = settings(*words, *overrides)
+    composed.check()
+    check_explicit(composed, overrides)
+    return composed
 
 
-def start(base: Path, folder: Path, *overrides: str) -> Any:
-    """Runs a small job to its end; returns its result."""
+def run_job(base: Path, folder: Path, *overrides: str) -> Any:
+    """Runs a small job and returns its result."""
     return run(job_settings(base, *overrides), folder)
 
 
-def before_loading(base: Path, folder: Path, *overrides: str) -> Any:
-    """What a job finds out before any weight is loaded."""
-    asked = job_settings(base, *overrides)
-    return prepare(asked, folder, job_hash(asked))
+def prepare_job(base: Path, folder: Path, *overrides: str) -> Any:
+    """Runs the first stage of a job, which loads no weights."""
+    composed = job_settings(base, *overrides)
+    return prepare(composed, folder, job_hash(composed))
 
 
-def questions(folder: Path, task: str = TASK) -> list[str]:
-    """A local task of twenty questions, and the settings that ask it alone."""
+def local_task(folder: Path, task: str = TASK) -> list[str]:
+    """Writes a local task of twenty questions; returns overrides to evaluate only this task."""
     folder.mkdir()
     rows = [
         {"question": f"What is {i}?", "choices": [f"{i}", f"a {i * 7}", "b"], "answer": i % 3}
         for i in range(20)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "asked.yaml").write_text(task.format(name="asked", data=folder / "data.jsonl"))
-    return [f"eval.zero_shot.include_path={folder}", "eval.zero_shot.tasks=[asked]", *ONLY_TASKS]
+    (folder / "local_qa.yaml").write_text(task.format(name="local_qa", data=folder / "data.jsonl"))
+    return [
+        f"eval.zero_shot.include_path={folder}",
+        "eval.zero_shot.tasks=[local_qa]",
+        *ZERO_SHOT_ONLY,
+    ]

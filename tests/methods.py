@@ -1,4 +1,4 @@
-"""What the tests of methods share: recipes, plain whole-model computations, references."""
+"""Helpers for tests of methods: recipes, and reference computations on the whole model."""
 
 import copy
 import math
@@ -13,12 +13,12 @@ from come.models.adapter import UNITS, ModelAdapter
 from tests.conftest import pico
 from tests.reference import Reference
 
-SOME = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # where a computation of each family is dear
+SELECTED_FAMILIES = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # for slow tests
 CONF = Path(__file__).parents[1] / "conf" / "merge"
 
 
-def read(name: str) -> dict:
-    """A recipe of conf/merge, its parts as plain data."""
+def read_recipe(name: str) -> dict:
+    """A recipe of conf/merge as a dictionary, with the names of its parts filled in."""
     data = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     parts = [entry for entry in data.pop("defaults") if entry != "_self_"]
     for ((key, part),) in (entry.items() for entry in parts):
@@ -26,8 +26,8 @@ def read(name: str) -> dict:
     return data
 
 
-def method(base: dict, changes: dict) -> Method:
-    """A method with changes; a setting of a part is written without the part, or "refit_" first."""
+def build_method(base: dict, changes: dict) -> Method:
+    """A method with changes. A setting of a part has no prefix, or "refit_" to name the refit."""
     data = {key: value for key, value in base.items() if key in Method.__dataclass_fields__}
     changes = changes | changes.pop("options", {})
     own = [key for key in changes if key in Method.__dataclass_fields__]
@@ -40,9 +40,9 @@ def method(base: dict, changes: dict) -> Method:
         short = key.removeprefix("refit_")
         parts = ["refit"] if short != key else list(PARTS)
         for part in parts:
-            given = data[part] if isinstance(data[part], dict) else {"name": data[part]}
-            if short in PARTS[part].get(given["name"]).settings():
-                data[part] = given | {short: value}
+            chosen = data[part] if isinstance(data[part], dict) else {"name": data[part]}
+            if short in PARTS[part].get(chosen["name"]).settings():
+                data[part] = chosen | {short: value}
                 break
         else:
             raise AssertionError(f"no chosen part has {key}")
@@ -54,29 +54,30 @@ def _lists(value):
 
 
 def paper(**changes) -> Method:
-    """The paper's method, with changes."""
-    return method(read("come"), changes)
+    """The method of the CoMe paper, with changes."""
+    return build_method(read_recipe("come"), changes)
 
 
 def come_plus(**changes) -> Method:
     """The default method, with changes."""
-    return method(read("come_plus"), changes)
+    return build_method(read_recipe("come_plus"), changes)
 
 
 def recipe(name: str, **changes) -> Method:
+    """The method of a recipe in conf/merge, with changes."""
     if name in ("magnitude_plus", "taylor_plus"):
         changes = {"protect_first": 1, "protect_last": 1} | changes  # a pico model has six layers
-    return method(read(name), changes)
+    return build_method(read_recipe(name), changes)
 
 
 def scorer(name: str, tokens: str) -> SpanScore:
-    """A selection score that reads these tokens."""
-    found = SELECTION.create(name)
-    found.tokens = tokens
-    return found
+    """A selection score that uses the given tokens ("all" or "last")."""
+    score = SELECTION.create(name)
+    score.tokens = tokens
+    return score
 
 
-def same(a, b):
+def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -110,15 +111,15 @@ def output_names(model, part):
     return adapter.output_tensors("kv_group" if part == "attention" else "channel")
 
 
-def dropped(plan):
-    """Original layers that a plan of drops left out, in order."""
-    own, gone = list(range(plan.base.num_layers)), []
+def dropped_layers(plan):
+    """The original layers that a plan dropped, in the order of its steps."""
+    own, removed = list(range(plan.base.num_layers)), []
     for step in plan.steps:
         keeper = step.keeper
         group = own[step.first : step.last + 1]
-        gone += [layer for i, layer in enumerate(group) if i != keeper]
+        removed += [layer for i, layer in enumerate(group) if i != keeper]
         own[step.first : step.last + 1] = [group[keeper]]
-    return gone
+    return removed
 
 
 def come_scores(windows, layers):
@@ -127,7 +128,7 @@ def come_scores(windows, layers):
 
 
 def plain_units(scores, shares):
-    """Units by shares, written from the formula."""
+    """Kept units for given shares, directly from the formula."""
     kept = {}
     for unit, layers in scores.items():
         total = len(layers[0])

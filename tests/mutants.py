@@ -1,12 +1,12 @@
-"""Do the fast tests notice wrong code? `make mutants` changes one place of the package at a time.
+"""Mutation testing with the fast tests: `make mutants` changes the package in one place at a time.
 
-    make mutants ARGS="--sample 200"      a random sample of all mutants; run again, it goes on
+    make mutants ARGS="--sample 200"      a random sample of all mutants; a second run resumes
 
-A mutant negates a condition, exchanges an operator, changes a number or a flag, leaves out a
-keyword argument or a call, or exchanges two arguments. Error messages, assertions, output to the
-user and defaults of signatures stay as they are. A mutant is killed if one of the tests that run
-its line fails: first those that run it in their own process, the fastest first, then those that
-start commands. Results are appended to `results.jsonl` of the output folder; a summary is printed.
+A mutant negates a condition, replaces an operator, changes a number or a flag, removes a keyword
+argument or a call, or swaps two arguments. Error messages, assertions, user output and signature
+defaults are not mutated. A mutant is killed if a test that covers its line fails: first the tests
+that cover it in their own process, fastest first, then the tests that start commands. Results are
+appended to `results.jsonl` in the output folder, and a summary is printed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _FORK = multiprocessing.get_context("fork")
 _SHARED = ("torch", "transformers", "hypothesis", "omegaconf", "hydra", "matplotlib.pyplot")
-"""What the tests import besides the package itself."""
+"""Imports of the tests, loaded once before forking."""
 PACKAGES = ("merge", "linalg", "evaluate", "job", "distill")
 _COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -44,14 +44,14 @@ _BINARY = {
     ast.FloorDiv: ast.Mult, ast.MatMult: ast.Add, ast.Pow: ast.Mult,
 }  # fmt: skip
 _SHOWN = ("print", "say", "warn", "warning", "info", "update", "set_postfix_str", "ProgressBar")
-"""Calls that only show something."""
+"""Calls without effect other than output."""
 _SKIPPED = ("progress", "desc", "unit", "shown", "help", "total")
-"""Keyword arguments that only show something."""
+"""Keyword arguments that only affect output."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file: its place, the first line of its statement, the text changed."""
+    """One change to one file: its line, first line of the statement, and text before and after."""
 
     path: str
     line: int
@@ -62,12 +62,12 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What distinguishes the mutant."""
+        """A unique description of the mutant."""
         return f"{self.path}:{self.line} {self.kind}: {self.before} -> {self.after}"
 
 
 def mutants(path: Path) -> Iterator[tuple[Mutant, str]]:
-    """Every mutant of a file, with the whole mutated source."""
+    """Yields every mutant of a file with its complete source."""
     source = path.read_text()
     lines = source.splitlines(keepends=True)
     starts = [0]
@@ -101,7 +101,7 @@ def _first_lines(tree: ast.Module) -> dict[int, int]:
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str, ast.expr | str]]:
-    """Places to change: the node that is replaced, the kind of change, and what replaces it."""
+    """Yields the node to replace, the kind of change, and the replacement."""
     for node in _running(tree):
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             ops = [_COMPARE[type(node.ops[0])]()]
@@ -142,7 +142,7 @@ def _call_changes(node: ast.Call) -> Iterator[tuple[ast.expr, str, ast.expr]]:
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes whose values matter: no messages, annotations, decorators and signatures."""
+    """Yields the nodes to mutate: no messages, annotations, decorators or signatures."""
     yield node
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(
@@ -172,7 +172,7 @@ def _is_shown(node: ast.Expr | ast.Call) -> bool:
 
 
 class Coverage:
-    """Which tests run a line, and how long they take; measured once per output folder."""
+    """Which tests cover a line, and how long they take; measured once per output folder."""
 
     def __init__(self, folder: Path, tree: Path) -> None:
         path = folder / "tests_of_lines.json"
@@ -181,12 +181,12 @@ class Coverage:
         measured = json.loads(path.read_text())
         self._lines: dict[str, dict[str, list[str]]] = measured["lines"]
         self._seconds: dict[str, float] = measured["seconds"]
-        self._commands = sorted(self._of("tests/forked.py"), key=self._cost)
+        self._commands = sorted(self._covering("tests/forkserver.py"), key=self._cost)
 
     def _measure(self, folder: Path, tree: Path) -> dict[str, Any]:
         from coverage import CoverageData
 
-        print("measuring which tests run which lines (the fast tests once)", flush=True)
+        print("measuring coverage with one run of the fast tests", flush=True)
         data, times = folder / "coverage", folder / "times.xml"
         words = [
             sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-m",
@@ -196,7 +196,7 @@ class Coverage:
         own = {"COVERAGE_FILE": str(data), "PYTHONPATH": str(tree)}
         ended = subprocess.run(words, cwd=tree, env=os.environ | own, check=False)
         if ended.returncode:
-            raise SystemExit("the tests fail without a change; mend them first")
+            raise SystemExit("the tests fail without a mutation; fix them first")
         measured = CoverageData(str(data))
         measured.read()
         lines = {
@@ -214,23 +214,25 @@ class Coverage:
         }
         return {"lines": lines, "seconds": seconds}
 
-    def _of(self, path: str, wanted: range | None = None) -> set[str]:
+    def _covering(self, path: str, numbers: range | None = None) -> set[str]:
         found = self._lines.get(path, {})
-        lines = found.values() if wanted is None else [found.get(str(line), []) for line in wanted]
+        lines = (
+            found.values() if numbers is None else [found.get(str(line), []) for line in numbers]
+        )
         return {test for tests in lines for test in tests}
 
     def _cost(self, test: str) -> float:
         return self._seconds.get(test, 1.0)
 
     def tests(self, mutant: Mutant, limit: float) -> tuple[list[str], list[str]]:
-        """The tests that run the mutant's line themselves, and those that may in a command."""
+        """The tests that cover the mutant's line, and the other tests that start commands."""
         lines = range(mutant.first, mutant.line + 1)
-        own = sorted(self._of(mutant.path, lines), key=self._cost)
+        own = sorted(self._covering(mutant.path, lines), key=self._cost)
         others = [test for test in self._commands if test not in own]
         return self._within(own, limit), self._within(others, limit)
 
     def _within(self, tests: list[str], limit: float) -> list[str]:
-        """The first tests that take `limit` seconds together; one a function comes first."""
+        """Tests that take at most `limit` seconds in total, first one per test function."""
         firsts: dict[str, str] = {}
         for test in tests:
             firsts.setdefault(test.partition("[")[0], test)
@@ -261,7 +263,7 @@ def outcome(tree: Path, mutant: Mutant, source: str, coverage: Coverage, limit: 
 
 
 def _fails(tree: Path, tests: list[str], limit: float) -> bool:
-    """Runs the tests in a fork of this process, which has the imports that they share."""
+    """Whether a test fails; runs them in a fork of this process, which has their imports."""
     process = _FORK.Process(target=_run_tests, args=(tree, tests))
     process.start()
     process.join(60 + 10 * limit)
@@ -272,7 +274,7 @@ def _fails(tree: Path, tests: list[str], limit: float) -> bool:
 
 
 def _run_tests(tree: Path, tests: list[str]) -> None:
-    os.setpgid(0, 0)  # commands that the tests start end with it
+    os.setpgid(0, 0)  # so that killing the group also ends commands of the tests
     os.chdir(tree)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -281,14 +283,14 @@ def _run_tests(tree: Path, tests: list[str]) -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "come")]:
-        del sys.modules[name]  # they would be those of the tree that this script is in
+        del sys.modules[name]  # imported from this script's tree, not the mutated one
     import pytest
 
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
 def copy_tree(folder: Path) -> Path:
-    """A copy of the tracked files, which mutants may change."""
+    """Copies the tracked files to a folder in which mutants are written."""
     shutil.rmtree(folder, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
@@ -302,7 +304,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def summary(found: dict[str, dict[str, str]], total: int) -> str:
-    """How many of the mutants tried were killed, with a Wilson interval, and the survivors."""
+    """The share of killed mutants with its Wilson interval, and the survivors."""
     counts = Counter(entry["outcome"] for entry in found.values())
     tried = len(found)
     killed = sum(n for name, n in counts.items() if name.startswith("killed"))
@@ -327,34 +329,36 @@ def main() -> None:
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests per mutant")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="tries the survivors once more")
+    parser.add_argument("--again", action="store_true", help="retry the survivors")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mutants")
-    given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    found_path = given.output / "results.jsonl"
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    found_path = arguments.output / "results.jsonl"
     found = _read(found_path)
     everything = [
         pair
-        for package in given.packages
+        for package in arguments.packages
         for path in sorted((ROOT / "come" / package).rglob("*.py"))
         for pair in mutants(path)
     ]
-    random.Random(given.seed).shuffle(everything)
-    chosen = everything[: given.sample or None]
+    random.Random(arguments.seed).shuffle(everything)
+    chosen = everything[: arguments.sample or None]
     names = {mutant.name for mutant, _ in chosen}
     todo = [
         (mutant, source)
         for mutant, source in chosen
         if mutant.name not in found
-        or (given.again and not found[mutant.name]["outcome"].startswith("killed"))
+        or (arguments.again and not found[mutant.name]["outcome"].startswith("killed"))
     ]
-    folder = given.output.resolve()
+    folder = arguments.output.resolve()
     coverage = Coverage(folder, copy_tree(folder / "tree0"))
     for name in _SHARED:
         importlib.import_module(name)
     workers = [
-        _FORK.Process(target=_work, args=(folder, job, todo[job :: given.jobs], coverage, given))
-        for job in range(given.jobs)
+        _FORK.Process(
+            target=_work, args=(folder, job, todo[job :: arguments.jobs], coverage, arguments)
+        )
+        for job in range(arguments.jobs)
     ]
     for worker in workers:
         worker.start()
@@ -369,12 +373,12 @@ def _work(
     job: int,
     todo: list[tuple[Mutant, str]],
     coverage: Coverage,
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
 ) -> None:
-    """Tries some of the mutants, in a copy of the tree of its own."""
+    """Tests some of the mutants in a separate copy of the tree."""
     tree = copy_tree(folder / f"tree{job}") if job else folder / "tree0"
     for mutant, source in todo:
-        result = outcome(tree, mutant, source, coverage, given.limit)
+        result = outcome(tree, mutant, source, coverage, arguments.limit)
         entry = {"name": mutant.name, "outcome": result, **asdict(mutant)}
         with (folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -382,7 +386,7 @@ def _work(
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    """The results so far, by the mutant's name; later ones replace earlier ones."""
+    """The results so far by mutant name; the last one counts."""
     entries = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
     return {entry["name"]: entry for entry in entries}
 

@@ -1,7 +1,7 @@
-"""What a version of transformers reads of model folders: python -m tests.read_models OUT FOLDER ...
+"""Loads model folders with transformers: python -m tests.read_models OUT FOLDER ...
 
-Writes version, tokens, logits and greedy continuation of every folder as JSON. Started with
-another version in front on PYTHONPATH, it says what that version sees.
+Writes the version, and the tokens, logits and greedy continuation of every folder, as JSON. Put
+another version of transformers first on PYTHONPATH to test that version.
 """
 
 from __future__ import annotations

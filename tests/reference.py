@@ -1,6 +1,6 @@
-"""CoMe computed a second time: plain loops in float64 over the whole, unchanged model.
+"""Reference implementation of CoMe: plain float64 loops over the complete, unmodified model.
 
-Written from the formulas; shares no code with the package.
+Implements the formulas and shares no code with the package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reference:
             states = self.model(windows, output_hidden_states=True, use_cache=False).hidden_states
         for hook in hooks:
             hook.remove()
-        self.h = [*states[:-1], last[0]]  # the last entry of `states` is behind the final norm
+        self.h = [*states[:-1], last[0]]  # the last entry of `states` is after the final norm
         assert len(self.h) == len(self.layers) + 1
         self.inputs = {k: v.reshape(-1, v.shape[-1]) for k, v in inputs.items()}
         config = model.config

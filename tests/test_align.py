@@ -1,4 +1,4 @@
-"""Input maps of merged units, aligned with what the merged layer reads: against plain float64."""
+"""Alignment of the input maps of merged units, against plain float64."""
 
 import math
 
@@ -21,9 +21,9 @@ FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
 @pytest.mark.parametrize(("ratio", "alike"), [(1e-3, False), (1.0, False), (0.1, True)])
 @torch.no_grad()
 def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, windows):
-    """Layer 3 of the group reads h_2 in place of h_3: stacked least squares in float64.
+    """Layer 3 of the span reads h_2 instead of h_3: stacked least squares in float64.
 
-    A window's first token counts as much as all its others, and 1 where all windows begin alike.
+    A window's first token has the weight of all its others, or 1 if all windows start alike.
     """
     if alike:
         windows = torch.cat([torch.full_like(windows[:, :1], 5), windows[:, 1:]], dim=1)
@@ -52,7 +52,7 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
 
 
 @torch.no_grad()
-def test_only_rows_behind_the_norm_read_through(targets):
+def test_fold_input_transform_changes_only_input_projections(targets):
     targets, sources = targets("llama_bias")
     adapter, state = targets.stream.adapter, sources.layers[1]
     change = torch.randn(32, 32, dtype=torch.float64)
@@ -66,12 +66,12 @@ def test_only_rows_behind_the_norm_read_through(targets):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_penalty_leads_back_to_the_rows_as_they_are(family, targets):
+def test_large_penalty_keeps_the_input_maps(family, targets):
     targets, sources = targets(family)
     plain = Ridge().solve(targets, sources)
-    held = Ridge(align=1e9).solve(targets, sources)
-    assert set(held) > set(plain)
-    for name, tensor in held.items():
+    penalised = Ridge(align=1e9).solve(targets, sources)
+    assert set(penalised) > set(plain)
+    for name, tensor in penalised.items():
         torch.testing.assert_close(
             tensor, plain.get(name, sources.state[name]), rtol=1e-3, atol=1e-4
         )
@@ -79,7 +79,7 @@ def test_the_penalty_leads_back_to_the_rows_as_they_are(family, targets):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("operator", ["concat", "drop", "average", "laco"])
-def test_an_aligned_model_comes_back_from_its_plan(family, operator, windows, tmp_path):
+def test_plan_rebuilds_an_aligned_model(family, operator, windows, tmp_path):
     retention = "adaptive" if operator == "concat" else "bi_power"
     method = paper(operator=operator, retention=retention, norms="fold", refit="ridge", align=0.01)
     model = pico(family)
@@ -92,8 +92,8 @@ def test_an_aligned_model_comes_back_from_its_plan(family, operator, windows, tm
 
 
 @pytest.mark.parametrize("retention", ["adaptive", "bi_power"])
-def test_alignment_lowers_the_error_of_the_group(retention, windows):
-    """Three layers in one, on the text that was solved on."""
+def test_alignment_lowers_the_error_of_the_span(retention, windows):
+    """Three layers merged into one, on the calibration text."""
     errors = []
     for ratio in (None, 1e-3):
         method = paper(
@@ -102,13 +102,13 @@ def test_alignment_lowers_the_error_of_the_group(retention, windows):
         )  # fmt: skip
         model = pico("llama_gqa")
         compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-        wanted = Reference(pico("llama_gqa"), windows).h[5]
-        errors.append(float((Reference(model, windows).h[3] - wanted).square().mean()))
+        dense = Reference(pico("llama_gqa"), windows).h[5]
+        errors.append(float((Reference(model, windows).h[3] - dense).square().mean()))
     assert errors[1] < errors[0]
 
 
-def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
-    """The lowest angle for each layer saved, of 2 to 4 layers, and no depth is jumped over."""
+def test_mixed_schedule_varies_sizes_and_reaches_every_stop(windows):
+    """Picks the lowest angle per removed layer among spans of 2 to 4 layers, and skips no stop."""
     seen = []
     method = come_plus(m=4, schedule="mixed", selection="angular")
     plan = compress(
@@ -138,12 +138,12 @@ def test_sizes_mix_and_every_depth_on_the_way_is_met(windows):
         ({"schedule": "mixed", "operator": "drop"}, "choose merge.schedule=progressive"),
     ],
 )
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)
 
 
-def test_units_are_chosen_as_the_alignment_will_leave_them(windows):
+def test_alignment_affects_the_chosen_units(windows):
     """The elimination scores units after their input maps are aligned."""
     kept = []
     for ratio in (None, 1e-3, 10.0):

@@ -1,34 +1,34 @@
-"""The script that tells right answers from wrong ones, by hand."""
+"""experiments/answers.py against direct computations."""
 
 import pytest
 import torch
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def answers():
-    return script("answers")
+    return load_script("answers")
 
 
-class Letters:
-    """A tokenizer of letters."""
+class CharTokenizer:
+    """A tokenizer of single characters."""
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         return [ord(letter) % 64 for letter in text]
 
 
-def test_a_document_is_asked_as_the_local_tasks_ask_it(answers):
+def test_prompts_have_the_format_of_the_local_tasks(answers):
     arc = {"question": "Why?", "choices": ["so", "no"], "answer": 1}
-    assert answers.questions(arc) == ("Question: Why?\nAnswer:", [" so", " no"], 1)
+    assert answers.parse_question(arc) == ("Question: Why?\nAnswer:", [" so", " no"], 1)
     piqa = {"goal": "sit", "sol1": "a chair", "sol2": "a pin", "label": 0}
-    assert answers.questions(piqa) == ("Question: sit\nAnswer:", [" a chair", " a pin"], 0)
+    assert answers.parse_question(piqa) == ("Question: sit\nAnswer:", [" a chair", " a pin"], 0)
 
 
-def test_scores_are_those_of_one_answer_after_the_other(answers):
-    model, tokenizer = pico("llama_mha").eval(), Letters()
+def test_batched_scores_equal_separate_forward_passes(answers):
+    model, tokenizer = pico("llama_mha").eval(), CharTokenizer()
     task = [("Why is it?", [" so", " because it is"], 1), ("What?", [" a", " b", " see"], 0)]
     losses, hits = answers.scores(model, tokenizer, task)
     for (prompt, choices, right), loss, hit in zip(task, losses, hits, strict=True):
@@ -43,6 +43,6 @@ def test_scores_are_those_of_one_answer_after_the_other(answers):
         assert bool(hit) == (max(found) == found[right])
 
 
-def test_differences_are_paired_and_tasks_count_alike(answers):
+def test_paired_difference_weights_tasks_equally(answers):
     found, base = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 1.0])
     assert answers.paired([found, base], [base, base]) == "+0.667 (0.167)"

@@ -1,4 +1,4 @@
-"""The one call of the Python interface: `come.compress(model, tokenizer)`."""
+"""The Python API: `come.compress(model, tokenizer)`."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import come
 from come.merge.loop import compress as compress_layers
 from come.models.loading import load_model
-from tests.methods import same
+from tests.methods import same_weights
 
 SMALL = {"num_samples": 4, "seq_len": 16, "progress": False}
 
@@ -20,16 +20,16 @@ def windows(rows=4, seq=16):
     return torch.randint(3, 300, (rows, seq), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_default_needs_a_model_and_a_tokenizer(loaded):
+def test_compress_with_defaults(loaded):
     model, tokenizer = loaded
     plan = come.compress(model, tokenizer, **SMALL)
-    assert plan.num_layers == model.config.num_hidden_layers < 24  # a tenth of the parameters
+    assert plan.num_layers == model.config.num_hidden_layers < 24  # 10% fewer parameters
     method = plan.provenance["recipe"]
     assert method["refit"]["name"] == "gauss_newton"
     assert method["selection"]["repeat_weight"] == 0.2  # the model wrote the text
 
 
-def test_given_windows_are_the_calibration(loaded, pico_folder):
+def test_compress_calibrates_on_given_token_ids(loaded, pico_folder):
     model, tokenizer = loaded
     method = come.Method(m=2)
     plan = come.compress(
@@ -37,14 +37,14 @@ def test_given_windows_are_the_calibration(loaded, pico_folder):
     )
     other, _ = load_model(pico_folder)
     assert compress_layers(other, windows(), method, target_layers=22, progress=False) == plan
-    assert same(model, other)
+    assert same_weights(model, other)
     for text in (windows().flatten(), windows().flatten().tolist()):
         again, _ = load_model(pico_folder)
         come.compress(again, tokenizer, text=text, method=method, target_layers=22, **SMALL)
-        assert same(again, model)
+        assert same_weights(again, model)
 
 
-def test_documents_and_files_are_read(loaded, text_file, tmp_path):
+def test_compress_accepts_documents_and_files(loaded, text_file, tmp_path):
     model, tokenizer = loaded
     come.compress(model, tokenizer, text=str(text_file), target_layers=23, **SMALL)
     documents = [f"Document {i} has layers, merged in depth order." for i in range(40)]
@@ -53,7 +53,7 @@ def test_documents_and_files_are_read(loaded, text_file, tmp_path):
     assert come.Plan.load(str(tmp_path / "plan.json")) == plan
 
 
-def test_groups_by_hand_say_the_depth(loaded):
+def test_explicit_groups_determine_the_depth(loaded):
     model, tokenizer = loaded
     method = come.Method(groups=[[3, 4], [10, 11, 12]], selection="sbi")
     plan = come.compress(model, tokenizer, text=windows(), method=method, progress=False)
@@ -72,6 +72,6 @@ def test_groups_by_hand_say_the_depth(loaded):
         ({"text": torch.full((2, 16), 9999)}, "9999"),
     ],
 )
-def test_what_cannot_be_is_refused(loaded, settings, message):
+def test_invalid_arguments(loaded, settings, message):
     with pytest.raises(ValueError, match=message):
         come.compress(*loaded, **SMALL | settings)

@@ -1,4 +1,4 @@
-"""run.py as a user runs it: real processes on a pico model."""
+"""End-to-end runs of run.py on a pico model."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.merge.plan import Plan
-from tests.commands import equal, finish
+from tests.commands import communicate, same_checkpoint
 
 
-def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
+def test_complete_run_and_rebuild_from_its_plan(command, tmp_path):
     folder = tmp_path / "out"
     where = f"hydra.run.dir={folder}"
-    code, output, errors = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    code, output, errors = communicate(command("merge.save_at=[21,18]", "tracking=wandb", where))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     assert [d["layers"] for d in result["depths"]] == [24, 21, 18]
@@ -45,7 +45,7 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token == "<s>"
     assert len(model.model.layers) == 18
-    assert not hasattr(model.config, "come")  # it would outlive what it describes
+    assert not hasattr(model.config, "come")  # metadata of the merge is in come/plan.json
     assert Plan.load(folder / "model" / "come" / "plan.json").history == result["merge_history"]
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -67,21 +67,21 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
     assert logged["group"] == f"{result['model']}-come"
     assert set(logged["tags"]) >= {"come", "m=2"}
 
-    # finished: returned, not computed again
+    # a finished job is not computed again
     before = (folder / "result.json").stat().st_mtime_ns
-    code, output, _ = finish(command("merge.save_at=[21,18]", "tracking=wandb", where))
+    code, output, _ = communicate(command("merge.save_at=[21,18]", "tracking=wandb", where))
     assert code == 0
     assert "is already finished" in output
     assert (folder / "result.json").stat().st_mtime_ns == before
 
-    # another job in the same folder: refused
-    code, _, errors = finish(command("merge.m=3", "tracking=none", where))
+    # another job in the same folder is rejected
+    code, _, errors = communicate(command("merge.m=3", "tracking=none", where))
     assert code == 1
     assert "holds the result of another job" in errors
 
-    # rebuilt from its plan, bit for bit, at both depths
+    # the plan rebuilds both depths bit for bit
     again = tmp_path / "again"
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(
             "merge=from_plan",
             f"merge.plan={folder / 'plan.json'}",
@@ -91,13 +91,13 @@ def test_a_run_from_text_to_result_and_back_from_its_plan(command, tmp_path):
         )
     )
     assert code == 0, errors
-    assert equal(folder / "model", again / "model")
-    assert equal(folder / "model-21", again / "model-21")
+    assert same_checkpoint(folder / "model", again / "model")
+    assert same_checkpoint(folder / "model-21", again / "model-21")
 
 
 def leveldb_log(data, block=32768, head=7):
-    """Records of a LevelDB log: blocks of pieces, each with checksum, length and kind."""
-    at, record = head, b""  # the file opens with a header of its own, as long as a piece's
+    """Yields the records of a LevelDB log: blocks of chunks with checksum, length and type."""
+    at, record = head, b""  # the file header is as long as a chunk's
     while at + head <= len(data):
         if block - at % block < head:
             at += block - at % block
@@ -105,13 +105,13 @@ def leveldb_log(data, block=32768, head=7):
         length, kind = struct.unpack_from("<HB", data, at + 4)
         record += data[at + head : at + head + length]
         at += head + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
+        if kind in (1, 4):  # a complete record, or its last chunk
             yield record
             record = b""
 
 
 def read_wandb(folder, run_id):
-    """Reads an offline run back from its own record."""
+    """Reads the config and history of an offline W&B run."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = (folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
@@ -133,10 +133,10 @@ def read_wandb(folder, run_id):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["memory", "disk"])
-def test_killed_and_started_again_it_goes_on_to_the_same_model(weights, command, tmp_path):
+def test_killed_run_resumes_to_the_same_model(weights, command, tmp_path):
     job = ["merge.target_layers=12", "calibration.num_samples=64", "eval=none"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, errors = finish(command(*job, f"hydra.run.dir={whole}"))
+    code, _, errors = communicate(command(*job, f"hydra.run.dir={whole}"))
     assert code == 0, errors
 
     job.append(f"model.weights={weights}")
@@ -154,47 +154,47 @@ def test_killed_and_started_again_it_goes_on_to_the_same_model(weights, command,
     assert 1 <= done < 12
     assert bool(list(killed.glob("weights-*"))) == (weights == "disk")
 
-    code, output, errors = finish(command(*job, f"hydra.run.dir={killed}"))
+    code, output, errors = communicate(command(*job, f"hydra.run.dir={killed}"))
     assert code == 0, errors
     assert f"after {done} merges" in output
-    assert equal(whole / "model", killed / "model")
+    assert same_checkpoint(whole / "model", killed / "model")
     assert not list(killed.glob("weights-*"))
     results = [json.loads((f / "result.json").read_text()) for f in (whole, killed)]
     assert results[0]["plan"] == results[1]["plan"]
     assert results[1]["compression"]["resumed_at"] == done
 
 
-def test_a_metric_of_ones_own_is_one_file(command, tmp_path):
+def test_custom_metric_from_a_plugin_file(command, tmp_path):
     code = """from come.merge.sensitivity.base import SENSITIVITY, SensitivityMetric
 
 @SENSITIVITY.register
-class Loud(SensitivityMetric):
-    name, paper, source, moments = "loud", "", "test", ("square",)
+class Custom(SensitivityMetric):
+    name, paper, source, moments = "custom", "", "test", ("square",)
 
     def score(self, inputs):
         return inputs.square_mean
 """
-    plugin = tmp_path / "loud.py"
+    plugin = tmp_path / "custom.py"
     plugin.write_text(code)
     job = (f"plugins=[{plugin}]", "merge.target_layers=22", "eval=none")
-    sweep = command(*job, "merge.sensitivity=loud,come", "-m")
-    code, _, errors = finish(sweep)
+    sweep = command(*job, "merge.sensitivity=custom,come", "-m")
+    code, _, errors = communicate(sweep)
     assert code == 0, errors
     results = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")]
     metrics = {r["settings"]["merge"]["sensitivity"]["name"] for r in results}
-    assert metrics == {"come", "loud"}
+    assert metrics == {"come", "custom"}
     assert len({r["plan"] for r in results}) == 2
     plugin.write_text("import nonsense")
-    code, _, errors = finish(command(*job))
+    code, _, errors = communicate(command(*job))
     assert code == 1
-    assert "loud.py fails with ModuleNotFoundError: No module named 'nonsense'" in errors
+    assert "custom.py fails with ModuleNotFoundError: No module named 'nonsense'" in errors
 
 
 @pytest.mark.slow
-def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
+def test_block_method_plans_each_depth_separately(command, tmp_path):
     folder = tmp_path / "out"
     where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
-    code, _, errors = finish(command("merge=uidl", "merge.save_at=[22,20]", *where))
+    code, _, errors = communicate(command("merge=uidl", "merge.save_at=[22,20]", *where))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     assert [d["layers"] for d in result["depths"]] == [24, 22, 20]
@@ -206,11 +206,11 @@ def test_depths_that_lie_on_no_path_are_found_apart(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
+def test_dropped_sublayers_keep_their_layers_in_the_checkpoint(command, tmp_path):
     folder = tmp_path / "out"
     method = ("merge=shortgpt", "merge.sublayers=[attention]", "merge.save_at=[22,20]")
     where = (f"hydra.run.dir={folder}", "eval=[perplexity,continuations]")
-    code, output, errors = finish(command(*method, *where))
+    code, output, errors = communicate(command(*method, *where))
     assert code == 0, errors
     assert "dropped" in errors + output
     result = json.loads((folder / "result.json").read_text())
@@ -220,9 +220,9 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
     sizes = [d["parameters"] for d in result["depths"]]
     assert [sizes[0] - size for size in sizes] == [0, 2 * attention, 4 * attention]
     assert len(model.model.layers) == 24
-    silent = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
+    zeroed = [i for i, x in enumerate(model.model.layers) if not x.self_attn.o_proj.weight.any()]
     assert (
-        sorted({*range(24)} - {*silent})
+        sorted({*range(24)} - {*zeroed})
         == Plan.load(folder / "model" / "come" / "plan.json").places
     )
     assert "blocks that add nothing" in " ".join((folder / "model/README.md").read_text().split())
@@ -231,7 +231,7 @@ def test_parts_of_layers_keep_every_layer_in_the_file(command, tmp_path):
 @pytest.mark.slow
 def test_self_generated_calibration_needs_no_text(command, tmp_path):
     folder = tmp_path / "out"
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(
             "calibration=self_generated",
             "merge.target_layers=22",
@@ -245,7 +245,7 @@ def test_self_generated_calibration_needs_no_text(command, tmp_path):
     assert not result["depths"][1]["metrics"]
 
 
-def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path):
+def test_base_model_is_never_overwritten(command_line, pico_folder, tmp_path):
     shutil.copytree(pico_folder, tmp_path / "run" / "model")
     for model, message in (
         (tmp_path / "run" / "model", "is where the result would be written"),
@@ -284,7 +284,7 @@ def test_the_base_model_is_never_overwritten(command_line, pico_folder, tmp_path
         (["model.path=null"], "model.path is not set"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(command_line, tmp_path, overrides, message):
+def test_invalid_input_gives_one_line_and_exit_code_1(command_line, tmp_path, overrides, message):
     code, printed = command_line(*overrides)
     assert code == 1
     assert message in printed
@@ -302,9 +302,9 @@ def test_bad_input_is_one_line_and_exit_code_1(command_line, tmp_path, overrides
         (["merge.sparsity=0.55"], "the largest that can is 0."),
     ],
 )
-def test_so_it_is_in_a_process_of_its_own(command, overrides, message):
+def test_invalid_input_in_a_separate_process(command, overrides, message):
     began = time.monotonic()
-    code, output, errors = finish(command(*overrides))
+    code, output, errors = communicate(command(*overrides))
     assert code == 1
     assert message in errors
     assert "Traceback" not in errors + output

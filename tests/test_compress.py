@@ -1,4 +1,4 @@
-"""The whole merge on every family: plans, checkpoints, generation, resuming."""
+"""Complete merges on every family: plans, checkpoints, generation, resuming."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_merging_on_every_family(family, operator, sensitivity, norms, windows, 
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
-def test_any_group_size_lands_on_the_target(m, windows):
+def test_every_group_size_reaches_the_target(m, windows):
     for target in (5, 4, 3):
         plan = compress(
             pico("llama_gqa"), windows, paper(m=m), target_layers=target, progress=False
@@ -60,7 +60,7 @@ def test_any_group_size_lands_on_the_target(m, windows):
         assert all(len(span) == 1 for step in plan.steps for span in step.spans)
 
 
-def test_remerging_goes_below_what_single_merges_reach(windows):
+def test_remerging_reaches_smaller_depths(windows):
     with pytest.raises(ValueError, match="smallest depth that can is 3"):
         compress(pico("llama_gqa"), windows, paper(), target_layers=2, progress=False)
     recipe = paper(allow_remerge=True)
@@ -70,7 +70,7 @@ def test_remerging_goes_below_what_single_merges_reach(windows):
     assert sum(sources[0].values()) == 24
 
 
-def test_a_plan_survives_json_bit_for_bit(windows, tmp_path):
+def test_plan_json_round_trip(windows, tmp_path):
     model = pico("qwen3_gqa")
     plan = compress(model, windows, paper(norms="fold"), target_layers=4, progress=False)
     plan.save(tmp_path / "plan.json")
@@ -81,7 +81,7 @@ def test_a_plan_survives_json_bit_for_bit(windows, tmp_path):
 
 
 @pytest.mark.parametrize("done", [1, 2])
-def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
+def test_interrupted_compression_resumes_to_the_same_model(done, windows):
     class Interrupt(Exception):
         pass
 
@@ -104,7 +104,7 @@ def test_an_interrupted_compression_goes_on_to_the_same_model(done, windows):
     assert same(weights(model), weights(whole))
 
 
-def test_planning_ahead_measures_no_further_than_the_next_span(windows, monkeypatch):
+def test_planning_ahead_measures_only_up_to_the_next_span(windows, monkeypatch):
     plans = []
     for ahead in (True, False):
         monkeypatch.setattr(OptimalPartition, "plans_ahead", ahead)
@@ -128,7 +128,7 @@ def test_planning_ahead_measures_what_the_parts_read(parts, windows):
     assert len(plan.steps) > 1
 
 
-def test_a_merge_from_the_first_layer_does_not_embed_again(windows, monkeypatch):
+def test_merge_of_the_first_layers_does_not_embed_again(windows, monkeypatch):
     calls, embed = [], LayerStream.embed
 
     def counted(stream):
@@ -141,7 +141,7 @@ def test_a_merge_from_the_first_layer_does_not_embed_again(windows, monkeypatch)
     assert len(calls) == 1
 
 
-def test_random_sensitivity_depends_on_its_seed_alone(windows):
+def test_random_sensitivity_depends_only_on_its_seed(windows):
     plans = [
         compress(
             pico("llama_gqa"),
@@ -156,7 +156,7 @@ def test_random_sensitivity_depends_on_its_seed_alone(windows):
     assert plans[0].steps[0].kept["channel"] != plans[2].steps[0].kept["channel"]
 
 
-def test_truncated_plan_and_its_errors(windows, tmp_path):
+def test_truncated_and_invalid_plans(windows, tmp_path):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=3, progress=False)
     assert plan.truncated(4).num_layers == 4
     with pytest.raises(ValueError, match=r"merge.target_layers=2: the plan passes through 5, 4, 3"):
@@ -174,7 +174,7 @@ def test_truncated_plan_and_its_errors(windows, tmp_path):
         Plan.load(path)
 
 
-def test_puzzle_pieces_add_up(windows):
+def test_puzzle_pieces_sum_to_the_unit_count(windows):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=4, progress=False)
     for unit, count in plan.base.units.items():
         sources = puzzle_pieces(plan, unit)
@@ -203,13 +203,13 @@ def test_puzzle_pieces_add_up(windows):
         ),
     ],
 )
-def test_recipes_that_are_refused(settings, message):
+def test_invalid_recipes(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)
 
 
 @pytest.mark.parametrize("stop", [3, 6])
-def test_depths_that_are_not_on_the_way_are_refused(stop, windows):
-    """Below the target, and where a depth is all that the model has."""
+def test_stops_outside_the_path_are_rejected(stop, windows):
+    """A stop below the target, and one at the depth of the dense model."""
     with pytest.raises(ValueError, match=f"merge.save_at.*{stop}"):
         compress(pico("llama_gqa"), windows, paper(), target_layers=4, stops=[stop], progress=False)

@@ -1,4 +1,4 @@
-"""Every YAML composes into typed settings that pass their checks; job hashes mean something."""
+"""Composition and validation of every config file, and job hashes."""
 
 from pathlib import Path
 
@@ -29,12 +29,12 @@ SOURCES = "pydocs wikitext2 c4 pg19 bookcorpus alpaca mmlu text_file self_genera
 
 
 def checked(*overrides):
-    asked = settings(*overrides)
-    asked.check()
-    check_explicit(asked, overrides)
+    composed = settings(*overrides)
+    composed.check()
+    check_explicit(composed, overrides)
 
 
-def test_what_is_promised_is_there():
+def test_documented_configs_exist():
     assert set(MODELS.split()) <= set(GROUPS["model"])
     assert set(SOURCES.split()) <= set(GROUPS["calibration"])
     assert {"come", "average", "from_plan"} <= set(GROUPS["merge"])
@@ -55,14 +55,14 @@ def test_every_yaml_composes(group, name, text_file):
     assert f"python run.py {group}={name}" in first or "python run.py\n" in first
 
 
-def test_recipes_and_registries_agree():
+def test_recipe_names_match_files_and_registries():
     for name in GROUPS["merge"]:
         recipe = settings(f"merge={name}", *(["merge.plan=x"] if name == "from_plan" else [])).merge
         assert recipe.name == name
         assert recipe.operator.name in OPERATORS.names()
 
 
-def test_the_default_is_the_main_job():
+def test_default_is_come_plus_on_smollm2():
     default = settings()
     assert default.model.name == "smollm2_135m"
     assert (default.merge.name, default.merge.target_layers, default.merge.sparsity) == (
@@ -84,7 +84,7 @@ def test_the_default_is_the_main_job():
         (["merge.selection.repeat_weight=0.5"], 0.5),
     ],
 )
-def test_repeated_text_counts_where_the_model_writes_the_text(overrides, weight):
+def test_repeat_weight_defaults_to_model_generated_text(overrides, weight):
     assert settings(*overrides).merge.selection.repeat_weight == weight
 
 
@@ -196,12 +196,12 @@ def test_typos_fail_at_composition(override, message):
         (["eval.perplexity.max_tokens=-5"], "eval.perplexity.max_tokens=-5"),
     ],
 )
-def test_rules_between_settings(overrides, message):
+def test_invalid_settings_and_combinations(overrides, message):
     with pytest.raises(ValueError, match=message):
         checked(*overrides)
 
 
-def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path, monkeypatch):
+def test_job_hash_covers_what_determines_the_result(pico_folder, text_file, tmp_path, monkeypatch):
     local = ["model=local", f"model.path={pico_folder}", "merge=come"]
     base = job_hash(settings(*local))
     for same in (
@@ -248,7 +248,7 @@ def test_hash_counts_what_determines_the_result(pico_folder, text_file, tmp_path
     assert job_hash(settings(*local, f"eval.perplexity.path={copied}")) != paths[0]
 
 
-def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path):
+def test_job_hash_covers_the_training_text(pico_folder, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text() + "x")
     jobs = [
@@ -267,7 +267,7 @@ def test_the_hash_of_a_training_counts_its_text(pico_folder, text_file, tmp_path
     )
 
 
-def test_no_window_validates_that_the_merge_was_calibrated_on(pico_folder, tmp_path):
+def test_validation_windows_are_not_calibration_windows(pico_folder, tmp_path):
     local = ["model=local", f"model.path={pico_folder}", "distill=come_sp", "distill.tokens=8192"]
     words = ["merge.target_layers=22", "eval=none", "calibration=pydocs"]
     job = prepare(settings(*local, *words), tmp_path, "job")
@@ -279,7 +279,7 @@ def test_no_window_validates_that_the_merge_was_calibrated_on(pico_folder, tmp_p
     assert not [row for row in held_out if row in calibrated]
 
 
-def test_sampled_text_that_trains_is_not_what_the_merge_was_solved_on(pico_folder, tmp_path):
+def test_sampled_training_text_differs_from_calibration(pico_folder, tmp_path):
     words = ["distill.tokens=64", "distill.seq_len=16", "distill.batch_size=2", "eval=none"]
     sizes = ["calibration.num_samples=32", "calibration.seq_len=16", "merge.target_layers=22"]
     local = ["model=local", f"model.path={pico_folder}", "distill=come_sp"]
@@ -291,7 +291,7 @@ def test_sampled_text_that_trains_is_not_what_the_merge_was_solved_on(pico_folde
     assert not [row for row in trained if row in calibrated]
 
 
-def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):
+def test_finished_result_rejects_another_job(tmp_path):
     assert finished_result(tmp_path, "abc") is None
     write_result(tmp_path, {"job": "abc", "x": 1})
     assert finished_result(tmp_path, "abc") == {"job": "abc", "x": 1}
@@ -299,7 +299,7 @@ def test_result_of_another_job_is_not_taken_for_this_one(tmp_path):
         finished_result(tmp_path, "def")
 
 
-def test_folder_that_cannot_be_written_or_is_full(tmp_path):
+def test_unwritable_or_full_output_folder(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ValueError, match=r"cannot be written .*hydra.run.dir=FOLDER"):
@@ -309,7 +309,7 @@ def test_folder_that_cannot_be_written_or_is_full(tmp_path):
     assert list(Path(tmp_path).iterdir()) == [blocked]
 
 
-def test_a_changed_method_is_not_titled_as_the_one_it_was():
+def test_title_lists_changes_to_the_method():
     changes = method_changes(
         ["merge=come", "merge/refit=ridge", "merge.m=3", "merge.target_layers=20", "eval=none"]
     )

@@ -1,4 +1,4 @@
-"""Models whose layers stay on disk: equal to models in memory, one layer at a time."""
+"""Models with layers on disk: the same results as in memory, with one layer loaded at a time."""
 
 import gc
 import json
@@ -26,29 +26,29 @@ from come.stream.candidates import Candidate, losses
 from come.stream.stream import LayerStream
 from tests.conftest import FAMILIES, LAYERS, pico
 from tests.disk import all_tensors, on_disk
-from tests.jobs import QUICK, questions, start
+from tests.jobs import QUICK, local_task, run_job
 from tests.methods import paper, recipe
 
 TARGET = LAYERS - 2
 
 
 def layers_in_memory(model):
-    """The layers whose weights are in memory."""
+    """Indices of the layers with weights in memory."""
     stack = ModelAdapter(model).layers
     return [i for i, layer in enumerate(stack) if not next(layer.parameters()).is_meta]
 
 
 def layers_read(model, monkeypatch):
-    """A list that gets every layer that is read from disk, as it is read."""
-    read, stored = [], layers_on_disk(model)
-    if stored is not None:
-        own = stored._read
-        monkeypatch.setattr(stored, "_read", lambda layer: read.append(layer) or own(layer))
+    """A list to which every layer read from disk is appended."""
+    read, disk = [], layers_on_disk(model)
+    if disk is not None:
+        original = disk._read
+        monkeypatch.setattr(disk, "_read", lambda layer: read.append(layer) or original(layer))
     return read
 
 
-def both(family, windows, method, **given):
-    """Plan and tensors of a compression in memory, and of one from disk."""
+def memory_and_disk(family, windows, method, **given):
+    """Yields plan and tensors of a compression in memory, then with layers on disk."""
     for model in (pico(family), on_disk(pico(family))):
         plan = compress(model, windows, method(), target_layers=TARGET, progress=False, **given)
         yield plan, all_tensors(model)
@@ -56,21 +56,23 @@ def both(family, windows, method, **given):
 
 @pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "laco", "replaceme", "taylor_plus"])
 @pytest.mark.parametrize("family", ["llama_bias", "llama_tied", "opt"])
-def test_plans_and_weights_are_those_of_memory(family, name, windows):
-    """Bit for bit; `python -m tests.golden --weights disk` has all recipes and families."""
-    (plan, tensors), (other, stored) = both(family, windows, lambda: recipe(name))
+def test_plans_and_weights_equal_those_in_memory(family, name, windows):
+    """Bit for bit; `python -m tests.golden --weights disk` checks all recipes and families."""
+    (plan, tensors), (other, stored) = memory_and_disk(family, windows, lambda: recipe(name))
     assert other.hash == plan.hash
     assert stored.keys() == tensors.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("sensitivity", ["taylor", "path_attribution"])
-def test_gradients_are_those_of_memory(sensitivity, windows):
-    (plan, _), (other, _) = both("llama_gqa", windows, lambda: paper(sensitivity=sensitivity))
+def test_gradients_equal_those_in_memory(sensitivity, windows):
+    (plan, _), (other, _) = memory_and_disk(
+        "llama_gqa", windows, lambda: paper(sensitivity=sensitivity)
+    )
     assert other.hash == plan.hash
 
 
-def test_one_layer_at_a_time_is_in_memory(windows):
+def test_at_most_one_layer_is_in_memory(windows):
     model = on_disk(pico("llama_gqa"))
     assert layers_in_memory(model) == []
     most = []
@@ -81,16 +83,16 @@ def test_one_layer_at_a_time_is_in_memory(windows):
     assert max(most) == 1
 
 
-def test_a_sweep_reads_every_layer_once(windows, monkeypatch):
-    """Batch after batch goes through a layer while it is there."""
+def test_sweep_reads_every_layer_once(windows, monkeypatch):
+    """All batches pass through a layer while it is loaded."""
     model = on_disk(pico("llama_gqa"))
     read = layers_read(model, monkeypatch)
     perplexity(model, windows, batch_tokens=windows.shape[1], progress=False)
     assert read == list(ModelAdapter(model).layers)
 
 
-def test_candidates_share_the_layers_after_them(windows, monkeypatch):
-    """Three drops: every layer is read once for all of them, and the losses are those of memory."""
+def test_candidates_share_one_sweep_over_later_layers(windows, monkeypatch):
+    """Three drops: every layer is read once for all, and the losses equal those in memory."""
     found = []
     for model in (pico("llama_gqa"), on_disk(pico("llama_gqa"))):
         with LayerStream(ModelAdapter(model), windows, progress=False) as stream:
@@ -104,34 +106,36 @@ def test_candidates_share_the_layers_after_them(windows, monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", ["zero_shot", "continuations"])
-def test_other_evaluations_are_those_of_memory(chosen, pico_folder, tmp_path, monkeypatch):
+def test_zero_shot_and_continuations_equal_those_in_memory(
+    chosen, pico_folder, tmp_path, monkeypatch
+):
     words = ["merge.target_layers=22", f"eval={chosen}"]
     if chosen == "zero_shot":
-        words += questions(tmp_path / "tasks")
+        words += local_task(tmp_path / "tasks")
     results = []
     for weights in ("memory", "disk"):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / f"cache-{weights}"))
-        run = start(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
+        run = run_job(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
         results.append(run["depths"])
     assert results[0] == results[1]
     assert results[0][1]["metrics"]
 
 
-def test_a_changed_layer_is_the_one_that_is_read_next(tmp_path):
-    """Also if its old tensors were read ahead, and its old file is gone."""
+def test_written_layer_replaces_a_prefetched_one(tmp_path):
+    """The new tensors are read even after a prefetch of the old ones; the old file is deleted."""
     pico("llama_gqa").save_pretrained(tmp_path / "model")
     model = load_weights(tmp_path / "model", weights="disk", scratch=tmp_path)
     adapter = ModelAdapter(model)
     for factor in (2, 3):
         adapter.layer(1)
-        adapter.layer(2)  # reads layer 3 ahead
+        adapter.layer(2)  # prefetches layer 3
         state = {name: tensor * factor for name, tensor in adapter.layer_state(3).items()}
         adapter.write(3, state)
         found = dict(adapter.layer(3).named_parameters())
         assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
         assert len(list(tmp_path.glob("weights-*/*"))) == 1
     del model, adapter, found
-    for _ in range(200):  # a layer may still be read ahead; models of transformers are cycles
+    for _ in range(200):  # a prefetch may still run; models are reference cycles
         gc.collect()
         if not list(tmp_path.glob("weights-*")):
             break
@@ -140,7 +144,7 @@ def test_a_changed_layer_is_the_one_that_is_read_next(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3_gqa", "opt"])
-def test_evaluation_and_sampling_are_those_of_memory(family, windows):
+def test_evaluation_and_sampling_equal_those_in_memory(family, windows):
     model, stored = pico(family), on_disk(pico(family))
     assert perplexity(stored, windows, progress=False) == perplexity(model, windows, progress=False)
     assert check_cache(stored) == pytest.approx(check_cache(model), abs=1e-9)
@@ -151,7 +155,7 @@ def test_evaluation_and_sampling_are_those_of_memory(family, windows):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("shard_bytes", [2**30, 9000])
-def test_saved_shards_are_read_by_transformers(family, shard_bytes, windows, tmp_path):
+def test_transformers_loads_saved_shards(family, shard_bytes, windows, tmp_path):
     model = on_disk(pico(family))
     compress(model, windows, recipe("come"), target_layers=TARGET, progress=False)
     save_weights(model, tmp_path, shard_bytes)
@@ -171,14 +175,14 @@ def test_saved_shards_are_read_by_transformers(family, shard_bytes, windows, tmp
 
 
 @pytest.mark.parametrize("method", ["come", "come_plus"])
-def test_a_job_leaves_the_same_from_disk(method, pico_folder, tmp_path, monkeypatch):
-    """Result, files and weights, also from a plan and from a run."""
+def test_job_output_equals_that_in_memory(method, pico_folder, tmp_path, monkeypatch):
+    """Result, files and weights, and the weights rebuilt from the plan."""
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
     results, folders = [], []
     words = [f"merge={method}", "merge.target_layers=21", "merge.save_at=[23,21]", *QUICK]
     for weights in ("memory", "disk"):
         folders.append(tmp_path / weights)
-        results.append(start(pico_folder, folders[-1], *words, f"model.weights={weights}"))
+        results.append(run_job(pico_folder, folders[-1], *words, f"model.weights={weights}"))
     memory, disk = results
     assert disk["job"] == memory["job"]
     assert disk["plan"] == memory["plan"]
@@ -198,7 +202,7 @@ def test_a_job_leaves_the_same_from_disk(method, pico_folder, tmp_path, monkeypa
     assert all(torch.equal(tensor, own[name]) for name, tensor in all_tensors(rebuilt).items())
 
 
-def test_bfloat16_files_are_computed_in_float32(windows, tmp_path):
+def test_bfloat16_checkpoints_with_float32_computation(windows, tmp_path):
     model = pico("llama_gqa").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     found = [
@@ -211,8 +215,8 @@ def test_bfloat16_files_are_computed_in_float32(windows, tmp_path):
     assert found[0] == found[1]
 
 
-def test_names_without_the_prefix_of_the_base_are_read(windows, tmp_path):
-    """Some checkpoints of the hub were saved from the base model."""
+def test_tensor_names_without_the_base_model_prefix(windows, tmp_path):
+    """Some hub checkpoints were saved from the base model, without the head."""
     model = pico("llama_tied")
     model.model.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -223,7 +227,7 @@ def test_names_without_the_prefix_of_the_base_are_read(windows, tmp_path):
 
 
 def broken(folder, change):
-    """A checkpoint whose tensors were changed."""
+    """Writes a checkpoint with changed tensors."""
     pico("llama_gqa").save_pretrained(folder)
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -243,19 +247,19 @@ KEY = "model.layers.3.mlp.up_proj.weight"
         (lambda tensors: tensors.update(extra=torch.ones(2)), "are extra"),
     ],
 )
-def test_weights_that_do_not_fit_are_an_error(change, message, tmp_path):
+def test_weights_that_do_not_match_the_config(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_weights(broken(tmp_path, change), weights="disk")
 
 
-def test_weights_that_are_not_finite_are_an_error(windows, tmp_path):
+def test_non_finite_weights_are_an_error(windows, tmp_path):
     folder = broken(tmp_path, lambda tensors: tensors[KEY].fill_(torch.nan))
     model = load_weights(folder, weights="disk")
     with pytest.raises(ValueError, match=f"weights {KEY} are not finite"):
         perplexity(model, windows, progress=False)
 
 
-def test_auto_is_disk_for_weights_beyond_two_thirds_of_the_free_memory(tmp_path, monkeypatch):
+def test_auto_uses_disk_above_two_thirds_of_free_memory(tmp_path, monkeypatch):
     pico("llama_gqa").save_pretrained(tmp_path)
     shape, cpu = inspect_model(tmp_path), torch.device("cpu")
 
@@ -272,33 +276,33 @@ def test_auto_is_disk_for_weights_beyond_two_thirds_of_the_free_memory(tmp_path,
         choose_weights("ram", shape, cpu)
 
 
-def test_training_needs_memory(command_line):
-    code, said = command_line("model.weights=disk", "distill=come_sp")
+def test_distillation_requires_weights_in_memory(command_line):
+    code, printed = command_line("model.weights=disk", "distill=come_sp")
     assert code == 1
-    assert "model.weights=disk: distill=come_sp trains a model in memory" in said
+    assert "model.weights=disk: distill=come_sp trains a model in memory" in printed
 
 
-def test_one_trial_is_in_memory_at_a_time(windows, monkeypatch):
-    """Several candidates go through layers on disk at once, as hidden states only."""
+def test_at_most_one_trial_is_in_memory(windows, monkeypatch):
+    """Of the candidates evaluated together, only hidden states stay in memory."""
     alive, tried = [], []
     fit, split = trial_kl.fitted_trial, Adaptive.trial_split
 
     def fitted(group, units, refit):
         route = fit(group, units, refit)
-        alive.extend(weakref.ref(kept) for kept in (group, units, route[0][1]))
+        alive.extend(weakref.ref(each) for each in (group, units, route[0][1]))
         return route
 
-    def next_one(rule, group):
+    def trial_split(rule, group):
         gc.collect()
         tried.append([ref() is None for ref in alive])
         return split(rule, group)
 
     monkeypatch.setattr(trial_kl, "fitted_trial", fitted)
-    monkeypatch.setattr(Adaptive, "trial_split", next_one)
+    monkeypatch.setattr(Adaptive, "trial_split", trial_split)
     method = recipe("come_plus", m=2)
     compress(on_disk(pico("llama_gqa")), windows, method, target_layers=LAYERS - 1, progress=False)
     assert len(tried) > 3
-    assert all(all(gone) for gone in tried)
+    assert all(all(freed) for freed in tried)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Distillation: losses and gradients against plain float64, what trains, and what is left."""
+"""Distillation: losses and gradients against plain float64, trained parameters, checkpoints."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from come.models.adapter import ModelAdapter
 from come.stream.boundaries import make_store
 from tests.commands import ROOT
 from tests.conftest import LAYERS, pico
-from tests.methods import SOME, decoder_layers, loss, paper, same
+from tests.methods import SELECTED_FAMILIES, decoder_layers, loss, paper, same_weights
 from tests.reference import Reference
 
 WHOLE = ["come_sp", "logits", "lora"]
@@ -59,7 +59,7 @@ def plain_kl(teacher, student, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_losses_are_their_formulas(temperature):
+def test_losses_equal_their_formulas(temperature):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 5, 8, generator=generator)
     assert float(kl(student, teacher, temperature)) == pytest.approx(
@@ -80,7 +80,7 @@ def test_losses_are_their_formulas(temperature):
     assert float(mixed) == pytest.approx(expected + sum(angles) / len(angles), rel=1e-5)
 
 
-def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
+def test_logit_kl_and_task_loss_equal_plain_logits(windows):
     student, teacher = pico("llama_gqa"), pico("llama_gqa")
     decoder_layers(student)[2].mlp.down_proj.weight.data.mul_(2)
     own, other = ModelAdapter(student), ModelAdapter(teacher)
@@ -96,9 +96,9 @@ def test_losses_of_the_whole_model_are_those_of_plain_logits(windows):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", SOME)
-def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, windows):
-    """Against float64 autograd over whole models."""
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
+def test_come_sp_gradient_is_that_of_the_summed_layer_losses(family, recompute, windows):
+    """Against float64 autograd over complete models."""
     given = pair(family)
     method = DISTILL.create_from(
         "come_sp", {"loss": "kl", "temperature": 2.0, "gradient_checkpointing": recompute}
@@ -125,13 +125,15 @@ def test_sp_has_the_gradient_of_the_sum_over_merged_layers(family, recompute, wi
             dict(decoder_layers(m)[k].named_parameters()) for m in (given.student.model, student)
         )
         for name, parameter in ours.items():
-            wanted = plain[name].grad.float()
-            scale = float(wanted.abs().max())
-            torch.testing.assert_close(parameter.grad, wanted, rtol=2e-2, atol=1e-3 * scale + 1e-9)
+            expected = plain[name].grad.float()
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(
+                parameter.grad, expected, rtol=2e-2, atol=1e-3 * scale + 1e-9
+            )
 
 
 @pytest.mark.parametrize("store", ["memory", "disk"])
-def test_mp_sees_the_teachers_boundaries(store, windows, tmp_path):
+def test_teacher_boundaries_equal_its_hidden_states(store, windows, tmp_path):
     given = pair()
     shape = (*windows.shape, 32)
     keep = make_store(store, shape, torch.float32, tmp_path)
@@ -145,14 +147,14 @@ def test_mp_sees_the_teachers_boundaries(store, windows, tmp_path):
     keep.close()
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
 @pytest.mark.parametrize("name", WHOLE)
-def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, windows, tmp_path):
+def test_training_lowers_the_loss_and_gives_an_ordinary_model(name, family, windows, tmp_path):
     given = pair(family)
     before = copy.deepcopy(given.student.model)
     method = DISTILL.create_from(name)
     objective = method.objective(given)
-    same_text = windows[:4], windows[:4]  # of random tokens nothing is learnt for others
+    same_text = windows[:4], windows[:4]  # random tokens do not generalise
     progress = run(objective, *same_text, tmp_path, steps=8, learning_rate=3e-3)
     first, last = progress.validation[0], progress.validation[-1]
     assert progress.best_loss < first["loss"]
@@ -162,20 +164,20 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name, family, win
     method.settle(objective, given)
     model = given.student.model
     assert model.state_dict().keys() == before.state_dict().keys()
-    assert not same(model, before)
+    assert not same_weights(model, before)
     assert float(objective(windows)["loss"]) == pytest.approx(float(trained["loss"]), rel=1e-4)
-    if name != "lora":  # all but the merged layers is as it was
+    if name != "lora":  # only merged layers change
         for i in set(range(len(given.history))) - set(given.merged):
-            assert same(decoder_layers(model)[i], decoder_layers(before)[i])
+            assert same_weights(decoder_layers(model)[i], decoder_layers(before)[i])
     model.save_pretrained(tmp_path / "model")
     type(model).from_pretrained(tmp_path / "model")
 
 
-def test_mp_trains_each_layer_alone(windows, tmp_path):
+def test_come_mp_trains_each_layer_separately(windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
     method = DISTILL.create_from("come_mp", {"loss": "mse"})
-    told = []
+    logged = []
     found, memory = train_layerwise(
         method,
         given,
@@ -187,20 +189,20 @@ def test_mp_trains_each_layer_alone(windows, tmp_path):
         job="job",
         store="memory",
         workers=1,
-        log=lambda layer, losses: told.append(layer),
+        log=lambda layer, losses: logged.append(layer),
     )
-    assert sorted(found) == given.merged == sorted(set(told))
+    assert sorted(found) == given.merged == sorted(set(logged))
     model = given.student.model
     for index, layer in enumerate(decoder_layers(model)):
-        assert same(layer, decoder_layers(before)[index]) == (index not in given.merged)
+        assert same_weights(layer, decoder_layers(before)[index]) == (index not in given.merged)
     for progress in found.values():
         assert progress.validation[-1]["loss"] < progress.validation[0]["loss"]
-    a_layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
-    assert memory.parameters == a_layer
-    assert memory.optimizer == 2 * 4 * a_layer
+    layer_size = sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    assert memory.parameters == layer_size
+    assert memory.optimizer == 2 * 4 * layer_size
 
 
-def test_one_after_another_is_side_by_side(windows, tmp_path):
+def test_number_of_workers_does_not_change_come_mp(windows, tmp_path):
     models = []
     for workers in (1, 2):
         given = pair()
@@ -218,14 +220,14 @@ def test_one_after_another_is_side_by_side(windows, tmp_path):
             log=lambda layer, losses: None,
         )
         models.append(given.student.model)
-    assert same(*models)
+    assert same_weights(*models)
 
 
-@pytest.mark.parametrize("train_what", ["layers", "norms", "outputs", "lora"])
-def test_only_what_was_asked_for_trains(train_what, windows, tmp_path):
+@pytest.mark.parametrize("trained", ["layers", "norms", "outputs", "lora"])
+def test_train_setting_selects_the_trained_parameters(trained, windows, tmp_path):
     given = pair()
     before = copy.deepcopy(given.student.model)
-    method = DISTILL.create_from("come_sp", {"train": train_what})
+    method = DISTILL.create_from("come_sp", {"train": trained})
     objective = method.objective(given)
     run(objective, windows[:4], windows[:4], tmp_path, steps=2, learning_rate=1e-3)
     method.settle(objective, given)
@@ -243,27 +245,27 @@ def test_only_what_was_asked_for_trains(train_what, windows, tmp_path):
         "outputs": {"self_attn.o_proj.weight", "mlp.down_proj.weight"},
         "lora": {name for name in every if "proj" in name},
     }
-    assert changed == expected[train_what]
+    assert changed == expected[trained]
 
 
-def test_adapters_have_as_many_parameters_as_the_merged_layers():
+def test_default_lora_rank_matches_the_size_of_merged_layers():
     sizes = {}
     for name in ("come_sp", "lora"):
         sizes[name] = training_memory(DISTILL.create_from(name).objective(pair())).parameters
-    assert 0.6 < sizes["lora"] / sizes["come_sp"] < 1.7  # ranks are whole numbers
+    assert 0.6 < sizes["lora"] / sizes["come_sp"] < 1.7  # ranks are integers
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
+def test_resumed_training_equals_an_uninterrupted_one(windows, tmp_path):
     whole = DISTILL.create_from("come_sp").objective(pair())
     expected = run(whole, windows[:4], windows[4:], tmp_path / "whole", checkpoint_every=2)
 
-    class EnoughError(Exception):
+    class InterruptError(Exception):
         pass
 
     def stop(rows, seen=[]):  # noqa: B006
         seen.append(rows)
-        if len(seen) == 10:  # in the fifth step of two micro-batches each
-            raise EnoughError
+        if len(seen) == 10:  # in the fifth step; a step has two micro-batches
+            raise InterruptError
         return (windows[:4][rows],)
 
     train_config = TrainConfig(
@@ -276,7 +278,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
         "job": "job",
         "progress_bar": False,
     }
-    with pytest.raises(EnoughError):
+    with pytest.raises(InterruptError):
         train(DISTILL.create_from("come_sp").objective(pair()), stop, *arguments, **shared)
     resumed = DISTILL.create_from("come_sp").objective(pair())
     found = train(resumed, lambda rows: (windows[:4][rows],), *arguments, **shared)
@@ -285,17 +287,17 @@ def test_a_resumed_training_is_the_uninterrupted_one(windows, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
-def test_another_jobs_state_is_not_gone_on_from(windows, tmp_path):
+def test_training_state_of_another_job_is_ignored(windows, tmp_path):
     curves = []
     for job, rate in (("one", 1e-4), ("two", 1e-3), ("two", 1e-2)):
         objective = DISTILL.create_from("come_sp").objective(pair())
         progress = run(objective, windows[:4], windows[4:], tmp_path, job, learning_rate=rate)
         curves.append(progress.curve)
     assert curves[0] != curves[1]
-    assert curves[1] == curves[2]  # that one had finished
+    assert curves[1] == curves[2]  # already finished
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(windows, tmp_path):
+def test_non_finite_loss_stops_the_training(windows, tmp_path):
     given = pair()
     decoder_layers(given.student.model)[1].mlp.down_proj.weight.data.mul_(1e38)
     objective = DISTILL.create_from("come_sp").objective(given)
@@ -306,7 +308,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(windows, tmp_path):
         run(objective, windows[:4], windows[4:], tmp_path)
 
 
-def test_adapters_do_not_depend_on_what_was_drawn_before():
+def test_adapter_initialisation_is_seeded():
     weights = []
     for draws in (1, 7):
         torch.rand(draws)
@@ -316,7 +318,7 @@ def test_adapters_do_not_depend_on_what_was_drawn_before():
     assert all(map(torch.equal, *weights))
 
 
-def test_a_student_with_other_front_layers_runs_from_its_own_embeddings(windows):
+def test_student_with_changed_early_layers_uses_its_own_hidden_states(windows):
     given = pair()
     decoder_layers(given.student.model)[0].mlp.down_proj.weight.data.mul_(1.5)
     found = DISTILL.create_from("logits").objective(given).validate(windows)
@@ -324,8 +326,8 @@ def test_a_student_with_other_front_layers_runs_from_its_own_embeddings(windows)
     assert float(found["nll"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
-    """A rate far too high: nothing is better than the start."""
+def test_early_stopping_restores_the_best_weights(windows, tmp_path):
+    """With a learning rate that is far too high, no step improves on the start."""
     given = pair()
     before = copy.deepcopy(given.student.model)
     objective = DISTILL.create_from("come_sp").objective(given)
@@ -333,10 +335,10 @@ def test_the_best_weights_are_kept_and_training_stops_early(windows, tmp_path):
     progress = run(objective, windows[:4], windows[4:], tmp_path, **train_config)
     assert progress.best_step == 0
     assert progress.step == 6
-    assert same(given.student.model, before)
+    assert same_weights(given.student.model, before)
 
 
-def test_micro_batches_add_up(windows, tmp_path):
+def test_micro_batch_size_does_not_change_the_losses(windows, tmp_path):
     curves = []
     for size in (1, 2, 4):
         objective = DISTILL.create_from("come_sp").objective(pair())
@@ -349,7 +351,7 @@ def test_micro_batches_add_up(windows, tmp_path):
         assert curve == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_every_window_comes_once_an_epoch():
+def test_every_window_is_used_once_per_epoch():
     train_config = TrainConfig(steps=10, batch_size=3, seed=5)
     rows = torch.cat([train_config.rows(step, 6) for step in range(10)]).tolist()
     for epoch in range(5):
@@ -357,7 +359,7 @@ def test_every_window_comes_once_an_epoch():
     assert rows[:6] != rows[6:12]
 
 
-def test_the_rate_rises_and_falls():
+def test_learning_rate_warmup_and_decay():
     train_config = TrainConfig(steps=100, learning_rate=2.0, warmup=0.1)
     rates = [train_config.lr_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
@@ -380,12 +382,12 @@ def test_the_rate_rises_and_falls():
         ("come_ps", {}, "unknown distillation; did you mean 'come_sp'"),
     ],
 )
-def test_settings_that_are_refused(name, settings, message):
+def test_invalid_settings(name, settings, message):
     with pytest.raises(ValueError, match=message):
         DISTILL.create_from(name, settings)
 
 
-def test_the_shipped_config_asks_for_shards():
+def test_fsdp_config_shards_the_model():
     config = load_config_from_file(str(ROOT / "experiments" / "distill" / "fsdp.yaml"))
     assert config.distributed_type is DistributedType.FSDP
     assert not config.use_cpu

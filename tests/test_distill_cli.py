@@ -1,4 +1,4 @@
-"""Distillation as a user runs it: real processes on a pico model, killed and launched."""
+"""End-to-end distillation of a pico model: complete, killed, and launched on two processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.commands import ROOT, equal, finish, small
+from tests.commands import ROOT, communicate, same_checkpoint, small_job_overrides
 
 TRAIN = [
     "distill.tokens=2560",
@@ -32,9 +32,9 @@ def result(folder):
 
 
 @pytest.mark.slow
-def test_a_distilled_run_and_one_from_it(command, tmp_path):
+def test_distilled_run_and_runs_from_its_models(command, tmp_path):
     folder, again = tmp_path / "out", tmp_path / "again"
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command("distill=come_sp", *TRAIN, "tracking=wandb", f"hydra.run.dir={folder}")
     )
     assert code == 0, errors
@@ -63,8 +63,8 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     losses = [json.loads(line) for line in lines if '"distill/loss"' in line]
     assert len(losses) == 20
 
-    # another distillation of the same merged model, without merging again
-    code, output, errors = finish(
+    # a second distillation of the same merged model, without a new merge
+    code, output, errors = communicate(
         command(
             "distill=logits",
             *TRAIN[:-1],
@@ -75,12 +75,12 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
     assert code == 0, errors
     assert "already merged, 21 layers" in output
     assert result(again)["merge_history"] == found["merge_history"]
-    assert equal(again / "model-merged", folder / "model-merged")
-    assert not equal(again / "model", folder / "model")
+    assert same_checkpoint(again / "model-merged", folder / "model-merged")
+    assert not same_checkpoint(again / "model", folder / "model")
     assert result(again)["depths"][1]["metrics"] == found["depths"][1]["metrics"]
 
-    # only evaluated
-    code, _, errors = finish(
+    # evaluation only
+    code, _, errors = communicate(
         command(
             "eval.perplexity.max_tokens=256",
             f"from_run={folder}",
@@ -88,15 +88,15 @@ def test_a_distilled_run_and_one_from_it(command, tmp_path):
         )
     )
     assert code == 0, errors
-    assert equal(tmp_path / "eval" / "model", folder / "model")
+    assert same_checkpoint(tmp_path / "eval" / "model", folder / "model")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["come_sp", "come_mp"])
-def test_a_killed_distillation_goes_on(method, command, tmp_path):
+def test_killed_distillation_resumes(method, command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = [f"distill={method}", *TRAIN, "eval=none"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={whole}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={whole}"))
     assert code == 0, errors
     process = command(*settings, f"hydra.run.dir={cut}")
     deadline = time.monotonic() + 120
@@ -107,31 +107,31 @@ def test_a_killed_distillation_goes_on(method, command, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "result.json").exists()
-    code, output, errors = finish(command(*settings, f"hydra.run.dir={cut}"))
+    code, output, errors = communicate(command(*settings, f"hydra.run.dir={cut}"))
     assert code == 0, errors
     assert "already merged" in output
     assert result(cut)["distillation"]["curve"] == result(whole)["distillation"]["curve"]
-    assert equal(cut / "model", whole / "model")
+    assert same_checkpoint(cut / "model", whole / "model")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("lora", True)]
 )
-def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_folder, tmp_path):
-    alone, both = tmp_path / "alone", tmp_path / "both"
+def test_two_processes_train_like_one(method, sharded, command, pico_folder, tmp_path):
+    single, double = tmp_path / "single", tmp_path / "double"
     settings = ["merge=come", f"distill={method}", *TRAIN, "distill.micro_batch=1", "eval=none"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--standalone"]
-    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
+    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
     own = {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     own |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
+            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={double}"],
             cwd=tmp_path,
             env=os.environ | own,
             stdout=subprocess.PIPE,
@@ -140,9 +140,9 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
         )
 
     process = start()
-    if sharded:  # parts are written whole, so that a killed training goes on
+    if sharded:  # a killed training resumes from a complete checkpoint
         deadline = time.monotonic() + 120
-        while not list(both.glob("distill/**/state.json")):
+        while not list(double.glob("distill/**/state.json")):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -150,16 +150,16 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
             one.kill()
         process.wait()
         process = start()
-    code, output, errors = finish(process)
+    code, output, errors = communicate(process)
     assert code == 0, errors
     assert ("already merged" in output) == sharded
     one, two = (
-        [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (alone, both)
+        [loss for _, loss in result(folder)["distillation"]["curve"]] for folder in (single, double)
     )
-    assert [result(f)["distillation"]["processes"] for f in (alone, both)] == [1, 2]
+    assert [result(f)["distillation"]["processes"] for f in (single, double)] == [1, 2]
     assert two == pytest.approx(one, rel=1e-3)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
-    states = [load_file(folder / "model" / "model.safetensors") for folder in (alone, both)]
+    states = [load_file(folder / "model" / "model.safetensors") for folder in (single, double)]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -171,7 +171,7 @@ def test_two_processes_have_the_gradient_of_one(method, sharded, command, pico_f
         (["from_run=/no/run"], "from_run=/no/run: no merged model with its come/plan.json there"),
     ],
 )
-def test_bad_settings_cost_one_line(overrides, message, command_line, tmp_path):
+def test_invalid_settings_give_one_line(overrides, message, command_line, tmp_path):
     code, printed = command_line(*overrides, f"hydra.run.dir={tmp_path / 'out'}")
     assert code == 1
     assert message in printed

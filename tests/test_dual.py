@@ -1,4 +1,4 @@
-"""The dual form against the normal equations and against plain float64 computations."""
+"""The dual form, against the normal equations and plain float64."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ TOKENS, WIDTH, OUT = 40, 240, 6
 
 
 def both_forms(bias, seed=0, tokens=TOKENS, width=WIDTH):
-    """The same problem as normal equations and in the dual form, its data, and a first map."""
+    """One problem in primal and dual form, its data, and an initial map."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(tokens, width, generator=generator) + 0.3
     start, targets = (
@@ -42,7 +42,7 @@ def both_forms(bias, seed=0, tokens=TOKENS, width=WIDTH):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_solution(bias):
+def test_solve(bias):
     dense, dual, data, initial = both_forms(bias)
     assert dual.mean_diagonal() == pytest.approx(dense.mean_diagonal(), rel=1e-6)
     penalty = 0.1 * dense.mean_diagonal()
@@ -57,7 +57,7 @@ def test_the_solution(bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_columns(bias):
+def test_solve_for_a_subset_of_columns(bias):
     dense, dual, _, initial = both_forms(bias)
     penalty = 0.1 * dense.mean_diagonal()
     chosen = torch.arange(5, WIDTH, 3)
@@ -84,7 +84,7 @@ def test_leverage(bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("size", "rate"), [(1, 0.3), (1, 0.01), (8, 0.0)])
 def test_elimination(bias, size, rate):
-    """Every round's growth, after updates and after computing anew, against the dense form."""
+    """Against the dense form, with updates and with recomputation between rounds."""
     dense, dual, _, initial = both_forms(bias)
     penalty = 0.1 * dense.mean_diagonal()
     keep = 60 // size
@@ -108,23 +108,25 @@ def test_elimination(bias, size, rate):
 
 
 @pytest.mark.parametrize("leaving", [1, 5, 9, 10, 30])
-def test_growth_after_columns_have_left(leaving):
+def test_growth_after_removing_columns(leaving):
     dense, dual, _, initial = both_forms(True)
     penalty = 0.1 * dense.mean_diagonal()
     states = [form.elimination(initial, penalty) for form in (dense, dual)]
     for _ in range(3):
         growths = [state.growth(1) for state in states]
         torch.testing.assert_close(growths[1], growths[0], rtol=2e-3, atol=1e-6)
-        gone = torch.arange(0, 2 * leaving, 2)
-        stay = torch.tensor([i for i in range(len(growths[0])) if i not in set(gone.tolist())])
+        removed = torch.arange(0, 2 * leaving, 2)
+        remaining = torch.tensor(
+            [i for i in range(len(growths[0])) if i not in set(removed.tolist())]
+        )
         for state in states:
-            state.remove(stay, gone)
+            state.remove(remaining, removed)
     torch.testing.assert_close(states[1].growth(3), states[0].growth(3), rtol=5e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_many_outputs_are_sketched(bias):
-    """1100 outputs are read as 512: growths within a few standard deviations of 6%."""
+def test_sketch_of_many_outputs(bias):
+    """1100 outputs are sketched by 512 columns; the growths have a standard deviation of 6%."""
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(60, 300, generator=generator) + 0.3
     shape = torch.randn(20, 1100, generator=generator)  # of low rank, as targets are
@@ -153,14 +155,14 @@ def test_many_outputs_are_sketched(bias):
         )
         whole = torch.zeros_like(start)
         whole[:, columns] = found.weight
-        missed = dense.error(Map(whole, found.bias))
-        errors.append(missed + penalty * float((whole - start).square().sum()))
+        residual = dense.error(Map(whole, found.bias))
+        errors.append(residual + penalty * float((whole - start).square().sum()))
     assert errors[1] < 1.02 * errors[0]
 
 
 @pytest.mark.parametrize("tokens", [32, 80])
-def test_the_form_is_chosen_by_size(tokens, windows):
-    """128 columns of two layers: dual from 2 columns per token."""
+def test_form_is_chosen_by_size(tokens, windows):
+    """Two layers have 128 columns; the dual form is used from 2 columns per token on."""
     adapter = ModelAdapter(pico("llama_gqa", intermediate_size=64))
     with LayerStream(adapter, windows[: tokens // 16], progress=False) as stream:
         stream.embed()
@@ -175,7 +177,7 @@ def test_the_form_is_chosen_by_size(tokens, windows):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [7, 64])
 def test_inputs_in_a_file_are_read_in_tiles(bias, columns, monkeypatch, tmp_path):
-    """A file that no name leads to, tiles that do not divide the columns: the same results."""
+    """Same results from an unlinked file, also if the tiles do not divide the columns."""
     monkeypatch.setattr("come.linalg.dual.COLUMNS", columns)
     dense, stored, (features, targets, weights), initial = both_forms(bias)
     tiled = Dual(
@@ -197,29 +199,32 @@ def test_inputs_in_a_file_are_read_in_tiles(bias, columns, monkeypatch, tmp_path
 @pytest.mark.parametrize(("free", "store", "mapped"), [
     (0, "memory", False), (1e5, "memory", False), (1e9, "memory", False), (1e9, "disk", True),
 ])  # fmt: skip
-def test_where_inputs_of_a_problem_are(free, store, mapped, windows, monkeypatch, tmp_path):
-    """With the problem; beside a GPU that has room for all else; or with it in main memory."""
-    asked = []
+def test_placement_of_the_inputs(free, store, mapped, windows, monkeypatch, tmp_path):
+    """On the solving device, or in main memory or a file if only the rest fits on the device."""
+    requested = []
     monkeypatch.setattr("come.merge.output_map.COLUMNS", 8)
     monkeypatch.setattr(
-        "come.merge.output_map.fits", lambda device, needed: asked.append(needed) or needed <= free
+        "come.merge.output_map.fits",
+        lambda device, needed: requested.append(needed) or needed <= free,
     )
     adapter = ModelAdapter(pico("llama_gqa"))
     with LayerStream(adapter, windows, store=store, folder=tmp_path, progress=False) as stream:
-        made = []
+        allocated = []
         scratch = stream.scratch
-        monkeypatch.setattr(stream, "scratch", lambda *shape: made.append(shape) or scratch(*shape))
+        monkeypatch.setattr(
+            stream, "scratch", lambda *shape: allocated.append(shape) or scratch(*shape)
+        )
         tokens, hidden = stream.tokens, adapter.config.hidden_size
         sums = equations(8 * tokens, stream, bias=False, eliminates=True)
-        others = 4 * (tokens * hidden + 8 * tokens + 8 * tokens * hidden) + 24 * tokens**2
-        assert asked == ([] if mapped else [others + 4 * tokens * 8 * tokens])
+        rest = 4 * (tokens * hidden + 8 * tokens + 8 * tokens * hidden) + 24 * tokens**2
+        assert requested == ([] if mapped else [rest + 4 * tokens * 8 * tokens])
         assert isinstance(sums, Dual)
-        assert made == ([] if free == 1e9 and not mapped else [(8 * tokens, tokens)])
+        assert allocated == ([] if free == 1e9 and not mapped else [(8 * tokens, tokens)])
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
 @pytest.mark.parametrize("retention", ["adaptive", "leverage"])
-def test_plans_of_both_forms(family, retention, windows, monkeypatch):
+def test_both_forms_give_the_same_plan(family, retention, windows, monkeypatch):
     plans = []
     for columns in (0, 10**9):
         monkeypatch.setattr("come.merge.joint_selection.DUAL", columns)
@@ -236,7 +241,7 @@ def test_plans_of_both_forms(family, retention, windows, monkeypatch):
         torch.testing.assert_close(first.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_tokens_of_the_choice(windows):
+def test_retention_tokens(windows):
     def plan(tokens=None, **changes):
         method = recipe("come_plus", **changes)
         method.retention.tokens = tokens
@@ -249,39 +254,39 @@ def test_tokens_of_the_choice(windows):
     assert fewer.steps[0].kept != plan(groups=((2, 3), (0, 1))).steps[0].kept
 
 
-def test_a_gram_matrix_is_freed_without_the_garbage_collector():
-    """Its buffer of tokens calls it back; as a cycle it would stay until the collector runs."""
+def test_gram_is_freed_by_reference_counting():
+    """Its token buffer has a callback, which must not form a reference cycle."""
     gc.disable()
     try:
         sums = Gram(4, 2, bias=False)
         sums.add(torch.ones(3, 4), torch.ones(3, 2), torch.ones(3))
-        gone = weakref.ref(sums)
+        reference = weakref.ref(sums)
         del sums
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("size", [7, 700])
-def test_a_cholesky_factor_takes_the_memory_of_its_matrix(size):
+def test_cholesky_and_inverse_are_in_place(size):
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(size, 2 * size, dtype=torch.float64, generator=generator)
     matrix, right = root @ root.T, torch.randn(size, 3, dtype=torch.float64, generator=generator)
     expected = torch.linalg.solve(matrix, right)
     whole = torch.linalg.inv(matrix)
-    given = matrix.clone()
-    factor = cholesky(given)
-    assert factor.data_ptr() == given.data_ptr()
+    buffer = matrix.clone()
+    factor = cholesky(buffer)
+    assert factor.data_ptr() == buffer.data_ptr()
     torch.testing.assert_close(factor, torch.linalg.cholesky(matrix))
     torch.testing.assert_close(cholesky_solve(factor, right), expected)
     inverse = inverse_of(factor)
-    assert inverse.data_ptr() == given.data_ptr()
+    assert inverse.data_ptr() == buffer.data_ptr()
     torch.testing.assert_close(inverse, whole)
     assert torch.equal(inverse, inverse.T)
 
 
-def test_a_gpu_that_is_full_leaves_problems_to_the_cpu(monkeypatch, caplog):
-    """Memory that torch has reserved and does not use is free; the change is said once."""
+def test_problems_that_do_not_fit_on_the_gpu_are_solved_on_the_cpu(monkeypatch, caplog):
+    """Memory that torch reserved but does not use counts as free; the fallback is logged once."""
     from come.linalg.placement import _say_once, solving_device
 
     _say_once.cache_clear()

@@ -1,4 +1,4 @@
-"""The estimate before the start, and --dry-run."""
+"""Estimates of time and memory, and --dry-run."""
 
 import os
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ def cost(shape, **changes):
     return compression_cost(shape, **given | {"store": "memory"} | changes)
 
 
-def test_in_words():
+def test_cost_lines():
     work = Work(single=1e11, double=1e10, bytes=2e9)
     found = Cost(8192, work, [2, 2, 3], 538_000_000, 585_000_000, "memory")
     assert found.lines(SPEED) == [
@@ -53,14 +53,14 @@ def test_in_words():
     assert duration(125.0) == "2 min 05 s"
 
 
-def test_work_adds_up():
+def test_work_addition():
     first, second = Work(1.0, 2.0, 3.0), Work(10.0, 20.0, 2.0)
     assert first + second == Work(11.0, 22.0, 3.0)  # memory is freed in between
     assert first * 3 == Work(3.0, 6.0, 3.0)
     assert Speed(2.0, 4.0).seconds(Work(10.0, 8.0)) == 7.0
 
 
-def test_the_operations_of_a_solution_are_counted():
+def test_operation_counts():
     """The Gram matrix, its factor and its inverse, against textbook counts."""
     size = SpanSize(2, tokens=100, hidden=8, heads=8, channels=16, parameters=700)
     assert size.width == 32
@@ -69,16 +69,16 @@ def test_the_operations_of_a_solution_are_counted():
     assert size.sums(32, 8).bytes == 8 * 32 * (32 + 8)
     assert size.solve(32, 8).double == 32**3 / 3 + 2 * 32 * 32 * 8
     assert size.inverse(32).double == 32**3
-    # the inverse, and 2 n^2 for each column that leaves
-    left_out = sum(2 * n * n + 2 * 32 * 8 for n in range(17, 33))
+    # the inverse, and 2 n^2 for each removed column
+    removal = sum(2 * n * n + 2 * 32 * 8 for n in range(17, 33))
     assert size.eliminated(32, 16).double == 0
-    careful = replace(size, ratio=1e-4)  # chosen in float64
-    assert careful.eliminated(32, 16).double == size.eliminated(32, 16).single
-    assert careful.eliminated(32, 16).bytes == 2 * size.eliminated(32, 16).bytes
-    assert size.eliminated(32, 16).single - 32**3 == pytest.approx(left_out, rel=0.05)
+    precise = replace(size, ratio=1e-4)  # chosen in float64
+    assert precise.eliminated(32, 16).double == size.eliminated(32, 16).single
+    assert precise.eliminated(32, 16).bytes == 2 * size.eliminated(32, 16).bytes
+    assert size.eliminated(32, 16).single - 32**3 == pytest.approx(removal, rel=0.05)
 
 
-def test_the_dual_form_grows_with_tokens_in_place_of_columns():
+def test_dual_form_cost_grows_with_tokens():
     few = SpanSize(4, tokens=64, hidden=32, heads=32, channels=128, parameters=9000)
     many = SpanSize(4, tokens=512, hidden=32, heads=32, channels=128, parameters=9000)
     assert (few.dual(512, 4), many.dual(512, 4)) == (True, False)
@@ -96,7 +96,7 @@ def test_every_recipe_has_an_estimate(name, shape):
     assert found.weight_bytes == 4 * shape.parameters
 
 
-def test_it_grows_with_tokens_depth_and_trials(shape):
+def test_cost_grows_with_tokens_depth_and_trials(shape):
     base = cost(shape).work.single
     assert cost(shape, num_samples=16).work.single > 1.5 * base
     assert cost(shape, target=6).work.single > 1.1 * base
@@ -106,32 +106,32 @@ def test_it_grows_with_tokens_depth_and_trials(shape):
     assert cost(shape, method=recipe("come_plus", m=2)).work.bytes < cost(shape).work.bytes
 
 
-def test_the_penalty_decides_the_dtype_of_the_choice(shape):
+def test_small_penalty_needs_float64(shape):
     small = cost(shape, method=recipe("come_plus", refit_lambda=1e-6)).work
     assert small.double > cost(shape).work.double
     assert small.single < cost(shape).work.single
 
 
-def test_merges_that_read_no_further_than_their_span_are_measured_less(shape):
+def test_local_retention_measures_fewer_layers(shape):
     method = recipe("come_plus", shortlist=1)
     ahead = cost(shape, method=method, target=6).work.single
     method.retention.local = False
     assert cost(shape, method=method, target=6).work.single > ahead
 
 
-def test_a_choice_of_fewer_tokens_costs_less(shape):
+def test_retention_tokens_lower_the_cost(shape):
     method = recipe("come_plus")
     method.retention.tokens = 64
     assert cost(shape, method=method).work.single < cost(shape).work.single
 
 
-def test_layers_are_measured_again_only_where_the_schedule_does(shape):
+def test_one_shot_schedule_measures_layers_once(shape):
     passes = cost(shape, method=recipe("shortgpt")).work.single
     assert passes == 12 * 2 * 256 * shape.block_parameters["layer"]
     assert cost(shape, method=recipe("come")).work.single > passes
 
 
-def test_passes_that_are_not_counted_are_named(shape):
+def test_uncounted_passes_are_listed(shape):
     assert cost(shape).extra == []
     assert cost(shape, method=recipe("sleb")).extra == ["merge.selection=skip_loss"]
     assert (
@@ -171,13 +171,13 @@ def test_dry_run(command_line, tmp_path, monkeypatch):
     assert "COME_DRY_RUN" not in os.environ
 
 
-def test_a_dry_run_says_what_a_run_would_refuse(command_line):
+def test_dry_run_reports_errors(command_line):
     code, output = command_line("--dry-run", "merge.target_layers=44")
     assert (code, output.count("\n")) == (1, 2)
     assert "error: merge.target_layers=44: the model has 24 layers" in output
 
 
-def test_a_dry_run_of_a_sweep(command_line, tmp_path):
+def test_dry_run_of_a_sweep(command_line, tmp_path):
     code, output = command_line("--dry-run", "-m", "merge.target_layers=20,21", "eval=perplexity")
     assert code == 0, output
     assert "to 20 layers" in output
@@ -185,7 +185,7 @@ def test_a_dry_run_of_a_sweep(command_line, tmp_path):
     assert not list(tmp_path.glob("runs*"))
 
 
-def test_too_little_memory_is_said(command_line, monkeypatch):
+def test_insufficient_memory(command_line, monkeypatch):
     monkeypatch.setattr("come.job.estimate.Cost.step_bytes", 1e15)
     code, output = command_line("--dry-run")
     assert code == 0, output
@@ -198,7 +198,7 @@ def test_too_little_memory_is_said(command_line, monkeypatch):
 
 @pytest.fixture
 def large(shape):
-    """The layers of Mistral 7B."""
+    """A model with the shape of Mistral 7B."""
     config = MistralConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=32000,
@@ -210,119 +210,125 @@ def large(shape):
     )  # fmt: skip
 
 
-STEPS = [
+SAVINGS = [
     "model.weights=disk", "calibration.store=disk", "calibration.batch_size=1",
     "merge.retention.tokens=4096",
 ]  # fmt: skip
 
 
-def machine(monkeypatch, free):
-    """A machine on which a merge may use this many bytes."""
+def set_free_memory(monkeypatch, free):
+    """Pretends that a merge may use `free` bytes."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(free / SHARE))
 
 
 @pytest.mark.parametrize(("method", "count"), [("come_plus", 4), ("flattengpt", 3), ("come", 3)])
-def test_the_settings_that_are_named_would_fit(method, count, large, pico_folder, monkeypatch):
-    """One setting after the other, until it fits; the last ones are named only where they help."""
+def test_suggested_settings_fit_into_memory(method, count, large, pico_folder, monkeypatch):
+    """Suggestions are added one by one until the job fits; useless ones are left out."""
     words = [f"merge={method}", "merge.target_layers=20", "model.weights=memory"]
     words += ["calibration.num_samples=128", "calibration.seq_len=256", "calibration.store=memory"]
-    asked = job_settings(pico_folder, *words)
+    job = job_settings(pico_folder, *words)
 
     def needed(*more):
         return merge_cost(job_settings(pico_folder, *words, *more), large, 28).memory_bytes
 
-    for taken in range(1, count + 1):
-        fits = int(needed(*STEPS[:taken])) + 1
-        assert fits < needed(*STEPS[: taken - 1])
-        machine(monkeypatch, fits)
-        found = memory_shortage(asked, large, 28)
-        assert found.endswith(f"it would fit with {' '.join(STEPS[:taken])}")
-    machine(monkeypatch, 10**12)
-    assert memory_shortage(asked, large, 28) is None
+    for number in range(1, count + 1):
+        fits = int(needed(*SAVINGS[:number])) + 1
+        assert fits < needed(*SAVINGS[: number - 1])
+        set_free_memory(monkeypatch, fits)
+        found = memory_shortage(job, large, 28)
+        assert found.endswith(f"it would fit with {' '.join(SAVINGS[:number])}")
+    set_free_memory(monkeypatch, 10**12)
+    assert memory_shortage(job, large, 28) is None
 
 
 @pytest.mark.parametrize(
-    ("words", "places"),
+    ("words", "placements"),
     [
         ([], [("memory", "memory"), ("memory", "disk"), ("disk", "memory"), ("disk", "disk")]),
         (["model.weights=disk"], [("disk", "memory"), ("disk", "disk")]),
         (["calibration.store=memory"], [("memory", "memory"), ("disk", "memory")]),
     ],
 )
-def test_what_does_not_fit_is_kept_on_disk(words, places, large, pico_folder, monkeypatch):
-    """Each place is taken where the ones before it do not fit; what is set stays."""
+def test_auto_placement_moves_to_disk_what_does_not_fit(
+    words, placements, large, pico_folder, monkeypatch
+):
+    """Placements are tried in order until one fits; explicit settings are kept."""
     words = ["merge=come_plus", "merge.target_layers=20", "calibration.num_samples=64", *words]
-    asked = job_settings(pico_folder, *words, "calibration.seq_len=256")
+    job = job_settings(pico_folder, *words, "calibration.seq_len=256")
 
     def at(weights, store):
-        here = replace(asked, model=replace(asked.model, weights=weights))
+        here = replace(job, model=replace(job.model, weights=weights))
         return replace(here, calibration=replace(here.calibration, store=store, batch_size=1))
 
-    for place in places:
-        enough = merge_cost(at(*place), large, 28).memory_bytes
-        machine(monkeypatch, enough + 1)
+    for placement in placements:
+        enough = merge_cost(at(*placement), large, 28).memory_bytes
+        set_free_memory(monkeypatch, enough + 1)
         monkeypatch.setattr("come.job.budget.choose_weights", lambda *given: "memory")
-        found = placed(asked, large, 28)
-        assert (found.model.weights, found.calibration.store) == place
-    machine(monkeypatch, 1)
-    found = placed(asked, large, 28)
-    assert (found.model.weights, found.calibration.store) == places[-1]
+        found = placed(job, large, 28)
+        assert (found.model.weights, found.calibration.store) == placement
+    set_free_memory(monkeypatch, 1)
+    found = placed(job, large, 28)
+    assert (found.model.weights, found.calibration.store) == placements[-1]
     assert memory_shortage(found, large, 28) is not None
 
 
 @pytest.mark.parametrize(("words", "sizes"), [
     ([], [4, 2, 1, 4]), (["calibration.batch_size=3"], [3]), (["merge.refit=adam"], [4]),
 ])  # fmt: skip
-def test_batches_are_as_large_as_fits(words, sizes, large, pico_folder, monkeypatch):
-    """Before anything goes to disk; what is set, and what a result depends on, stays."""
+def test_auto_batch_size_shrinks_until_it_fits(words, sizes, large, pico_folder, monkeypatch):
+    """Batches shrink before anything moves to disk; explicit and batch-dependent sizes stay."""
     words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256", *words]
-    asked = job_settings(pico_folder, *words)
+    job = job_settings(pico_folder, *words)
     monkeypatch.setattr("come.job.budget.choose_weights", lambda *given: "memory")
-    places = []
+    placements = []
     for number, size in enumerate(sizes):
-        there = replace(asked.calibration, batch_size=size, store="memory")
+        there = replace(job.calibration, batch_size=size, store="memory")
         if number == 3:
             there = replace(there, store="disk")
-        here = replace(asked, model=replace(asked.model, weights="memory"), calibration=there)
-        machine(monkeypatch, merge_cost(here, large, 28).memory_bytes + 1)
-        found = placed(asked, large, 28)
-        places.append((found.model.weights, found.calibration.store, found.calibration.batch_size))
+        here = replace(job, model=replace(job.model, weights="memory"), calibration=there)
+        set_free_memory(monkeypatch, merge_cost(here, large, 28).memory_bytes + 1)
+        found = placed(job, large, 28)
+        placements.append(
+            (found.model.weights, found.calibration.store, found.calibration.batch_size)
+        )
     stores = ["memory"] * min(3, len(sizes)) + ["disk"] * (len(sizes) - 3)
-    assert places == [("memory", store, size) for store, size in zip(stores, sizes, strict=True)]
+    assert placements == [
+        ("memory", store, size) for store, size in zip(stores, sizes, strict=True)
+    ]
 
 
-def test_weights_leave_room_for_what_follows_the_merge(large, pico_folder, monkeypatch):
-    """More than two thirds of the free memory: from disk, though the merge would fit."""
+def test_weights_above_two_thirds_of_memory_stay_on_disk(large, pico_folder, monkeypatch):
+    """The later stages need room, even if the merge itself would fit."""
     words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256"]
-    asked = job_settings(pico_folder, *words)
+    job = job_settings(pico_folder, *words)
     weights = large.weight_bytes
-    for free, place in ((1.45 * weights, "disk"), (2 * weights, "memory")):
+    for free, placement in ((1.45 * weights, "disk"), (2 * weights, "memory")):
         monkeypatch.setattr("psutil.virtual_memory", lambda free=free: Memory(free))
-        assert merge_cost(asked, large, 28).memory_bytes < SHARE * 2 * weights
-        assert placed(asked, large, 28).model.weights == place
+        assert merge_cost(job, large, 28).memory_bytes < SHARE * 2 * weights
+        assert placed(job, large, 28).model.weights == placement
 
 
-def test_the_budget_is_the_smaller_of_what_is_given_and_free(large, pico_folder, monkeypatch):
+def test_budget_is_the_minimum_of_setting_and_free_memory(large, pico_folder, monkeypatch):
     words = ["merge=come_plus", "merge.target_layers=20", "calibration.seq_len=256"]
-    asked = job_settings(pico_folder, *words, "calibration.memory=6GB")
-    cost = merge_cost(asked, large, 28)
+    job = job_settings(pico_folder, *words, "calibration.memory=6GB")
+    cost = merge_cost(job, large, 28)
     for free, budget in ((1e12, 6e9), (3e9, 3e9)):
-        machine(monkeypatch, free)
-        (need,) = memory_needs(asked, cost)
+        set_free_memory(monkeypatch, free)
+        (need,) = memory_needs(job, cost)
         assert need.budget == pytest.approx(budget)
         assert need.needed == cost.memory_bytes
-    monkeypatch.setenv("WORLD_SIZE", "2")  # hidden states are shared, in files
-    both = placed(asked, large, 28)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # hidden states are shared in files
+    both = placed(job, large, 28)
     assert both.calibration.store == "disk"
     cost = merge_cost(both, large, 28)
     (need,) = memory_needs(both, cost)
     assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes + cost.judged_bytes)
-    least = replace(asked, calibration=replace(asked.calibration, memory="1MB"))
+    least = replace(job, calibration=replace(job.calibration, memory="1MB"))
     least = placed(least, large, 28)
-    machine(monkeypatch, 1e12)
-    said = memory_shortage(least, large, 28)
-    assert "raise calibration.memory=1MB, start fewer processes" in said
-    machine(monkeypatch, 1e3)
+    set_free_memory(monkeypatch, 1e12)
+    message = memory_shortage(least, large, 28)
+    assert "raise calibration.memory=1MB, start fewer processes" in message
+    set_free_memory(monkeypatch, 1e3)
     assert "take a machine with more, start fewer" in memory_shortage(least, large, 28)
 
 
@@ -334,7 +340,7 @@ def test_the_budget_is_the_smaller_of_what_is_given_and_free(large, pico_folder,
         ("0GB", "must be above 0"),
     ],
 )
-def test_a_budget_that_is_none(word, message, pico_folder):
+def test_invalid_memory_budget(word, message, pico_folder):
     with pytest.raises(ValueError, match=message):
         job_settings(pico_folder, f"calibration.memory={word}")
 
@@ -342,56 +348,58 @@ def test_a_budget_that_is_none(word, message, pico_folder):
 @pytest.mark.parametrize(
     ("word", "size"), [("6GB", 6e9), ("6gb", 6e9), ("1.5MB", 1.5e6), ("2GiB", 2 * 2**30)]
 )
-def test_sizes(word, size, pico_folder):
+def test_memory_budget_units(word, size, pico_folder):
     assert job_settings(pico_folder, f"calibration.memory={word}").calibration.memory_bytes == size
 
 
-def test_the_windows_that_trials_are_judged_on_count(shape):
-    """Their states at all boundaries are in memory, wherever those of the others are."""
+def test_validation_windows_of_trials_count_as_memory(shape):
+    """Their hidden states at all boundaries are in memory, even with store=disk."""
     method = recipe("come_plus")
     found = cost(shape, method=method, store="disk")
-    _, judged = method.selection.trial_tokens(8, 32)
-    assert found.judged_bytes == judged * 13 * shape.config.hidden_size * 4 > 0
+    _, validation_tokens = method.selection.trial_tokens(8, 32)
+    assert found.judged_bytes == validation_tokens * 13 * shape.config.hidden_size * 4 > 0
     assert found.memory_bytes == found.weight_bytes + found.step_bytes + found.judged_bytes
     assert cost(shape, method=recipe("come")).judged_bytes == 0
 
 
-def test_a_batch_counts(shape):
+def test_batch_memory(shape):
     one, four = (cost(shape, batch_size=size) for size in (1, 4))
     assert four.batch_bytes == 4 * one.batch_bytes > 0
     assert four.memory_bytes - one.memory_bytes == 3 * one.batch_bytes
 
 
 @pytest.mark.parametrize(("free", "main", "named"), [(1, 10**12, "device"), (10**12, 1, "main")])
-def test_a_gpu_has_two_memories(free, main, named, large, pico_folder, monkeypatch):
+def test_device_and_main_memory_are_checked_separately(
+    free, main, named, large, pico_folder, monkeypatch
+):
     """Weights and least squares are on the device, hidden states in main memory."""
-    asked = job_settings(pico_folder, "merge=come_plus", "merge.target_layers=20")
+    job = job_settings(pico_folder, "merge=come_plus", "merge.target_layers=20")
     cuda = torch.device("cuda")
     for module in ("budget", "job"):
         monkeypatch.setattr(f"come.job.{module}.choose_device", lambda name: cuda)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(main))
-    found = memory_shortage(asked, large, 28)
+    found = memory_shortage(job, large, 28)
     assert f"of {named} memory, and may use 0.0 MB" in found
 
 
 @dataclass
 class Memory:
-    """What psutil says of the machine."""
+    """A stub of psutil.virtual_memory()."""
 
     available: int
 
 
-def test_mistral_7b_from_disk_fits_into_a_laptop(large, pico_folder):
+def test_mistral_7b_from_disk_needs_less_than_11_gb(large, pico_folder):
     """The default method at the default calibration."""
     words = ["merge=come_plus", "merge.target_layers=20", "model.weights=disk"]
     sizes = ["calibration.num_samples=32", "calibration.seq_len=256"]
-    asked = job_settings(pico_folder, *words, *sizes)
-    assert merge_cost(asked, large, 26).memory_bytes < 10.5e9
+    job = job_settings(pico_folder, *words, *sizes)
+    assert merge_cost(job, large, 26).memory_bytes < 10.5e9
 
 
-def test_sampling_from_disk_says_what_it_reads(large, pico_folder):
-    """64 windows in two batches; every token after the two first ones reads 32 layers."""
+def test_sampling_from_disk_reports_the_bytes_read(large, pico_folder):
+    """64 windows in two batches; every token after the first two reads all 32 layers."""
     words = ["merge.target_layers=20", "calibration=self_generated"]
     words += ["calibration.num_samples=64", "calibration.seq_len=102"]
     disk = job_settings(pico_folder, *words, "model.weights=disk")

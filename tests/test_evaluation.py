@@ -1,4 +1,4 @@
-"""Perplexity and speed against plain computations."""
+"""Perplexity, speed and continuations; caching and resuming of evaluations."""
 
 import math
 import sys
@@ -18,10 +18,10 @@ from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_spe
 from come.job.stages.evaluate import Measured
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer
-from tests.bases import saved
+from tests.bases import save_base
 from tests.commands import ROOT
 from tests.conftest import pico
-from tests.jobs import start
+from tests.jobs import run_job
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
@@ -35,7 +35,7 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(family, windows, batch_toke
     assert found.data == f"{windows.numel()} tokens in {len(windows)} windows"
 
 
-def test_intervals_are_students_over_windows():
+def test_intervals_are_student_t_over_windows():
     dense, merged = exp_interval([1.0, 1.2, 1.1, 1.5]), [1.3, 1.4, 1.5, 1.8]
     low, high = stats.t.interval(0.95, 3, loc=1.2, scale=stats.sem([1.0, 1.2, 1.1, 1.5]))
     assert (dense.low, dense.high) == pytest.approx((math.exp(low), math.exp(high)))
@@ -50,8 +50,8 @@ def test_intervals_are_students_over_windows():
     assert exp_interval([1.0]).high == math.inf
 
 
-def test_windows_of_very_different_losses_have_finite_intervals():
-    """exp is taken last, and no further than floats go."""
+def test_large_losses_have_finite_intervals():
+    """exp is applied last and clipped to the float range."""
     far = exp_interval([2.0, 900.0])
     low, high = stats.t.interval(0.95, 1, loc=451, scale=449)
     assert far.value == pytest.approx(math.exp(451))
@@ -61,7 +61,7 @@ def test_windows_of_very_different_losses_have_finite_intervals():
     assert exp_interval([2000.0, 2000.0]).value == sys.float_info.max
 
 
-def test_speed_counts_every_turn():
+def test_speed_records_every_repeat():
     models = {"dense": pico("llama_gqa"), "model": pico("llama_gqa", num_hidden_layers=3)}
     speeds = compare_speed(models, prompt_tokens=32, new_tokens=4, repeats=3, progress=False)
     for speed in speeds.values():
@@ -69,7 +69,7 @@ def test_speed_counts_every_turn():
         assert speed.prompt.tokens == 32
         assert speed.generation.tokens == 4
         assert speed.peak_bytes > 0
-    # keys and values of 32 tokens, 2 heads of 8, float32, a layer
+    # per layer: keys and values of 32 tokens, 2 heads of 8, float32
     assert [speed.cache_bytes for speed in speeds.values()] == [6 * 4096, 3 * 4096]
     timing = Timing(10, (1.0, 4.0, 2.0))
     assert timing.tokens_per_second == 5
@@ -77,16 +77,16 @@ def test_speed_counts_every_turn():
 
 
 def test_equal_models_have_equal_peaks():
-    """Whichever of them runs first."""
+    """The order of the models does not matter."""
     models = {"one": pico("llama_gqa"), "two": pico("llama_gqa")}
     speeds = compare_speed(models, prompt_tokens=64, new_tokens=4, repeats=1, progress=False)
     one, two = (speed.peak_bytes for speed in speeds.values())
     weights = sum(p.numel() * 4 for p in models["one"].parameters())
     assert one == two
-    assert one > weights + 2 * 64 * 32 * 4  # at least two states of the prompt
+    assert one > weights + 2 * 64 * 32 * 4  # at least two hidden states of the prompt
 
 
-def test_peak_memory_sees_what_is_gone_again():
+def test_peak_memory_includes_freed_memory():
     with PeakMemory() as memory:
         block = torch.ones(64, 2**20)
         time.sleep(0.1)
@@ -95,40 +95,38 @@ def test_peak_memory_sees_what_is_gone_again():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "gone", "ratio", "realised"),
+    ("seconds", "removed", "ratio", "realised"),
     [((8.0, 4.0, 4.0), 0.25, 1.25, 0.8), ((5.0, 5.0), 0.2, 1.0, 0.0), ((2.0,), 0.5, 2.5, 1.2)],
 )
-def test_the_share_of_the_ideal_that_speed_realises(seconds, gone, ratio, realised):
-    """Share of the dense model's time that is saved, over the share of its layers that is gone."""
+def test_realised_share_of_the_ideal_speedup(seconds, removed, ratio, realised):
+    """The saved share of the dense model's time, divided by the removed share of its layers."""
     dense = ModelSpeed(Timing(10, (5.0,)), Timing(20, (40.0, 20.0, 30.0)), 7, 3)
     own = ModelSpeed(Timing(10, seconds), Timing(20, (24.0,)), 5, 2)
-    found = Speed.compare(_metrics(own), _metrics(dense), gone)
+    found = Speed.compare(_metrics(own), _metrics(dense), removed)
     prompt, generation = found["speed/prompt"], found["speed/generation"]
     assert prompt.relative.value == pytest.approx(ratio)
     assert prompt.details["realised"] == pytest.approx(realised)
     assert generation.value == pytest.approx(20 / 24)
     assert generation.relative.value == pytest.approx(30 / 24)
-    assert generation.details["realised"] == pytest.approx((1 - 24 / 30) / gone)
+    assert generation.details["realised"] == pytest.approx((1 - 24 / 30) / removed)
     assert prompt.details["slowest"] == 10 / max(seconds)
     assert prompt.details["fastest"] == 10 / min(seconds)
     assert (found["speed/peak_memory"].value, found["speed/kv_cache"].value) == (5, 2)
     assert "realised" not in Speed.compare(_metrics(dense), _metrics(dense))["speed/prompt"].details
 
 
-def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
-    windows, pico_folder, tmp_path, monkeypatch
-):
+def test_dense_cache_key_covers_all_inputs(windows, pico_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("COME_CACHE", str(tmp_path))
     tokenizer = load_tokenizer(pico_folder)
     text = TokenWindows(windows, windows.numel(), "text")
     loads = []
 
     def measure(chosen=Perplexity, data=None, settings=None, **changes):
-        how = {"identity": "a", "dtype": torch.float32, "device": torch.device("cpu")} | changes
+        options = {"identity": "a", "dtype": torch.float32, "device": torch.device("cpu")} | changes
         chosen = chosen(**(settings or {}))
         data = {"": text} if data is None else data
         load = lambda: loads.append(1) or pico("llama_gqa")  # noqa: E731
-        return evaluate_dense(chosen, data, load, tokenizer, **how)
+        return evaluate_dense(chosen, data, load, tokenizer, **options)
 
     first = measure()
     assert measure() == first
@@ -153,7 +151,7 @@ def test_the_dense_cache_is_keyed_by_all_that_a_number_depends_on(
     assert len(loads) == 10
 
 
-def test_significance_needs_the_interval_and_mcnemar():
+def test_significance_requires_interval_and_mcnemar():
     def metric(comparison, low, high, p=None):
         return Metric(1.0, comparison=comparison, relative=Relative(1.0, low, high, p))
 
@@ -167,7 +165,7 @@ def test_significance_needs_the_interval_and_mcnemar():
     assert not Metric(1.0).significant
 
 
-def test_continuations_agree_up_to_the_first_difference():
+def test_continuations_measure_agreement_before_the_first_difference():
     def metrics(*ids):
         return {"continuations": Metric(1.0, details={"ids": ids, "texts": {}})}
 
@@ -176,17 +174,17 @@ def test_continuations_agree_up_to_the_first_difference():
     assert Continuations.compare(dense, dense)["continuations"].value == 1
 
 
-def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
-    """The example of the documentation, from its file to the report and the card."""
+def test_custom_evaluation_from_a_plugin_file(tmp_path, monkeypatch):
+    """The example of docs/extend.md appears in result, report and model card."""
     monkeypatch.setattr(EVALUATIONS, "_entries", dict(EVALUATIONS._entries))
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
     blocks = (ROOT / "docs" / "extend.md").read_text().split("```python\n")
     (code,) = [block.partition("```")[0] for block in blocks if "class Entropy(" in block]
     (tmp_path / "entropy.py").write_text(code)
     plugin = f"plugins=[{tmp_path / 'entropy.py'}]"
-    base = saved(tmp_path / "base", "llama_gqa")
-    asked = ("eval=[perplexity,entropy]", "eval.entropy.prompts=[a,b c,d]", plugin)
-    result = start(base, tmp_path / "out", *asked)
+    base = save_base(tmp_path / "base", "llama_gqa")
+    overrides = ("eval=[perplexity,entropy]", "eval.entropy.prompts=[a,b c,d]", plugin)
+    result = run_job(base, tmp_path / "out", *overrides)
     dense, merged = (depth["metrics"]["entropy"] for depth in result["depths"])
     assert len(merged["samples"]) == 3
     assert merged["relative"]["value"] == pytest.approx(merged["value"] - dense["value"])
@@ -199,10 +197,14 @@ def test_an_evaluation_of_ones_own_is_one_file(tmp_path, monkeypatch):
         EVALUATIONS.create("entropy", {"prompt": ["a"]})
 
 
-def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch):
+def test_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-    base = saved(tmp_path / "base", "llama_gqa")
-    asked = ("eval=[perplexity,speed,continuations]", "merge.target_layers=4", "merge.save_at=[5]")
+    base = save_base(tmp_path / "base", "llama_gqa")
+    overrides = (
+        "eval=[perplexity,speed,continuations]",
+        "merge.target_layers=4",
+        "merge.save_at=[5]",
+    )
     calls = []
 
     def counted(cls, name):
@@ -220,18 +222,18 @@ def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch)
     counted(Continuations, "measure")
     counted(Speed, "measure_together")
     broken = False
-    whole = start(base, tmp_path / "whole", *asked)
-    assert len(calls) == 7  # two evaluations of three models, and one of two together
+    whole = run_job(base, tmp_path / "whole", *overrides)
+    assert len(calls) == 7  # two evaluations of three models, and one joint evaluation
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "other cache"))
     broken = True
     calls.clear()
-    calls.append("the eighth is the last continuation")
+    calls.append("placeholder, so that the eighth call is the last Continuations.measure")
     with pytest.raises(KeyboardInterrupt):
-        start(base, tmp_path / "out", *asked)
+        run_job(base, tmp_path / "out", *overrides)
     assert (tmp_path / "out" / "metrics.partial.json").is_file()
     broken = False
     calls.clear()
-    resumed = start(base, tmp_path / "out", *asked)
+    resumed = run_job(base, tmp_path / "out", *overrides)
     assert calls == ["Continuations"]
     assert not (tmp_path / "out" / "metrics.partial.json").exists()
     for first, second in zip(whole["depths"], resumed["depths"], strict=True):
@@ -239,7 +241,7 @@ def test_an_interrupted_evaluation_keeps_what_it_measured(tmp_path, monkeypatch)
             assert first["metrics"][name] == second["metrics"][name]
 
 
-def test_metrics_of_another_job_are_measured_again(tmp_path):
+def test_partial_metrics_of_another_job_are_ignored(tmp_path):
     path, calls = tmp_path / "metrics.partial.json", []
 
     def measure():

@@ -1,4 +1,4 @@
-"""Input maps of the FFN behind a Gauss-Newton step: against plain float64."""
+"""Gauss-Newton steps on the input maps of the FFN, against plain float64."""
 
 import copy
 
@@ -14,14 +14,14 @@ from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
 from come.models.sublayers import activation_derivative, run_attention
 from tests.conftest import LAYERS, pico
-from tests.methods import paper, same
+from tests.methods import paper, same_weights
 from tests.reference import Reference
 
 FAMILIES = ["llama_gqa", "llama_bias", "qwen3_gqa", "opt"]
 
 
 def ffn(layer, name, weight, read):
-    """Features of a LLaMA or OPT layer's FFN with another input map."""
+    """FFN activations of a LLaMA or OPT layer with another weight for one input map."""
     if hasattr(layer, "fc1"):
         return torch.relu(nn.functional.linear(read, weight, layer.fc1.bias))
     maps = {"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj}
@@ -32,12 +32,12 @@ def ffn(layer, name, weight, read):
     return nn.functional.silu(gate) * up
 
 
-class Plain:
-    """The layer of some targets in float64, all tokens at once."""
+class PlainProblem:
+    """The layer and its reconstruction targets in float64, with all tokens in one batch."""
 
     def __init__(self, targets, layer):
         stream, architecture = targets.stream, targets.stream.adapter.architecture
-        states, wanted, weights = (
+        states, target, weights = (
             torch.cat(parts)
             for parts in zip(*((b.states, b.output, b.weights) for b in targets), strict=True)
         )
@@ -56,13 +56,13 @@ class Plain:
         middle = self.middles.flatten(0, 1).double()
         self.read = layer.get_submodule(architecture.ffn_norm)(middle).detach()
         self.output = layer.get_submodule(architecture.ffn_output)
-        self.lacks = wanted.flatten(0, 1).double() - middle
+        self.residual_target = target.flatten(0, 1).double() - middle
         self.root = weights.double().sqrt()[:, None]
 
     @torch.no_grad()
     def error(self, name, weight):
-        made = self.output(ffn(self.layer, name, weight, self.read))
-        return float(((self.lacks - made) * self.root).square().sum())
+        output = self.output(ffn(self.layer, name, weight, self.read))
+        return float(((self.residual_target - output) * self.root).square().sum())
 
     def step(self, name, ratio):
         """The penalised least-squares step by a dense solve of all rows of W at once."""
@@ -72,21 +72,23 @@ class Plain:
             return self.output(ffn(self.layer, name, rows, self.read)) * self.root
 
         jacobian = torch.autograd.functional.jacobian(weighted, weight).flatten(0, 1).flatten(1)
-        rest = (self.lacks * self.root - weighted(weight)).flatten().detach()
+        residual = (self.residual_target * self.root - weighted(weight)).flatten().detach()
         gram = self.read.T @ self.read / len(self.read)
         gram += FLOOR * gram.diagonal().mean() * torch.eye(len(gram))
         leaf = self.layer.get_submodule(name)(self.read).detach().requires_grad_(True)
-        slopes = torch.autograd.grad(features_of(self.layer, name, leaf, self.read).sum(), leaf)[0]
-        curvature = (slopes * self.root).square().sum(dim=0)
+        derivatives = torch.autograd.grad(
+            features_of(self.layer, name, leaf, self.read).sum(), leaf
+        )[0]
+        curvature = (derivatives * self.root).square().sum(dim=0)
         curvature = (curvature * self.output.weight.square().sum(dim=0)).mean().detach()
         penalty = ratio * curvature * torch.kron(torch.eye(len(weight)), gram)
-        return torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ rest).view_as(
+        return torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ residual).view_as(
             weight
         )
 
 
 def features_of(layer, name, given, read):
-    """Features of an FFN whose input map `name` gives `given`."""
+    """FFN activations if the input map `name` has the output `given`."""
     if hasattr(layer, "fc1"):
         return torch.relu(given)
     if "gate" in name:
@@ -96,28 +98,30 @@ def features_of(layer, name, given, read):
 
 @pytest.fixture(params=FAMILIES)
 def problem(request, targets):
-    """Gives targets, the layer beside the model, the same in float64, and its input maps' names."""
+    """Targets, a copy of the layer, the problem in float64, and the names of its input maps."""
     found, sources = targets(request.param)
     adapter = found.stream.adapter
-    plain = Plain(found, adapter.copy_layer(2, sources.state))
+    plain = PlainProblem(found, adapter.copy_layer(2, sources.state))
     layer = adapter.copy_layer(2, sources.state)
     return found, layer, plain, adapter.architecture.ffn_inputs
 
 
-def test_slopes_are_the_derivatives_of_features(problem):
+def test_activation_derivative(problem):
     targets, layer, plain, names = problem
     for name in names:
         rows, keywords = plain.middles[:2], targets.stream.keywords(2, 2)
-        read, slopes, _ = activation_derivative(targets.stream.adapter, layer, rows, keywords, name)
+        read, derivatives, _ = activation_derivative(
+            targets.stream.adapter, layer, rows, keywords, name
+        )
         linear = plain.layer.get_submodule(name)
         given = linear(read.double()).detach().requires_grad_(True)
         features = features_of(plain.layer, name, given, read.double())
         (expected,) = torch.autograd.grad(features.sum(), given)
-        torch.testing.assert_close(slopes.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(derivatives.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 30.0])
-def test_a_step_is_the_least_squares_solution(problem, ratio):
+def test_step_is_the_least_squares_solution(problem, ratio):
     targets, layer, plain, names = problem
     for name in names:
         found = InputMap(targets, layer, plain.middles, name).step(ratio, 200)
@@ -125,20 +129,20 @@ def test_a_step_is_the_least_squares_solution(problem, ratio):
         assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
-def test_the_error_falls_whatever_the_penalty(problem):
+def test_step_lowers_the_error_for_any_penalty(problem):
     targets, layer, plain, names = problem
     for name in names:
         weight = plain.layer.get_parameter(f"{name}.weight").detach()
         for ratio in (1e-6, 1.0):
-            asked = InputMap(targets, layer, plain.middles, name)
-            change = asked.step(ratio, 30)
+            least_squares = InputMap(targets, layer, plain.middles, name)
+            change = least_squares.step(ratio, 30)
             before, after = (plain.error(name, weight + z) for z in (0, change))
             assert after < before
-            assert asked.error(change) == pytest.approx(after, rel=1e-3)
+            assert least_squares.error(change) == pytest.approx(after, rel=1e-3)
         assert torch.equal(layer.get_parameter(f"{name}.weight").double(), weight)
 
 
-def test_a_step_is_the_same_whether_or_not_its_slopes_are_held(problem, monkeypatch):
+def test_step_does_not_depend_on_cached_derivatives(problem, monkeypatch):
     targets, layer, plain, names = problem
     for name in names:
         found = [InputMap(targets, layer, plain.middles, name).step(1.0, 5)]
@@ -148,7 +152,7 @@ def test_a_step_is_the_same_whether_or_not_its_slopes_are_held(problem, monkeypa
         assert torch.equal(*found)
 
 
-def test_rows_of_very_different_curvature_take_few_steps(problem):
+def test_preconditioner_handles_rows_of_different_curvature(problem):
     targets, layer, plain, names = problem
     output = layer.get_submodule(targets.stream.adapter.architecture.ffn_output).weight
     with torch.no_grad():
@@ -157,40 +161,42 @@ def test_rows_of_very_different_curvature_take_few_steps(problem):
     for name in names:
         found = InputMap(targets, layer, plain.middles, name).step(0.01, 12)
         expected = plain.step(name, 0.01)
-        assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without the scale of rows
+        assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without preconditioning
 
 
-def test_nothing_changes_where_nothing_is_lacking(targets):
+def test_step_is_zero_if_the_target_is_the_output(targets):
     targets, _ = targets("llama_gqa")
-    targets.last = 2  # layer 2 is asked for what it does
+    targets.last = 2  # the target is the output of layer 2
     targets.target = "current"
     layer = targets.stream.adapter.copy_layer(2, targets.stream.adapter.layer_state(2))
-    middles = Plain(targets, targets.stream.adapter.copy_layer(2, layer.state_dict())).middles
+    middles = PlainProblem(
+        targets, targets.stream.adapter.copy_layer(2, layer.state_dict())
+    ).middles
     change = InputMap(targets, layer, middles, "mlp.up_proj").step(1.0, 5)
     assert change.norm() < 1e-4
 
 
-def test_conjugate_gradients_end_at_the_solution():
+def test_conjugate_gradients_converge():
     generator = torch.Generator().manual_seed(0)
-    root, wanted = (torch.randn(6, 6, generator=generator).double() for _ in range(2))
+    root, rhs = (torch.randn(6, 6, generator=generator).double() for _ in range(2))
     matrix = root @ root.T + torch.eye(6)
-    found = conjugate_gradients(lambda x: matrix @ x, wanted, 200)
-    torch.testing.assert_close(found, torch.linalg.solve(matrix, wanted))
+    found = conjugate_gradients(lambda x: matrix @ x, rhs, 200)
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, rhs))
     assert torch.equal(conjugate_gradients(lambda x: x, torch.zeros(2, 2), 3), torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("operator", ["concat", "average", "drop"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_goes_beyond_the_output_maps(family, operator, windows):
+def test_gauss_newton_is_better_than_ridge(family, operator, windows):
     dense = Reference(pico(family), windows).h
 
     def error(refit):
         model = pico(family)
         method = paper(groups=((2, 3),), operator=operator, refit=refit, align=None)
         plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
-        assert same(apply(plan, pico(family)), model)
-        missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
-        return float((missed / dense[4].square().mean(dim=-1)).mean()), plan
+        assert same_weights(apply(plan, pico(family)), model)
+        error_per_token = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
+        return float((error_per_token / dense[4].square().mean(dim=-1)).mean()), plan
 
     ridge, _ = error("ridge")
     both, plan = error("gauss_newton")
@@ -210,20 +216,20 @@ def test_it_goes_beyond_the_output_maps(family, operator, windows):
         ({"options": {"steps": 0}}, "merge.refit.steps=0: must be a whole number of at least 1"),
     ],
 )
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(refit="gauss_newton", norms="fold", **settings)
 
 
-def test_input_maps_are_solved_one_after_another_in_the_familys_order(targets):
-    """Gate before up: a map's step is taken on the maps before it as they were changed."""
+def test_input_maps_are_solved_sequentially(targets):
+    """Gate before up: the step of a map uses the updated maps before it."""
     found, sources = targets("llama_gqa")
     adapter = found.stream.adapter
     solved = GaussNewton(align=None, input_lambda=1.0, steps=8).solve(found, sources)
     by_hand = Ridge().solve(found, sources)
     layer = adapter.copy_layer(2, {**sources.state, **by_hand})
     for name in ("mlp.gate_proj", "mlp.up_proj"):
-        problem = InputMap(found, layer, Plain(found, copy.deepcopy(layer)).middles, name)
+        problem = InputMap(found, layer, PlainProblem(found, copy.deepcopy(layer)).middles, name)
         by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))
         layer.load_state_dict({**sources.state, **by_hand})
     assert solved.keys() == by_hand.keys()

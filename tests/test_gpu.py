@@ -1,4 +1,4 @@
-"""On a CUDA device: the same plans, weights and numbers as on the CPU, and what only a GPU has."""
+"""On a CUDA device: the same plans, weights and numbers as on the CPU."""
 
 import json
 
@@ -10,7 +10,7 @@ from come.evaluate.perplexity import perplexity
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import Plan
-from tests.commands import finish
+from tests.commands import communicate
 from tests.conftest import LAYERS, pico
 from tests.disk import all_tensors, on_disk
 from tests.methods import recipe
@@ -36,7 +36,7 @@ def close(first, second, tolerance):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES_HERE)
-def test_the_plan_of_the_cpu(family, name, windows):
+def test_plan_equals_that_on_the_cpu(family, name, windows):
     models = {device: pico(family).to(device) for device in ("cpu", "cuda")}
     plans = {
         device: compress(model, windows, recipe(name), target_layers=LAYERS - 2, progress=False)
@@ -50,7 +50,7 @@ def test_the_plan_of_the_cpu(family, name, windows):
 
 
 @pytest.mark.parametrize("family", FAMILIES_HERE)
-def test_what_does_not_fit_is_solved_on_the_cpu(family, windows, monkeypatch):
+def test_problems_that_do_not_fit_are_solved_on_the_cpu(family, windows, monkeypatch):
     plans = []
     for free in (10**12, 0):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10**12))
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_solved_on_the_cpu(family, windows, monkeypatch):
 
 
 def test_inputs_in_main_memory_are_read_in_tiles(windows, monkeypatch):
-    """The problem by tokens on the GPU, its inputs beside it: the same units."""
+    """The dual problem is on the GPU and its inputs are not; the units are the same."""
     monkeypatch.setattr("come.merge.joint_selection.DUAL", 0)
     monkeypatch.setattr("come.merge.output_map.DUAL", 0)
     monkeypatch.setattr("come.linalg.dual.COLUMNS", 24)
@@ -82,7 +82,7 @@ def test_inputs_in_main_memory_are_read_in_tiles(windows, monkeypatch):
 @pytest.mark.parametrize("name", ["come_plus", "come", "sleb", "taylor_plus"])
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 def test_layers_on_disk(family, name, windows):
-    """Plans and weights are those of layers on the device, bit for bit."""
+    """Plans and weights equal those with layers on the device, bit for bit."""
     models = [pico(family).to("cuda"), on_disk(pico(family), device="cuda")]
     plans = [
         compress(model, windows, recipe(name), target_layers=LAYERS - 2, progress=False)
@@ -94,7 +94,7 @@ def test_layers_on_disk(family, name, windows):
 
 
 @pytest.mark.parametrize("store", ["memory", "disk"])
-def test_stores(store, windows, tmp_path):
+def test_stores_give_the_same_plan(store, windows, tmp_path):
     plans = [
         compress(
             pico("llama_gqa").to("cuda"), windows, recipe("come_plus"), target_layers=LAYERS - 2,
@@ -115,7 +115,7 @@ def test_half_precision(name, windows):
     assert len(plan.history) == LAYERS - 2
 
 
-def test_a_plan_of_one_device_on_the_other(windows, tmp_path):
+def test_gpu_plan_applied_on_the_cpu(windows, tmp_path):
     model = pico("qwen3_gqa").to("cuda")
     plan = compress(model, windows, recipe("come_plus"), target_layers=LAYERS - 2, progress=False)
     plan.save(tmp_path / "plan.json")
@@ -123,7 +123,7 @@ def test_a_plan_of_one_device_on_the_other(windows, tmp_path):
     assert close(applied, model, 1e-5)
 
 
-def test_losses_of_the_cpu(windows):
+def test_losses_equal_those_on_the_cpu(windows):
     found = [
         perplexity(pico("opt").to(device), windows, batch_tokens=32, progress=False).samples
         for device in ("cpu", "cuda")
@@ -131,7 +131,7 @@ def test_losses_of_the_cpu(windows):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_text_from_the_model(pico_folder):
+def test_self_generated_calibration(pico_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(pico_folder).to("cuda")
@@ -144,10 +144,10 @@ def test_text_from_the_model(pico_folder):
 
 @pytest.mark.process
 @pytest.mark.parametrize("distill", ["none", "come_sp", "come_mp", "lora"])
-def test_a_whole_run(distill, command, tmp_path):
+def test_complete_run(distill, command, tmp_path):
     words = [] if distill == "none" else TRAIN
     folder = tmp_path / "run"
-    code, output, errors = finish(
+    code, output, errors = communicate(
         command(f"distill={distill}", *words, "model.device=cuda", f"hydra.run.dir={folder}")
     )
     assert code == 0, errors + output

@@ -1,4 +1,4 @@
-"""The logic of `make gpu-check`, on the CPU at a small size."""
+"""experiments/gpu_check.py on the CPU at a small size."""
 
 import argparse
 import json
@@ -7,28 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, script
+from tests.commands import ROOT, load_script
 
 
 @pytest.fixture
 def gpu_check(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    return script("gpu_check")
+    return load_script("gpu_check")
 
 
-def started(monkeypatch, module, folder, *words):
-    """The JSON and the table that the script leaves."""
-    given = ["gpu_check", "--device", "cpu", "--shape", "pico", "--output", str(folder), *words]
-    monkeypatch.setattr(sys, "argv", given)
+def run_script(monkeypatch, module, folder, *words):
+    """Runs the script; returns its JSON and its table."""
+    arguments = ["gpu_check", "--device", "cpu", "--shape", "pico", "--output", str(folder), *words]
+    monkeypatch.setattr(sys, "argv", arguments)
     module.main()
     return json.loads((folder / "gpu_check.json").read_text()), (
         folder / "gpu_check.md"
     ).read_text()
 
 
-def test_the_bench_at_a_small_size(gpu_check, monkeypatch, tmp_path):
+def test_bench_at_a_small_size(gpu_check, monkeypatch, tmp_path):
     words = ["--part", "bench", "--sizes", "6:5:64,4:3:32", "--batch-size", "1"]
-    found, table = started(monkeypatch, gpu_check, tmp_path, *words)
+    found, table = run_script(monkeypatch, gpu_check, tmp_path, *words)
     assert [(e["layers"], e["target"], e["tokens"]) for e in found["bench"]] == [
         (6, 5, 64),
         (4, 3, 32),
@@ -37,26 +37,26 @@ def test_the_bench_at_a_small_size(gpu_check, monkeypatch, tmp_path):
     assert "| disk, cap 8 GB | 6 to 5 | 64 |" in table
 
 
-def test_parts_are_kept_and_replaced(gpu_check, monkeypatch, tmp_path):
+def test_a_part_replaces_only_its_own_entry(gpu_check, monkeypatch, tmp_path):
     tests = iter([{"passed": 3, "seconds": 1.0}, {"failed": 1, "passed": 2, "seconds": 1.0}])
     monkeypatch.setitem(gpu_check.PARTS, "tests", lambda given: next(tests))
     monkeypatch.setitem(gpu_check.PARTS, "bench", lambda given: [])
-    started(monkeypatch, gpu_check, tmp_path, "--part", "tests")
-    started(monkeypatch, gpu_check, tmp_path, "--part", "bench")
-    found, table = started(monkeypatch, gpu_check, tmp_path, "--part", "tests")
+    run_script(monkeypatch, gpu_check, tmp_path, "--part", "tests")
+    run_script(monkeypatch, gpu_check, tmp_path, "--part", "bench")
+    found, table = run_script(monkeypatch, gpu_check, tmp_path, "--part", "tests")
     assert found["bench"] == []
     assert "1 failed, 2 passed (1 s)" in table
 
 
-def test_the_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
+def test_main_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
     def job(given, device, *words):
-        other = device != "cpu"
+        on_gpu = device != "cpu"
         return {
             "seconds": 2.0,
             "merge_seconds": 1.0,
             "peak_bytes": 3e6,
-            "groups": [[1, 2, 3]] if other else [[1, 2]],
-            "perplexity": {"value": 9.0 + other},
+            "groups": [[1, 2, 3]] if on_gpu else [[1, 2]],
+            "perplexity": {"value": 9.0 + on_gpu},
         }
 
     monkeypatch.setattr(gpu_check, "_job", job)
@@ -67,30 +67,30 @@ def test_the_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
     assert "| cpu | 2 | 1 | 3 | 9.000 | 1 to 2 |" in gpu_check.table(found)
 
 
-def test_a_merge_shared_by_two_processes(gpu_check, monkeypatch, tmp_path):
-    started_with = []
+def test_merge_in_two_processes(gpu_check, monkeypatch, tmp_path):
+    commands = []
 
-    class Ended:
+    class Completed:
         returncode = 0
 
-    def ran(command, **options):
-        started_with.append(command)
+    def fake_run(command, **options):
+        commands.append(command)
         (*_, where) = (word for word in command if word.startswith("hydra.run.dir="))
         folder = Path(where.partition("=")[2])
         folder.mkdir(parents=True)
         metric = {"value": 9.0, "low": 8.0, "high": 10.0, "relative": 1.1}
         result = {
-            "compression": {"seconds": 6.0 / len(started_with), "peak_bytes": 1},
+            "compression": {"seconds": 6.0 / len(commands), "peak_bytes": 1},
             "merge_history": [[0], [1, 2]],
             "depths": [{"metrics": {"perplexity": metric}}],
             "distillation": None,
         }
         (folder / "result.json").write_text(json.dumps(result))
-        return Ended()
+        return Completed()
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", ran)
-    found, table = started(monkeypatch, gpu_check, tmp_path, "--part", "shared", "merge.m=2")
-    one, two = started_with
+    monkeypatch.setattr(gpu_check.subprocess, "run", fake_run)
+    found, table = run_script(monkeypatch, gpu_check, tmp_path, "--part", "shared", "merge.m=2")
+    one, two = commands
     assert not any("nproc" in word for word in one)
     assert "--nproc_per_node=2" in two
     for command in (one, two):
@@ -98,7 +98,7 @@ def test_a_merge_shared_by_two_processes(gpu_check, monkeypatch, tmp_path):
     assert found["shared"]["speedup"] == 2
     assert "x 2.00, the same groups, perplexity 9.000 (in one: 9.000)" in table
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    alone = argparse.Namespace(device="cuda")
-    assert gpu_check.run_shared(alone) == {"skipped": "one GPU"}
-    words = {"device": "x", "torch": "2", "cpu": "x", "shared": {"skipped": "one GPU"}}
-    assert "not run (one GPU)" in gpu_check.table(words)
+    arguments = argparse.Namespace(device="cuda")
+    assert gpu_check.run_shared(arguments) == {"skipped": "one GPU"}
+    found = {"device": "x", "torch": "2", "cpu": "x", "shared": {"skipped": "one GPU"}}
+    assert "not run (one GPU)" in gpu_check.table(found)

@@ -1,4 +1,4 @@
-"""Grids that are killed, fail in part, or run side by side; models measured without a merge."""
+"""Sweeps that are killed, fail or run in parallel; their tables; evaluation without a merge."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from come.report.grid import read_grid
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, points
 from come.report.tables import metric_table
-from tests.commands import ROOT, finish
+from tests.commands import ROOT, communicate
 
 TWELVE_JOBS = [
     "merge/sensitivity=come,random",
@@ -32,7 +32,7 @@ TWO_JOBS = ["merge.m=2,3", "merge.target_layers=20", "eval=[perplexity,continuat
 
 
 def results(folder):
-    """What the jobs found, by job; times, and how often a job was resumed, left out."""
+    """Results by job, without times and resume counts."""
     found = {}
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
@@ -43,16 +43,16 @@ def results(folder):
 
 
 @pytest.mark.slow
-def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_path):
+def test_killed_grid_resumes_to_the_same_results(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={whole}", "-m"))
+    code, _, errors = communicate(command(*TWELVE_JOBS, f"hydra.sweep.dir={whole}", "-m"))
     assert code == 0, errors
     expected = results(whole)
     assert len(expected) == 12
 
-    for least in (2, 7):  # finished jobs at the two kills
+    for at_least in (2, 7):  # finished jobs at the two kills
         process = command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m")
-        while len(list(killed.glob("*/result.json"))) < least:
+        while len(list(killed.glob("*/result.json"))) < at_least:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -60,7 +60,7 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
     assert 7 <= len(before) < 12
 
-    code, output, errors = finish(command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m"))
+    code, output, errors = communicate(command(*TWELVE_JOBS, f"hydra.sweep.dir={killed}", "-m"))
     assert code == 0, errors
     assert output.count("is already finished") == len(before)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
@@ -71,27 +71,27 @@ def test_a_grid_killed_in_the_middle_ends_as_if_it_had_not_been(command, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
-def test_jobs_side_by_side_find_what_they_find_alone(command, tmp_path, launcher):
+def test_parallel_jobs_give_the_same_results(command, tmp_path, launcher):
     pytest.importorskip({"processes": "joblib", "submitit_local": "submitit"}[launcher])
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    code, _, errors = finish(command(*TWO_JOBS, f"hydra.sweep.dir={alone}", "-m"))
+    serial, parallel = tmp_path / "serial", tmp_path / "parallel"
+    code, _, errors = communicate(command(*TWO_JOBS, f"hydra.sweep.dir={serial}", "-m"))
     assert code == 0, errors
-    code, output, errors = finish(
-        command(*TWO_JOBS, f"hydra.sweep.dir={together}", f"hydra/launcher={launcher}", "-m")
+    code, output, errors = communicate(
+        command(*TWO_JOBS, f"hydra.sweep.dir={parallel}", f"hydra/launcher={launcher}", "-m")
     )
     assert code == 0, errors
-    assert len(results(alone)) == 2
-    assert results(together) == results(alone)
-    table = (together / "grid-sweep" / "table.md").read_text()
+    assert len(results(serial)) == 2
+    assert results(parallel) == results(serial)
+    table = (parallel / "grid-sweep" / "table.md").read_text()
     assert table.count("|") > 8
     assert sorted(table.splitlines()) == sorted(
-        (alone / "grid-sweep" / "table.md").read_text().splitlines()
+        (serial / "grid-sweep" / "table.md").read_text().splitlines()
     )
     assert table in output
 
 
 @pytest.mark.parametrize("error", ["KeyError", pytest.param("ValueError", marks=pytest.mark.slow)])
-def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
+def test_crash_traceback_is_in_the_log_of_its_job(command, tmp_path, error):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         """from come.merge.selection.base import SELECTION, SpanScore
@@ -99,7 +99,7 @@ def test_a_crash_leaves_its_traceback_in_its_own_log(command, tmp_path, error):
 
 @SELECTION.register
 class Broken(SpanScore):
-    \"\"\"Raises what nobody expects.\"\"\"
+    \"\"\"Raises an unexpected error.\"\"\"
 
     name = "broken"
     paper = ""
@@ -113,7 +113,7 @@ class Broken(SpanScore):
 """.replace("ERROR", error)
     )
     grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=22"]
-    code, output, errors = finish(command("merge=come", *grid, "eval=none", "-m"))
+    code, output, errors = communicate(command("merge=come", *grid, "eval=none", "-m"))
     assert code == 1
     assert "nobody expected this" in errors
     assert "Not finished: selection=broken." in output
@@ -126,10 +126,10 @@ class Broken(SpanScore):
 
 
 @pytest.mark.slow
-def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
+def test_invalid_job_in_another_process_gives_one_line(command, tmp_path):
     pytest.importorskip("submitit")
     grid = ["merge.m=1,3", "merge.target_layers=20", "eval=none", "hydra/launcher=submitit_local"]
-    code, _, errors = finish(command(*grid, "-m"))
+    code, _, errors = communicate(command(*grid, "-m"))
     assert code == 1
     assert errors.count("error: job 0: merge.m=1: must be a whole number of at least 2") == 1
     assert "Traceback" not in errors
@@ -138,23 +138,23 @@ def test_an_invalid_job_in_another_process_is_one_line(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_job_twice_at_once_runs_once(command, tmp_path):
+def test_concurrent_runs_of_one_job_compute_it_once(command, tmp_path):
     job = [
         "merge.target_layers=14",
         "calibration.num_samples=32",
         f"hydra.run.dir={tmp_path / 'j'}",
     ]
     both = [command(*job, "eval=none") for _ in range(2)]
-    outputs = [finish(process) for process in both]
+    outputs = [communicate(process) for process in both]
     assert [code for code, _, _ in outputs] == [0, 0], outputs
     assert sum("is already finished" in output for _, output, _ in outputs) == 1
     assert sum("going on at" in output for _, output, _ in outputs) == 0
 
 
-def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file):
+def test_evaluation_without_a_merge(command, pico_folder, tmp_path, text_file):
     further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     folder = tmp_path / "out"
-    code, _, errors = finish(command("merge=none", further, f"hydra.run.dir={folder}"))
+    code, _, errors = communicate(command("merge=none", further, f"hydra.run.dir={folder}"))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     (depth,) = result["depths"]
@@ -174,10 +174,10 @@ def test_a_model_is_measured_as_it_is(command, pico_folder, tmp_path, text_file)
 
 
 @pytest.mark.slow
-def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_file):
+def test_grid_tables_in_markdown_latex_and_csv(command, tmp_path, text_file):
     grid = ["merge=come,shortgpt", "merge.save_at=[22,21]", "eval=[perplexity,continuations]"]
     further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
-    code, _, errors = finish(command(*grid, further, "-m"))
+    code, _, errors = communicate(command(*grid, further, "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-sweep"
     lines = (folder / "table.md").read_text().splitlines()
@@ -207,15 +207,17 @@ def test_a_grid_of_tables_for_print_and_for_computing(command, tmp_path, text_fi
 
 
 @pytest.mark.slow
-def test_trackio_keeps_a_run_on_this_machine(command, tmp_path, monkeypatch):
+def test_trackio_stores_a_run_locally(command, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setitem(os.environ, "TRACKIO_DIR", str(tmp_path / "trackio"))
-    code, _, errors = finish(command("merge.target_layers=22", "tracking=trackio", "eval=none"))
+    code, _, errors = communicate(
+        command("merge.target_layers=22", "tracking=trackio", "eval=none")
+    )
     assert code == 0, errors
     assert list((tmp_path / "trackio").glob("come*.db"))
 
 
-def test_the_dashboard_is_printed_without_network():
+def test_dashboard_is_printed_without_network():
     pytest.importorskip("wandb_workspaces")
     words = [
         sys.executable,
@@ -232,7 +234,7 @@ def test_the_dashboard_is_printed_without_network():
         assert '"figures/puzzle"' in part
 
 
-def test_rows_of_a_grid_carry_no_windows_and_no_documents(tmp_path):
+def test_grid_rows_have_no_samples(tmp_path):
     task = Metric(0.5, samples=[1.0, 0.0], details={"metric": "acc", "texts": {"a": "b"}})
     depth = {"layers": 3, "metrics": {"zero_shot/a": task.record()}}
     cost = {"seconds": 1.0, "layer_passes": 2.0, "peak_bytes": 3}
@@ -249,13 +251,13 @@ def test_rows_of_a_grid_carry_no_windows_and_no_documents(tmp_path):
     }
 
 
-def test_differences_and_their_stars():
-    """A group's star comes from its own interval, as the average's does."""
-    unsure, sure = Relative(-0.1, -0.2, 0.01), Relative(-0.1, -0.15, -0.05)
+def test_significance_stars():
+    """A task group gets its star from its own interval, like the average."""
+    uncertain, significant = Relative(-0.1, -0.2, 0.01), Relative(-0.1, -0.15, -0.05)
     metrics = {
-        "zero_shot": Metric(0.5, comparison="difference", relative=sure),
-        "zero_shot/mmlu": Metric(0.4, comparison="difference", relative=unsure),
-        "zero_shot/piqa": Metric(0.6, comparison="difference", relative=sure),
+        "zero_shot": Metric(0.5, comparison="difference", relative=significant),
+        "zero_shot/mmlu": Metric(0.4, comparison="difference", relative=uncertain),
+        "zero_shot/piqa": Metric(0.6, comparison="difference", relative=significant),
     }
     depth = {"layers": 3, "parameters": 10, "stage": "merged"}
     depth["metrics"] = {name: metric.record() for name, metric in metrics.items()}
@@ -265,7 +267,7 @@ def test_differences_and_their_stars():
     assert table.rows == [["all", "3", "0.500 (-0.100*)", "0.400 (-0.100)", "0.600 (-0.100*)"]]
 
 
-def test_the_interval_of_an_average_weighs_tasks_alike():
+def test_interval_of_an_average_weights_tasks_equally():
     generator = np.random.default_rng(3)
     large, small = generator.integers(0, 2, 900), generator.integers(0, 2, 60)
     first, second = ((task.astype(float).tolist(), [0.0] * len(task)) for task in (large, small))
@@ -281,8 +283,8 @@ def test_the_interval_of_an_average_weighs_tasks_alike():
 
 
 @pytest.mark.parametrize("value", [2.7243386555860054, 1.41642814635814])
-def test_a_figure_of_seeds_that_agree(value, tmp_path):
-    """The mean of three equal values is rounded to below, or above, them."""
+def test_grid_figure_with_identical_seeds(value, tmp_path):
+    """Rounding puts the mean of three equal values below or above them."""
     assert sum([value] * 3) / 3 != value
     found = {"perplexity": Metric(value, relative=Metric(value))}
     dense = {"perplexity": Metric(1.0, data="text")}

@@ -1,18 +1,18 @@
-"""The script that merges every group alone: which groups it tries, and what it measures."""
+"""experiments/group_costs.py: candidate spans, KL divergence and loss."""
 
 import pytest
 import torch
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
 def costs():
-    return script("group_costs")
+    return load_script("group_costs")
 
 
-def test_the_lowest_angles_of_every_size_are_tried(costs, windows, monkeypatch):
+def test_candidates_have_the_lowest_angles_of_their_size(costs, windows, monkeypatch):
     monkeypatch.setattr(costs, "LOWEST", {2: 2, 3: 1})
     model = pico("llama_mha")
     found = costs.candidates(model, windows)
@@ -24,7 +24,7 @@ def test_the_lowest_angles_of_every_size_are_tried(costs, windows, monkeypatch):
     assert every == sorted(every)
 
 
-def test_divergence_and_loss_by_hand(costs, windows):
+def test_divergence_and_loss(costs, windows):
     dense, merged = pico("llama_mha"), pico("llama_mha", seed=1)
     assert costs.divergence(dense, dense, windows) == pytest.approx(0.0, abs=1e-7)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_divergence_and_loss_by_hand(costs, windows):
         q = merged(input_ids=windows).logits.double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
     assert costs.divergence(dense, merged, windows) == pytest.approx(kl.mean().item(), rel=1e-4)
-    behind = costs.divergence(dense, merged, windows, begin=5)
-    assert behind == pytest.approx(kl[:, 5:].mean().item(), rel=1e-4)
+    tail = costs.divergence(dense, merged, windows, begin=5)
+    assert tail == pytest.approx(kl[:, 5:].mean().item(), rel=1e-4)
     likely = p[:, :-1].gather(-1, windows[:, 1:, None])
     assert costs.loss(dense, windows) == pytest.approx(-likely.log().mean().item(), rel=1e-4)

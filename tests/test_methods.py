@@ -1,4 +1,4 @@
-"""Every method on every family: it runs, resumes, reloads, and refuses what it cannot do."""
+"""Every method on every family: runs, resumes, reloads and validates its settings."""
 
 import math
 
@@ -16,7 +16,16 @@ from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
 from tests.conftest import LAYERS, VOCAB, pico
-from tests.methods import CONF, dropped, loss, paper, read, recipe, same, without
+from tests.methods import (
+    CONF,
+    dropped_layers,
+    loss,
+    paper,
+    read_recipe,
+    recipe,
+    same_weights,
+    without,
+)
 from tests.reference import Reference
 
 RECIPES = sorted(
@@ -32,7 +41,7 @@ def test_every_recipe_on_every_family(family, name, windows, tmp_path):
     assert [layer for span in plan.history for layer in span] == list(range(LAYERS))
     assert check_cache(model) < 1e-4
     plan.save(tmp_path / "plan.json")
-    assert same(apply(Plan.load(tmp_path / "plan.json"), pico(family)), model)
+    assert same_weights(apply(Plan.load(tmp_path / "plan.json"), pico(family)), model)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -70,18 +79,18 @@ PARTS = [
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt"])
-def test_every_part_in_the_paper_s_recipe(family, parts, windows):
+def test_every_part_in_the_paper_recipe(family, parts, windows):
     model = pico(family)
     plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)
-    assert same(apply(plan, pico(family)), model)
+    assert same_weights(apply(plan, pico(family)), model)
     if family == "llama_gqa":
         again = compress(pico(family), windows, paper(**parts), target_layers=4, progress=False)
         assert again == plan
 
 
-def test_recipes_name_what_the_registries_hold():
+def test_recipe_names_and_commands():
     for name in RECIPES:
-        assert read(name)["name"] == name
+        assert read_recipe(name)["name"] == name
         recipe(name)
         first = (CONF / f"{name}.yaml").read_text().splitlines()[0]
         assert f"python run.py merge={name}" in first
@@ -111,7 +120,7 @@ def test_recipes_name_what_the_registries_hold():
     ],
     ids=lambda parts: "-".join(map(str, parts.values())),
 )
-def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_path):
+def test_interrupted_search_resumes_to_the_same_plan(parts, windows, tmp_path):
     class Interrupt(Exception):
         pass
 
@@ -137,7 +146,7 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(parts, windows, tmp_
         model, plan = pico("llama_gqa"), Plan.load(tmp_path / "plan.partial.json")
         plan = compress(model, windows, method, target_layers=target, plan=plan, progress=False)
         assert plan.hash == expected.hash
-        assert same(model, whole)
+        assert same_weights(model, whole)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_half_precision(name, windows):
     model = pico("qwen3_gqa").bfloat16()
     plan = compress(model, windows, recipe(name), target_layers=4, progress=False)
     assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
-    assert same(apply(plan, pico("qwen3_gqa").bfloat16()), model)
+    assert same_weights(apply(plan, pico("qwen3_gqa").bfloat16()), model)
     full = compress(pico("qwen3_gqa"), windows, recipe(name), target_layers=4, progress=False)
     scores = {(c.first, c.last): c.score for c in full.steps[0].candidates}
     for candidate in plan.steps[0].candidates:
@@ -156,12 +165,12 @@ def test_half_precision(name, windows):
             assert candidate.score == pytest.approx(scores[span], rel=0.1, abs=0.05)
 
 
-def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
+def test_shortgpt_uidl_and_sleb_drop_the_same_layers_as_plain_loops(family, windows):
     dense = pico(family)
     reference = Reference(dense, windows)
 
     plan = compress(pico(family), windows, recipe("shortgpt"), target_layers=3, progress=False)
-    assert dropped(plan) == sorted(range(LAYERS), key=lambda i: reference.bi(i, "all"))[:3]
+    assert dropped_layers(plan) == sorted(range(LAYERS), key=lambda i: reference.bi(i, "all"))[:3]
 
     plan = compress(pico(family), windows, recipe("uidl"), target_layers=4, progress=False)
     angles = {}
@@ -169,19 +178,19 @@ def test_shortgpt_uidl_and_sleb_choose_as_plain_loops_do(family, windows):
         cosines = reference.cosines(first, first + 2, "last")
         angles[first] = sum(math.acos(max(-1, min(1, c))) for c in cosines)
     best = min(angles, key=lambda first: angles[first])
-    assert dropped(plan) == [best, best + 1]
+    assert dropped_layers(plan) == [best, best + 1]
 
     plan = compress(pico(family), windows, recipe("sleb"), target_layers=3, progress=False)
-    gone: list[int] = []
-    while len(gone) < 3:
-        rest = [i for i in range(LAYERS) if i not in gone]
+    removed: list[int] = []
+    while len(removed) < 3:
+        rest = [i for i in range(LAYERS) if i not in removed]
         with torch.no_grad():
-            losses = {i: float(loss(without(dense, (*gone, i)), windows)) for i in rest}
-        gone.append(min(losses, key=lambda i: losses[i]))
-    assert dropped(plan) == gone
+            losses = {i: float(loss(without(dense, (*removed, i)), windows)) for i in rest}
+        removed.append(min(losses, key=lambda i: losses[i]))
+    assert dropped_layers(plan) == removed
 
 
-def test_depths_of_a_block_method_are_found_apart(windows):
+def test_block_method_plans_each_depth_separately(windows):
     reference = Reference(pico("llama_gqa"), windows)
     for size in (2, 3):
         plan = compress(
@@ -193,7 +202,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
             angles[first] = sum(math.acos(max(-1, min(1, c))) for c in cosines)
         best = min(angles, key=lambda first: angles[first])
         assert len(plan.steps) == 1
-        assert dropped(plan) == list(range(best, best + size))
+        assert dropped_layers(plan) == list(range(best, best + size))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_depths_of_a_block_method_are_found_apart(windows):
         ),
     ],
 )
-def test_recipes_that_are_refused(settings, message):
+def test_invalid_recipes(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)
 
@@ -245,7 +254,7 @@ def test_recipes_that_are_refused(settings, message):
 @pytest.mark.parametrize(
     "name", ["come", "come_plus", "come_p", "laco", "mka", "shortgpt", "taylor_plus", "replaceme"]
 )
-def test_batches_of_any_size_give_one_plan(name):
+def test_batches_of_any_size_give_the_same_plan(name):
     windows = torch.randint(3, VOCAB, (12, 100), generator=torch.Generator().manual_seed(7))
     plans = {
         compress(

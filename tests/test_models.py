@@ -1,4 +1,4 @@
-"""Checkpoints, families and per-layer configuration: what is refused, and how it is said."""
+"""Checkpoints, families and per-layer configs: loading, saving and error messages."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
 from come.models.loading import inspect_model, load_model, load_weights
 from come.models.surgery import check_layer_config, reindex_config
-from tests.bases import byte_level
+from tests.bases import save_byte_level_tokenizer
 from tests.conftest import LAYERS, pico
 
 
-def test_supported_families_are_named():
+def test_unsupported_families():
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, mistral"):
         architecture_of(GPT2Config())
     with pytest.raises(ValueError, match="normalises after each block"):
@@ -27,7 +27,7 @@ def test_supported_families_are_named():
         architecture_of(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_attention_heads=4))
 
 
-def test_unknown_layer_tensors_are_refused():
+def test_unknown_layer_tensors_are_rejected():
     model = pico("llama_gqa")
     for layer in model.model.layers:
         layer.extra = torch.nn.Linear(2, 2)
@@ -35,7 +35,7 @@ def test_unknown_layer_tensors_are_refused():
         ModelAdapter(model)
 
 
-def test_per_layer_configuration_follows_the_layers():
+def test_reindex_config():
     config = Qwen2Config(num_hidden_layers=6, max_window_layers=4, use_sliding_window=False)
     config.mlp_only_layers = [1, 4]
     config.no_rope_layers = [1, 1, 1, 0, 1, 1]
@@ -46,7 +46,7 @@ def test_per_layer_configuration_follows_the_layers():
     assert config.max_window_layers == 3
 
 
-def test_per_layer_keys_that_are_not_known_are_refused():
+def test_unknown_per_layer_config_is_rejected():
     config = Qwen2Config(num_hidden_layers=6)
     config.layer_scales = [0.1] * 6
     with pytest.raises(ValueError, match=r"config.layer_scales has one entry for each of the 6"):
@@ -56,8 +56,8 @@ def test_per_layer_keys_that_are_not_known_are_refused():
         check_layer_config(mixed)
 
 
-def test_stale_layer_indices_would_show(windows):
-    """The cache check sees what forgetting to re-index a removed layer 0 does."""
+def test_cache_check_detects_stale_layer_indices(windows):
+    """Removing layer 0 without updating the other layers' indices fails the check."""
     model = pico("llama_gqa")
     del model.model.layers[0]
     model.config.num_hidden_layers -= 1
@@ -98,7 +98,7 @@ def test_sharded_checkpoint(tmp_path):
         load_weights(tmp_path)
 
 
-def test_damaged_checkpoints_are_named(pico_folder, tmp_path):
+def test_damaged_checkpoints(pico_folder, tmp_path):
     folder = tmp_path / "model"
     with pytest.raises(ValueError, match="no such folder"):
         find_checkpoint(str(folder))
@@ -118,27 +118,27 @@ def test_damaged_checkpoints_are_named(pico_folder, tmp_path):
         check_checkpoint(folder)
 
 
-def test_a_hub_repository_of_pickles_says_how_to_convert(pico_folder, tmp_path, monkeypatch):
-    """What the download leaves of a repository whose weights are pickles: no weights at all."""
-    asked = {}
+def test_hub_repository_with_only_pickles(pico_folder, tmp_path, monkeypatch):
+    """Pickles are not downloaded, so the folder has no weights."""
+    requested = {}
 
     def download(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        requested.update(name=name, revision=revision, patterns=allow_patterns)
         shutil.copy(pico_folder / "config.json", tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr("come.models.checkpoint.snapshot_download", download)
     folder = find_checkpoint("some/pickles", revision="main")
-    assert asked["name"] == "some/pickles"
-    assert asked["revision"] == "main"
-    assert not {"*.bin", "*.pt", "*.py"} & set(asked["patterns"])
+    assert requested["name"] == "some/pickles"
+    assert requested["revision"] == "main"
+    assert not {"*.bin", "*.pt", "*.py"} & set(requested["patterns"])
     with pytest.raises(ValueError, match=r"none are there. Pickles are neither.*save_pretrained"):
         inspect_model(folder)
     find_checkpoint("some/pickles", trust_remote_code=True)
-    assert "*.py" in asked["patterns"]
+    assert "*.py" in requested["patterns"]
 
 
-def test_weights_that_do_not_fit_are_an_error_not_random_numbers(pico_folder, tmp_path):
+def test_missing_weights_are_an_error(pico_folder, tmp_path):
     shutil.copytree(pico_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] += 1
@@ -147,22 +147,22 @@ def test_weights_that_do_not_fit_are_an_error_not_random_numbers(pico_folder, tm
         load_weights(tmp_path)
 
 
-def test_hub_models_without_network_say_what_to_do():
+def test_hub_model_without_network():
     with pytest.raises(ValueError, match=r"neither a folder nor to be had.*model.path=FOLDER"):
         find_checkpoint("nobody/no-such-model")
 
 
-def test_dtype_and_device_names(pico_folder):
+def test_invalid_dtype_and_device(pico_folder):
     with pytest.raises(ValueError, match="model.dtype='float8': allowed are auto"):
         load_weights(pico_folder, dtype="float8")
     with pytest.raises(ValueError, match="model.device=tpux: allowed are auto, cpu"):
         load_weights(pico_folder, device="tpux")
 
 
-def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_previous_model(pico_folder, tmp_path, monkeypatch):
     model, tokenizer = load_model(pico_folder)
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second one replaces the first
         save_model(model, tokenizer, tmp_path / "model", plan)
     before = fingerprint(tmp_path / "model")
 
@@ -176,7 +176,7 @@ def test_saving_leaves_nothing_half_written(pico_folder, tmp_path, monkeypatch):
     assert fingerprint(tmp_path / "model") == before
 
 
-def test_folders_of_the_users_are_not_replaced(pico_folder, tmp_path):
+def test_save_does_not_replace_other_folders(pico_folder, tmp_path):
     model, tokenizer = load_model(pico_folder)
     (tmp_path / "thesis.txt").write_text("years of work")
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
@@ -196,7 +196,7 @@ def test_folders_of_the_users_are_not_replaced(pico_folder, tmp_path):
         ({"num_hidden_layers": 20}, "do not fit its configuration, unexpected keys"),
     ],
 )
-def test_odd_configurations_are_one_clear_error(pico_folder, tmp_path, change, message):
+def test_invalid_configs(pico_folder, tmp_path, change, message):
     shutil.copytree(pico_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -204,14 +204,14 @@ def test_odd_configurations_are_one_clear_error(pico_folder, tmp_path, change, m
         load_weights(tmp_path)
 
 
-def test_half_precision_models_keep_their_dtype(pico_folder):
+def test_load_in_half_precision(pico_folder):
     model = load_weights(pico_folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(pico_folder).dtype == torch.float32
     assert len(ModelAdapter(model).layers) == 24 != LAYERS
 
 
-def test_a_folder_without_weights_beside_the_tokenizer(tmp_path):
-    byte_level(tmp_path)
+def test_folder_with_only_a_tokenizer(tmp_path):
+    save_byte_level_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"has no config.json"):
         check_checkpoint(tmp_path)

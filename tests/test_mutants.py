@@ -1,4 +1,4 @@
-"""The script that changes the code to see whether the tests notice."""
+"""Generation of mutants and the summary of tests/mutants.py."""
 
 import ast
 
@@ -30,7 +30,7 @@ def found(tmp_path, monkeypatch):
     return list(module.mutants(tmp_path / "code.py"))
 
 
-def test_every_kind_of_change(found):
+def test_every_kind_of_mutation(found):
     changes = {(mutant.kind, mutant.before, mutant.after) for mutant, _ in found}
     assert changes == {
         ("sign", "not values", "(values)"),
@@ -52,7 +52,7 @@ def test_every_kind_of_change(found):
     }
 
 
-def test_a_mutant_is_the_file_with_one_change(found):
+def test_a_mutant_changes_one_line(found):
     for mutant, source in found:
         ast.parse(source)
         assert source != SOURCE
@@ -61,7 +61,7 @@ def test_a_mutant_is_the_file_with_one_change(found):
         assert different == [mutant.line]
 
 
-def test_the_summary_counts_and_lists_survivors():
+def test_summary_counts_and_lists_survivors():
     found = {
         "a": {"outcome": "killed"},
         "b": {"outcome": "survived"},

@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, and holds its outputs."""
+"""Every notebook runs and is saved with its outputs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, pico_folder, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert SENSITIVITY.names()  # found before the copy is taken
+    assert SENSITIVITY.names()  # discovers the entries before they are copied
     monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     namespace: dict[str, object] = {}
@@ -30,7 +30,7 @@ def test_notebook_runs(path, pico_folder, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_holds_its_outputs(path):
+def test_notebook_contains_its_outputs(path):
     text = path.read_text()
     cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]

@@ -1,4 +1,4 @@
-"""Properties of operators, norms and units."""
+"""Properties of operators, norm folding and unit allocation."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ ALL = {"kv_group": 0, "channel": 0}
 
 
 def layer_output(adapter, index, state, windows):
-    """Output of layer `index` with the tensors `state`, on real inputs of it."""
+    """Output of layer `index` with the tensors `state` on its inputs in the model."""
     states, kwargs = adapter.layer_inputs(windows)
     adapter.layers[index].load_state_dict(state)
     return adapter.layers[index](states, **kwargs[index])
 
 
-def test_folding_leaves_the_layer_function_as_it_was(family, windows):
+def test_folding_norms_preserves_the_layer_output(family, windows):
     adapter = ModelAdapter(pico(family))
     state = {k: v.clone() for k, v in adapter.layer_state(1).items()}
     folded = fold_norms(state, adapter.roles)
@@ -40,7 +40,7 @@ def test_folding_leaves_the_layer_function_as_it_was(family, windows):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layernorm_that_cannot_be_folded_stays():
+def test_layernorm_with_a_zero_scale_is_not_folded():
     adapter = ModelAdapter(pico("opt", enable_bias=False))
     state = {k: v.clone() for k, v in adapter.layer_state(1).items()}
     state["final_layer_norm.weight"][3] = 0
@@ -52,7 +52,7 @@ def test_a_layernorm_that_cannot_be_folded_stays():
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_hot_shares_with_folded_norms_reproduce_that_layer(family, windows, which):
     if family == "opt_nobias":
-        return  # a LayerNorm bias that no row can take belongs to both layers and is averaged
+        return  # a LayerNorm bias that cannot be folded into a projection is averaged
     adapter = ModelAdapter(pico(family))
     layers = [{k: v.clone() for k, v in adapter.layer_state(i).items()} for i in (1, 2)]
     everything = {u: list(range(n)) for u, n in adapter.unit_counts.items()}
@@ -73,7 +73,7 @@ def test_averaging_identical_layers_gives_that_layer(family):
         torch.testing.assert_close(merged[name], tensor)
 
 
-def test_complementary_units_of_identical_layers_give_it_up_to_their_order(family, windows):
+def test_complementary_units_of_identical_layers_give_that_layer(family, windows):
     adapter = ModelAdapter(pico(family))
     layer = {k: v.clone() for k, v in adapter.layer_state(2).items()}
     kept = {u: [list(range(1, n)), [0]] for u, n in adapter.unit_counts.items()}
@@ -101,7 +101,7 @@ def test_merged_tensors_keep_shape_and_dtype(family):
     st.integers(1, 40),
     st.lists(st.floats(0, 1), min_size=2, max_size=5).filter(lambda w: sum(w) > 1e-3),
 )
-def test_allocation_splits_all_units_and_gives_the_rest_to_the_largest(count, weights):
+def test_allocation_gives_the_remaining_units_to_the_largest_share(count, weights):
     shares = [w / sum(weights) for w in weights]
     kept = allocate_units(count, shares)
     largest = shares.index(max(shares))
@@ -116,7 +116,7 @@ def test_ties_go_to_the_lower_index():
     assert top_units(scores, 0) == []
 
 
-def group(*influences):
+def span_with_influences(*influences):
     stream = LayerStream(ModelAdapter(pico("llama_gqa")), torch.zeros(1, 4, dtype=torch.long))
     statistics = [LayerStatistics(bi, {}) for bi in influences]
     spans = [[i] for i in range(len(influences))]
@@ -124,9 +124,9 @@ def group(*influences):
     return LayerSpan(stream, layers, spans, statistics, Drop(), "mean", NoRefit(), Come())
 
 
-def test_bi_power_edges():
-    assert BIPower(p=0.0).shares(group(0.1, 0.9)) == [0.5, 0.5]
-    assert BIPower(p=1.0).shares(group(0.0, 0.0)) == [0.5, 0.5]
-    assert BIPower(p=400.0).shares(group(0.001, 0.002))[1] == pytest.approx(1)
+def test_bi_power_edge_cases():
+    assert BIPower(p=0.0).shares(span_with_influences(0.1, 0.9)) == [0.5, 0.5]
+    assert BIPower(p=1.0).shares(span_with_influences(0.0, 0.0)) == [0.5, 0.5]
+    assert BIPower(p=400.0).shares(span_with_influences(0.001, 0.002))[1] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"merge.retention.p=-1.0: must be a number of at least 0"):
         BIPower(p=-1.0)

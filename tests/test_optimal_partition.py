@@ -1,4 +1,4 @@
-"""Sets of groups by the costs of neighbouring layers, and what a trial merge costs."""
+"""Optimal partitions into spans from pairwise costs, and the costs of trial merges."""
 
 import copy
 import itertools
@@ -21,14 +21,14 @@ from tests.methods import come_plus, decoder_layers, paper, without
 METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
 
-def sets_of_groups(depth, m):
-    """All sets of disjoint groups of 2 to m layers."""
+def all_partitions(depth, m):
+    """All sets of disjoint spans of 2 to m layers."""
     if depth == 0:
         return [[]]
-    found = list(sets_of_groups(depth - 1, m))
+    found = list(all_partitions(depth - 1, m))
     for size in range(2, min(m, depth) + 1):
         group = (depth - size, depth - 1)
-        found += [[*groups, group] for groups in sets_of_groups(depth - size, m)]
+        found += [[*groups, group] for groups in all_partitions(depth - size, m)]
     return found
 
 
@@ -36,18 +36,18 @@ def sets_of_groups(depth, m):
 @pytest.mark.parametrize(
     ("m", "saved"), [(2, [2]), (3, [3, 1]), (4, [4]), (4, [2, 3]), (3, [1, 2, 1])]
 )
-def test_the_cheapest_sets_are_those_of_trying_all(seed, m, saved):
+def test_optimal_partition_equals_brute_force(seed, m, saved):
     draw, depth = random.Random(seed), 8
     costs = {(i, i + 1): draw.random() for i in range(depth - 1) if draw.random() < 0.9}
 
-    best = least(estimate(costs), depth, m, saved)
+    best = brute_force(estimate(costs), depth, m, saved)
     assert optimal_partition(estimate(costs), depth, m, saved) == best
 
 
-def least(cost, depth, m, saved):
-    """Every set of groups, divided among the depths in every way, with every sum."""
+def brute_force(cost, depth, m, saved):
+    """The cheapest partition among all sets of spans and all assignments of spans to stops."""
     best = None
-    for groups in sets_of_groups(depth, m):
+    for groups in all_partitions(depth, m):
         if any(cost(*group) is None for group in groups):
             continue
         for places in itertools.product(range(len(saved)), repeat=len(groups)):
@@ -64,7 +64,7 @@ def least(cost, depth, m, saved):
     return best and best[1]
 
 
-def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
+def test_costs_of_untried_spans_are_estimated():
     pairs = {(0, 1): 1.0, (1, 2): 2.0, (2, 3): 3.0, (4, 5): 1.0}
     cost = estimate(pairs)
     assert (cost(0, 1), cost(0, 2), cost(0, 3), cost(3, 4), cost(3, 5)) == (1, 3, 6, None, None)
@@ -75,12 +75,12 @@ def test_groups_that_were_not_tried_cost_what_the_tried_ones_say():
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
 @pytest.mark.parametrize(("batch_size", "repeat_weight"), [(1, 0.5), (3, 0.5), (3, 0.1), (3, 0.0)])
 @torch.no_grad()
-def test_a_trial_costs_what_it_does_to_predictions(
+def test_trial_cost_is_the_kl_divergence_of_the_predictions(
     family, batch_size, repeat_weight, windows, monkeypatch
 ):
-    """KL of whole models: the trial's layer in place of two, judged on the last windows.
+    """KL of complete models in which the fitted layer replaces the span, on the validation windows.
 
-    Those are read as they are, or, with a repeat weight, their first half twice.
+    With a repeat weight, the windows repeat their first half.
     """
     fit, fitted = trial_kl.fitted_trial, {}
 
@@ -109,14 +109,14 @@ def test_a_trial_costs_what_it_does_to_predictions(
     assert torch.equal(repeat_windows(windows[-2:]), ids)
     if not repeat_weight:
         ids = windows[-2:]
-    wanted = dense.double()(ids).logits.log_softmax(-1)
+    reference = dense.double()(ids).logits.log_softmax(-1)
     assert len(plan.steps[0].candidates) == 2
     for c in plan.steps[0].candidates:
         merged = without(pico(family), {c.last})
         layers = decoder_layers(merged)
         layers[c.first] = fitted[c.first, c.last]
-        given = merged.double()(ids).logits.log_softmax(-1)
-        kl = (wanted.exp() * (wanted - given)).sum(-1)
+        predicted = merged.double()(ids).logits.log_softmax(-1)
+        kl = (reference.exp() * (reference - predicted)).sum(-1)
         expected = (1 - repeat_weight) * kl[:, :8].mean() + repeat_weight * kl[:, 8:].mean()
         if not repeat_weight:
             expected = kl.mean()
@@ -124,7 +124,7 @@ def test_a_trial_costs_what_it_does_to_predictions(
 
 
 @pytest.mark.parametrize("tokens", [2, 3])
-def test_windows_too_short_to_say_anything_twice_are_judged_by_their_first(tokens, windows):
+def test_windows_too_short_to_repeat(tokens, windows):
     options = {"shortlist": 2, "repeat_weight": 0.2}
     recipe = paper(**METHOD, retention="adaptive", options=options)
     plan = compress(pico("llama_gqa"), windows[:, :tokens], recipe, target_layers=5, progress=False)
@@ -132,23 +132,23 @@ def test_windows_too_short_to_say_anything_twice_are_judged_by_their_first(token
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_divergence_needs_one_row_of_the_head_for_every_token(bias, monkeypatch):
-    monkeypatch.setattr(loss, "VOCABULARY", 128)  # parts of 128, 128 and 44
+def test_token_divergence_over_vocabulary_chunks(bias, monkeypatch):
+    monkeypatch.setattr(loss, "VOCABULARY", 128)  # chunks of 128, 128 and 44
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(6, 300, bias=bias)
-    wanted, states = torch.randn(2, 3, 150, 6, generator=generator)
+    reference, states = torch.randn(2, 3, 150, 6, generator=generator)
     with torch.no_grad():
-        logs = [head(end).double().log_softmax(-1) for end in (wanted, states)]
+        logs = [head(end).double().log_softmax(-1) for end in (reference, states)]
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1)
-    found = token_divergence(head, predictions(head, wanted), states)
+    found = token_divergence(head, predictions(head, reference), states)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    same = token_divergence(head, predictions(head, wanted), wanted)
+    same = token_divergence(head, predictions(head, reference), reference)
     torch.testing.assert_close(same, torch.zeros(3, 150).double(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("selection", ["angular", "trial_kl"])
-def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
-    """A second process goes on with the costs of the dense model that the plan holds."""
+def test_all_stops_are_reached_with_costs_measured_once(selection, windows):
+    """A resumed process uses the costs of the dense model in the plan."""
     plans = []
     method = paper(**METHOD | {"selection": selection})
     compress(
@@ -162,7 +162,7 @@ def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
     assert set(itertools.pairwise(range(6))) <= set(costs)
     merged = [[layer for span in step.spans for layer in span] for step in plans[-1].steps]
     merged = [(layers[0], layers[-1]) for layers in merged]
-    best = least(estimate(costs), 6, 3, [2, 2])
+    best = brute_force(estimate(costs), 6, 3, [2, 2])
     assert merged == [*best[0], *best[1]]
     for step, group in zip(plans[-1].steps, merged, strict=True):
         assert step.score == pytest.approx(estimate(costs)(*group))
@@ -175,19 +175,19 @@ def test_all_depths_are_met_and_costs_are_measured_once(selection, windows):
     assert [(s.first, s.last) for s in again.steps] == [(s.first, s.last) for s in plans[-1].steps]
 
 
-def test_pairs_that_were_not_tried_are_when_they_are_needed(windows):
-    """One pair suffices for one layer; a deeper target finds the rest on the way."""
+def test_untried_pairs_are_tried_when_needed(windows):
+    """One pair suffices to remove one layer; a smaller target tries more pairs."""
     method = paper(**METHOD | {"m": 2}, options={"shortlist": 1})
     plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
-    assert len(plan.steps[0].candidates) == 2  # twice the layers that have to go
+    assert len(plan.steps[0].candidates) == 2  # twice the number of layers to remove
     model = pico("llama_gqa")
     deeper = compress(model, windows, method, target_layers=3, plan=plan, progress=False)
     assert deeper.num_layers == 3
     assert [len(span) for span in deeper.history] == [2, 2, 2]
 
 
-def test_every_depth_on_the_way_is_planned_from_the_start():
-    """Twelve layers to 10, 8, 5 and 4: groups of four at first can leave nothing for the rest."""
+def test_all_stops_are_planned_from_the_start():
+    """12 layers to 10, 8, 5 and 4: large early spans could make later stops unreachable."""
     for seed in range(40):
         draw = random.Random(seed)
         costs = {(i, i + 1): draw.random() for i in range(11)}
@@ -196,18 +196,18 @@ def test_every_depth_on_the_way_is_planned_from_the_start():
         assert [sum(b - a for a, b in part) for part in found] == saved
 
 
-def test_costs_of_another_recipe_are_not_known(windows):
-    """A plan that began with angles goes on with trials of its own."""
-    began = paper(**METHOD | {"selection": "angular"})
-    plan = compress(pico("llama_gqa"), windows, began, target_layers=5, progress=False)
+def test_costs_of_another_recipe_are_not_reused(windows):
+    """A plan that started with angles continues with new trials."""
+    angular = paper(**METHOD | {"selection": "angular"})
+    plan = compress(pico("llama_gqa"), windows, angular, target_layers=5, progress=False)
     method = paper(**METHOD)
     assert not method.equals(plan.provenance["recipe"])
-    assert began.equals(plan.provenance["recipe"])
+    assert angular.equals(plan.provenance["recipe"])
     plan = compress(pico("llama_gqa"), windows, method, target_layers=4, plan=plan, progress=False)
     assert len(plan.steps[1].candidates) > 1
 
 
-def test_depths_that_no_set_of_groups_meets_are_refused(windows):
+def test_unreachable_depths(windows):
     middle = paper(groups=((2, 3),))
     plan = compress(pico("llama_gqa"), windows, middle, target_layers=5, progress=False)
     method = paper(**METHOD | {"m": 4})
@@ -215,7 +215,7 @@ def test_depths_that_no_set_of_groups_meets_are_refused(windows):
         compress(pico("llama_gqa"), windows, method, target_layers=2, plan=plan, progress=False)
 
 
-def test_too_many_depths_are_refused():
+def test_too_many_stops():
     OptimalPartition.check_depths(32, range(16, 32))
     with pytest.raises(ValueError, match="merge.save_at has too many: 79, 78, .*schedule=mixed"):
         OptimalPartition.check_depths(80, range(50, 80))
@@ -253,12 +253,12 @@ def test_too_many_depths_are_refused():
         ),
     ],
 )
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**METHOD | settings)
 
 
-def test_trials_of_an_interrupted_search_are_not_tried_again(windows, tmp_path, monkeypatch):
+def test_interrupted_search_reuses_its_trials(windows, tmp_path, monkeypatch):
     class Interrupt(Exception):
         pass
 
@@ -284,7 +284,7 @@ def test_trials_of_an_interrupted_search_are_not_tried_again(windows, tmp_path, 
     assert len(json.loads(path.read_text())["scores"]) == 3
     (tmp_path / "again").touch()
     resumed = run()
-    assert len(tried) == len(set(tried))  # none twice
+    assert len(tried) == len(set(tried))  # no trial is repeated
     once = len(tried)
-    assert run("b").hash == resumed.hash  # another job's scores are not read
+    assert run("b").hash == resumed.hash  # scores of another job are ignored
     assert len(tried) == 2 * once

@@ -1,4 +1,4 @@
-"""Overrides that Hydra cannot read: one line says which, and how it is written."""
+"""Overrides that Hydra cannot parse give a one-line error with a correction."""
 
 import shlex
 
@@ -7,8 +7,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from come.cli.errors import user_line
-from tests.bases import saved
-from tests.jobs import before_loading
+from tests.bases import save_base
+from tests.jobs import prepare_job
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from tests.jobs import before_loading
         "/x/模型",
     ],
 )
-def test_a_path_with_signs_is_told_how_to_be_quoted(value):
+def test_error_shows_how_to_quote_a_path(value):
     parser = OverridesParser.create()
     with pytest.raises(OverrideParseException) as caught:
         parser.parse_overrides([f"model.path={value}"])
@@ -38,12 +38,12 @@ def test_a_path_with_signs_is_told_how_to_be_quoted(value):
     assert read.value().replace("\\${", "${") == value
 
 
-def test_a_folder_with_signs_can_be_used(tmp_path):
-    base = saved(tmp_path / "model (copy), é=1", "llama_gqa")
-    assert before_loading(base, tmp_path / "out").checkpoint == base
+def test_folder_name_with_special_characters(tmp_path):
+    base = save_base(tmp_path / "model (copy), é=1", "llama_gqa")
+    assert prepare_job(base, tmp_path / "out").checkpoint == base
 
 
-def test_messages_of_hydra_come_whole(command_line):
+def test_error_messages(command_line):
     for override, parts in (
         ("merge.m=two", ["merge.m=two: must be a whole number"]),
         ("merge.sparsity=much", ["merge.sparsity=much: must be a number"]),

@@ -1,4 +1,4 @@
-"""A merge in two processes: they share windows and trial merges, and make the plan of one."""
+"""Merges shared by two processes: windows and trials are split, and the plan is that of one."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from come.models.loading import load_weights
 from come.models.sublayers import run_attention
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, finish, small
+from tests.commands import ROOT, communicate, small_job_overrides
 from tests.conftest import LAYERS, SEQ, VOCAB, pico
-from tests.forked import FORKS
+from tests.forkserver import FORKSERVER
 from tests.jobs import job_settings
 from tests.methods import come_plus, paper, recipe
 
@@ -53,20 +53,20 @@ CASES = {
 
 
 def merged(case, processes, folder):
-    """The plan of a case, and the passes that this process made."""
+    """The plan of a case, and the layer passes of this process."""
     family, method, options = CASES[case]
     size = options.get("windows", (9, SEQ))
     windows = torch.randint(3, VOCAB, size, generator=torch.Generator().manual_seed(7))
     model = pico(family)
     if checkpoint := options.get("checkpoint"):
         model = load_weights(folder.parent / checkpoint, dtype="float32", weights="disk")
-    own = 0.0
-    make = LayerStream.__exit__
+    passes = 0.0
+    exit_ = LayerStream.__exit__
 
     def leave(stream, *error):
-        nonlocal own
-        own = stream.layer_passes
-        make(stream, *error)
+        nonlocal passes
+        passes = stream.layer_passes
+        exit_(stream, *error)
 
     LayerStream.__exit__ = leave
     try:
@@ -76,12 +76,12 @@ def merged(case, processes, folder):
             stops=options.get("stops", ()),
         )  # fmt: skip
     finally:
-        LayerStream.__exit__ = make
-    return plan, own
+        LayerStream.__exit__ = exit_
+    return plan, passes
 
 
 def error_of_a_step(processes, folder):
-    """The error of a layer whose up projection has been changed, over all windows."""
+    """The error over all windows of a layer with a changed up projection."""
     adapter = ModelAdapter(pico("llama_gqa"))
     windows = torch.randint(3, VOCAB, (9, SEQ), generator=torch.Generator().manual_seed(7))
     with LayerStream(
@@ -100,11 +100,11 @@ def error_of_a_step(processes, folder):
             return problem.error(torch.full_like(problem.weight, 0.01))
 
 
-def work(rank, folder):
-    """What each of two processes does: all cases, one after the other."""
+def run_cases(rank, folder):
+    """The work of each of two processes: all cases in sequence."""
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     processes, passes = Processes.launched(), {}
     for case in CASES:
         plan, passes[case] = merged(case, processes, folder / case)
@@ -115,10 +115,10 @@ def work(rank, folder):
         assert not left, left
     found = {
         "passes": passes,
-        "parts": [list(processes.shard(range(size))) for size in (0, 1, 5)],
-        "dealt": processes.map([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
+        "shards": [list(processes.shard(range(size))) for size in (0, 1, 5)],
+        "mapped": processes.map([1, 2, 3], lambda own: [10.0 * rank + i for i in own]),
         "error": error_of_a_step(processes, folder / "error"),
-        "from the first": processes.broadcast(rank),
+        "broadcast": processes.broadcast(rank),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
@@ -126,11 +126,11 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """The folder with the plans of two processes."""
-    folder = tmp_path_factory.mktemp("both")
+def two_processes(tmp_path_factory):
+    """Runs all cases in two processes; returns the folder with their plans."""
+    folder = tmp_path_factory.mktemp("two_processes")
     pico("llama_gqa").save_pretrained(folder / "pico")
-    started = [FORKS.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
+    started = [FORKSERVER.Process(target=run_cases, args=(rank, folder)) for rank in (0, 1)]
     for process in started:
         process.start()
     try:
@@ -144,39 +144,41 @@ def both(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_make_the_plan_of_one(case, both):
-    alone, passes = merged(case, SINGLE, both / "alone")
-    plans = [Plan.load(both / f"{case}-{rank}" / "plan.json") for rank in (0, 1)]
+def test_two_processes_give_the_plan_of_one(case, two_processes):
+    single, passes = merged(case, SINGLE, two_processes / "single")
+    plans = [Plan.load(two_processes / f"{case}-{rank}" / "plan.json") for rank in (0, 1)]
     assert plans[0].hash == plans[1].hash
-    atol = CASES[case][2].get("atol", 1e-4)  # few tokens leave less to fit
-    assert alone.steps
-    for one, two in zip(alone.steps, plans[0].steps, strict=True):
+    atol = CASES[case][2].get("atol", 1e-4)  # a fit on few tokens is less stable
+    assert single.steps
+    for one, two in zip(single.steps, plans[0].steps, strict=True):
         assert (one.first, one.last, one.kept) == (two.first, two.last, two.kept)
         assert two.bi == pytest.approx(one.bi, rel=1e-5, abs=1e-7)
         assert two.score == pytest.approx(one.score, rel=1e-4, abs=1e-6)
         assert one.solved.tensors.keys() == two.solved.tensors.keys()
         for name, tensor in one.solved.tensors.items():
             torch.testing.assert_close(two.solved.tensors[name], tensor, rtol=1e-3, atol=atol)
-    assert alone.finish.tensors.keys() == plans[0].finish.tensors.keys()
-    for name, tensor in alone.finish.tensors.items():
+    assert single.finish.tensors.keys() == plans[0].finish.tensors.keys()
+    for name, tensor in single.finish.tensors.items():
         torch.testing.assert_close(plans[0].finish.tensors[name], tensor, rtol=1e-3, atol=1e-4)
-    made = [json.loads((both / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)]
-    assert plans[0].provenance["layer_passes"] == pytest.approx(sum(made), abs=1.1)
-    if case in ("come_plus", "biases", "paper"):  # nothing is done twice but the judging windows
-        assert sum(made) < 1.25 * passes
-        assert max(made) < 0.75 * passes
+    shared = [
+        json.loads((two_processes / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)
+    ]
+    assert plans[0].provenance["layer_passes"] == pytest.approx(sum(shared), abs=1.1)
+    if case in ("come_plus", "biases", "paper"):  # only the validation windows are computed twice
+        assert sum(shared) < 1.25 * passes
+        assert max(shared) < 0.75 * passes
 
 
-def test_work_is_dealt_out(both):
-    found = [json.loads((both / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [f["parts"] for f in found] == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
-    assert [f["dealt"] for f in found] == [[1.0, 12.0, 3.0]] * 2
-    assert [f["from the first"] for f in found] == [0, 0]
+def test_shard_map_and_broadcast(two_processes):
+    found = [json.loads((two_processes / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [f["shards"] for f in found] == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
+    assert [f["mapped"] for f in found] == [[1.0, 12.0, 3.0]] * 2
+    assert [f["broadcast"] for f in found] == [0, 0]
     error = error_of_a_step(SINGLE, None)
     assert [f["error"] for f in found] == [pytest.approx(error, rel=1e-5)] * 2
 
 
-def test_one_process_shares_nothing():
+def test_single_process():
     tensor = torch.ones(2)
     SINGLE.all_reduce(tensor)
     assert tensor.tolist() == [1, 1]
@@ -195,54 +197,54 @@ def test_one_process_shares_nothing():
         (["distill=come_sp", "distill.batch_size=3", "distill.micro_batch=1"], {}, "multiple of"),
     ],
 )
-def test_jobs_that_processes_cannot_share(words, environment, message, pico_folder, monkeypatch):
+def test_jobs_that_need_one_process(words, environment, message, pico_folder, monkeypatch):
     from come.job.processes import processes
 
-    class Two:
+    class TwoProcesses:
         num_processes = 2
 
-    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *given: Two)
+    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *args: TwoProcesses)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         processes(job_settings(pico_folder, *words))
 
 
-def test_every_process_has_a_device_of_its_own(pico_folder, monkeypatch):
+def test_device_index_is_rejected_with_several_processes(pico_folder, monkeypatch):
     from come.job.processes import processes
 
-    class Two:
+    class TwoProcesses:
         num_processes = 2
 
-    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *given: Two)
+    monkeypatch.setattr("come.job.processes.make_accelerator", lambda *args: TwoProcesses)
     monkeypatch.setattr("come.job.processes.choose_device", lambda name: torch.device("cpu"))
-    asked = job_settings(pico_folder)
-    asked = replace(asked, model=replace(asked.model, device="cuda:1"))
+    settings = job_settings(pico_folder)
+    settings = replace(settings, model=replace(settings.model, device="cuda:1"))
     with pytest.raises(ValueError, match="choose with CUDA_VISIBLE_DEVICES"):
-        processes(asked)
+        processes(settings)
 
 
-def test_the_number_of_processes_counts_for_a_merge(pico_folder, monkeypatch):
+def test_job_hash_covers_the_number_of_processes(pico_folder, monkeypatch):
     from come.job.identity import job_hash
 
-    asked = job_settings(pico_folder)
-    one = job_hash(asked)
+    settings = job_settings(pico_folder)
+    one = job_hash(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert job_hash(asked) != one
+    assert job_hash(settings) != one
 
 
 @pytest.mark.slow
-def test_a_launched_run_survives_kill_9(command, pico_folder, tmp_path):
-    alone, both = tmp_path / "alone", tmp_path / "both"
+def test_killed_distributed_run_resumes(command, pico_folder, tmp_path):
+    single, double = tmp_path / "single", tmp_path / "double"
     settings = ["merge=come_plus", "merge.target_layers=20", "eval=perplexity"]
-    code, _, errors = finish(command(*settings, f"hydra.run.dir={alone}"))
+    code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    words = [f"model.path={pico_folder}", "model=local", *small(*settings), *settings]
+    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
 
     def start():
         return subprocess.Popen(
-            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={both}"],
+            [*launch, str(ROOT / "run.py"), *words, f"hydra.run.dir={double}"],
             cwd=tmp_path,
             env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -251,19 +253,21 @@ def test_a_launched_run_survives_kill_9(command, pico_folder, tmp_path):
         )
 
     process, deadline = start(), time.monotonic() + 180
-    while not (both / "plan.partial.json").exists():
+    while not (double / "plan.partial.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for one in (*psutil.Process(process.pid).children(recursive=True), process):
         one.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (both / "result.json").exists()
-    code, output, errors = finish(start())
+    assert not (double / "result.json").exists()
+    code, output, errors = communicate(start())
     assert code == 0, errors
     assert "resuming at" in output
-    results = [json.loads((folder / "result.json").read_text()) for folder in (alone, both)]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (single, double)]
     assert results[0]["merge_history"] == results[1]["merge_history"]
     values = [result["depths"][-1]["metrics"]["perplexity"]["value"] for result in results]
     assert values[1] == pytest.approx(values[0], rel=1e-4)
-    assert sorted(path.name for path in both.iterdir()) == sorted(p.name for p in alone.iterdir())
+    assert sorted(path.name for path in double.iterdir()) == sorted(
+        p.name for p in single.iterdir()
+    )

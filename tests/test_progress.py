@@ -1,4 +1,4 @@
-"""Progress where stderr is no terminal."""
+"""Progress output if stderr is not a terminal."""
 
 import time
 
@@ -6,12 +6,12 @@ import come.progress
 from come.progress import ProgressBar
 
 
-def test_without_a_terminal_a_line_now_and_then(capsys, monkeypatch):
+def test_prints_a_line_per_interval(capsys, monkeypatch):
     monkeypatch.setattr(come.progress, "INTERVAL", 0.05)
     with ProgressBar(total=40, desc="layers", unit="batch") as bar:
         for _ in range(20):
             time.sleep(0.01)
-            bar.set_postfix_str("layer")  # refreshes, and writes no line of its own
+            bar.set_postfix_str("layer")  # refreshes the bar without printing a line
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4
@@ -19,7 +19,7 @@ def test_without_a_terminal_a_line_now_and_then(capsys, monkeypatch):
     assert "about 00:0" in lines[-1]
 
 
-def test_short_and_hidden_work_writes_nothing(capsys, monkeypatch):
+def test_short_and_hidden_bars_print_nothing(capsys, monkeypatch):
     list(ProgressBar(range(3), desc="short"))
     monkeypatch.setattr(come.progress, "INTERVAL", 0.0)
     list(ProgressBar(range(3), desc="hidden", shown=False))

@@ -1,4 +1,4 @@
-"""What other tools read of a compressed model is what it was measured as."""
+"""Other tools load the same tensors and tokenizer from a compressed model."""
 
 import json
 import os
@@ -20,16 +20,16 @@ from come.merge.saving import save_model
 from come.models.loading import load_model
 from tests.bases import BASES
 from tests.commands import ROOT
-from tests.conftest import PRINTED, VOCAB
+from tests.conftest import SUMMARY, VOCAB
 from tests.methods import paper
 
-FOUR = Path(sys.prefix) / "transformers4"
-TOP = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
+TRANSFORMERS4 = Path(sys.prefix) / "transformers4"
+ALLOWED_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md"}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Folders of every base, and of the base with two of its layers merged."""
+    """Folders of every base model, and of the model with two merged layers."""
     root = tmp_path_factory.mktemp("readers")
     windows = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(3))
     found = {}
@@ -42,7 +42,7 @@ def results(tmp_path_factory):
 
 
 def read(folders, out, version=None):
-    """What a version of transformers reads of folders, in a process of its own."""
+    """Runs tests.read_models in a new process with a version of transformers."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     if version:
         environment["PYTHONPATH"] = str(version)
@@ -54,19 +54,19 @@ def read(folders, out, version=None):
 
 @pytest.fixture(scope="module")
 def readings(results, tmp_path_factory):
-    """By version of transformers and base: what is read of the result."""
-    assert FOUR.is_dir(), "make test installs tests/transformers4.txt into the environment"
+    """Output of tests.read_models for the merged models, by version and folder."""
+    assert TRANSFORMERS4.is_dir(), "make test installs tests/transformers4.txt into the environment"
     out = tmp_path_factory.mktemp("out")
     folders = [result for _, result in results.values()]
-    both = {"5": read(folders, out / "5"), "4.57": read(folders, out / "4", FOUR)}
+    both = {"5": read(folders, out / "5"), "4.57": read(folders, out / "4", TRANSFORMERS4)}
     assert both["5"]["version"].startswith("5.")
     assert both["4.57"]["version"].startswith("4.57")
     return {version: found["folders"] for version, found in both.items()}
 
 
 def server_tensors(folder):
-    """The tensors that vLLM and SGLang load: every safetensors file of the folder's top level, but
-    for those that an index does not name."""
+    """The tensors that vLLM and SGLang load: all safetensors files at the top level, or those that
+    the index names."""
     files = {path.name: path for path in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -78,7 +78,7 @@ def server_tensors(folder):
     return found
 
 
-def by_servers(base, result, own):
+def check_servers(base, result, readings):
     model = AutoModelForCausalLM.from_pretrained(result)
     expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
@@ -86,13 +86,17 @@ def by_servers(base, result, own):
     found = server_tensors(result)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    odd = [path.name for path in result.iterdir() if path.is_file() and path.suffix not in TOP]
+    odd = [
+        path.name
+        for path in result.iterdir()
+        if path.is_file() and path.suffix not in ALLOWED_SUFFIXES
+    ]
     assert not odd
     assert (result / "come" / "plan.json").is_file()
 
 
-def by_gguf(base, result, own):
-    """What llama.cpp's converter asks of the gguf package, and of the top of config.json."""
+def check_gguf(base, result, readings):
+    """Reads what llama.cpp's converter reads: vocabularies, and top-level keys of config.json."""
     for folder in (base, result):
         vocabulary = gguf.SpecialVocab(folder, load_merges=True)
         found = {
@@ -117,17 +121,17 @@ def by_gguf(base, result, own):
         assert {k: v for k, v in rope.items() if k != "rope_theta"}.items() >= scaling.items()
 
 
-def by_transformers4(base, result, own):
-    four, five = own["4.57"][str(result)], own["5"][str(result)]
+def check_transformers4(base, result, readings):
+    four, five = readings["4.57"][str(result)], readings["5"][str(result)]
     logits = torch.tensor(four["logits"]), torch.tensor(five["logits"])
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     for key in ("ids", "greedy", "dtype", "special", "template", "decoded"):
         assert four[key] == five[key], key
 
 
-def by_transformers5(base, result, own):
-    """As the model was in memory when it was merged."""
-    found = own["5"][str(result)]
+def check_transformers5(base, result, readings):
+    """The saved model equals the merged model in memory."""
+    found = readings["5"][str(result)]
     model, _ = load_model(base)
     assert found["dtype"] == str(model.dtype)
     apply(Plan.load(result / "come" / "plan.json"), model)
@@ -137,15 +141,15 @@ def by_transformers5(base, result, own):
 
 
 READERS = {
-    "transformers 5": by_transformers5,
-    "transformers 4.57": by_transformers4,
-    "GGUF reader": by_gguf,
-    "rules of vLLM, SGLang": by_servers,
+    "transformers 5": check_transformers5,
+    "transformers 4.57": check_transformers4,
+    "GGUF reader": check_gguf,
+    "rules of vLLM, SGLang": check_servers,
 }
 
 
 @pytest.mark.slow
-def test_every_reader_sees_the_same_model(results, readings, record_property):
+def test_every_reader_loads_the_same_model(results, readings, record_property):
     lines, failed = [], []
     for name, (base, result) in results.items():
         cells = []
@@ -158,5 +162,5 @@ def test_every_reader_sees_the_same_model(results, readings, record_property):
                 failed.append(f"{name}, {reader}: {error}")
         lines.append("".join(f"{cell:<24}" for cell in (name, *cells)))
     head = "".join(f"{cell:<24}" for cell in ("", *READERS))
-    record_property(PRINTED, "\n".join([head, *lines]))
+    record_property(SUMMARY, "\n".join([head, *lines]))
     assert not failed, "\n".join(failed)

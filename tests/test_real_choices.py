@@ -1,4 +1,4 @@
-"""Which layers of the real model each method drops, against plain loops over the whole model."""
+"""Layers of the real model that each method drops, against plain loops over the model."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from come.data.windows import calibration_windows
 from come.merge.loop import compress
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
-from tests.methods import decoder_layers, dropped, loss, method, read, recipe
+from tests.methods import build_method, decoder_layers, dropped_layers, loss, read_recipe, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def dense(checkpoint):
 
 @pytest.fixture(scope="module")
 def hidden(dense, windows):
-    """Boundaries of the whole model, float64; the last one from in front of the final norm."""
+    """Hidden states at all layer boundaries, float64; the last one is before the final norm."""
     last = []
     hook = decoder_layers(dense)[-1].register_forward_hook(lambda m, a, out: last.append(out))
     with torch.no_grad():
@@ -42,9 +42,11 @@ def hidden(dense, windows):
     return [h.double() for h in (*states[:-1], last[0])]
 
 
-def choice(checkpoint, windows, name, target):
+def dropped_by(checkpoint, windows, name, target):
     model = load_weights(checkpoint, dtype="float32")
-    return dropped(compress(model, windows, recipe(name), target_layers=target, progress=False))
+    return dropped_layers(
+        compress(model, windows, recipe(name), target_layers=target, progress=False)
+    )
 
 
 def cosines(before, after):
@@ -54,7 +56,7 @@ def cosines(before, after):
 def test_shortgpt(checkpoint, windows, hidden):
     influence = [1 - cosines(a, b).clamp(0, 1).mean() for a, b in pairwise(hidden)]
     expected = sorted(range(30), key=lambda i: float(influence[i]))[:6]
-    assert choice(checkpoint, windows, "shortgpt", 24) == expected
+    assert dropped_by(checkpoint, windows, "shortgpt", 24) == expected
 
 
 def test_uidl(checkpoint, windows, hidden):
@@ -63,23 +65,23 @@ def test_uidl(checkpoint, windows, hidden):
         for i in range(28)
     ]
     best = angles.index(min(angles))
-    assert choice(checkpoint, windows, "uidl", 27) == [best, best + 1, best + 2]
+    assert dropped_by(checkpoint, windows, "uidl", 27) == [best, best + 1, best + 2]
 
 
 def test_sleb(checkpoint, windows, dense):
     decoder, layers = dense.model, dense.model.layers
-    gone = []
+    removed = []
     for _ in range(2):
         losses = {}
-        for candidate in (i for i in range(30) if i not in gone):
-            kept = [layer for i, layer in enumerate(layers) if i not in (*gone, candidate)]
+        for candidate in (i for i in range(30) if i not in removed):
+            kept = [layer for i, layer in enumerate(layers) if i not in (*removed, candidate)]
             decoder.layers = torch.nn.ModuleList(kept)
             decoder.config.num_hidden_layers = len(kept)
             with torch.no_grad():
                 losses[candidate] = float(loss(dense, windows))
-        gone.append(min(losses, key=losses.get))
+        removed.append(min(losses, key=losses.get))
     decoder.layers, decoder.config.num_hidden_layers = layers, 30
-    assert choice(checkpoint, windows, "sleb", 28) == gone
+    assert dropped_by(checkpoint, windows, "sleb", 28) == removed
 
 
 def linear_weights(layer):
@@ -93,7 +95,7 @@ def order(scores, first, last):
 def test_magnitude_taylor_and_reverse(checkpoint, windows, dense):
     layers = decoder_layers(dense)
     size = [sum(float(w.detach().abs().double().sum()) for w in linear_weights(x)) for x in layers]
-    assert choice(checkpoint, windows, "magnitude", 25) == order(size, 0, 0)[:5]
+    assert dropped_by(checkpoint, windows, "magnitude", 25) == order(size, 0, 0)[:5]
     dense.requires_grad_()
     loss(dense, windows).backward()
     taylor = [
@@ -101,9 +103,11 @@ def test_magnitude_taylor_and_reverse(checkpoint, windows, dense):
         for x in layers
     ]
     dense.zero_grad(set_to_none=True)
-    assert choice(checkpoint, windows, "taylor", 25) == order(taylor, 0, 0)[:5]
-    assert choice(checkpoint, windows, "reverse", 25) == [29, 28, 27, 26, 25]
+    assert dropped_by(checkpoint, windows, "taylor", 25) == order(taylor, 0, 0)[:5]
+    assert dropped_by(checkpoint, windows, "reverse", 25) == [29, 28, 27, 26, 25]
     for name, scores in (("magnitude_plus", size), ("taylor_plus", taylor)):
         model = load_weights(checkpoint, dtype="float32")
-        plan = compress(model, windows, method(read(name), {}), target_layers=25, progress=False)
-        assert dropped(plan) == order(scores, 4, 2)[:5]
+        plan = compress(
+            model, windows, build_method(read_recipe(name), {}), target_layers=25, progress=False
+        )
+        assert dropped_layers(plan) == order(scores, 4, 2)[:5]

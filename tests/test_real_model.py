@@ -1,7 +1,7 @@
-"""The real model through the real command line: quality, exactness of the checkpoint, memory.
+"""The real model through the command line: quality, exact checkpoints, memory.
 
-Text beside the repository (../shared/data) is used where it is there; else Python's own
-documentation, with a bound that fits it.
+Uses the text in ../shared/data if it exists, and otherwise Python's documentation with another
+bound.
 """
 
 import json
@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.data.windows import CALIBRATION_PART, EVALUATION_PART, text_part
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]  # one fixture
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]  # one shared fixture
 
 ROOT = Path(__file__).parents[1]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2_valid.txt"
-# perplexity over dense, 30 -> 27 layers: bound of the paper's merge on each text
+# upper bound of perplexity / dense perplexity for merge=come, 30 -> 27 layers
 BOUND = {"wikitext": 1.60, "pydocs": 2.60}
 
 
@@ -41,7 +41,7 @@ def run(*overrides):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Overrides that choose the texts, and the bound that belongs to them."""
+    """Overrides that choose the texts, and the perplexity bound for them."""
     if not WIKITEXT.is_file():
         return ["calibration=pydocs"], BOUND["pydocs"]
     folder = tmp_path_factory.mktemp("texts")
@@ -57,7 +57,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory, texts):
-    """30 -> 27 layers, killed after its first merge and started again."""
+    """A run from 30 to 27 layers that is killed after its first merge and resumed."""
     folder = tmp_path_factory.mktemp("run") / "job"
     overrides = [
         *texts[0],
@@ -89,7 +89,7 @@ def ratio_of(result):
     return result["depths"][-1]["metrics"]["perplexity"]["relative"]["value"]
 
 
-def test_quality(killed_run, texts):
+def test_perplexity(killed_run, texts):
     _, result = killed_run
     dense, *others = (d["metrics"]["perplexity"]["relative"] for d in result["depths"])
     shallow, deepest = others
@@ -98,7 +98,7 @@ def test_quality(killed_run, texts):
     assert deepest["low"] < deepest["value"] < deepest["high"]
 
 
-def test_the_default_method_is_better(killed_run, texts, tmp_path):
+def test_default_method_beats_the_paper(killed_run, texts, tmp_path):
     _, paper = killed_run
     process = run(
         *texts[0],
@@ -119,15 +119,15 @@ def test_the_default_method_is_better(killed_run, texts, tmp_path):
     assert ratio < ratio_of(paper)
 
 
-def test_memory(killed_run):
+def test_peak_memory(killed_run):
     _, result = killed_run
     compression = result["compression"]
     limit = 1.3 * compression["weight_bytes"] + compression["boundary_bytes"]
     assert compression["peak_bytes"] <= limit
 
 
-def test_the_checkpoint_is_an_ordinary_one(killed_run, tmp_path):
-    """Loaded in a process of its own that cannot import this project."""
+def test_checkpoint_loads_without_this_package(killed_run, tmp_path):
+    """Loaded in a new process that does not import this package."""
     folder, _ = killed_run
     code = """
 import sys, torch
@@ -150,7 +150,7 @@ assert not [name for name in sys.modules if name == "come" or name.startswith("c
     assert "The capital of France is" in done.stdout
 
 
-def test_the_plan_rebuilds_the_weights_bit_for_bit(killed_run, tmp_path):
+def test_plan_rebuilds_the_weights_bit_for_bit(killed_run, tmp_path):
     folder, _ = killed_run
     process = run(
         "merge=from_plan",
@@ -167,7 +167,7 @@ def test_the_plan_rebuilds_the_weights_bit_for_bit(killed_run, tmp_path):
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_cached_generation_is_uncached_generation(killed_run):
+def test_cached_generation_equals_uncached_generation(killed_run):
     folder, _ = killed_run
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""Statistics, decisions and merged weights against the plain float64 computation."""
+"""Statistics, plans and merged weights against the float64 reference implementation."""
 
 import copy
 
@@ -21,7 +21,7 @@ from tests.reference import Reference
 
 
 @pytest.mark.parametrize("tokens", ["all", "last"])
-def test_statistics_and_decisions(family, windows, tokens):
+def test_statistics_and_allocations(family, windows, tokens):
     model = pico(family)
     reference = Reference(model, windows)
     adapter = ModelAdapter(model)
@@ -78,8 +78,8 @@ def test_merged_weights(family, windows, norms, m):
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_second_step_measures_the_model_as_it_then_is(family, windows):
-    """After one merge, the suffix-only stream decides as a fresh look at the merged model."""
+def test_second_step_measures_the_merged_model(family, windows):
+    """Recomputing only the layers after a merge gives the statistics of the merged model."""
     model = pico(family)
     snapshots = []
     plan = compress(

@@ -1,4 +1,4 @@
-"""The refit: against plain float64 solutions, and what it must hold for every operator."""
+"""Refits against plain float64 solutions, and properties of the refit for every operator."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from come.models.sublayers import head_outputs, hidden_activations, run_attentio
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, paper, same
+from tests.methods import decoder_layers, paper, same_weights
 from tests.reference import Reference
 
 
 def plain_ridge(features, targets, weights, start, bias, penalty):
-    """Weighted ridge regression as one least-squares problem, float64; the bias is free."""
+    """Weighted ridge regression as one float64 least-squares problem; no penalty on the bias."""
     root = weights.double().sqrt()[:, None]
     columns = features.double()
     if bias is not None:
@@ -48,11 +48,11 @@ def problem(request):
 
 
 def residual(found, features, targets, weights):
-    missed = targets - features @ found.weight.T - (0 if found.bias is None else found.bias)
-    return float((weights * missed.square().sum(dim=1)).sum())
+    error = targets - features @ found.weight.T - (0 if found.bias is None else found.bias)
+    return float((weights * error.square().sum(dim=1)).sum())
 
 
-def test_normal_equations_solve_the_weighted_ridge_problem(problem):
+def test_gram_solves_the_weighted_ridge_problem(problem):
     features, targets, weights, initial, sums = problem
     penalty = 0.3 * sums.mean_diagonal()
     found = sums.solve(initial, penalty)
@@ -65,7 +65,7 @@ def test_normal_equations_solve_the_weighted_ridge_problem(problem):
     assert expected < sums.error(initial)
 
 
-def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
+def test_wide_gram_matrix_is_symmetric_between_additions():
     features = torch.randn(40, 2 * BLOCK + 3, generator=torch.Generator().manual_seed(0)).double()
     sums = Gram(features.shape[1], 2, bias=False)
     for rows in torch.arange(40).split(20):
@@ -76,7 +76,7 @@ def test_a_wide_gram_matrix_is_symmetric_also_where_it_is_read_in_between():
     torch.testing.assert_close(both.gram, 2 * expected)
 
 
-def test_lambda_is_the_best_on_what_is_held_out(problem):
+def test_lambda_minimises_the_held_out_error(problem):
     features, targets, weights, initial, sums = problem
     held_out = Gram(8, 3, bias=initial.bias is not None)
     held_out.add(features[:10] * 1.1, targets[:10] + 0.5, weights[:10])
@@ -94,12 +94,12 @@ def test_lambda_is_the_best_on_what_is_held_out(problem):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
+def test_elimination_minimises_the_penalised_error(problem, size):
     features, targets, weights, initial, sums = problem
     penalty = 0.1 * sums.mean_diagonal()
 
-    def least(units):
-        """The least penalised error with the other units' columns at zero."""
+    def minimal_error(units):
+        """The minimal penalised error with the columns of all other units at zero."""
         columns = torch.tensor([u * size + i for u in units for i in range(size)])
         weight, bias = plain_ridge(
             features[:, columns],
@@ -116,14 +116,14 @@ def test_elimination_takes_what_the_penalised_error_misses_least(problem, size):
 
     alive = list(range(8 // size))
     while len(alive) > 2:
-        alive = min(([u for u in alive if u != gone] for gone in alive), key=least)
+        alive = min(([u for u in alive if u != removed] for removed in alive), key=minimal_error)
     assert eliminate(sums, initial, penalty, keep=2, size=size, rate=1e-9)[0] == alive
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_elimination_in_float32_keeps_the_same_columns(bias, ratio):
-    """On features of low rank with one large direction, as those of language models are."""
+    """On features of low rank with one large direction, as in language models."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(500, 20, generator=generator) @ torch.randn(20, 120, generator=generator)
     features = mixed + 0.3 * torch.randn(500, 120, generator=generator) + 5
@@ -139,13 +139,13 @@ def test_elimination_in_float32_keeps_the_same_columns(bias, ratio):
     assert kept[0] == kept[1]
 
 
-def test_channels_are_chosen_in_float32_where_the_penalty_allows_it():
+def test_choice_dtype():
     assert choice_dtype(4 * 1536, 0.1) == torch.float32
     assert choice_dtype(4 * 1536, 0.01) == torch.float64
     assert choice_dtype(4 * 1536, 0.1, bias=True) == torch.float64
 
 
-def test_the_halves_of_a_layer_are_the_layer(family, windows):
+def test_sublayers_compose_to_the_layer(family, windows):
     adapter = ModelAdapter(pico(family))
     reference = Reference(pico(family), windows)
     states, keywords = adapter.layer_inputs(windows)
@@ -175,8 +175,8 @@ def activations(layer, middle):
 @pytest.mark.parametrize("weighting", ["relative", "equal"])
 @pytest.mark.parametrize("family", ["llama_gqa", "llama_bias", "opt"])
 @torch.no_grad()
-def test_a_drop_is_refitted_as_the_formula_says(family, weighting, windows):
-    """Layer 3 is refitted to what layers 3 and 4 did, in float64 from whole-model states."""
+def test_refit_of_a_drop_equals_the_formula(family, weighting, windows):
+    """Layer 3 is refitted to the output of layers 3 and 4, in float64 from the dense states."""
     model, reference = pico(family), Reference(pico(family), windows)
     method = paper(
         operator="drop", groups=((3, 4),), refit="ridge", refit_lambda=0.2, refit_weights=weighting
@@ -192,8 +192,8 @@ def test_a_drop_is_refitted_as_the_formula_says(family, weighting, windows):
     heads = reference.inputs[3, "kv_group"]
     old = reference.output(3, "kv_group")
     penalty = 0.2 * (weights[:, None] * heads.square()).sum(dim=0).mean()
-    wanted = added(3) + added(4)
-    weight, bias = plain_ridge(heads, wanted, weights, old.weight, old.bias, float(penalty))
+    target = added(3) + added(4)
+    weight, bias = plain_ridge(heads, target, weights, old.weight, old.bias, float(penalty))
     found = new.self_attn.out_proj if reference.is_opt else new.self_attn.o_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
     middle = x + heads @ weight.T + (0 if bias is None else bias)
@@ -226,8 +226,8 @@ OPERATORS = [
 ]
 
 
-def behind(model, windows):
-    """The state in front of the final norm."""
+def final_states(model, windows):
+    """The hidden states before the final norm."""
     with torch.no_grad():
         return Reference(model, windows).h[-1]
 
@@ -237,47 +237,47 @@ def behind(model, windows):
     ("family", "target"),
     [("llama_bias", "current"), ("qwen3_gqa", "dense"), ("opt", "dense")],
 )
-def test_every_operator_gains_by_the_refit(family, parts, target, windows):
-    dense = behind(pico(family), windows)
+def test_refit_improves_every_operator(family, parts, target, windows):
+    dense = final_states(pico(family), windows)
 
     def distance(**more):
         model = pico(family)
         method = paper(**parts, target=target, **more)
         compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-        return float((behind(model, windows) - dense).square().mean())
+        return float((final_states(model, windows) - dense).square().mean())
 
     plain, refitted = distance(), distance(refit="ridge")
     assert refitted < 0.7 * plain
     assert distance(refit="ridge", downstream=0.1) <= refitted
 
 
-def test_a_strong_penalty_leaves_the_gathered_weights(windows):
-    plain, held = pico("llama_bias"), pico("llama_bias")
+def test_large_penalty_keeps_the_output_maps(windows):
+    plain, penalised = pico("llama_bias"), pico("llama_bias")
     compress(plain, windows, paper(), target_layers=4, progress=False)
     method = paper(refit="ridge", refit_lambda=1e12)
-    compress(held, windows, method, target_layers=4, progress=False)
-    for layer, other in zip(decoder_layers(plain), decoder_layers(held), strict=True):
+    compress(penalised, windows, method, target_layers=4, progress=False)
+    for layer, other in zip(decoder_layers(plain), decoder_layers(penalised), strict=True):
         torch.testing.assert_close(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
         torch.testing.assert_close(layer.mlp.down_proj.weight, other.mlp.down_proj.weight)
 
 
-def test_adam_goes_beyond_the_closed_form(windows):
+def test_adam_improves_on_ridge(windows):
     dense = Reference(pico("llama_bias"), windows).h
 
     def error(refit, **options):
         model = pico("llama_bias")
         method = paper(groups=((2, 3),), refit=refit, options=options)
         plan = compress(model, windows, method, target_layers=5, progress=False)
-        assert same(apply(plan, pico("llama_bias")), model)
-        missed = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
-        return float((missed / dense[4].square().mean(dim=-1)).mean())
+        assert same_weights(apply(plan, pico("llama_bias")), model)
+        per_token = (Reference(model, windows).h[3] - dense[4]).square().mean(dim=-1)
+        return float((per_token / dense[4].square().mean(dim=-1)).mean())
 
     closed = error("ridge")
     assert error("adam", steps=100, learning_rate=1e-3) < 0.8 * closed
     assert error("adam", steps=1, learning_rate=1e-9) == pytest.approx(closed, rel=1e-4)
 
 
-def test_the_disk_store_finds_the_same(windows, tmp_path):
+def test_disk_store_gives_the_same_plan(windows, tmp_path):
     method = paper(refit="gauss_newton", retention="adaptive", downstream=0.3, align=None)
     plans = [
         compress(
@@ -295,7 +295,7 @@ def test_the_disk_store_finds_the_same(windows, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_parts_asked_for_are_refitted(windows):
+def test_refit_of_selected_sublayers(windows):
     plan = compress(
         pico("llama_bias"),
         windows,
@@ -306,7 +306,7 @@ def test_only_the_parts_asked_for_are_refitted(windows):
     assert set(plan.steps[0].solved.hashes) == {"mlp.down_proj.weight", "mlp.down_proj.bias"}
 
 
-def test_a_passed_depth_has_its_own_finish_and_leaves_no_trace(windows):
+def test_stops_have_their_own_downstream_refit(windows):
     method = paper(refit="ridge", downstream=0.3)
     seen = {}
 
@@ -315,16 +315,16 @@ def test_a_passed_depth_has_its_own_finish_and_leaves_no_trace(windows):
 
     model = pico("llama_gqa")
     compress(model, windows, method, target_layers=3, stops=[4], on_step=on_step, progress=False)
-    alone = pico("llama_gqa")
-    plan = compress(alone, windows, method, target_layers=4, progress=False)
+    separate = pico("llama_gqa")
+    plan = compress(separate, windows, method, target_layers=4, progress=False)
     assert seen[4][0].hash == plan.hash
-    assert all(map(torch.equal, seen[4][1], alone.parameters()))
-    straight = pico("llama_gqa")
-    compress(straight, windows, method, target_layers=3, progress=False)
-    assert same(model, straight)
+    assert all(map(torch.equal, seen[4][1], separate.parameters()))
+    direct = pico("llama_gqa")
+    compress(direct, windows, method, target_layers=3, progress=False)
+    assert same_weights(model, direct)
 
 
-def test_dense_states_are_those_of_the_dense_model(windows):
+def test_dense_snapshot_is_kept_after_a_change(windows):
     adapter = ModelAdapter(pico("llama_gqa"))
     with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
         stream.embed()
@@ -344,8 +344,8 @@ def test_dense_states_are_those_of_the_dense_model(windows):
 
 
 @pytest.mark.parametrize("operator", ["concat", "drop"])
-def test_refit_error_is_what_the_trial_leaves(operator, windows):
-    """Each candidate's score is the error of a model in which that group alone is merged."""
+def test_refit_error_score_is_the_error_after_the_merge(operator, windows):
+    """The score of a candidate is the error of a model with only that span merged."""
     shared = {"operator": operator, "refit": "ridge", "protect_first": 1}
     method = paper(selection="refit_error", options={"shortlist": 3}, **shared)
     plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
@@ -355,10 +355,10 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
     for candidate in step.candidates:
         first, last = candidate.first - (operator == "drop"), candidate.last
         model = pico("llama_gqa")
-        alone = paper(groups=((first, last),), operator=operator, refit="ridge")
-        compress(model, windows, alone, target_layers=5, progress=False)
-        found, wanted = Reference(model, windows).h[first + 1], dense.h[last + 1]
-        relative = (found - wanted).square().mean(dim=-1) / wanted.square().mean(dim=-1)
+        separate = paper(groups=((first, last),), operator=operator, refit="ridge")
+        compress(model, windows, separate, target_layers=5, progress=False)
+        found, target = Reference(model, windows).h[first + 1], dense.h[last + 1]
+        relative = (found - target).square().mean(dim=-1) / target.square().mean(dim=-1)
         assert candidate.score == pytest.approx(float(relative.mean()), rel=1e-3)
 
 
@@ -393,6 +393,6 @@ def test_refit_error_is_what_the_trial_leaves(operator, windows):
         ),
     ],
 )
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         paper(**settings)

@@ -1,4 +1,4 @@
-"""Registries: discovery, provenance, and errors that help."""
+"""Registries: discovery, provenance and error messages."""
 
 import pytest
 
@@ -12,11 +12,11 @@ from come.merge.sensitivity.base import SENSITIVITY
 from come.registry import Registry, load_plugin
 
 REGISTRIES = [OPERATORS, SENSITIVITY, SELECTION, RETENTION, SCHEDULES, REFITS, TEXT]
-COSINES = ("sbi", "angular", "bi_sum")  # scores of one cosine stand in one file
+COSINES = ("sbi", "angular", "bi_sum")  # these scores share one file
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
-def test_file_name_is_registry_name(registry):
+def test_module_name_is_registry_name(registry):
     assert registry.names()
     for name in registry.names():
         cls = registry.get(name)
@@ -27,7 +27,7 @@ def test_file_name_is_registry_name(registry):
         assert cls.paper == "" or cls.paper[4] == "."
 
 
-def test_a_new_entry_is_one_decorated_class(monkeypatch):
+def test_register_a_class(monkeypatch):
     assert SENSITIVITY.names()
     monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
 
@@ -58,7 +58,7 @@ def plugin(folder, name):
     return path
 
 
-def test_a_plugin_does_not_take_a_name_of_the_package(tmp_path, monkeypatch):
+def test_plugin_cannot_replace_a_package_entry(tmp_path, monkeypatch):
     assert SENSITIVITY.names()
     monkeypatch.setattr(SENSITIVITY, "_entries", dict(SENSITIVITY._entries))
     for _ in range(2):
@@ -72,7 +72,7 @@ def test_a_plugin_does_not_take_a_name_of_the_package(tmp_path, monkeypatch):
         load_plugin(tmp_path / "nowhere.py")
 
 
-def test_a_class_without_a_name_is_refused():
+def test_class_without_a_name_is_rejected():
     registry = Registry("thing", "come.merge.sensitivity", "merge.thing")
     with pytest.raises(TypeError, match="needs a class attribute 'name'"):
 
@@ -81,7 +81,7 @@ def test_a_class_without_a_name_is_refused():
             pass
 
 
-def test_a_setting_that_is_not_there_is_named():
+def test_unknown_setting_and_renamed_entry():
     with pytest.raises(ValueError, match="merge.sensitivity.sed: .*no such setting; did you mean"):
         SENSITIVITY.create("random", {"sed": 1})
     with pytest.raises(ValueError, match="merge.schedule=cheapest is now .*optimal_partition"):

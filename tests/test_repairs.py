@@ -1,4 +1,4 @@
-"""LaCo, drops and closed-form repairs against their definitions."""
+"""LaCo, drops, and the closed-form repairs PruneComp and ReplaceMe against their definitions."""
 
 import copy
 
@@ -15,13 +15,13 @@ from tests.methods import (
     decoder_layers,
     paper,
     recipe,
-    same,
+    same_weights,
     without,
 )
 from tests.reference import Reference
 
 
-def test_laco_adds_up_differences(family):
+def test_laco_sums_parameter_differences(family):
     adapter = ModelAdapter(pico(family))
     layers = [adapter.layer_state(i) for i in (1, 2, 3)]
     merged = OPERATORS.create("laco").merge(layers, adapter.roles, [1 / 3] * 3, {})
@@ -40,24 +40,24 @@ def test_laco_adds_up_differences(family):
         torch.testing.assert_close(tensor, layers[1][name])
 
 
-def test_a_drop_is_the_model_without_the_layers(family, windows):
+def test_drop_equals_the_model_without_the_layers(family, windows):
     dense = pico(family)
-    for groups, gone in ((((2, 3, 4),), (3, 4)), (((0, 1),), (1,))):
+    for groups, removed in ((((2, 3, 4),), (3, 4)), (((0, 1),), (1,))):
         model = pico(family)
         method = paper(operator="drop", groups=groups)
-        compress(model, windows, method, target_layers=LAYERS - len(gone), progress=False)
-        expected = without(dense, gone)(windows, use_cache=False).logits
+        compress(model, windows, method, target_layers=LAYERS - len(removed), progress=False)
+        expected = without(dense, removed)(windows, use_cache=False).logits
         torch.testing.assert_close(model(windows).logits.double(), expected, rtol=1e-3, atol=1e-4)
     model = pico(family)
     method = paper(operator="drop", selection="reverse", protect_last=LAYERS - 2)
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-    assert plan.history[0] == [0, 1, 2]  # nothing in front: the layer behind stays
+    assert plan.history[0] == [0, 1, 2]  # no layer before: the one after is kept
     expected = without(dense, (0, 1))(windows, use_cache=False).logits
     torch.testing.assert_close(model(windows).logits.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("span", [(0, 1), (2, 3)])
-def test_prune_comp_equals_scaling_all_in_front(family, windows, span):
+def test_prune_comp_equals_scaling_the_hidden_states(family, windows, span):
     dense = pico(family)
     h = Reference(dense, windows).h
     first, last = span
@@ -106,14 +106,14 @@ def test_replaceme_is_a_least_squares_map(family, windows):
 
 
 @pytest.mark.parametrize("name", ["replaceme", "prune_comp"])
-def test_plans_in_which_it_was_an_operator_are_read(name, windows, tmp_path):
+def test_old_plans_with_a_repair_as_operator_are_loaded(name, windows, tmp_path):
     model = pico("llama_gqa")
     plan = compress(model, windows, recipe(name), target_layers=4, progress=False)
     plan.save(tmp_path / "plan.json")
     path = tmp_path / "plan.json"
     path.write_text(path.read_text().replace('"operator": "drop"', f'"operator": "{name}"'))
     assert f'"{name}"' in path.read_text()
-    assert same(apply(Plan.load(path), pico("llama_gqa")), model)
+    assert same_weights(apply(Plan.load(path), pico("llama_gqa")), model)
 
 
 def test_laco_keeps_merges_that_leave_the_output_similar(windows):

@@ -23,7 +23,7 @@ from tests.reference import Reference
 
 
 @pytest.mark.parametrize("m", [2, 3])
-def test_posterior_takes_the_split_with_the_lowest_loss(windows, m):
+def test_posterior_minimises_the_loss(windows, m):
     groups = (tuple(range(2, 2 + m)),)
     method = paper(groups=groups, retention="posterior", options={"granularity": 4})
     model = pico("llama_gqa")
@@ -43,12 +43,12 @@ def test_posterior_takes_the_split_with_the_lowest_loss(windows, m):
     best = tuple(round(4 * share) for share in step.shares)
     if m == 2:
         assert losses[best] == pytest.approx(min(losses.values()), rel=1e-5)
-    else:  # a local minimum of single moves
+    else:  # a local minimum
         near = [c for c in losses if sum(abs(a - b) for a, b in zip(c, best)) == 2]
         assert losses[best] <= min(losses[c] for c in near) * (1 + 1e-5)
 
 
-def test_joint_ranks_all_units_of_the_group(windows):
+def test_joint_ranks_all_units_of_the_span(windows):
     method = paper(groups=((1, 2, 3),), retention="joint")
     plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
     scores = come_scores(windows, (1, 2, 3))
@@ -75,16 +75,16 @@ def test_mka_weights_are_a_sigmoid_of_mean_similarity(windows):
     assert plan.steps[0].shares == pytest.approx([expected, 1 - expected], rel=0.05)
 
 
-def test_moments_are_gathered_for_rules_that_read_them(windows, monkeypatch):
-    asked = []
+def test_moments_are_collected_only_if_needed(windows, monkeypatch):
+    requested = []
 
     class Recorder(StatisticsCollector):
         def __init__(self, adapter, kinds, *rest):
-            asked.append(tuple(kinds))
+            requested.append(tuple(kinds))
             super().__init__(adapter, kinds, *rest)
 
     monkeypatch.setattr("come.merge.search.StatisticsCollector", Recorder)
     for method in (paper(), paper(retention="leverage", norms="fold"), paper(operator="average")):
         compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False)
-    assert asked == [tuple(paper().sensitivity.moments), (), ()]
-    assert asked[0]
+    assert requested == [tuple(paper().sensitivity.moments), (), ()]
+    assert requested[0]

@@ -1,4 +1,4 @@
-"""A saved model folder: what the base has stays, and nothing names what is not there."""
+"""Saved model folders: copied files, config, tokenizer and model card."""
 
 import json
 import shlex
@@ -18,9 +18,9 @@ from come.models.companions import companion_files
 from come.models.dialects import both_dialects, tokenizer_for_both
 from come.models.loading import load_model
 from come.report.card import _command
-from tests.bases import BASES, LLAMA3, YARN, edit, saved, sentencepieces
+from tests.bases import BASES, LLAMA3, YARN, edit_json, save_base, save_sentencepiece_tokenizer
 from tests.conftest import VOCAB
-from tests.jobs import QUICK, start
+from tests.jobs import QUICK, run_job
 from tests.methods import paper
 
 
@@ -33,14 +33,15 @@ def config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def merged(base, folder, **how):
+def merge_and_save(base, folder, **options):
+    """Merges two layers of a base model and saves the result."""
     model, tokenizer = load_model(base)
     windows = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
     plan = compress(model, windows, paper(refit="ridge"), target_layers=5, progress=False)
-    return save_model(model, how.pop("tokenizer", tokenizer), folder, plan, **how)
+    return save_model(model, options.pop("tokenizer", tokenizer), folder, plan, **options)
 
 
-FILES = {
+COPIED = {
     "tokenizer.json": b"\xff tokens",
     "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer",   "odd" : 1}',
     "special_tokens_map.json": b"{}",
@@ -59,7 +60,7 @@ FILES = {
     "LICENSE": b"mine",
     "USE_POLICY.md": b"be good",
 }
-OTHERS = {
+NOT_COPIED = {
     "README.md": b"card",
     "optimizer.pt": b"",
     "trainer_state.json": b"{}",
@@ -72,40 +73,40 @@ OTHERS = {
 }
 
 
-def test_files_of_the_tokenizer_are_copied_byte_for_byte(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_companion_files_are_copied_byte_for_byte(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
-    for name, content in (FILES | OTHERS).items():
+    for name, content in (COPIED | NOT_COPIED).items():
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(content)
     folder = save_model(model, tokenizer, tmp_path / "out", plan, base=base)
-    for name, content in FILES.items():
+    for name, content in COPIED.items():
         assert (folder / name).read_bytes() == content, name
-    for name in OTHERS:
+    for name in NOT_COPIED:
         assert not (folder / name).exists(), name
     top = {path.name for path in folder.iterdir()}
-    assert top == {name.partition("/")[0] for name in FILES} | {
+    assert top == {name.partition("/")[0] for name in COPIED} | {
         "come",
         "config.json",
         "model.safetensors",
     }
 
 
-def test_only_what_the_merge_changed_differs_in_the_configuration(tmp_path):
-    base = saved(tmp_path / "base", "qwen2_gqa", old=True)
-    edit(base / "config.json", "layer_types", "head_dim", attn_pdrop=0.5, mine={"a": [1]})
-    before, after = config(base), config(merged(base, tmp_path / "out"))
+def test_config_changes_only_where_the_merge_requires(tmp_path):
+    base = save_base(tmp_path / "base", "qwen2_gqa", v4=True)
+    edit_json(base / "config.json", "layer_types", "head_dim", attn_pdrop=0.5, mine={"a": [1]})
+    before, after = config(base), config(merge_and_save(base, tmp_path / "out"))
     changed = {key for key in before if after[key] != before[key]}
     assert changed == {"num_hidden_layers", "max_window_layers"}
     assert after["num_hidden_layers"] == 5
-    assert set(after) - set(before) == {"layer_types"}  # one entry a layer, which readers count
+    assert set(after) - set(before) == {"layer_types"}  # one entry per layer, checked by readers
     assert after["torch_dtype"] == "float32"
-    assert after["transformers_version"] == "4.44.0"  # some readers mend tokenizers by it
+    assert after["transformers_version"] == "4.44.0"  # some readers depend on it
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}])
-def test_rope_parameters_stand_in_both_places(rope):
+def test_config_has_rope_parameters_of_both_versions(rope):
     found = both_dialects({"rope_parameters": {"rope_theta": 5.0} | rope, "dtype": "bfloat16"})
     theta = rope.get("rope_theta", 5.0)
     assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == theta
@@ -117,7 +118,7 @@ def test_rope_parameters_stand_in_both_places(rope):
     assert both_dialects(kinds) == kinds
 
 
-def test_the_tokenizer_class_of_transformers_5():
+def test_tokenizer_config_for_both_versions():
     given = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "x": 1}
     assert tokenizer_for_both(given) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -133,32 +134,34 @@ def test_the_tokenizer_class_of_transformers_5():
     }
 
 
-def test_a_base_without_generation_configuration_has_none_after(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_no_generation_config_if_the_base_has_none(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "generation_config.json").unlink()
-    assert not (merged(base, tmp_path / "out") / "generation_config.json").exists()
+    assert not (merge_and_save(base, tmp_path / "out") / "generation_config.json").exists()
 
 
-def test_code_that_is_not_there_is_not_named(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_auto_map_lists_only_existing_code(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     auto_map = {
         "AutoConfig": "configuration_mine.MyConfig",
         "AutoModel": "somebody/other--modeling.Model",
     }
-    edit(base / "config.json", auto_map=auto_map)
-    found = config(merged(base, tmp_path / "out"))
+    edit_json(base / "config.json", auto_map=auto_map)
+    found = config(merge_and_save(base, tmp_path / "out"))
     assert found["auto_map"] == {"AutoModel": "somebody/other--modeling.Model"}
     (base / "configuration_mine.py").write_text("raise SystemExit('code of a checkpoint has run')")
     (base / "other.py").write_text("")
-    folder = merged(base, tmp_path / "again")
+    folder = merge_and_save(base, tmp_path / "again")
     assert config(folder)["auto_map"] == auto_map
     assert (folder / "configuration_mine.py").is_file()
     assert (folder / "other.py").is_file()  # it may be imported by the first
 
 
-def test_the_result_loads_with_the_flags_of_the_base_in_a_fresh_folder(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa", tokenizer=sentencepieces, old=True)
-    start(base, tmp_path / "out", *QUICK)
+def test_saved_model_loads_from_another_folder(tmp_path):
+    base = save_base(
+        tmp_path / "base", "llama_gqa", tokenizer=save_sentencepiece_tokenizer, v4=True
+    )
+    run_job(base, tmp_path / "out", *QUICK)
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(tmp_path / "out" / "model", moved)
     shutil.rmtree(base)
@@ -171,18 +174,18 @@ def test_the_result_loads_with_the_flags_of_the_base_in_a_fresh_folder(tmp_path)
     assert not [name for name, found in text.items() if str(tmp_path) in found]
 
 
-def test_a_tokenizer_that_was_changed_in_memory_is_written(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_tokenizer_changed_in_memory_is_saved(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     _, tokenizer = load_model(base)
     tokenizer.chat_template = "{{ 'mine' }}"
-    folder = merged(base, tmp_path / "out", tokenizer=tokenizer)
+    folder = merge_and_save(base, tmp_path / "out", tokenizer=tokenizer)
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ 'mine' }}"
-    folder = merged(base, tmp_path / "again")
+    folder = merge_and_save(base, tmp_path / "again")
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
 
 
-def test_a_model_of_no_folder_is_saved_whole(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_save_a_model_without_a_base_folder(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     model, tokenizer = load_model(base)
     model.config._name_or_path = ""
     plan = Plan(BaseModel.of(ModelAdapter(model)), "concat", "mean")
@@ -192,22 +195,22 @@ def test_a_model_of_no_folder_is_saved_whole(tmp_path):
     assert config(folder)["torch_dtype"] == "float32"
 
 
-def test_runs_of_earlier_versions_are_read(tmp_path):
-    """Their plan and its tensors lie beside the weights, and the configuration names the plan."""
-    base = saved(tmp_path / "base", "llama_gqa")
-    start(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
+def test_runs_of_earlier_versions_are_loaded(tmp_path):
+    """Their plan is beside the weights, and config.json refers to it."""
+    base = save_base(tmp_path / "base", "llama_gqa")
+    run_job(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
     model = tmp_path / "old" / "model"
     assert "Refit `ridge`: " in (model / "README.md").read_text()
     for path in (model / "come").iterdir():
         path.rename(model / path.name)
     (model / "come").rmdir()
-    edit(model / "config.json", come={"plan": "x", "merge_history": [[0]]})
+    edit_json(model / "config.json", come={"plan": "x", "merge_history": [[0]]})
     plan = Plan.load(plan_path(model))
     assert plan.num_layers == 5
     assert find_run(str(tmp_path / "old")) == model
 
-    asked = [f"from_run={tmp_path / 'old'}", "merge.target_layers=null"]
-    result = start(base, tmp_path / "new", *asked, *QUICK)
+    overrides = [f"from_run={tmp_path / 'old'}", "merge.target_layers=null"]
+    result = run_job(base, tmp_path / "new", *overrides, *QUICK)
     assert result["plan"] == plan.hash
     again = tmp_path / "new" / "model"
     assert Plan.load(again / "come" / "plan.json").hash == plan.hash
@@ -220,9 +223,9 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_run_that_kept_no_weights_is_no_start(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
-    start(base, tmp_path / "out", "merge.refit=ridge", "merge.save_weights=false", *QUICK)
+def test_run_without_saved_weights_cannot_be_continued(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
+    run_job(base, tmp_path / "out", "merge.refit=ridge", "merge.save_weights=false", *QUICK)
     with pytest.raises(ValueError, match="no merged model with its come/plan.json there"):
         find_run(str(tmp_path / "out"))
 
@@ -240,10 +243,10 @@ tags: [old]
 """
 
 
-def test_the_card_continues_the_base_models(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_card_keeps_metadata_of_the_base_card(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "README.md").write_text(CARD)
-    start(base, tmp_path / "out", "model.base_model=somebody/one", *QUICK)
+    run_job(base, tmp_path / "out", "model.base_model=somebody/one", *QUICK)
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     for line in (
         "base_model: somebody/one",
@@ -260,24 +263,24 @@ def test_the_card_continues_the_base_models(tmp_path):
     assert "somebody/older" not in card
 
 
-def test_a_card_without_a_base_names_none(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_card_without_base_metadata(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
     (base / "README.md").write_text("---\n: [no yaml\n---\n")
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "base_model" not in card
     assert "license" not in card.partition("# base")[0]
     assert "model_name: base, 5 layers (come)" in card
 
 
-def test_a_card_has_the_hub_id_that_the_configuration_names(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
-    edit(base / "config.json", _name_or_path="somebody/one")
-    start(base, tmp_path / "out", *QUICK)
+def test_card_has_the_hub_id_from_the_config(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
+    edit_json(base / "config.json", _name_or_path="somebody/one")
+    run_job(base, tmp_path / "out", *QUICK)
     assert "base_model: somebody/one" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
-def test_the_command_of_a_card_has_no_local_folders():
+def test_card_command_has_no_local_folders():
     paths = ["come", "model.path=/home/me/my model", "calibration.path=~/a.txt", "merge.m=2"]
     shown = _command({"command": shlex.join(paths)})
     assert "come 'model.path=my model' calibration.path=a.txt merge.m=2\n" in shown
@@ -286,9 +289,9 @@ def test_the_command_of_a_card_has_no_local_folders():
 
 
 @pytest.mark.parametrize("name", list(BASES))
-def test_a_copy_of_the_companions_is_the_bases_tokenizer(name, tmp_path):
+def test_companion_files_equal_those_of_every_base(name, tmp_path):
     base = BASES[name](tmp_path / "base")
-    folder = merged(base, tmp_path / "out")
+    folder = merge_and_save(base, tmp_path / "out")
     for path in companion_files(base):
         same = (folder / path).read_bytes() == (base / path).read_bytes()
         old = "TokenizersBackend" not in (base / "tokenizer_config.json").read_text()

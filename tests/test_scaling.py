@@ -1,29 +1,29 @@
-"""The script that says how cost grows, and the arithmetic for the largest models."""
+"""experiments/scaling.py: fitted exponents, and estimates for large models."""
 
 import pytest
 
-from tests.commands import ROOT, script
+from tests.commands import ROOT, load_script
 
 
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    return script("scaling")
+    return load_script("scaling")
 
 
-def test_the_exponent_of_a_power(scaling):
+def test_exponent_of_a_power_law(scaling):
     assert scaling.exponent([8, 16, 32], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
     assert scaling.exponent([1, 10, 100], [5.0, 500.0, 50000.0]) == pytest.approx(2.0)
 
 
 def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
-    asked = []
+    measured_sizes = []
 
-    def measured(shape, layers, tokens):
-        asked.append((layers, tokens))
+    def fake_measure_point(shape, layers, tokens):
+        measured_sizes.append((layers, tokens))
         return scaling.Point(layers, tokens, layers * tokens / 100, 2.0, tokens**2)
 
-    monkeypatch.setattr(scaling, "measured", measured)
+    monkeypatch.setattr(scaling, "measure_point", fake_measure_point)
     words = "scaling --shape pico --layers 8 4 6 --tokens 256 512 1024".split()
     monkeypatch.setattr("sys.argv", words)
     scaling.main()
@@ -33,7 +33,7 @@ def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
         (4, 512, 20.5), (6, 512, 30.7), (8, 512, 41.0),
         (6, 256, 15.4), (6, 512, 30.7), (6, 1024, 61.4),
     ]  # fmt: skip
-    assert sorted(asked) == [(4, 512), (6, 256), (6, 512), (6, 1024), (8, 512)]
+    assert sorted(measured_sizes) == [(4, 512), (6, 256), (6, 512), (6, 1024), (8, 512)]
     assert [line for line in printed if not line.startswith("|")] == [
         "exponent over layers (pico): time 1.00, memory 0.00",
         "exponent over tokens (pico): time 1.00, memory 2.00",
@@ -41,14 +41,14 @@ def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_point_is_measured(scaling):
-    point = scaling.measured("pico", 4, 256)
+def test_measure_a_point(scaling):
+    point = scaling.measure_point("pico", 4, 256)
     assert point[:2] == (4, 256)
     assert point.seconds > point.forward_seconds > 0
     assert point.peak_bytes > 0
 
 
-def test_llama_70b_fits_on_one_gpu_by_arithmetic(scaling):
+def test_estimate_for_llama_70b_fits_on_one_gpu(scaling):
     cost = scaling.arithmetic("llama70b", removed=10, tokens=8192)
     assert cost.weight_bytes + cost.step_bytes < 24e9
     assert cost.boundary_bytes + cost.judged_bytes < 64e9

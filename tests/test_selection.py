@@ -1,4 +1,4 @@
-"""Scores of spans against plain float64 computations."""
+"""Selection scores against plain float64 computations."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def test_scores_of_hidden_states(stream, windows, tokens):
         assert score("cka") == pytest.approx(cka(*states), rel=1e-3, abs=1e-6)
 
 
-def test_loss_without_a_span_is_the_smaller_models(stream, windows):
+def test_skip_loss_is_the_loss_without_the_span(stream, windows):
     for first, last in SPANS:
         smaller = without(stream.adapter.model, range(first, last + 1))
         with torch.no_grad():
@@ -85,7 +85,7 @@ def test_npib_of_related_and_unrelated_states():
 
 
 def plain_diffusion_map(points):
-    """Coordinates of the random walk, by loops and the eigenvectors of its own matrix."""
+    """Diffusion coordinates from loops and the eigenvectors of the transition matrix."""
     n = len(points)
     d = [[float((a - b).norm()) for b in points] for a in points]
     scale = [sorted(row)[8] for row in d]
@@ -98,7 +98,7 @@ def plain_diffusion_map(points):
     return vectors.real[:, order[1:3]]
 
 
-def test_diffusion_map_is_the_random_walks():
+def test_diffusion_map_equals_the_plain_one():
     points = torch.randn(20, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     found, expected = diffusion_map(points), plain_diffusion_map(points)
     for axis in range(2):

@@ -13,12 +13,12 @@ from come.models.adapter import UNITS, ModelAdapter
 from come.statistics.gradients import path_gradients
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import SOME, loss
+from tests.methods import SELECTED_FAMILIES, loss
 from tests.reference import Reference
 
 
 def columns(reference: Reference, index: int, unit: str) -> dict[str, torch.Tensor]:
-    """Every metric that needs no gradient, by channel, from the inputs of the whole model."""
+    """The metrics without gradients, per column of the output map, from inputs of the model."""
     weight, x = reference.output(index, unit).weight, reference.inputs[index, unit]
     tokens = len(x)
     rows = range(weight.shape[1])
@@ -46,7 +46,7 @@ def found_scores(stream, name, first, last):
 
 
 @pytest.mark.parametrize("name", ["activation", "magnitude", "wanda", "fluctuation"])
-def test_metrics_of_inputs_and_weights(stream, name, windows):
+def test_metrics_without_gradients(stream, name, windows):
     reference = Reference(stream.adapter.model, windows)
     scores = found_scores(stream, name, 0, LAYERS - 1)
     for unit, index in itertools.product(UNITS, range(LAYERS)):
@@ -59,7 +59,7 @@ def output_weights(model, index):
     return {unit: adapter.output_map(index, unit).weight for unit in UNITS}
 
 
-def test_taylor_is_the_whole_models_gradient(stream, windows):
+def test_taylor_uses_gradients_of_the_complete_model(stream, windows):
     model = copy.deepcopy(stream.adapter.model).double().requires_grad_()
     loss(model, windows).backward()
     for first, last in [(1, 2), (3, 5)]:
@@ -73,8 +73,8 @@ def test_taylor_is_the_whole_models_gradient(stream, windows):
     assert all(p.grad is None for p in stream.adapter.model.parameters())
 
 
-def whole_path(model, windows, steps):
-    """Integrated gradients of every channel's scale, from the whole float64 model."""
+def plain_path_attribution(model, windows, steps):
+    """Integrated gradients of the scale of every column, from the complete float64 model."""
     model = copy.deepcopy(model).double().requires_grad_(False)
     adapter = ModelAdapter(model)
     total = {}
@@ -95,24 +95,24 @@ def whole_path(model, windows, steps):
     return total
 
 
-@pytest.mark.parametrize("family", SOME)
-def test_path_attribution_is_the_whole_models(stream, windows):
-    expected = whole_path(stream.adapter.model, windows, 10)
+@pytest.mark.parametrize("family", SELECTED_FAMILIES)
+def test_path_attribution_uses_gradients_of_the_complete_model(stream, windows):
+    expected = plain_path_attribution(stream.adapter.model, windows, 10)
     scores = found_scores(stream, "path_attribution", 2, 3)
     for index, unit in itertools.product((2, 3), UNITS):
         values = per_unit(expected[index, unit].abs(), stream, unit)
         torch.testing.assert_close(scores[unit][index - 2], values, rtol=5e-3, atol=1e-6)
 
 
-def test_path_attributions_add_up_to_the_loss(windows):
+def test_path_attributions_sum_to_the_loss_difference(windows):
     model = pico("llama_gqa")
     adapter = ModelAdapter(model)
-    silent = copy.deepcopy(model)
+    zeroed = copy.deepcopy(model)
     for index, unit in itertools.product(range(LAYERS), UNITS):
-        ModelAdapter(silent).output_map(index, unit).weight.data.zero_()
+        ModelAdapter(zeroed).output_map(index, unit).weight.data.zero_()
     with LayerStream(adapter, windows, progress=False) as stream, torch.no_grad():
         stream.embed()
         stream.advance(0, LAYERS - 1)
         found = path_gradients(stream, range(LAYERS), steps=40)
-        difference = float(loss(model, windows) - loss(silent, windows))
+        difference = float(loss(model, windows) - loss(zeroed, windows))
     assert sum(float(part.sum()) for part in found.values()) == pytest.approx(difference, rel=0.02)

@@ -1,15 +1,15 @@
-"""The script that follows the first token of a window, by hand."""
+"""experiments/sink.py on hand-made hidden states."""
 
 import pytest
 
-from tests.commands import script
+from tests.commands import load_script
 from tests.conftest import pico
 
 
-def test_the_first_token_behind_merged_layers_and_in_front_of_the_last(windows):
-    sink = script("sink")
+def test_rows_after_merged_layers_and_before_the_last(windows):
+    sink = load_script("sink")
     dense = sink.states(pico("llama_mha"), windows)
-    merged = [dense[0], dense[1], 2 * dense[3], *dense[4:]]  # layers 1 and 2 became one
+    merged = [dense[0], dense[1], 2 * dense[3], *dense[4:]]  # layers 1 and 2 merged
     merged[2][:, 1:] /= 2
     history = [[0], [1, 2], *[[i] for i in range(3, len(dense) - 1)]]
     found = dict(sink.rows(history, dense, merged))

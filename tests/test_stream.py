@@ -1,4 +1,4 @@
-"""The layer stream gives the hidden states of the whole model, wherever it keeps them."""
+"""The layer stream computes the hidden states of the model, in memory or on disk."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.reference import Reference
 
 
 @pytest.mark.parametrize("store", ["memory", "disk"])
-def test_boundaries_are_the_hidden_states(family, windows, store, tmp_path):
+def test_boundaries_equal_the_hidden_states(family, windows, store, tmp_path):
     model = pico(family)
     reference = Reference(model, windows)
     stream = LayerStream(
@@ -30,7 +30,7 @@ def test_boundaries_are_the_hidden_states(family, windows, store, tmp_path):
     assert not list(tmp_path.iterdir())  # the disk store cleans up after itself
 
 
-def test_only_the_suffix_is_computed_again(windows):
+def test_only_layers_after_a_merge_are_recomputed(windows):
     model = pico("llama_gqa")
     calls: list[int] = []
     adapter = ModelAdapter(model)
@@ -59,7 +59,7 @@ def test_stores_give_the_same_plan(windows, tmp_path):
     assert plans[0] == plans[1]
 
 
-def test_layers_keep_their_forward_after_recording(windows):
+def test_layer_inputs_restores_forward(windows):
     model = pico("opt")
     before = model(windows).logits
     ModelAdapter(model).layer_inputs(windows)
@@ -67,7 +67,7 @@ def test_layers_keep_their_forward_after_recording(windows):
     assert all("forward" not in vars(layer) for layer in ModelAdapter(model).layers)
 
 
-def test_hidden_states_that_are_not_finite_are_an_error(windows):
+def test_non_finite_hidden_states_are_an_error(windows):
     model = pico("llama_gqa")
     with torch.no_grad():
         ModelAdapter(model).layers[3].mlp.down_proj.weight.fill_(float("inf"))
@@ -76,8 +76,8 @@ def test_hidden_states_that_are_not_finite_are_an_error(windows):
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_page_locked_memory_is_taken_where_it_can_be(pinned, monkeypatch):
-    """Without a GPU it cannot, and the states are in ordinary memory."""
+def test_boundaries_use_page_locked_memory_if_available(pinned, monkeypatch):
+    """Without a GPU, allocation falls back to ordinary memory."""
     tried, empty = [], torch.empty
     monkeypatch.setattr(
         torch,

@@ -1,4 +1,4 @@
-"""Sweeps and experiments as a user starts them, in real processes."""
+"""End-to-end sweeps and experiments."""
 
 import json
 import subprocess
@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from tests.commands import ROOT, finish
+from tests.commands import ROOT, communicate
 
 
-def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
-    code, _, errors = finish(command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m"))
+def test_sweep_folders_are_named_by_job_hash(command, tmp_path):
+    code, _, errors = communicate(
+        command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m")
+    )
     assert code == 0, errors
     results = sorted((tmp_path / "runs").glob("*/result.json"))
     assert len(results) == 2
@@ -20,14 +22,14 @@ def test_a_sweep_runs_its_jobs_and_names_them_by_hash(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
+def test_sweep_writes_table_and_figure(command, tmp_path):
     grid = (
         "merge=come,shortgpt",
         "calibration.seed=0,1",
         "merge.save_at=[22,21]",
         "eval=[perplexity,continuations]",
     )
-    code, output, errors = finish(command(*grid, "-m"))
+    code, output, errors = communicate(command(*grid, "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-sweep"
     table = (folder / "table.md").read_text()
@@ -45,7 +47,7 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
         ("shortgpt", "1"),
     ]
     done = {r["job"]: (tmp_path / "runs" / r["job"] / "result.json").stat().st_mtime for r in rows}
-    code, output, errors = finish(command(*grid, "-m"))  # nothing runs again
+    code, output, errors = communicate(command(*grid, "-m"))  # no job runs again
     assert code == 0, errors
     assert output.count("is already finished") == 4
     for job, changed in done.items():
@@ -60,9 +62,9 @@ def test_a_sweep_ends_with_its_table_and_figure(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_file):
+def test_experiment_sets_the_axis_of_its_figure(command, tmp_path, text_file):
     grid = ("experiment=group_size", "merge.m=2,3", "merge.target_layers=22", "calibration.seed=0")
-    code, _, errors = finish(command(*grid, f"calibration.path={text_file}", "-m"))
+    code, _, errors = communicate(command(*grid, f"calibration.path={text_file}", "-m"))
     assert code == 0, errors
     folder = tmp_path / "runs" / "grid-group_size"
     assert json.loads((folder / "axes.json").read_text())["x"] == "merge.m"
@@ -71,14 +73,16 @@ def test_an_experiment_chooses_the_axis_of_its_figure(command, tmp_path, text_fi
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
 
 
-def test_a_failed_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):
-    code, _, errors = finish(command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m"))
+def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
+    code, _, errors = communicate(
+        command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m")
+    )
     assert code == 1
     assert "error: job 0: merge.m=1: must be a whole number of at least 2" in errors
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
-EXPERIMENTS = {  # overrides that bring the real model's depths to the pico model's
+EXPERIMENTS = {  # overrides that adapt the depths to the pico model
     "smoke": ["merge.target_layers=22"],
     "choices": ["merge.save_at=[22,21]"],
     "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
@@ -101,7 +105,7 @@ EXPERIMENTS = {  # overrides that bring the real model's depths to the pico mode
 }
 
 
-QUICK = {"smoke"}  # the others run with the slow tests
+QUICK = {"smoke"}  # the other experiments are slow tests
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ QUICK = {"smoke"}  # the others run with the slow tests
 def test_every_experiment_runs(command, text_file, tmp_path, name):
     paths = [f"calibration.path={text_file}"] if name == "choices" else []
     folder = tmp_path / "out"
-    code, _, errors = finish(
+    code, _, errors = communicate(
         command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
     )
     assert code == 0, errors

@@ -1,4 +1,4 @@
-"""Text sources and windows: seeded, disjoint, and clear about how much text there is."""
+"""Text sources, windows and sampling."""
 
 import json
 
@@ -31,7 +31,7 @@ def draw(tokenizer, source, **options):
     return calibration_windows(tokenizer, source, **options)
 
 
-def test_the_draw_is_seeded(tokenizer, text_file):
+def test_windows_are_seeded(tokenizer, text_file):
     source = TextFile(str(text_file))
     first, again, other = (draw(tokenizer, source, seed=seed) for seed in (0, 0, 1))
     assert first.windows.shape == (6, 32)
@@ -57,7 +57,7 @@ def test_calibration_and_held_out_text_are_disjoint(tokenizer, text_file, source
     assert not seen & unseen
 
 
-def test_the_part_of_a_text_that_evaluates(tokenizer, text_file):
+def test_evaluation_part_of_a_text(tokenizer, text_file):
     source, same = TextFile(str(text_file)), TextFile(str(text_file))
     text = text_file.read_text()
     source.part = (0.6, 0.8)
@@ -72,7 +72,7 @@ def test_the_part_of_a_text_that_evaluates(tokenizer, text_file):
         evaluation_windows(tokenizer, source, seq_len=16, others=[same])
 
 
-def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_path):
+def test_held_out_lines_are_removed_from_calibration(tokenizer, text_file, tmp_path):
     lines = text_file.read_text().splitlines()
     other = tmp_path / "other.txt"
     other.write_text("\n".join([*lines[:500], "something of its own " * 5]))
@@ -83,32 +83,32 @@ def test_lines_of_another_held_out_file_are_left_out(tokenizer, text_file, tmp_p
     assert drawn.removed_lines == 500
     assert not lines_of(tokenizer, drawn) & set(lines[:500])
     whole = evaluation_windows(tokenizer, held_out, seq_len=64, others=[TextFile(str(text_file))])
-    assert "Line 0 of" in tokenizer.decode(whole.windows[0])  # the user's own file is not cut
+    assert "Line 0 of" in tokenizer.decode(whole.windows[0])  # the evaluation file is not cut
 
 
-def test_short_lines_may_stand_in_both():
+def test_short_lines_are_not_removed():
     assert without_lines_of("a\nb\nc\n", "b\n") == ("a\nb\nc\n", 0)
 
 
-def test_parts_meet_at_line_ends():
+def test_text_parts_are_split_at_line_ends():
     text = "".join(f"line {i}\n" for i in range(100))
     parts = [text_part(text, cut) for cut in ((0.0, 0.6), (0.6, 0.8), (0.8, 1.0))]
     assert "".join(parts) == text
     assert all(part.endswith("\n") for part in parts)
 
 
-def test_pydocs_repeats_no_paragraph():
+def test_pydocs_has_no_repeated_paragraphs():
     text = corpus_text(PyDocs())
     paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
     assert len(paragraphs) == len(set(paragraphs))
     assert len(text) > 200_000
 
 
-def test_mmlu_has_five_questions_a_subject():
+def test_mmlu_has_five_questions_per_subject():
     assert 250 < len(list(MMLU().documents())) <= 285
 
 
-def test_too_little_text_says_how_much_there_is(tokenizer, tmp_path):
+def test_too_little_text(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("only a few words here")
     with pytest.raises(ValueError, match=r"has \d+ tokens for calibration, 0 windows of 32"):
@@ -130,7 +130,7 @@ def test_rows_of_jsonl_and_parquet(tmp_path):
             list(TextFile(str(path)).documents())
 
 
-def test_files_that_cannot_be_text(tmp_path):
+def test_invalid_text_files(tmp_path):
     empty, odd, binary = tmp_path / "empty.txt", tmp_path / "a.docx", tmp_path / "b.txt"
     empty.write_text("")
     odd.write_text("x")
@@ -151,7 +151,7 @@ def test_files_that_cannot_be_text(tmp_path):
         TEXT.create("text_file", {})
 
 
-def test_a_hub_sources_identity_is_its_content(tmp_path):
+def test_hub_source_identity_depends_on_content(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"text": "one", "more": "1"}')
     first = Hub(dataset="json", data_files=str(path)).identity
@@ -161,7 +161,7 @@ def test_a_hub_sources_identity_is_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("builder", ["json", "text", "parquet"])
-def test_the_hub_loader_reads_local_files(builder, tmp_path):
+def test_hub_source_reads_local_files(builder, tmp_path):
     from pyarrow import parquet, table
 
     path = tmp_path / f"rows.{builder}"
@@ -180,13 +180,13 @@ def test_the_hub_loader_reads_local_files(builder, tmp_path):
         list(Hub(dataset=builder, data_files=str(path), field="body").documents())
 
 
-def test_the_hub_without_network_says_what_to_do():
+def test_hub_source_without_network():
     source = Hub(dataset="allenai/c4", subset="en")
     with pytest.raises(ValueError, match=r"cannot be read.*calibration=pydocs"):
         next(source.documents())
 
 
-def test_self_generated_text_is_the_models_own(pico_folder):
+def test_self_generated_windows_are_seeded(pico_folder):
     model, _ = load_model(pico_folder)
     options = {"num_samples": 5, "seq_len": 12, "batch_size": 3, "progress": False}
     first = self_generated_windows(model, **options)
@@ -199,7 +199,7 @@ def test_self_generated_text_is_the_models_own(pico_folder):
     assert not torch.isin(first.windows[:, 1:], torch.tensor([0, 1, 2])).any()
 
 
-def test_low_temperature_follows_the_argmax(pico_folder):
+def test_low_temperature_is_greedy(pico_folder):
     model, _ = load_model(pico_folder)
     ids = self_generated_windows(
         model, num_samples=3, seq_len=10, sampling=Sampling(1e-4), progress=False
@@ -209,7 +209,7 @@ def test_low_temperature_follows_the_argmax(pico_folder):
     assert torch.equal(logits.argmax(-1), ids[:, 2:])
 
 
-def test_held_out_text_is_apart_from_what_is_trained_on(text_file, pico_folder):
+def test_evaluation_uses_only_the_held_out_part_of_training_text(text_file, pico_folder):
     _, tokenizer = load_model(pico_folder)
     same, other = TextFile(str(text_file)), PyDocs()
     whole = evaluation_windows(tokenizer, same, seq_len=16, others=[other])
@@ -217,7 +217,7 @@ def test_held_out_text_is_apart_from_what_is_trained_on(text_file, pico_folder):
     assert len(part.windows) < 0.25 * len(whole.windows)
 
 
-def test_top_p_draws_from_the_nucleus_alone():
+def test_top_p_and_temperature():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
     generator = torch.Generator().manual_seed(0)
     drawn = Sampling(1.0, 0.75).draw(logits, generator)[:, 0]
@@ -229,7 +229,7 @@ def test_top_p_draws_from_the_nucleus_alone():
     assert shares.tolist() == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
 
 
-def test_the_likeliest_windows_are_kept(pico_folder):
+def test_likeliest_windows_are_kept(pico_folder):
     model, _ = load_model(pico_folder)
     options = {"seq_len": 12, "progress": False}
     every = self_generated_windows(model, num_samples=8, **options)
@@ -241,7 +241,7 @@ def test_the_likeliest_windows_are_kept(pico_folder):
     assert torch.equal(kept.windows, every.windows[best])
 
 
-def test_continued_windows_begin_with_real_text(pico_folder):
+def test_continued_windows_start_with_real_text(pico_folder):
     model, tokenizer = load_model(pico_folder)
     given = calibration_windows(tokenizer, PyDocs(), num_samples=3, seq_len=16)
     found = continued_windows(model, given, count=5, begin=4, progress=False)
@@ -270,7 +270,7 @@ def test_text_is_sampled_once(pico_folder, tmp_path, monkeypatch):
     assert len(made) == 2
 
 
-def test_windows_that_validate_are_not_those_of_calibration(tokenizer, tmp_path):
+def test_backward_draw_starts_with_windows_outside_calibration(tokenizer, tmp_path):
     path = tmp_path / "numbers.txt"
     path.write_text(" ".join(map(str, range(20000))))  # so that no two windows are alike
     calibrated = draw(tokenizer, TextFile(str(path)), num_samples=32).windows.tolist()

@@ -1,4 +1,4 @@
-"""Units chosen on the refit's Gram matrix, and what is refitted behind: against plain float64."""
+"""Joint selection of units and the downstream refit, against plain float64."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ FAMILIES = ["llama_gqa", "llama_bias", "opt"]
 
 @pytest.fixture
 def streamed(windows):
-    """Gives the stream of a pico model behind its first pass."""
+    """Factory for streams of pico models after their first pass."""
     opened = []
 
     def make(family, batch_size=2):
@@ -51,17 +51,17 @@ def streamed(windows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
-    """Layers 2 and 3 both read h_2: their moments from models in which each stands there."""
+def test_stacked_gram_of_a_span(family, windows, streamed):
+    """Layers 2 and 3 both read h_2: moments from models in which each of them follows layer 1."""
     targets = ReconstructionTargets(streamed(family), 2, 3, original=3)
     dense = Reference(pico(family), windows)
-    alone = Reference(without(pico(family), {2}), windows)  # layer 3 reads h_2
+    shortened = Reference(without(pico(family), {2}), windows)  # layer 3 reads h_2
     weights = 1 / dense.h[4].flatten(0, 1).square().mean(dim=1)
 
     def added(index):
         return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
 
-    heads = torch.cat([dense.inputs[2, "kv_group"], alone.inputs[2, "kv_group"]], dim=1)
+    heads = torch.cat([dense.inputs[2, "kv_group"], shortened.inputs[2, "kv_group"]], dim=1)
     initial = stacked_map(targets, "kv_group")
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (2, 3)]
     held = Features(targets, "kv_group", layers, hold=True)
@@ -90,8 +90,8 @@ def test_a_group_is_one_wide_layer_on_its_own_input(family, windows, streamed):
 @pytest.mark.parametrize("align", [None, 0.01])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_trial_takes_the_solution_of_its_choice(family, align, streamed):
-    """Its output maps: plain ridge regressions on the activations of the layer with its inputs."""
+def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
+    """Its output maps are ridge regressions on the activations of the trial layer."""
     stream = streamed(family)
     adapter, method = stream.adapter, recipe("come_plus", refit_align=align)
     span = LayerSpan(
@@ -113,7 +113,7 @@ def test_a_trial_takes_the_solution_of_its_choice(family, align, streamed):
             features.append(run(adapter, layer, read, keywords).flatten(0, 1).double())
             targets.append(target.flatten(0, 1).double())
             weights.append(batch.weights.double())
-        # the penalty is that of the choice: 0.1 times the mean square of all units of the span
+        # the penalty of the selection: 0.1 times the mean square of all units of the span
         inputs = split.solved[unit].inputs
         assert len(inputs) == (2 if align else 0)
         layers = [
@@ -136,7 +136,7 @@ def test_a_trial_takes_the_solution_of_its_choice(family, align, streamed):
 
 
 def middles(targets, layer):
-    """The residual stream after a layer's attention, of all windows."""
+    """The residual stream after a layer's attention for all windows."""
     stream = targets.stream
     return torch.cat(
         [
@@ -148,8 +148,8 @@ def middles(targets, layer):
     )
 
 
-@pytest.mark.parametrize(("rate", "of_trial"), [(0.3, 0.7), (0.9, 0.9)])
-def test_a_trial_eliminates_in_fewer_rounds(rate, of_trial, streamed, monkeypatch):
+@pytest.mark.parametrize(("rate", "trial_rate"), [(0.3, 0.7), (0.9, 0.9)])
+def test_trials_eliminate_in_fewer_rounds(rate, trial_rate, streamed, monkeypatch):
     stream, rates = streamed("llama_gqa"), []
 
     def counted(sums, initial, penalty, keep, size, rate, **rest):
@@ -163,11 +163,11 @@ def test_a_trial_eliminates_in_fewer_rounds(rate, of_trial, streamed, monkeypatc
     )
     assert method.retention.trial_split(span).solved.keys() == {"kv_group", "channel"}
     assert not method.retention.split(span).solved
-    assert rates == [0.0, of_trial, 0.0, rate]
+    assert rates == [0.0, trial_rate, 0.0, rate]
 
 
 @pytest.mark.parametrize("changes", [{"refit_lambda": "auto"}, {"refit_sublayers": ["ffn"]}])
-def test_a_refit_with_another_problem_is_solved_anew(changes, streamed):
+def test_refit_with_other_settings_does_not_reuse_the_solution(changes, streamed):
     stream, method = streamed("llama_gqa"), recipe("come_plus", refit="ridge", **changes)
     span = LayerSpan(
         stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
@@ -181,7 +181,7 @@ def test_a_refit_with_another_problem_is_solved_anew(changes, streamed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
+def test_leverage_equals_its_eigenvector_formula(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (1, 2, 3)]
@@ -199,7 +199,7 @@ def test_leverage_is_what_the_other_units_cannot_replace(family, streamed):
 
 
 @pytest.mark.parametrize("retention", ["adaptive", "leverage"])
-def test_a_layers_worth_of_units_is_kept(family, retention, windows):
+def test_kept_units_add_up_to_one_layer(family, retention, windows):
     method = paper(retention=retention, norms="fold", m=3)
     plan = compress(pico(family), windows, method, target_layers=4, progress=False)
     counts = ModelAdapter(pico(family)).unit_counts
@@ -210,21 +210,21 @@ def test_a_layers_worth_of_units_is_kept(family, retention, windows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_drop_at_the_front_refits_the_layer_behind(family, windows):
+def test_drop_of_the_first_layer_refits_the_second(family, windows):
     model, dense = pico(family), Reference(pico(family), windows)
-    alone = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
+    shortened = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
     method = paper(
         operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_sublayers=["attention"]
     )
     plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].keeper) == (0, 1, 1)
 
-    heads = alone.inputs[0, "kv_group"]
-    wanted = sum(dense.output(i, "kv_group")(dense.inputs[i, "kv_group"]) for i in (0, 1))
+    heads = shortened.inputs[0, "kv_group"]
+    target = sum(dense.output(i, "kv_group")(dense.inputs[i, "kv_group"]) for i in (0, 1))
     weights = 1 / dense.h[2].flatten(0, 1).square().mean(dim=1)
     old = dense.output(1, "kv_group")
     penalty = 0.1 * (weights[:, None] * heads.square()).sum(dim=0).mean()
-    weight, _ = plain_ridge(heads, wanted, weights, old.weight, old.bias, float(penalty))
+    weight, _ = plain_ridge(heads, target, weights, old.weight, old.bias, float(penalty))
     layer = decoder_layers(model)[0].self_attn
     found = layer.out_proj if dense.is_opt else layer.o_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
@@ -232,13 +232,13 @@ def test_a_drop_at_the_front_refits_the_layer_behind(family, windows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_last_refit_is_a_regression_to_the_dense_states(family, windows):
-    """Layers 3 and 4, behind a merge of 2 and 3: each on what the layers before it now give."""
-    merged, finished = pico(family), pico(family)
+def test_downstream_refit_is_a_regression_to_the_dense_states(family, windows):
+    """After a merge of layers 2 and 3, later layers are refitted on their current inputs."""
+    merged, refitted = pico(family), pico(family)
     groups = ((2, 3),)
     compress(merged, windows, paper(groups=groups), target_layers=5, progress=False)
     plan = compress(
-        finished, windows, paper(groups=groups, downstream=0.5), target_layers=5, progress=False
+        refitted, windows, paper(groups=groups, downstream=0.5), target_layers=5, progress=False
     )
     assert {key.split("/")[0] for key in plan.finish.hashes} == {"3", "4"}
     dense = Reference(pico(family), windows)
@@ -253,13 +253,13 @@ def test_the_last_refit_is_a_regression_to_the_dense_states(family, windows):
         weight, _ = plain_ridge(
             channels, states - middle, weights, old.weight, old.bias, float(penalty)
         )
-        layer = decoder_layers(finished)[index]
+        layer = decoder_layers(refitted)[index]
         found = layer.fc2 if dense.is_opt else layer.mlp.down_proj
         torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
         layers[index].load_state_dict(layer.state_dict())
 
 
-def test_the_lambda_found_does_not_depend_on_the_batches(windows):
+def test_auto_lambda_does_not_depend_on_the_batch_size(windows):
     found = []
     for batch_size in (1, 2, 5):
         model = pico("llama_bias")
@@ -270,7 +270,7 @@ def test_the_lambda_found_does_not_depend_on_the_batches(windows):
         torch.testing.assert_close(found[0], other, rtol=1e-3, atol=1e-5)
 
 
-def test_a_shortlist_without_a_choice_is_refused():
+def test_refit_error_rejects_laco_schedule():
     with pytest.raises(ValueError, match="selection=refit_error merges a shortlist on trial, and"):
         paper(selection="refit_error", schedule="laco", operator="laco")
 
@@ -283,12 +283,12 @@ def test_a_shortlist_without_a_choice_is_refused():
         ("opt", 0.1, [torch.float64, torch.float64]),
     ],
 )
-def test_channels_alone_are_chosen_in_float32(family, ratio, expected, windows, monkeypatch):
-    """Head outputs are solved for too; a small penalty or a bias needs float64."""
-    seen = []
+def test_only_channels_are_chosen_in_float32(family, ratio, expected, windows, monkeypatch):
+    """Attention outputs are also solved for, and a small penalty or a bias needs float64."""
+    dtypes = []
 
     def choose(rule, sums, *rest):
-        seen.append(sums.gram.dtype)
+        dtypes.append(sums.gram.dtype)
         return Adaptive.choose(rule, sums, *rest)
 
     class Spy(Adaptive):
@@ -298,4 +298,4 @@ def test_channels_alone_are_chosen_in_float32(family, ratio, expected, windows, 
     method = paper(retention="adaptive", refit="ridge", refit_lambda=ratio)
     method.retention = Spy()
     compress(pico(family), windows, method, target_layers=LAYERS - 1, progress=False)
-    assert seen == expected
+    assert dtypes == expected

@@ -1,4 +1,4 @@
-"""Every setting changes what it should, and nothing that it should not: whole jobs, end to end."""
+"""Every setting changes the outputs of a job that it should, and no others."""
 
 import hashlib
 import importlib
@@ -15,14 +15,14 @@ from come.evaluate.speed import ModelSpeed, Timing
 from come.job.identity import job_hash
 from come.merge.method import PARTS
 from come.schema import Settings
-from tests.bases import saved
-from tests.commands import chosen_only
+from tests.bases import save_base
+from tests.commands import drop_unused_eval_settings
 from tests.jobs import job_settings
 from tests.test_zero_shot import TASK
 
 RUN = importlib.import_module("come.job.run")
 
-# What a job leaves, and what follows from what.
+# Outputs of a job that change together.
 MERGED = {"plan", "weights", "merged nll"}
 PLANNED = {"plan", "weights", "merged nll", "history"}
 TRAINED = {"trained", "trained nll"}
@@ -30,35 +30,27 @@ CURVE = TRAINED | {"curve", "validation"}
 TASKS = {"dense tasks", "merged tasks"}
 NLL = {"dense nll", "merged nll"}
 
-# Where a setting has an effect: overrides of a job that the setting is then changed in.
+# Jobs in which a setting has an effect, as overrides.
 COME = ("merge=come",)
-FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # from the front on
-THREE = (*COME, "merge.target_layers=3")
-PAIRS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
-PLUS = ("merge=come_plus", "merge.m=2")
+FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # merges the first layers
+THREE_LAYERS = (*COME, "merge.target_layers=3")
+TWO_GROUPS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
+COME_PLUS = ("merge=come_plus", "merge.m=2")
 SAMPLED = (*COME, "calibration=self_generated", "calibration.path=null")
 TRIALS = ("merge=come", "merge.selection=trial_kl", "merge.refit=ridge", "merge.retention=uniform")
 HEAL = (
-    "merge=come",
-    "distill=come_sp",
-    "distill.tokens=256",
-    "distill.seq_len=16",
-    "distill.batch_size=4",
-    "distill.micro_batch=2",
-    "distill.validation_samples=4",
-    "distill.validate_every=2",
-    "distill.checkpoint_every=2",
-)
+    "merge=come", "distill=come_sp", "distill.tokens=256", "distill.seq_len=16",
+    "distill.batch_size=4", "distill.micro_batch=2", "distill.validation_samples=4",
+    "distill.validate_every=2", "distill.checkpoint_every=2",
+)  # fmt: skip
 SPEED = ("merge=come", "eval=[perplexity,speed]")
-TALK = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
-ASKED = (
-    "merge=come",
-    "eval=[perplexity,zero_shot]",
-    "eval.zero_shot.include_path={tasks}",
-    "eval.zero_shot.tasks=[a]",
-)
+CONTINUATIONS = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
+ZERO_SHOT = (
+    "merge=come", "eval=[perplexity,zero_shot]",
+    "eval.zero_shot.include_path={tasks}", "eval.zero_shot.tasks=[a]",
+)  # fmt: skip
 
-# (where, the setting, what it changes, whether the job has another name)
+# (job, changed setting, outputs that change)
 CHANGES = [
     (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
     (COME, "model.name=other", {"label"}),
@@ -83,13 +75,13 @@ CHANGES = [
     (COME, "merge.sensitivity=magnitude", MERGED),
     (FRONT, "merge.selection=reverse", MERGED),
     (COME, "merge.retention=uniform", MERGED),
-    (COME, "merge.schedule=one_shot", set()),  # of one merge there is no order
+    (COME, "merge.schedule=one_shot", set()),  # the order of a single merge does not matter
     (FRONT, "merge.schedule=one_shot", MERGED),
     ((*COME, "merge.target_layers=4"), "merge.m=3", PLANNED),
     (COME, "merge.retention.p=50", MERGED),
     (COME, "merge.tokens=all", MERGED),
     (COME, "merge.norms=fold", MERGED),
-    (THREE, "merge.protect_first=1 merge.target_layers=4", {*PLANNED, "layers"}),
+    (THREE_LAYERS, "merge.protect_first=1 merge.target_layers=4", {*PLANNED, "layers"}),
     (COME, "merge.protect_last=3", PLANNED),
     (COME, "merge.sublayers=[ffn]", {*MERGED, "history"}),
     ((*COME, "merge.target_layers=4"), "merge.allow_remerge=true", PLANNED),
@@ -105,17 +97,17 @@ CHANGES = [
     ((*COME, "merge.refit=ridge"), "merge.refit.sublayers=[ffn]", MERGED),
     ((*COME, "merge.refit=ridge"), "merge.refit.weights=equal", MERGED),
     ((*COME, "merge.refit=ridge", "merge.norms=fold"), "merge.refit.align=0.5", MERGED),
-    ((*PAIRS, "merge.refit=ridge"), "merge.refit.target=current", MERGED),
-    ((*PAIRS, "merge.refit=ridge"), "merge.refit.downstream=0.5", MERGED),
-    (PLUS, "merge.refit=ridge", MERGED),
-    (PLUS, "merge.refit.align=1", MERGED),
-    (PLUS, "merge.retention=uniform", MERGED),
+    ((*TWO_GROUPS, "merge.refit=ridge"), "merge.refit.target=current", MERGED),
+    ((*TWO_GROUPS, "merge.refit=ridge"), "merge.refit.downstream=0.5", MERGED),
+    (COME_PLUS, "merge.refit=ridge", MERGED),
+    (COME_PLUS, "merge.refit.align=1", MERGED),
+    (COME_PLUS, "merge.retention=uniform", MERGED),
     ((*FRONT, "merge.selection=random"), "merge.selection.seed=1", PLANNED),
     ((*COME, "merge.retention=posterior"), "merge.retention.granularity=3", MERGED),
-    (PLUS, "merge.retention.rate=1", MERGED),
-    (PLUS, "merge.retention.tokens=32", MERGED),
-    (PLUS, "merge.refit.input_lambda=20", MERGED),
-    (PLUS, "merge.refit.steps=1", MERGED),
+    (COME_PLUS, "merge.retention.rate=1", MERGED),
+    (COME_PLUS, "merge.retention.tokens=32", MERGED),
+    (COME_PLUS, "merge.refit.input_lambda=20", MERGED),
+    (COME_PLUS, "merge.refit.steps=1", MERGED),
     ((*COME, "merge.refit=adam", "merge.refit.steps=2"), "merge.refit.steps=3", MERGED),
     ((*COME, "merge.refit=adam", "merge.refit.steps=2"), "merge.refit.learning_rate=0.01", MERGED),
     (TRIALS, "merge.selection.shortlist=1", {"candidates"}),
@@ -162,27 +154,26 @@ CHANGES = [
     ((*COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}"),
      "+eval.perplexity.extra_texts.a.text_range=[0.5,1]", {"also"}),
     (COME, "eval=[perplexity,continuations] eval.continuations.tokens=3", {"continuations"}),
-    (TALK, "eval.continuations.tokens=4", {"continuations"}),
-    (TALK, "eval.continuations.prompts=[a]", {"continuations"}),
+    (CONTINUATIONS, "eval.continuations.tokens=4", {"continuations"}),
+    (CONTINUATIONS, "eval.continuations.prompts=[a]", {"continuations"}),
     (COME, "eval=[perplexity,speed]", {"speed", "prompt_tokens", "new_tokens", "batch", "repeats"}),
     (SPEED, "eval.speed.prompt_tokens=20", {"prompt_tokens"}),
     (SPEED, "eval.speed.new_tokens=7", {"new_tokens"}),
     (SPEED, "eval.speed.batch_size=2", {"batch"}),
     (SPEED, "eval.speed.repeats=2", {"repeats"}),
-    (COME, " ".join(ASKED[1:]), TASKS),
-    (ASKED, "eval.zero_shot.tasks=[a,b]", TASKS),
-    (ASKED, "eval.zero_shot.limit=5", TASKS),
-    (ASKED, "eval.zero_shot.include_path={tasks2}", TASKS),
+    (COME, " ".join(ZERO_SHOT[1:]), TASKS),
+    (ZERO_SHOT, "eval.zero_shot.tasks=[a,b]", TASKS),
+    (ZERO_SHOT, "eval.zero_shot.limit=5", TASKS),
+    (ZERO_SHOT, "eval.zero_shot.include_path={tasks2}", TASKS),
 ]  # fmt: skip
-# Settings that say where and how, not what: they change no number and not the job's name.
-NAMELESS = {
+# Settings that change neither a number nor the job hash.
+NOT_HASHED = {
     "model.name", "model.base_model", "tracking.project", "calibration.store", "model.weights",
     "calibration.memory", "distill.gradient_checkpointing", "distill.checkpoint_every",
     "distill.workers",
 }  # fmt: skip
-# Settings that other tests look at: of parts that are computed otherwise, elsewhere, or not at all
-# on a machine without a hub, a GPU or an account.
-ELSEWHERE = {
+# Settings with other tests, or that need the hub, a GPU or an account.
+TESTED_ELSEWHERE = {
     "model.path", "model.revision", "model.device", "model.trust_remote_code",
     "calibration.source", "calibration.dataset", "calibration.subset", "calibration.split",
     "calibration.revision", "calibration.field", "calibration.data_files",
@@ -195,16 +186,16 @@ ELSEWHERE = {
     "eval.perplexity.data_files", "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
-OF_THE_WALK = {
+LACO_SETTINGS = {
     f"merge.schedule.{key}" for key in ("threshold", "interval", "relax", "trial_windows")
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A base model, texts and tasks."""
+def inputs(tmp_path_factory):
+    """A folder with a base model, texts and tasks."""
     root = tmp_path_factory.mktemp("wiring")
-    saved(root / "base", "llama_gqa")
+    save_base(root / "base", "llama_gqa")
     for number, name in enumerate(("text", "other", "third", "held_out")):
         lines = [
             f"Line {i} of {name} speaks of {i * (i + number)} layers in {i % 7} groups, "
@@ -230,11 +221,12 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def known():
+def baselines():
     return {}
 
 
 def digest(folder):
+    """Hash of all weights in a folder."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("model*.safetensors")):
         for name, tensor in sorted(load_file(path).items()):
@@ -242,10 +234,10 @@ def digest(folder):
     return found.hexdigest()
 
 
-def fake_speed(models, **how):
-    """Speeds that tell what was asked for, and not how fast this machine is."""
+def fake_speed(models, **options):
+    """Returns fixed speeds and records the arguments."""
     timing = Timing(10, (1.0, 2.0))
-    fake_speed.how = how
+    fake_speed.options = options
     return {label: ModelSpeed(timing, timing, 1, 1) for label in models}
 
 
@@ -257,33 +249,30 @@ def chosen_metrics(depth, prefix):
     return {name: found for name, found in depth["metrics"].items() if name.startswith(prefix)}
 
 
-def observe(place, folder, overrides):
-    """What a job leaves, by name."""
+def observe(inputs, folder, overrides):
+    """Runs a job; returns its outputs by name, and its hash."""
     words = [
-        word.replace("{tasks}", str(place / "tasks"))
-        .replace("{tasks2}", str(place / "tasks2"))
-        .replace("{other}", str(place / "other.txt"))
-        .replace("{third}", str(place / "third.txt"))
+        word.replace("{tasks}", str(inputs / "tasks"))
+        .replace("{tasks2}", str(inputs / "tasks2"))
+        .replace("{other}", str(inputs / "other.txt"))
+        .replace("{third}", str(inputs / "third.txt"))
         for override in overrides
         for word in override.split(" ")
     ]
     *_, chosen = ["eval=perplexity", *(word for word in words if word.startswith("eval="))]
-    always = [
-        f"calibration.path={place / 'text.txt'}",
-        f"eval.perplexity.path={place / 'held_out.txt'}",
-        "calibration.num_samples=6",
-        "calibration.seq_len=16",
-        "eval.perplexity.seq_len=32",
-        "eval.perplexity.max_tokens=128",
-    ]
-    asked = job_settings(
-        place / "base",
+    defaults = [
+        f"calibration.path={inputs / 'text.txt'}", "calibration.num_samples=6",
+        "calibration.seq_len=16", f"eval.perplexity.path={inputs / 'held_out.txt'}",
+        "eval.perplexity.seq_len=32", "eval.perplexity.max_tokens=128",
+    ]  # fmt: skip
+    settings = job_settings(
+        inputs / "base",
         chosen,
-        *chosen_only(always, chosen.removeprefix("eval=").strip("[]").split(",")),
+        *drop_unused_eval_settings(defaults, chosen.removeprefix("eval=").strip("[]").split(",")),
         *(word for word in words if not word.startswith("eval=")),
     )
-    fake_speed.how = None
-    result = RUN.run(asked, folder)
+    fake_speed.options = None
+    result = RUN.run(settings, folder)
     first, *others = result["depths"]
     (*_, merged) = (depth for depth in others if depth["stage"] == "merged")
     last = others[-1]
@@ -303,11 +292,11 @@ def observe(place, folder, overrides):
         "eval text": first["metrics"].get("perplexity", {}).get("data", "").partition(" of ")[2],
         "also": [chosen_metrics(d, "perplexity/") for d in result["depths"]],
         "continuations": [chosen_metrics(d, "continuations") for d in result["depths"]],
-        "speed": fake_speed.how is not None,
+        "speed": fake_speed.options is not None,
         "dense tasks": chosen_metrics(first, "zero_shot"),
         "merged tasks": chosen_metrics(merged, "zero_shot"),
         "dtype": json.loads((folder / merged["folder"] / "config.json").read_text())["dtype"],
-        **(fake_speed.how or {}),
+        **(fake_speed.options or {}),
     }
     if training:
         found |= {
@@ -316,37 +305,37 @@ def observe(place, folder, overrides):
             "curve": training["curve"],
             "validation": training["validation"],
         }
-    return found, job_hash(asked)
+    return found, job_hash(settings)
 
 
 @pytest.mark.parametrize(
-    ("where", "change", "changed"),
+    ("job", "change", "changed"),
     [
         pytest.param(*row, id=f"{row[0][0]}-{row[1].split('{')[0]}-{i}")
         for i, row in enumerate(CHANGES)
     ],
 )
-def test_a_setting_changes_what_it_should(
-    where, change, changed, place, known, tmp_path, monkeypatch
+def test_setting_changes_only_its_outputs(
+    job, change, changed, inputs, baselines, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("COME_CACHE", str(place / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
+    monkeypatch.setenv("COME_CACHE", str(inputs / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(inputs / "datasets"))
     monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
     monkeypatch.setattr("come.evaluate.speed.compare_speed", fake_speed)
-    if where not in known:
-        known[where] = observe(place, tmp_path / "before", where)
-    before, name = known[where]
-    after, other = observe(place, tmp_path / "after", (*where, change))
+    if job not in baselines:
+        baselines[job] = observe(inputs, tmp_path / "before", job)
+    before, before_hash = baselines[job]
+    after, after_hash = observe(inputs, tmp_path / "after", (*job, change))
     differs = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     shown = f"{change} changes {', '.join(sorted(differs)) or 'nothing'}"
     assert differs - {"candidates"} == changed - {"candidates"}, shown
     assert "candidates" in differs or "candidates" not in changed
     key = change.lstrip("+").partition("=")[0]
-    assert (other != name) == (key not in NAMELESS)
+    assert (after_hash != before_hash) == (key not in NOT_HASHED)
 
 
-def test_every_setting_is_looked_at():
-    """A new setting needs a row above, or its reason not to have one."""
+def test_every_setting_is_covered():
+    """A new setting needs a row above or an entry in TESTED_ELSEWHERE."""
     changed = {row[1].lstrip("+").partition("=")[0] for row in CHANGES}
     changed |= {word.partition("=")[0] for row in CHANGES for word in row[1].split(" ")}
     every = set()
@@ -365,18 +354,18 @@ def test_every_setting_is_looked_at():
         for name in EVALUATIONS.names()
         for key in EVALUATIONS.get(name).settings()
     }
-    assert parts - changed == OF_THE_WALK  # tests/test_repairs.py has them
+    assert parts - changed == LACO_SETTINGS  # see tests/test_repairs.py
     tops = {".".join(key.split(".")[: 3 if key.startswith("eval") else 2]) for key in changed}
-    assert not every - tops - ELSEWHERE
-    assert not ELSEWHERE - every
+    assert not every - tops - TESTED_ELSEWHERE
+    assert not TESTED_ELSEWHERE - every
     assert {"come_sp", "come_mp", "logits", "lora", "none"} == set(DISTILL.names())
     assert Path(RUN.__file__).name == "run.py"
 
 
-def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, monkeypatch):
-    """Batches are rounded apart, so no number tells where a size went: what is called does."""
+def test_batch_sizes_reach_their_functions(inputs, tmp_path, monkeypatch):
+    """Batch sizes hardly change the numbers, so the calls are recorded."""
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(inputs / "datasets"))
     monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
     calls = {}
 
@@ -395,16 +384,14 @@ def test_sizes_without_effect_on_the_numbers_reach_their_parts(place, tmp_path, 
     recorded("come.evaluate.zero_shot", "load_tasks")
     recorded("come.job.stages.distill", "train")
     sizes = (
-        "calibration.batch_size=3",
-        "eval.perplexity.batch_tokens=96",
-        "eval.zero_shot.batch_size=5",
-    )
-    more = ("distill.micro_batch=3", "calibration.store=disk")
-    observe(place, tmp_path / "out", (*HEAL, *ASKED[1:], *sizes, *more))
+        "calibration.batch_size=3", "eval.perplexity.batch_tokens=96",
+        "eval.zero_shot.batch_size=5", "distill.micro_batch=3", "calibration.store=disk",
+    )  # fmt: skip
+    observe(inputs, tmp_path / "out", (*HEAL, *ZERO_SHOT[1:], *sizes))
     ((_, merging),) = calls["compress"]
     assert (merging["batch_size"], merging["store"]) == (3, "disk")
     assert merging["folder"] == tmp_path / "out"
-    assert {how["batch_tokens"] for _, how in calls["perplexity"]} == {96}
+    assert {options["batch_tokens"] for _, options in calls["perplexity"]} == {96}
     assert len(calls["perplexity"]) == 3  # dense, merged, trained
     assert calls["load_tasks"][0][1]["batch_size"] == 5
     (((*_, train_config), training),) = calls["train"]

@@ -1,4 +1,4 @@
-"""Wiring that no result of a whole job tells apart: which value reaches which part."""
+"""Wiring that the outputs of a complete job do not show: which value reaches which function."""
 
 import importlib
 import json
@@ -24,9 +24,9 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
 from come.stream.stream import LayerStream
-from tests.bases import edit, saved
+from tests.bases import edit_json, save_base
 from tests.conftest import LAYERS, pico
-from tests.jobs import QUICK, before_loading, settings, start
+from tests.jobs import QUICK, prepare_job, run_job, settings
 from tests.test_distill import pair
 
 HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(tmp_path):
-    return saved(tmp_path / "base", "llama_gqa")
+    return save_base(tmp_path / "base", "llama_gqa")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def numbered(tmp_path):
 
 
 def numbers(tokenizer, windows):
-    """Line numbers of four digits that stand whole in some windows."""
+    """Complete line numbers of four digits in the windows."""
     words = " ".join(tokenizer.decode(row[1:-1]) for row in windows).split()
     return {int(word) for word in words if len(word) == 4 and word.isdigit()}
 
@@ -60,31 +60,31 @@ def numbers(tokenizer, windows):
 # Texts
 
 
-def test_training_text_is_parted_from_held_out_text(base, numbered, tmp_path):
-    asked = (
+def test_training_text_is_disjoint_from_held_out_text(base, numbered, tmp_path):
+    overrides = (
         *HEAL,
         f"distill.path={numbered}",
         f"eval.perplexity.path={numbered}",
         "distill.tokens=8192",
     )
-    job = before_loading(base, tmp_path / "out", *asked)
+    job = prepare_job(base, tmp_path / "out", *overrides)
     tokenizer = load_tokenizer(base)
     assert max(numbers(tokenizer, job.training.windows)) < 0.61 * 3000
     assert min(numbers(tokenizer, job.evaluations["perplexity"][1][""].windows)) > 0.79 * 3000
 
 
-def test_held_out_text_is_parted_from_what_a_plan_was_calibrated_on(base, numbered, tmp_path):
+def test_held_out_text_is_disjoint_from_calibration_of_a_plan(base, numbered, tmp_path):
     texts = (f"calibration.path={numbered}", f"eval.perplexity.path={numbered}")
-    start(base, tmp_path / "out", *texts, *QUICK)
+    run_job(base, tmp_path / "out", *texts, *QUICK)
     plan = ("merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}")
-    job = before_loading(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
+    job = prepare_job(base, tmp_path / "again", *plan, "merge.target_layers=null", *texts)
     assert (
         min(numbers(load_tokenizer(base), job.evaluations["perplexity"][1][""].windows))
         > 0.79 * 3000
     )
 
 
-def test_calibration_is_parted_from_every_held_out_text(base, numbered, text_file):
+def test_calibration_is_disjoint_from_every_held_out_text(base, numbered, text_file):
     tokenizer = load_tokenizer(base)
     held_out = [TextFile(str(text_file)), TextFile(str(numbered))]
     drawn = calibration_windows(
@@ -93,33 +93,33 @@ def test_calibration_is_parted_from_every_held_out_text(base, numbered, text_fil
     assert max(numbers(tokenizer, drawn.windows)) < 0.61 * 3000
 
 
-def test_the_first_training_windows_validate(base, numbered, tmp_path, monkeypatch):
-    """The last ones are those that a calibration of the same seed draws first."""
-    asked = (*HEAL, f"distill.path={numbered}", "distill.validation_samples=3")
-    text = before_loading(base, tmp_path / "out", *asked).training.windows
+def test_first_training_windows_are_for_validation(base, numbered, tmp_path, monkeypatch):
+    """Calibration with the same seed draws the last ones first."""
+    overrides = (*HEAL, f"distill.path={numbered}", "distill.validation_samples=3")
+    text = prepare_job(base, tmp_path / "out", *overrides).training.windows
     module = importlib.import_module("come.job.stages.distill")
     whole, seen = module.train, {}
 
-    def watched(objective, windows, count, held_out, held_out_count, *args, **kwargs):
+    def recorded(objective, windows, count, held_out, held_out_count, *args, **kwargs):
         seen["training"] = windows(torch.arange(count))[0]
         seen["validation"] = held_out(torch.arange(held_out_count))[0]
         return whole(objective, windows, count, held_out, held_out_count, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train", watched)
-    start(base, tmp_path / "out", *asked, *QUICK)
+    monkeypatch.setattr(module, "train", recorded)
+    run_job(base, tmp_path / "out", *overrides, *QUICK)
     assert torch.equal(seen["validation"], text[:3])
     assert torch.equal(seen["training"], text[3:])
 
 
-def test_windows_come_back_from_the_cache_as_they_were_made():
-    made = TokenWindows(torch.arange(12).view(3, 4), 99, "somewhere", 7)
-    assert cached(["key"], lambda: made) is made
-    again = cached(["key"], lambda: pytest.fail("made twice"))
+def test_cached_windows_round_trip():
+    windows = TokenWindows(torch.arange(12).view(3, 4), 99, "somewhere", 7)
+    assert cached(["key"], lambda: windows) is windows
+    again = cached(["key"], lambda: pytest.fail("not read from the cache"))
     assert (again.corpus_tokens, again.source, again.removed_lines) == (99, "somewhere", 7)
-    assert torch.equal(again.windows, made.windows)
+    assert torch.equal(again.windows, windows.windows)
 
 
-def test_the_training_texts_identity_is_that_of_the_text_that_trains(numbered, text_file):
+def test_training_identity_depends_on_the_training_text(numbered, text_file):
     found = [
         _training_identity(settings("distill=come_sp", *words))
         for words in (
@@ -135,8 +135,10 @@ def test_the_training_texts_identity_is_that_of_the_text_that_trains(numbered, t
     assert len({json.dumps(identity) for identity in found}) == 5
 
 
-def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
-    edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+def test_custom_tokenizer_code_is_copied(base):
+    edit_json(
+        base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]}
+    )
     (base / "tokenization_x.py").write_text("")
     assert "tokenization_x.py" in {path.name for path in companion_files(base)}
 
@@ -144,23 +146,23 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base):
 # Settings
 
 
-def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
+def test_save_at_reaches_compress(base, tmp_path, monkeypatch):
     module = importlib.import_module("come.job.stages.merge")
     whole, seen = module.compress, []
 
-    def watched(*args, **kwargs):
+    def recorded(*args, **kwargs):
         seen.append(kwargs["stops"])
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(module, "compress", watched)
-    start(base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]", *QUICK)
+    monkeypatch.setattr(module, "compress", recorded)
+    run_job(base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]", *QUICK)
     assert seen == [[5]]
     texts = {}
     for name in ("model", "model-5"):
         folder = tmp_path / "out" / name
         texts[name] = (folder / "README.md").read_text()
         plan = Plan.load(plan_path(folder))
-        assert f"Plan `{plan.hash}`" in texts[name]  # every card tells its own model's plan
+        assert f"Plan `{plan.hash}`" in texts[name]  # every card shows the plan of its model
         assert f"`{plan.history}`" in texts[name]
     assert texts["model"] != texts["model-5"]
 
@@ -168,7 +170,7 @@ def test_depths_on_the_way_reach_the_compression(base, tmp_path, monkeypatch):
 # Training
 
 
-def test_micro_batches_of_other_sizes_give_the_same_step(windows, tmp_path):
+def test_micro_batch_size_does_not_change_a_step(windows, tmp_path):
     found = []
     for micro in (3, 2, 1):
         given = pair()
@@ -183,14 +185,14 @@ def test_micro_batches_of_other_sizes_give_the_same_step(windows, tmp_path):
 
 
 def training(objective, windows, folder, log=lambda losses: None, **train_config):
-    how = {"steps": 2, "batch_size": 3, "micro_batch": 3, "learning_rate": 1e-3} | train_config
+    settings = {"steps": 2, "batch_size": 3, "micro_batch": 3, "learning_rate": 1e-3} | train_config
     return train(
         objective,
         lambda rows: (windows[:4][rows],),
         4,
         lambda rows: (windows[4:][rows],),
         1,
-        TrainConfig(**how),
+        TrainConfig(**settings),
         accelerator=Accelerator(cpu=True),
         folder=folder,
         job="job",
@@ -199,8 +201,8 @@ def training(objective, windows, folder, log=lambda losses: None, **train_config
     )
 
 
-def test_a_step_takes_its_own_rate(windows, tmp_path):
-    """AdamW's first step changes a weight by the rate, whatever the gradient."""
+def test_step_uses_its_learning_rate(windows, tmp_path):
+    """AdamW's first step changes a weight by the learning rate for any gradient."""
     objective = DISTILL.create_from("come_sp").objective(pair())
     before = [p.detach().clone() for p in objective.trained.values()]
     moved = []
@@ -217,7 +219,7 @@ def test_a_step_takes_its_own_rate(windows, tmp_path):
 
 
 def test_gradients_are_clipped(windows, tmp_path):
-    """Plain steps of a clipped gradient are no longer than the rate times the clip."""
+    """The gradient norm at every optimizer step is the clipping threshold."""
     objective = DISTILL.create_from("come_sp").objective(pair())
     norms = []
     training(objective, windows, tmp_path, lambda row: norms.append(row.get("gradient_norm")))
@@ -237,12 +239,12 @@ def test_gradients_are_clipped(windows, tmp_path):
     assert lengths == pytest.approx([1e-4, 1e-4], rel=1e-3)
 
 
-def test_layers_trained_apart_validate_on_held_out_windows(base, tmp_path):
-    """One merged layer behind layers that did not change has the same loss either way."""
+def test_come_mp_validates_on_held_out_windows(base, tmp_path):
+    """With one merged layer, CoMe-sp and CoMe-mp have the same initial loss."""
     found = []
     for number, method in enumerate(("come_sp", "come_mp")):
-        asked = (*HEAL, f"distill={method}", "distill.validation_samples=3")
-        result = start(base, tmp_path / str(number), *asked, *QUICK)
+        overrides = (*HEAL, f"distill={method}", "distill.validation_samples=3")
+        result = run_job(base, tmp_path / str(number), *overrides, *QUICK)
         found.append(result["distillation"]["validation"][0]["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -250,21 +252,21 @@ def test_layers_trained_apart_validate_on_held_out_windows(base, tmp_path):
 # Numbers
 
 
-def test_speed_is_held_against_the_share_of_the_layers(base, tmp_path, monkeypatch):
-    def speeds(models, **how):
+def test_realised_speedup_uses_the_share_of_removed_layers(base, tmp_path, monkeypatch):
+    def speeds(models, **options):
         return {
             label: ModelSpeed(Timing(10, (s,)), Timing(10, (s,)), 1, 1)
             for label, s in zip(models, (2.0, 1.0))
         }
 
     monkeypatch.setattr("come.evaluate.speed.compare_speed", speeds)
-    result = start(base, tmp_path / "out", "eval=[perplexity,speed]")
+    result = run_job(base, tmp_path / "out", "eval=[perplexity,speed]")
     prompt = result["depths"][1]["metrics"]["speed/prompt"]
     assert prompt["relative"]["value"] == 2
     assert prompt["details"]["realised"] == pytest.approx((1 - 1 / 2) / (1 / 6))
 
 
-def test_generation_counts_the_tokens_of_every_prompt():
+def test_generation_counts_tokens_of_the_whole_batch():
     found = compare_speed(
         {"model": pico("llama_gqa")}, prompt_tokens=8, new_tokens=3, batch=4, repeats=1,
         progress=False,
@@ -272,8 +274,8 @@ def test_generation_counts_the_tokens_of_every_prompt():
     assert (found.prompt.tokens, found.generation.tokens) == (8, 12)
 
 
-def test_documents_of_a_group_count_the_same():
-    """Constant differences have no spread: the interval is their mean over documents."""
+def test_documents_of_a_group_are_weighted_equally():
+    """With constant differences, the interval is their mean over documents."""
     small, large = ([0.5] * 2, [0.0] * 2), ([0.1] * 8, [0.0] * 8)
     low, high = mean_difference([[small, large]])
     assert low == pytest.approx(high) == pytest.approx((2 * 0.5 + 8 * 0.1) / 10)
@@ -281,7 +283,7 @@ def test_documents_of_a_group_count_the_same():
     assert low == pytest.approx(high) == pytest.approx((0.5 + 0.1) / 2)
 
 
-def test_what_lies_behind_a_merged_layer_must_be_computed_again(windows):
+def test_boundaries_after_a_merge_are_invalid(windows):
     adapter = ModelAdapter(pico("llama_gqa"))
     with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
         stream.embed()
@@ -294,19 +296,19 @@ def test_what_lies_behind_a_merged_layer_must_be_computed_again(windows):
             stream.boundary(3, slice(0, 2))
 
 
-def test_lambda_is_judged_on_what_it_was_not_solved_on(targets, monkeypatch):
-    """Four windows of five solve, and one judges."""
+def test_lambda_is_chosen_on_held_out_windows(targets, monkeypatch):
+    """Four of five windows are fitted, and one is held out."""
     found, sources = targets("llama_gqa")
     whole, seen = ridge.best_lambda, []
 
-    def watched(fit, held_out, initial, grid):
+    def recorded(fit, held_out, initial, grid):
         seen.append((energy(fit), energy(held_out)))
         return whole(fit, held_out, initial, grid)
 
     def energy(sums: Gram):
         return float(sums.gram.trace())
 
-    monkeypatch.setattr(ridge, "best_lambda", watched)
+    monkeypatch.setattr(ridge, "best_lambda", recorded)
     ridge.Ridge(lambda_="auto").solve(found, sources)
     assert len(seen) == 2  # attention, then the FFN
     for fit, held_out in seen:

@@ -1,4 +1,4 @@
-"""Zero-shot tasks through the harness, with local files; and which differences are real."""
+"""Zero-shot tasks from local files with lm-eval, and paired differences."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from come.evaluate.paired import paired_difference
 from come.evaluate.tasks import load_tasks, tasks_identity
 from come.evaluate.zero_shot import ZeroShot, zero_shot
 from come.models.loading import load_model
-from tests.commands import finish
+from tests.commands import communicate
 
 TASK = """task: {name}
 dataset_path: json
@@ -60,8 +60,8 @@ def load(tasks, names=("layers", "models"), limit=None):
 
 
 @pytest.mark.slow
-def test_our_numbers_are_the_harnesss_own(tasks, pico_folder, tmp_path):
-    """The same saved folder and tasks through the harness's command line, to the last digit."""
+def test_results_equal_those_of_the_lm_eval_command(tasks, pico_folder, tmp_path):
+    """Exactly, for the same model folder and tasks."""
     model, tokenizer = load_model(pico_folder)
     found = zero_shot(model, tokenizer, load(tasks))
     out = tmp_path / "out"
@@ -86,15 +86,15 @@ def test_our_numbers_are_the_harnesss_own(tasks, pico_folder, tmp_path):
     )
 
 
-def test_a_limit_takes_the_first_documents(tasks, pico_folder):
+def test_limit_takes_the_first_documents(tasks, pico_folder):
     model, tokenizer = load_model(pico_folder)
     every = zero_shot(model, tokenizer, load(tasks, ["layers"]))
     some = zero_shot(model, tokenizer, load(tasks, ["layers"], limit=7))
     assert some["zero_shot/layers"].samples == every["zero_shot/layers"].samples[:7]
 
 
-def test_a_group_counts_as_one_task(tasks, pico_folder):
-    """A group with a group inside: each task runs once, and the average is over what was asked."""
+def test_group_counts_as_one_task(tasks, pico_folder):
+    """Nested groups: each task runs once, and the average is over the requested names."""
     (tasks / "inner.yaml").write_text("group: inner\ntask:\n  - layers\n")
     (tasks / "outer.yaml").write_text("group: outer\ntask:\n  - inner\n")
     model, tokenizer = load_model(pico_folder)
@@ -108,7 +108,7 @@ def test_a_group_counts_as_one_task(tasks, pico_folder):
 
 
 @pytest.mark.parametrize(
-    ("names", "break_it", "message"),
+    ("names", "missing_file", "message"),
     [
         (
             ["layers"],
@@ -123,23 +123,23 @@ def test_a_group_counts_as_one_task(tasks, pico_folder):
         ),
     ],
 )
-def test_tasks_that_cannot_run(names, break_it, message, tasks):
-    if break_it:
-        (tasks / break_it).unlink()
+def test_tasks_without_data(names, missing_file, message, tasks):
+    if missing_file:
+        (tasks / missing_file).unlink()
     with pytest.raises(ValueError, match=message):
         load(tasks, names)
     with pytest.raises(ValueError, match="eval.zero_shot.include_path=/no/folder: no such folder"):
         load_tasks(["layers"], include_path="/no/folder", limit=None, batch_size=4)
 
 
-def test_the_identity_is_the_tasks_content(tasks):
+def test_task_identity_depends_on_content(tasks):
     before = tasks_identity(["layers"], str(tasks), None)
     assert before != tasks_identity(["layers"], str(tasks), 5)
     (tasks / "layers.jsonl").write_text("{}")
     assert before != tasks_identity(["layers"], str(tasks), None)
 
 
-def test_a_run_with_tasks(tasks, command, tmp_path):
+def test_complete_run_with_tasks(tasks, command, tmp_path):
     folder = tmp_path / "out"
     words = [
         "eval=zero_shot",
@@ -147,7 +147,7 @@ def test_a_run_with_tasks(tasks, command, tmp_path):
         "eval.zero_shot.tasks=[layers,models]",
     ]
     words += ["merge.target_layers=20", f"hydra.run.dir={folder}"]
-    code, output, errors = finish(command(*words))
+    code, output, errors = communicate(command(*words))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     dense, merged = (depth["metrics"] for depth in result["depths"])
@@ -173,7 +173,7 @@ def test_a_run_with_tasks(tasks, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_task_name_costs_one_line(command_line, tasks, tmp_path):
+def test_unknown_task_gives_one_line(command_line, tasks, tmp_path):
     words = [
         "eval=zero_shot",
         f"eval.zero_shot.include_path={tasks}",
@@ -184,7 +184,7 @@ def test_a_bad_task_name_costs_one_line(command_line, tasks, tmp_path):
     assert "error: eval.zero_shot.tasks has 'modles': no such task" in printed
 
 
-def test_a_paired_difference_is_that_of_the_documents():
+def test_paired_difference():
     generator = np.random.default_rng(1)
     reference = (generator.random(400) < 0.6).astype(float)
     scores = np.where(generator.random(400) < 0.15, 1 - reference, reference)
@@ -199,12 +199,12 @@ def test_a_paired_difference_is_that_of_the_documents():
     assert found.p == pytest.approx(min(1.0, 2 * tail / 2 ** (better + worse)), rel=1e-6)
 
 
-def test_equal_models_differ_by_nothing():
+def test_paired_difference_of_equal_models():
     found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
-def test_the_data_of_a_local_task_count_wherever_they_are(tasks, tmp_path):
+def test_task_identity_covers_data_in_any_folder(tasks, tmp_path):
     def identity():
         return tasks_identity(["layers"], str(tasks), None)
 

@@ -1,4 +1,4 @@
-"""Two runs compared: numbers by hand, and what cannot be compared."""
+"""Paired comparison of two runs (come.report.pair)."""
 
 import json
 import math
@@ -36,13 +36,13 @@ def result(*depths, dense=DENSE):
 def test_perplexity_is_paired_by_window():
     first = result(depth(24, [3.2, 3.3, 3.1, 3.2]), depth(21, [4.0] * 4))
     second = result(depth(24, [3.1, 3.3, 3.0, 3.2]), depth(27, [3.0] * 4))
-    ((layers, what, own, its, against, p),) = compare(first, second).rows
-    assert (layers, what, p) == ("24", "perplexity", "")
-    assert (own, its) == (f"{math.exp(3.2):.2f}", f"{math.exp(3.15):.2f}")
+    ((layers, metric, first_value, second_value, relative, p),) = compare(first, second).rows
+    assert (layers, metric, p) == ("24", "perplexity", "")
+    assert (first_value, second_value) == (f"{math.exp(3.2):.2f}", f"{math.exp(3.15):.2f}")
     gaps = [0.1, 0.0, 0.1, 0.0]
     spread = math.sqrt(sum((g - 0.05) ** 2 for g in gaps) / 3 / 4)
     low, high = (math.exp(0.05 + sign * 3.182446 * spread) for sign in (-1, 1))
-    assert against == f"{math.exp(0.05):.3f} [{low:.3f}, {high:.3f}]"
+    assert relative == f"{math.exp(0.05):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def test_accuracy_is_paired_by_document():
@@ -52,14 +52,14 @@ def test_accuracy_is_paired_by_document():
     _, a, b, mean = compare(first, second).rows
     assert a[:4] == ["24", "zero_shot/a", "0.750", "0.500"]
     assert a[4].startswith("+0.250 [+0.1")
-    assert a[5] == f"{2 * 0.5**10:.3f}"  # ten documents that one alone gets right
+    assert a[5] == f"{2 * 0.5**10:.3f}"  # ten documents that only one model answers correctly
     assert b[4:] == ["+0.000 [+0.000, +0.000]", "1.000"]
     assert mean[1:4] == ["zero_shot", "0.625", "0.500"]
     assert mean[4].startswith("+0.125 [+0.0")
     assert compare(second, first).rows[1][4].startswith("-0.250 [-0.")
 
 
-def test_only_what_both_measured_alike_is_compared():
+def test_runs_with_different_evaluations_are_rejected():
     ours = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
     with pytest.raises(ValueError, match="other windows.*eval.perplexity.path, text_range"):
         compare(ours, result(depth(24, DENSE), dense=[3.0, 3.2, 2.9, 3.3]))
@@ -71,7 +71,7 @@ def test_only_what_both_measured_alike_is_compared():
         compare(ours, result(depth(27, DENSE), depth(21, DENSE)))
 
 
-def test_other_groups_of_tasks_and_speeds_are_left_out():
+def test_speed_and_different_task_groups_are_left_out():
     first = result(depth(24, DENSE, {"a": [1.0, 0.0]}))
     second = result(depth(24, DENSE, {"a": [1.0, 0.0], "b": [1.0, 0.0]}))
     for found in (first, second):
@@ -79,7 +79,7 @@ def test_other_groups_of_tasks_and_speeds_are_left_out():
     assert [row[1] for row in compare(first, second).rows] == ["perplexity", "zero_shot/a"]
 
 
-def test_the_command_reads_folders_and_names_a_missing_one(tmp_path):
+def test_command_line(tmp_path):
     for name, gap in (("a", 0.1), ("b", 0.0)):
         (tmp_path / name).mkdir()
         found = result(depth(24, [value + gap for value in DENSE]))

@@ -1,4 +1,4 @@
-"""Merges and drops of attention or FFN alone."""
+"""Merges and drops of only the attention or only the FFN sublayers."""
 
 import copy
 
@@ -14,7 +14,7 @@ from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import (
     SPANS,
-    dropped,
+    dropped_layers,
     loss,
     output_names,
     paper,
@@ -25,8 +25,8 @@ from tests.methods import (
 from tests.reference import Reference
 
 
-def test_units_of_parts_are_those_of_their_own_layers(windows):
-    """A merged block merged again: what is in between is silent, and not looked at."""
+def test_remerged_sublayers_use_the_scores_of_their_own_layers(windows):
+    """The zeroed sublayers between two remerged ones are ignored."""
     gaps = 0
     for seed in range(4):
         model, snapshots = pico("llama_gqa"), [(None, pico("llama_gqa"))]
@@ -51,37 +51,37 @@ def test_units_of_parts_are_those_of_their_own_layers(windows):
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])
-def test_a_part_is_dropped_where_the_loss_misses_it_least(family, windows, part):
+def test_dropped_sublayer_has_the_lowest_loss_increase(family, windows, part):
     method = paper(operator="drop", selection="skip_loss", sublayers=(part,))
     model, dense = pico(family), pico(family).double()
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
-    gone = []
+    removed = []
     for step in plan.steps:
         losses = {}
-        for candidate in (i for i in range(LAYERS) if i not in gone):
+        for candidate in (i for i in range(LAYERS) if i not in removed):
             tried = copy.deepcopy(dense)
-            for index in (*gone, candidate):
+            for index in (*removed, candidate):
                 state = ModelAdapter(tried).layer_state(index)
                 for name in output_names(tried, part):
                     state[name].zero_()
             with torch.no_grad():
                 losses[candidate] = float(loss(tried, windows))
-        gone.append(min(losses, key=losses.get))
+        removed.append(min(losses, key=losses.get))
         assert min(losses.values()) == pytest.approx(step.score, rel=1e-4)
-    assert dropped(plan) == gone
+    assert dropped_layers(plan) == removed
     assert model.config.num_hidden_layers == LAYERS
-    assert plan.places == [i for i in range(LAYERS) if i not in gone]
+    assert plan.places == [i for i in range(LAYERS) if i not in removed]
     for index in range(LAYERS):
         old, new = (ModelAdapter(m).layer_state(index) for m in (pico(family), model))
         for name in old:
-            silent = index in gone and name in output_names(model, part)
-            expected = torch.zeros_like(old[name]) if silent else old[name]
+            zeroed = index in removed and name in output_names(model, part)
+            expected = torch.zeros_like(old[name]) if zeroed else old[name]
             assert torch.equal(new[name], expected), name
     assert check_cache(model) < 1e-4
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])
-def test_scores_of_parts_begin_and_end_inside_layers(family, windows, part):
+def test_sublayer_scores_use_the_states_between_attention_and_ffn(family, windows, part):
     model = pico(family)
     reference = Reference(model, windows)
     middle = []
@@ -108,7 +108,7 @@ def test_scores_of_parts_begin_and_end_inside_layers(family, windows, part):
                 assert collector.found[first].bi == pytest.approx(bi, rel=1e-3, abs=1e-6)
 
 
-def test_a_merged_part_stands_in_its_first_layer(family, windows):
+def test_merged_sublayer_is_in_the_first_layer_of_its_span(family, windows):
     for part in ("attention", "ffn"):
         method = paper(sublayers=(part,), groups=((1, 2), (4, 5)))
         model, whole = pico(family), pico(family)

@@ -1,4 +1,4 @@
-"""Which depths can be reached, and what a run costs."""
+"""Constraints on spans: eligible spans, and reachable depths."""
 
 from functools import cache
 
@@ -30,7 +30,7 @@ def reachable(runs: tuple[int, ...], excess: int, m: int) -> bool:
 
 @pytest.mark.parametrize("layers", range(2, 11))
 @pytest.mark.parametrize("m", [2, 3, 4])
-def test_smallest_depth_is_what_brute_force_finds(layers, m):
+def test_smallest_depth_equals_brute_force(layers, m):
     if m <= layers:
         least = min(t for t in range(1, layers + 1) if reachable((layers,), layers - t, m))
         assert smallest_depth(layers, m, False) == least
@@ -39,7 +39,7 @@ def test_smallest_depth_is_what_brute_force_finds(layers, m):
 
 @pytest.mark.parametrize("m", [2, 3, 4])
 @pytest.mark.parametrize("merged", [(), (3,), (2, 5), (1, 4, 7)])
-def test_eligible_groups_leave_the_target_in_reach(m, merged):
+def test_eligible_spans_keep_the_target_reachable(m, merged):
     depth = 10
     history = [[i, -i] if i in merged else [i] for i in range(depth)]
     for target in range(4, depth):
@@ -61,7 +61,7 @@ def test_eligible_groups_leave_the_target_in_reach(m, merged):
         assert SpanConstraints(m).spans(history, target) == expected
 
 
-def test_remerging_makes_every_group_eligible():
+def test_remerging_makes_every_span_eligible():
     history = [[0, 1], [2], [3]]
     assert SpanConstraints(2, remerges=True).spans(history, 1) == [(0, 1), (1, 2)]
     assert SpanConstraints(3, remerges=True).spans(history, 1) == [(0, 2)]
@@ -78,7 +78,7 @@ def test_protected_layers_are_in_no_span():
     assert drops.smallest_depth(8) == 3
 
 
-def test_a_drop_keeps_the_layer_in_front_or_else_the_one_behind():
+def test_drop_keeps_the_layer_before_or_otherwise_after():
     drops = SpanConstraints(3, remerges=True, drops=True)
     assert drops.group(2, 3) == (1, 3, 0)
     assert drops.group(0, 1) == (0, 2, 2)
@@ -103,7 +103,7 @@ def test_a_drop_keeps_the_layer_in_front_or_else_the_one_behind():
         ((30, 20, SpanConstraints(11), [19], False), "save_at has 19, which does not lie between"),
     ],
 )
-def test_targets_that_do_not_fit(arguments, message):
+def test_invalid_targets(arguments, message):
     with pytest.raises(ValueError, match=message):
         check_target(*arguments)
 
@@ -122,7 +122,7 @@ def test_sparsity_takes_the_nearest_depth():
 
 
 def completes(layers, target, m):
-    """Whether groups of 2 to m adjacent fresh layers, tried in every way, can reach a depth."""
+    """Brute force: whether spans of 2 to m adjacent unmerged layers can reach a depth."""
     if len(layers) == target:
         return True
     spans = [(i, i + n) for n in range(2, m + 1) for i in range(len(layers) - n + 1)]
@@ -135,7 +135,7 @@ def completes(layers, target, m):
 
 @pytest.mark.parametrize("m", [2, 3, 4])
 @pytest.mark.parametrize("merged", [(), (2,), (0, 4)])
-def test_mixed_groups_are_those_from_which_the_target_can_be_reached(m, merged):
+def test_eligible_variable_size_spans_keep_the_target_reachable(m, merged):
     history = [[i, 9] if i in merged else [i] for i in range(7)]
     layers, rules = [i not in merged for i in range(7)], SpanConstraints(m, variable_size=True)
     for target in range(2, 7):
@@ -150,14 +150,14 @@ def test_mixed_groups_are_those_from_which_the_target_can_be_reached(m, merged):
             assert rules.spans(history, target, stop) == expected
 
 
-def test_a_target_of_mixed_groups_needs_no_full_groups():
+def test_targets_of_variable_size_spans():
     rules = SpanConstraints(4, variable_size=True)
     check_target(30, 21, rules, [27, 26, 23])
     with pytest.raises(ValueError, match="smallest depth that can is 8"):
         check_target(30, 7, rules)
 
 
-def test_depths_on_the_way_that_leave_too_few_layers():
+def test_stops_that_make_the_target_unreachable():
     rules = SpanConstraints(4, variable_size=True)
     check_target(30, 8, rules, [29])
     check_target(30, 8, rules, [27])

@@ -1,4 +1,4 @@
-"""More inputs of the kinds of test_cases.py: what overflows, is not hashed, or shows too late."""
+"""Edge cases: overflow, data missing from job hashes, and errors that should come early."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from come.job.run import _trackers
 from come.merge.selection.random import Random
 from come.models.loading import inspect_model, load_model, load_weights
 from come.tracking.base import JSONL
-from tests.bases import change_weights, edit, lone_token, saved
-from tests.jobs import QUICK, before_loading, job_settings, questions, start
+from tests.bases import add_token_without_embedding, change_weights, edit_json, save_base
+from tests.jobs import QUICK, job_settings, local_task, prepare_job, run_job
 
 
 @pytest.fixture(autouse=True)
@@ -32,28 +32,28 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(tmp_path):
-    return saved(tmp_path / "base", "llama_gqa")
+    return save_base(tmp_path / "base", "llama_gqa")
 
 
-def test_a_trial_that_overflows_is_not_the_best_one(tmp_path):
-    """Logits that overflow on the calibration text alone: no trial has a divergence."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.float16)
+def test_overflowing_trials_are_an_error(tmp_path):
+    """If the logits overflow on the calibration text, no trial has a finite divergence."""
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.float16)
     change_weights(base, lambda t: t["lm_head.weight"][40:60].mul_(60000))
     trials = ("merge.selection=trial_kl", "eval=none")
     with pytest.raises(ValueError, match="gives no number for layers"):
-        start(base, tmp_path / "out", "merge=come", *trials)
+        run_job(base, tmp_path / "out", "merge=come", *trials)
 
 
-def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
-    base = saved(tmp_path / "base", "llama_gqa")
+def test_refit_with_zeroed_attention(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
 
-    def silence(tensors):
+    def zero_attention(tensors):
         for i in (4, 5):
             tensors[f"model.layers.{i}.self_attn.v_proj.weight"].zero_()
             tensors[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
 
-    change_weights(base, silence)
-    result = start(base, tmp_path / "out", "merge=come_plus", *QUICK)
+    change_weights(base, zero_attention)
+    result = run_job(base, tmp_path / "out", "merge=come_plus", *QUICK)
     assert result["depths"][1]["layers"] == 5
 
 
@@ -66,19 +66,19 @@ def test_layers_that_add_nothing_can_be_solved_for(tmp_path):
         "merge.selection.shortlist=.inf",
     ],
 )
-def test_settings_are_finite_numbers(base, setting):
+def test_settings_must_be_finite(base, setting):
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match=f"{key}=(inf|nan): must be a"):
         job_settings(base, "merge=come_plus", setting.replace("=.", "="))
 
 
-def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
-    """Its rotary table stays in float32, as every reader makes it."""
-    base = saved(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
+def test_saved_half_precision_model_is_the_trained_one(tmp_path):
+    """The rotary frequencies stay in float32, as when the model is loaded."""
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
     heal = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.batch_size=4")
-    result = start(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
+    result = run_job(base, tmp_path / "out", *heal, "distill.validation_samples=4", *QUICK)
     model = load_weights(tmp_path / "out" / "model")
-    job = before_loading(base, tmp_path / "again")
+    job = prepare_job(base, tmp_path / "again")
     windows = job.evaluations["perplexity"][1][""].windows
     again = perplexity(model, windows, batch_tokens=2048, progress=False)
     assert result["depths"][-1]["metrics"]["perplexity"]["samples"] == again.samples
@@ -88,8 +88,8 @@ def test_a_trained_model_in_half_precision_is_what_is_saved(tmp_path):
     assert len(curve) == result["distillation"]["steps"]
 
 
-def test_without_a_tracker_metrics_are_written_to_disk_alone(base, tmp_path):
-    job = before_loading(base, tmp_path / "out")
+def test_default_tracker_writes_only_jsonl(base, tmp_path):
+    job = prepare_job(base, tmp_path / "out")
     with _trackers(job) as trackers:
         assert [type(tracker) for tracker in trackers._trackers] == [JSONL]
 
@@ -101,16 +101,16 @@ def test_random_scores_are_uniform(seed):
     assert 0.9 < max(found) < 1
 
 
-def test_the_part_of_a_text_that_is_held_out_counts(base, text_file, tmp_path):
-    """With a plan, calibration text only decides which part of the same text is held out."""
-    start(base, tmp_path / "out", *QUICK)
+def test_job_hash_covers_the_held_out_part_of_a_text(base, text_file, tmp_path):
+    """With a plan, the calibration text only determines which part is held out."""
+    run_job(base, tmp_path / "out", *QUICK)
     plan = ["merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}"]
-    asked = [*plan, "merge.target_layers=null", f"eval.perplexity.path={text_file}"]
-    apart = job_hash(job_settings(base, *asked))
-    assert job_hash(job_settings(base, *asked, f"calibration.path={text_file}")) != apart
+    overrides = [*plan, "merge.target_layers=null", f"eval.perplexity.path={text_file}"]
+    separate = job_hash(job_settings(base, *overrides))
+    assert job_hash(job_settings(base, *overrides, f"calibration.path={text_file}")) != separate
 
 
-def test_identities_of_texts_are_their_content(tmp_path):
+def test_text_identity_depends_on_content(tmp_path):
     rows = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3))
     folder = tmp_path / "data"
     folder.mkdir()
@@ -127,7 +127,7 @@ def test_identities_of_texts_are_their_content(tmp_path):
     assert len(set(before)) == len(before)
     assert Hub(dataset="x/y", revision="a").identity != Hub(dataset="x/y", revision="b").identity
     one, other = sources[1](), sources[3]()
-    assert one.content == other.content  # one corpus, so that its parts are kept apart
+    assert one.content == other.content  # the same corpus, so it is split between its uses
     (folder / "a.jsonl").write_text(rows + "{}\n")
     (tmp_path / "a.txt").write_text(rows + "x")
     after = [make().identity for make in sources]
@@ -150,7 +150,7 @@ def test_identities_of_texts_are_their_content(tmp_path):
         "process_docs: !function helper.process",
     ],
 )
-def test_data_that_a_task_names_count(tmp_path, form):
+def test_task_identity_covers_its_data_files(tmp_path, form):
     folder, elsewhere = tmp_path / "tasks", tmp_path / "some where"
     folder.mkdir()
     elsewhere.mkdir()
@@ -166,7 +166,7 @@ def test_data_that_a_task_names_count(tmp_path, form):
     assert tasks_identity(["a"], str(folder), None) != before
 
 
-GENERATES = """task: asked
+GENERATION_TASK = """task: local_qa
 dataset_path: json
 dataset_kwargs:
   data_files: {data}
@@ -184,22 +184,26 @@ metric_list:
 """
 
 
-def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
+def test_generation_tasks_are_validated(base, tmp_path):
     for number, (tokens, change, message) in enumerate(
         (
-            (512, {}, "asked generates 512 tokens, and the model reads at most 512"),
-            (4, {"without": "eos_token"}, "asked generates up to an end token, and the tokenizer"),
-            (4, {"more": "unsafe_code: true\n"}, "asked runs code that the model writes"),
+            (512, {}, "local_qa generates 512 tokens, and the model reads at most 512"),
+            (
+                4,
+                {"without": "eos_token"},
+                "local_qa generates up to an end token, and the tokenizer",
+            ),
+            (4, {"more": "unsafe_code: true\n"}, "local_qa runs code that the model writes"),
         )
     ):
-        task = GENERATES.format(data="{data}", tokens=tokens).replace("{{", "{{{{")
+        task = GENERATION_TASK.format(data="{data}", tokens=tokens).replace("{{", "{{{{")
         task = task.replace("}}", "}}}}") + change.get("more", "")
-        asked = questions(tmp_path / f"tasks{number}", task)
+        overrides = local_task(tmp_path / f"tasks{number}", task)
         if "without" in change:
             written = (base / "tokenizer_config.json").read_text()
-            edit(base / "tokenizer_config.json", change["without"])
+            edit_json(base / "tokenizer_config.json", change["without"])
         with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "out", *asked)
+            prepare_job(base, tmp_path / "out", *overrides)
         if "without" in change:
             (base / "tokenizer_config.json").write_text(written)
 
@@ -214,27 +218,27 @@ def test_tasks_that_generate_are_held_against_the_model(base, tmp_path):
         "---\n- a\n---\n",
     ],
 )
-def test_a_base_with_any_card(base, tmp_path, card):
+def test_unusual_base_model_cards(base, tmp_path, card):
     (base / "README.md").write_text(card)
-    start(base, tmp_path / "out", "eval=none")
+    run_job(base, tmp_path / "out", "eval=none")
     found = (tmp_path / "out" / "model" / "README.md").read_text()
     assert ("language: 'no'" in found) == ("language: no" in card)
     assert ("base model (mit, apache-2.0)" in found) == ("apache" in card)
 
 
-def test_names_with_dollar_signs_are_drawn(tmp_path):
-    base = saved(tmp_path / "a$x_{$ b", "llama_gqa")
-    start(base, tmp_path / "out", "eval=perplexity")
+def test_figure_of_a_model_name_with_dollar_signs(tmp_path):
+    base = save_base(tmp_path / "a$x_{$ b", "llama_gqa")
+    run_job(base, tmp_path / "out", "eval=perplexity")
     assert (tmp_path / "out" / "perplexity.png").is_file()
 
 
-def test_the_prompts_of_the_report_are_held_against_the_embedding(base, tmp_path):
-    lone_token(base, "capital")
+def test_continuation_prompts_without_embedding(base, tmp_path):
+    add_token_without_embedding(base, "capital")
     with pytest.raises(ValueError, match=r"a prompt has the token 'capital'"):
-        before_loading(base, tmp_path / "out")
+        prepare_job(base, tmp_path / "out")
 
 
-def test_continuations_are_greedy_whatever_the_generation_configuration(base):
+def test_continuations_ignore_the_generation_config(base):
     model, tokenizer = load_model(base)
     chosen = Continuations(tokens=12)
     data = chosen.prepare(Subject(tokenizer, len(tokenizer), None))
@@ -244,23 +248,23 @@ def test_continuations_are_greedy_whatever_the_generation_configuration(base):
     assert chosen.measure(model, tokenizer, data) == plain
 
 
-def test_weights_that_the_configuration_names(base, tmp_path):
+def test_weights_file_named_in_the_config(base, tmp_path):
     shutil.copy(base / "model.safetensors", base / "other.safetensors")
-    edit(base / "config.json", transformers_weights="other.safetensors")
+    edit_json(base / "config.json", transformers_weights="other.safetensors")
     before = job_hash(job_settings(base))
     tensors = load_file(base / "other.safetensors")
     tensors["lm_head.weight"] *= 2
     save_file(tensors, base / "other.safetensors", metadata={"format": "pt"})
     assert job_hash(job_settings(base)) != before
     (base / "model.safetensors").unlink()
-    start(base, tmp_path / "out", *QUICK)
+    run_job(base, tmp_path / "out", *QUICK)
     assert torch.equal(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").lm_head.weight,
         tensors["lm_head.weight"],
     )
 
 
-def test_weights_changed_behind_an_old_time(base):
+def test_changed_weights_with_an_old_modification_time(base):
     before, path = job_hash(job_settings(base)), base / "model.safetensors"
     status, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -270,20 +274,20 @@ def test_weights_changed_behind_an_old_time(base):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
-def test_a_configuration_that_is_cut(base, text):
+def test_invalid_config_json(base, text):
     (base / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config.json (cannot be read|holds no configuration)"):
         inspect_model(base)
 
 
-def test_a_short_training_text_is_named(base, tmp_path):
+def test_training_text_too_short(base, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(ValueError, match=r"training text too short: .* distill.seq_len=256"):
-        before_loading(base, tmp_path / "out", "distill=come_sp", f"distill.path={short}")
+        prepare_job(base, tmp_path / "out", "distill=come_sp", f"distill.path={short}")
 
 
-def test_rows_with_both_names_of_a_message(tmp_path):
+def test_chat_rows_with_both_key_conventions(tmp_path):
     path = tmp_path / "rows.jsonl"
     mixed = {"role": None, "content": None, "from": "human", "value": "hello"}
     path.write_text(json.dumps({"text": [mixed]}) + "\n")
@@ -291,16 +295,16 @@ def test_rows_with_both_names_of_a_message(tmp_path):
     assert document == [{"role": "human", "content": "hello"}]
 
 
-def test_methods_that_need_windows_say_so_at_once(base, tmp_path):
+def test_minimum_number_of_windows_is_checked_early(base, tmp_path):
     with pytest.raises(ValueError, match=r"num_samples=4: .* needs at least 5 windows"):
-        before_loading(base, tmp_path / "out", "merge=mka", "calibration.num_samples=4")
+        prepare_job(base, tmp_path / "out", "merge=mka", "calibration.num_samples=4")
 
 
-def test_plans_that_fit_no_model_are_refused_at_once(base, tmp_path):
-    start(base, tmp_path / "out", *QUICK)
+def test_invalid_plans_are_rejected_early(base, tmp_path):
+    run_job(base, tmp_path / "out", *QUICK)
     path = tmp_path / "out" / "plan.json"
     plan = json.loads(path.read_text())
-    asked = ("merge=from_plan", "merge.target_layers=null", f"merge.plan={path}")
+    overrides = ("merge=from_plan", "merge.target_layers=null", f"merge.plan={path}")
     for change, message in (
         (lambda p: p.update(operator="glue"), "'glue': unknown merge operator"),
         (lambda p: p["steps"][0].update(last=9), "merges layers 4 to 9 in step 1, where the model"),
@@ -309,19 +313,19 @@ def test_plans_that_fit_no_model_are_refused_at_once(base, tmp_path):
         change(changed)
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
-            before_loading(base, tmp_path / "again", *asked)
+            prepare_job(base, tmp_path / "again", *overrides)
 
 
-def test_a_neighbour_with_old_in_its_name_stays(base, tmp_path):
+def test_existing_folder_with_the_backup_name_is_kept(base, tmp_path):
     (tmp_path / "out" / "model.old").mkdir(parents=True)
     (tmp_path / "out" / "model.old" / "thesis.txt").write_text("years of work")
     for _ in range(2):
-        start(base, tmp_path / "out", *QUICK)
+        run_job(base, tmp_path / "out", *QUICK)
         (tmp_path / "out" / "result.json").unlink()
     assert (tmp_path / "out" / "model.old" / "thesis.txt").read_text() == "years of work"
 
 
-def test_no_index_of_weights_that_were_not_kept(base, tmp_path, monkeypatch):
+def test_no_shard_index_without_saved_weights(base, tmp_path, monkeypatch):
     monkeypatch.setattr("come.merge.saving.MAX_SHARD_SIZE", "20KB")
-    start(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
+    run_job(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
     assert not list((tmp_path / "out" / "model").glob("model*"))

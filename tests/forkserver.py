@@ -1,4 +1,4 @@
-"""Runs of the command in processes that are forked where the imports have been made already."""
+"""Runs run.py in processes forked from a server that has imported the package."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import sys
 import tempfile
 from pathlib import Path
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
     [
         "come.cli",
         "come.job.run",
         "come.report.write",
         "transformers.models.llama",
-        "tests.forked",
+        "tests.forkserver",
         "tests.conftest",
     ]
 )
 
 
-def known_products(device: object, dtype: object) -> float:
-    """Operations per second of matrix products, without measuring them."""
+def fixed_products(device: object, dtype: object) -> float:
+    """A constant speed of matrix products in operations per second, instead of a measurement."""
     return 1e11
 
 
-class Forked:
+class ForkedRun:
     """A run of `run.py` with the interface of `subprocess.Popen` that the tests use."""
 
     def __init__(self, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd, prefix="printed-"))
         arguments = (words, str(cwd), environment, str(self._printed))
-        self._process = FORKS.Process(target=_run, args=arguments)
+        self._process = FORKSERVER.Process(target=_run, args=arguments)
         self._process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Waits for the end; what it wrote to stdout and stderr."""
+        """Waits for the process; returns stdout and stderr."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, "it takes too long"
+        assert self._process.exitcode is not None, "timeout"
         return tuple((self._printed / name).read_text() for name in ("out", "err"))
 
     @property
@@ -59,7 +59,7 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], printed: str) 
     from come.cli import main
     from come.job import estimate
 
-    estimate._products = known_products
+    estimate._products = fixed_products
     torch.set_num_threads(1)
     try:
         sys.exit(main())
