@@ -10,7 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from come.merge.reconstruction import ReconstructionTargets
-from come.models.sublayers import States, activation_derivative, hidden_activations
+from come.models.sublayers import (
+    Features,
+    States,
+    activation_derivative,
+    hidden_activations,
+)
 from come.progress import ProgressBar
 from come.stream.processes import Processes
 from come.stream.token_blocks import BLOCK, TokenBlocks
@@ -173,12 +178,12 @@ class InputMap:
         sizes = self.output.double().square().sum(dim=0)
         return gram / stream.tokens, pull, squares * sizes, self._processes.reduced(error)
 
-    def _gap(self, middle: States, target: States, features: States) -> Tensor:
+    def _gap(self, middle: States, target: States, features: Features) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
         output = self.layer.get_submodule(self.adapter.architecture.ffn_output)
         return (target - (middle + output(features))).flatten(0, 1).to(self.output)
 
-    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, States]:
+    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
         """The input n of W, [tokens, hidden], the derivatives D, [tokens, channels], and f."""
         read, slopes, features = activation_derivative(
             self.adapter, self.layer, middle, keywords, self.name
