@@ -19,7 +19,7 @@ Matrix = Float[Tensor, "channels hidden"]
 
 FLOOR = 1e-4  # damping for whitening, relative to the mean square of the projection's input
 HALVINGS = 4
-HELD_BYTES = 1 << 29  # most bytes of n and D that are held between curvature products
+HELD_BYTES = 1 << 29  # largest size of n and D that is cached between curvature products
 
 
 class InputMap:
@@ -29,13 +29,13 @@ class InputMap:
 
     r: target minus the layer's output; W_d: the output projection of the MLP; n and D as in
     `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
-    projection. n and D are held where they are small; otherwise each curvature product computes
-    them anew from the MLP's input.
+    projection. n and D are cached if they are small; otherwise each curvature product recomputes
+    them from the MLP's input.
 
     Args:
         targets: reconstruction targets of the layer.
         layer: a copy of the layer outside the model; `error` changes its W and restores it.
-        middles: the residual stream after its attention, [windows, seq, hidden].
+        middles: the residual stream after the layer's attention, [windows, seq, hidden].
         name: name of W in the layer.
     """
 
@@ -222,7 +222,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
 
 def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """Right root^-1 of a triangular root, in float64 by blocks of rows, in the dtype of `right`."""
+    """right root^-1 for a triangular root, in the dtype of `right`; float64 by blocks of rows."""
     found = torch.empty_like(right)
     for start in range(0, len(right), BLOCK):
         part = slice(start, start + BLOCK)

@@ -57,7 +57,7 @@ class SpanScore(HasSettings, ABC):
         return 0
 
     def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
-        """Tokens that a trial is fitted to, and tokens that it is judged on."""
+        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
         return windows * seq_len, 0
 
     def check(self, method: Combination) -> None:
@@ -88,7 +88,7 @@ class SpanScore(HasSettings, ABC):
         return stream
 
     def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
-        """Score of a trial merge: the span merged by `split` and fitted by `refit`; lower wins."""
+        """Score of a trial merge by `split`, fitted by `refit`; the lowest is chosen."""
         raise NotImplementedError
 
     def refine_all(
