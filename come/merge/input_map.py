@@ -222,7 +222,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
 
 def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """right root^-1 for a triangular root, in the dtype of `right`; float64 by blocks of rows."""
+    """Returns right root^-1, in the dtype of `right`; solves in float64, by blocks of rows."""
     found = torch.empty_like(right)
     for start in range(0, len(right), BLOCK):
         part = slice(start, start + BLOCK)

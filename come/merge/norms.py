@@ -72,6 +72,6 @@ def _scaled(state: LayerState, weight: str, scale: Tensor) -> Tensor:
 
 
 def _moved(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:
-    """c + W b, computed in float64."""
+    """The new bias, c + W b, computed in float64."""
     own = state[bias]
     return (own.double() + state[weight].double() @ shift.double()).to(own.dtype)

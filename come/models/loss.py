@@ -102,7 +102,7 @@ def _log_normalizer(
 ) -> Float[Tensor, "batch seq"]:
     """The normaliser log sum_v exp z(v) of the head's logits z, nats, float32.
 
-    A part of the vocabulary at a time, whose logits fit the processor's caches.
+    Processes a part of the vocabulary at a time, whose logits fit into the CPU's caches.
     """
     weights = head.get_parameter("weight").split(VOCABULARY)
     bias = getattr(head, "bias", None)
