@@ -118,7 +118,7 @@ def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str |
 
 
 def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
-    """What sampling the calibration text reads from disk; None if the layers are in memory."""
+    """Describes the disk reads of sampling calibration text; None if layers are in memory."""
     calibration, device = settings.calibration, choose_device(settings.model.device)
     windows = calibration.num_continuations
     begin = calibration.prefix_tokens

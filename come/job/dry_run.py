@@ -1,4 +1,4 @@
-"""What a job would do and need, without loading weights: the flag `--dry-run`."""
+"""The flag `--dry-run`: shows what a job would do and need, without loading weights."""
 
 from __future__ import annotations
 

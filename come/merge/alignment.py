@@ -70,22 +70,22 @@ def input_maps(
     if not norms:
         return found
     sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
-    begins = targets.stream.windows[:, 0]
-    first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
+    initial = targets.stream.windows[:, 0]
+    first_weight = targets.stream.windows.shape[1] - 1 if (initial != initial[0]).any() else 1
     for batch in targets:
         entering = batch.entering(unit)[known:]
         normed = [n(states) for n, states in zip(norms, entering, strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
-        counts[:, 0] = first
+        counts[:, 0] = first_weight
         sums.add(merged(reads(batch)).flatten(0, 1), inputs, counts.flatten())
     sums.all_reduce(targets.stream.processes)
     penalty = ratio * sums.mean_diagonal()
     factor = sums.factor(penalty, consume=True)
     for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
-        pull = part.clone()
-        pull.diagonal().add_(penalty)
-        found.append(cholesky_solve(factor, pull).T.to(wide))
+        rhs = part.clone()
+        rhs.diagonal().add_(penalty)
+        found.append(cholesky_solve(factor, rhs).T.to(wide))
     if known:
         targets.input_maps[ratio] = found
     return found

@@ -69,11 +69,11 @@ class InputMap:
         Returns:
             Z, float32 or wider.
         """
-        gram, pull, curvatures, before = self._start()
+        gram, rhs, curvatures, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
         root = torch.linalg.cholesky(gram)
         penalty = ratio * curvatures.mean().item()
-        scale = (curvatures + penalty).rsqrt().to(pull)[:, None]
+        scale = (curvatures + penalty).rsqrt().to(rhs)[:, None]
 
         def colour(white: Matrix) -> Matrix:
             return _solved(root, white, upper=False)
@@ -89,7 +89,7 @@ class InputMap:
 
         shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
-            found = conjugate_gradients(product, scale * whiten(pull), steps)
+            found = conjugate_gradients(product, scale * whiten(rhs), steps)
             change = colour(scale * found)
         self._held.clear()
         for _ in range(HALVINGS + 1):
@@ -148,7 +148,7 @@ class InputMap:
         """mean_t n n^T, float64; minus half the gradient of E at 0; each row's curvature; E(0)."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
-        pull = self.output.new_zeros(channels, hidden)
+        rhs = self.output.new_zeros(channels, hidden)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         error = 0.0
         size = self.output.element_size() * (channels + hidden)
@@ -158,7 +158,7 @@ class InputMap:
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
             nonlocal error
             error += (gap.square().sum(dim=1) * weights).sum().item()
-            pull.add_(self._back(gap * weights[:, None], read, slopes))
+            rhs.add_(self._back(gap * weights[:, None], read, slopes))
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
             if hold:
@@ -169,9 +169,9 @@ class InputMap:
             read, slopes, features = self._slopes(middle, keywords)
             blocks.add(read, slopes, self._gap(middle, target, features), weights)
         blocks.finish()
-        self._processes.all_reduce(gram, pull, squares)
+        self._processes.all_reduce(gram, rhs, squares)
         sizes = self.output.double().square().sum(dim=0)
-        return gram / stream.tokens, pull, squares * sizes, self._processes.reduced(error)
+        return gram / stream.tokens, rhs, squares * sizes, self._processes.reduced(error)
 
     def _gap(self, middle: States, target: States, features: States) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""

@@ -58,7 +58,7 @@ class Search:
     Attributes:
         plan: the merges so far.
         origins: position in the stream's model of every layer of the plan's model.
-        statistics: of the layers of the stream's model that have been measured, from the first.
+        statistics: statistics of the stream's layers measured so far, from the first layer on.
     """
 
     def __init__(

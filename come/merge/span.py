@@ -1,4 +1,4 @@
-"""A span of layers to merge: what is known about it, and how a merge of it would behave."""
+"""A span of layers that will be merged: its statistics, and how to build and score a trial."""
 
 from __future__ import annotations
 

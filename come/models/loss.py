@@ -91,7 +91,7 @@ def token_divergence(
 
     Returns:
         sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
-        logits.
+        logits, or of the model's dtype if that is narrower.
     """
     inner = (reference.rows.double() * states.double()).sum(dim=-1)
     return reference.constant - inner + _log_normalizer(head, states).double()

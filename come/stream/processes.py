@@ -51,7 +51,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process, which creates shared files."""
+        """Whether this process creates shared files: the first one, or one alone."""
         return self.rank == 0 or self.group is None
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:

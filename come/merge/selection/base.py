@@ -77,7 +77,7 @@ class SpanScore(HasSettings, ABC):
         """Score of the layers first..last (inclusive, positions in the stream's model)."""
 
     def scores(self, stream: LayerStream, spans: Sequence[tuple[int, int]]) -> list[float]:
-        """Scores of several spans; may need fewer passes than one after the other."""
+        """Scores of several spans; may need fewer passes than scoring each by itself."""
         return [self.score(stream, first, last) for first, last in spans]
 
     def release(self) -> None:
@@ -94,7 +94,7 @@ class SpanScore(HasSettings, ABC):
     def refine_all(
         self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit
     ) -> list[float]:
-        """Scores of several trial merges; may need fewer passes than one after the other."""
+        """Scores of several trial merges; may need fewer passes than scoring each by itself."""
         return [self.refine(span, split, refit) for span, split in trials]
 
 
