@@ -50,7 +50,7 @@ def compress(
             documents, or token ids, either one window per row or a single sequence. None samples
             `num_samples` windows from the model.
         method: the merging method; None for the project's own, `merge=come_plus`.
-        num_samples: number of calibration windows. Token ids are all used.
+        num_samples: number of calibration windows. All given token ids are used.
         seq_len: tokens per window. Token ids that are windows already keep their length.
         seed: seed for sampling windows.
         progress: whether to show progress bars.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-INTERVAL = 30.0  # seconds between lines where stderr is no terminal
+INTERVAL = 30.0  # seconds between lines if stderr is not a terminal
 
 
 class ProgressBar(tqdm):

@@ -1,7 +1,7 @@
 """Callbacks that do not keep their object alive.
 
-An object that holds a callback to itself is freed only by the garbage collector, which counts
-objects and not the bytes of their tensors.
+An object that holds a callback to itself is freed only by the garbage collector, which runs by the
+number of objects, not by the bytes of their tensors.
 """
 
 from __future__ import annotations

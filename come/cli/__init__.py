@@ -1,4 +1,4 @@
-"""The command `come`: Hydra composes the configuration in conf/, and every job of it runs.
+"""The command `come`: Hydra composes the configuration in conf/ and runs its jobs.
 
 No other subpackage imports Hydra.
 """
@@ -41,7 +41,7 @@ _HERE = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
 CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, or clone
-INVALID = "invalid"  # takes the place of the job hash if the settings fail their checks
+INVALID = "invalid"  # used in place of the job hash if the settings are invalid
 
 
 class JobFailedError(Exception):
@@ -125,12 +125,12 @@ def main() -> int:
 
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
     if "--dry-run" in sys.argv:
-        os.environ[DRY_RUN] = "1"  # parallel launchers hand it to their processes
+        os.environ[DRY_RUN] = "1"  # parallel launchers pass it to their processes
 
     def start() -> None:
         load_plugins(words)
         register_parts()
-        flags = [word for word in words if word in ("-m", "--multirun")]  # Hydra wants them last
+        flags = [word for word in words if word in ("-m", "--multirun")]  # Hydra needs them last
         rest = [word for word in words if word not in flags]
         sys.argv[1:] = [*as_groups(rest), *model_of_run(rest), *flags]
         if "--cfg" in words and "--resolve" not in words and "hydra" not in words:

@@ -76,8 +76,8 @@ RENAMED = {
 def register_parts() -> None:
     """Adds every registered component and evaluation as a choice of its config group.
 
-    `merge/refit=ridge` chooses a component. `eval=NAME` chooses an evaluation of a plugin, and for
-    the others a file in conf/eval, which takes the defaults from `eval/settings`.
+    `merge/refit=ridge` chooses a component. `eval=NAME` chooses a plugin's evaluation, or for
+    built-in ones a file in conf/eval, which takes its defaults from `eval/settings`.
     """
     store = ConfigStore.instance()
     for group, registry in PARTS.items():

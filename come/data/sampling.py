@@ -248,7 +248,7 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
 
 
 def unused_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Embedding rows without a token: padding of the vocabulary to a round size."""
+    """Ids of embedding rows without a token, which pad the vocabulary to a round size."""
     return sorted(set(range(_rows(model))) - set(tokenizer.get_vocab().values()))
 
 

@@ -42,7 +42,7 @@ class TextSettings(HasSettings):
         return TEXT.create_from(name, settings)
 
     def text_identity(self) -> str:
-        """Identifies the content of the text; of a text that cannot be read, its name."""
+        """Identifies the text by its content, or by its name if it cannot be read."""
         try:
             return self.text_source().identity
         except (ValueError, OSError):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 CALIBRATION_PART = (0.0, 0.6)
-EVALUATION_PART = (0.8, 1.0)  # between: for choosing settings (a rate, a lambda, a rule)
+EVALUATION_PART = (0.8, 1.0)  # 0.6 to 0.8: for tuning settings (a rate, a lambda, a rule)
 _POOL_CHARS = 2_000_000
 _CHARS_PER_TOKEN = 16  # upper bound for any tokenizer
 _LINE_REACH = 20_000  # characters within which a cut searches for a line end
@@ -146,7 +146,7 @@ def calibration_windows(
         held_out: the corpora of the evaluation texts.
         at_most: whether fewer than `num_samples` windows, but at least one, are acceptable.
         backwards: whether to draw in reverse order, so that the first windows are those that a
-            draw with the same seed and length takes last.
+            forward draw with the same seed and length takes last.
         what: purpose of the text for error messages, "calibration" or "training".
 
     Raises:

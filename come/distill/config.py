@@ -19,7 +19,7 @@ class TrainConfig:
         batch_size: windows per step, over all processes.
         micro_batch: windows per forward pass; a step accumulates the gradients.
         learning_rate: peak learning rate.
-        warmup: fraction of the steps in which the learning rate rises.
+        warmup: fraction of the steps in which the learning rate warms up.
         weight_decay: weight decay of AdamW.
         clip: maximum norm of the gradient.
         validate_every: steps between validations.

@@ -119,7 +119,7 @@ def train_layerwise(
                 for future in as_completed(waiting):
                     future.result()
         found: dict[int, Progress] = {}
-        for layer, task in jobs.items():  # layers that a worker trained are only loaded here
+        for layer, task in jobs.items():  # only loads layers that a worker has trained
             found[layer], state = task(accelerator=accelerator, log=partial(log, layer))
             pair.student.write(layer, state)
             for losses in found[layer].curve if workers > 1 else ():

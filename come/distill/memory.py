@@ -9,7 +9,7 @@ from torch import nn
 
 from come.distill.objectives.base import Objective
 
-_MOMENTS = 2  # of AdamW per parameter, in the parameter's dtype
+_MOMENTS = 2  # AdamW's moments per parameter, in its dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingMemory:
 
 
 def training_memory(objective: Objective, others: Iterable[nn.Module] = ()) -> TrainingMemory:
-    """The training memory of an objective, with the further modules `others` in memory."""
+    """The training memory of an objective; `others`: further modules in memory."""
     held = {
         id(p): p.numel() * p.element_size()
         for module in (objective, *others)

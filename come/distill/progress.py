@@ -24,7 +24,7 @@ class Progress:
 
     Attributes:
         step: number of completed steps.
-        curve: number and losses of every step, by name.
+        curve: step number and losses of every step, by name.
         validation: step and losses of every validation, by name.
         best_step: step with the lowest validation loss.
         best_loss: lowest validation loss.

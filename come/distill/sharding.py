@@ -66,7 +66,7 @@ def export_to_student(objective: Objective, sharded: Objective) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The unsharded tensor; if it is sharded, all processes must call this function."""
+    """The unsharded tensor; if `tensor` is sharded, all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

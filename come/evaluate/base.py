@@ -49,7 +49,7 @@ class Metric:
         samples: values that are paired between models. For a ratio, logarithms whose mean is that
             of the value (the loss of every window); for a difference, scores whose mean is the
             value (one for every document).
-        data: what it was measured on, such as "16384 tokens in 8 windows of FILE".
+        data: the data that it was measured on, such as "16384 tokens in 8 windows of FILE".
         headline: whether the summary table has a column for it.
         details: further results, for the evaluation's own use.
     """
@@ -69,8 +69,8 @@ class Metric:
     def significant(self) -> bool:
         """Whether the model differs from the dense model.
 
-        The interval of `relative` excludes no difference, and McNemar's test, if any, agrees
-        (p < 0.05).
+        That is, the interval of `relative` excludes equality, and McNemar's test, if any, has
+        p < 0.05.
         """
         found = self.relative
         if found is None or found.low is None or found.high is None:
@@ -133,12 +133,12 @@ def read_metrics(records: Mapping[str, Mapping[str, Any]]) -> Metrics:
 
 @dataclass(frozen=True)
 class Subject:
-    """What evaluations know of the model before its weights are loaded.
+    """What evaluations know about the model before its weights are loaded.
 
     Attributes:
         tokenizer: its tokenizer.
         vocabulary: number of rows of its embedding.
-        longest: maximum number of tokens that it reads; None without a limit.
+        longest: maximum sequence length in tokens; None without a limit.
         others: texts that the model was calibrated or trained on; held-out text excludes them.
     """
 
@@ -148,7 +148,7 @@ class Subject:
     others: Sequence[TextSource] = ()
 
     def check_length(self, key: str, tokens: int) -> None:
-        """Raises ValueError if the model does not read so many tokens."""
+        """Raises ValueError if `tokens` exceeds the model's maximum sequence length."""
         if self.longest is not None and tokens > self.longest:
             shown = key if "=" in key else f"{key}={tokens}"
             raise ValueError(f"{shown}: the model reads at most {self.longest} tokens")

@@ -98,7 +98,7 @@ class Continuations(Evaluation):
 
     @classmethod
     def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
-        """Sets the value: the mean share of tokens before the first that differs from dense."""
+        """Sets the value to the mean share of tokens before the first difference from dense."""
         found, reference = own["continuations"], dense["continuations"]
         pairs = list(zip(found.details["ids"], reference.details["ids"], strict=True))
         shares = [_agreement(mine, its) for mine, its in pairs]
@@ -106,7 +106,7 @@ class Continuations(Evaluation):
 
 
 def _agreement(own: list[int], other: list[int]) -> float:
-    """Share of the tokens of the longer text that precede the first difference."""
+    """Number of tokens before the first difference, divided by the longer text's length."""
     same = 0
     for mine, its in zip(own, other, strict=False):
         if mine != its:

@@ -32,8 +32,8 @@ def evaluate_dense(
 ) -> Metrics:
     """Measures the dense model, or reads its metrics from the cache.
 
-    The cache key has the evaluation's settings and data, the model's files, dtype and type of
-    device, and the code.
+    The cache key includes the evaluation's settings and data, the model's files, the dtype, the
+    device type, and the code.
 
     Args:
         evaluation: the evaluation.

@@ -80,7 +80,7 @@ class Speed(Evaluation):
     repeats: int = setting(3, "counted repetitions of each timing", least=1)
 
     def prepare(self, subject: Subject) -> None:
-        """Checks that the model reads the prompt and what it generates."""
+        """Checks that the prompt and the generated tokens fit the maximum sequence length."""
         subject.check_length("eval.speed.prompt_tokens", self.prompt_tokens)
         generated = _PROMPT + self.new_tokens
         subject.check_length(f"eval.speed.new_tokens + {_PROMPT}", generated)
@@ -105,8 +105,8 @@ class Speed(Evaluation):
     def compare(cls, own: Metrics, dense: Metrics, removed: float = 0.0) -> Metrics:
         """Adds ratios, and "realised" to the details of timings.
 
-        It is the share of the time saved divided by the share of the layers' parameters removed:
-        1 if time falls in proportion to depth.
+        "realised" is the share of the time saved divided by the share of the layers' parameters
+        removed: 1 if time falls in proportion to depth.
         """
         found = super().compare(own, dense, removed)
         for name in ("speed/prompt", "speed/generation"):

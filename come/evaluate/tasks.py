@@ -185,7 +185,7 @@ def check_tasks(
         tasks: the tasks, from `load_tasks`.
         tokenizer: the model's tokenizer.
         rows: number of rows of the model's embedding.
-        longest: maximum number of tokens that the model reads; None without a limit.
+        longest: the model's maximum sequence length in tokens; None without a limit.
 
     Raises:
         ValueError: one of these holds:
@@ -193,7 +193,7 @@ def check_tasks(
               context of an empty prompt, or that token has no row in the embedding.
             - Another token of a prompt has no row in the embedding.
             - A task generates text, and the tokenizer has no end token or the maximum length
-              exceeds what the model reads.
+              exceeds the model's.
             - A task executes code that the model writes.
     """
     for name, task in tasks.tasks.items():

@@ -61,7 +61,7 @@ class ZeroShot(Evaluation):
     batch_size: int = setting(8, "sequences of a forward pass", least=1)
 
     def check(self) -> None:
-        """Raises ValueError for no task, or a task that is named twice."""
+        """Raises ValueError if there is no task, or a task is named twice."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             problem = "names a task twice" if self.tasks else "names no task"
             raise ValueError(f"eval.zero_shot.tasks={list(self.tasks)} {problem}")

@@ -19,7 +19,7 @@ from come.report.numbers import megabytes
 from come.schema import Settings
 from come.schema.calibration import WINDOWS
 
-SHARE = 0.9  # of the free memory that a merge may use
+SHARE = 0.9  # share of the free memory that a merge may use
 FEWER_TOKENS = (8192, 4096, 2048, 1024)
 PLACES = ("memory", "disk")
 BATCHES = (WINDOWS, WINDOWS // 2, 1)
@@ -27,13 +27,13 @@ BATCHES = (WINDOWS, WINDOWS // 2, 1)
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of one kind that a merge needs, and that it may use, in bytes."""
+    """The memory of one kind that a merge needs, and its budget, in bytes."""
 
     kind: str
     needed: int | float
     budget: int | float
     limited: bool = False
-    """Whether `calibration.memory` is the limit, and not what is free."""
+    """Whether `calibration.memory` sets the budget, rather than the free memory."""
 
     def describe(self) -> str:
         """Both numbers in words."""
@@ -41,12 +41,12 @@ class Need:
 
 
 def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
-    """The settings with a batch size and places, memory or disk, where they are "auto".
+    """The settings with "auto" replaced: the batch size, and memory or disk for each store.
 
-    Takes smaller batches where the largest do not fit, prefers memory, for weights first, and moves
-    to disk what does not fit then. Weights that need more than two thirds of what is free are on
-    disk in any case (`choose_weights`). The numbers do not depend on places or on batches: a refit
-    whose numbers do has the largest. Several processes share the hidden states in files.
+    If a merge does not fit, the batch size is reduced first, then hidden states go to disk, then
+    weights. Weights that need more than 2/3 of the free memory are always on disk
+    (`choose_weights`). These choices do not change the result: a refit that depends on the batch
+    size gets the largest. Several processes share the hidden states in files.
     """
     weights: tuple[str, ...] = (settings.weights,)
     stores: tuple[str, ...] = (settings.calibration.store,)
@@ -73,10 +73,10 @@ def missing(settings: Settings, shape: ModelShape, target: int) -> list[Need]:
 
 
 def memory_needs(settings: Settings, cost: Cost) -> list[Need]:
-    """What a merge needs of each kind of memory; every process has its own weights.
+    """The need and budget of each kind of memory; every process has its own weights.
 
-    The budget is `calibration.memory`, of the GPU's memory if there is one, and at most 9/10 of
-    what is free.
+    The budget is `calibration.memory`, which limits the GPU's memory if there is a GPU, and at most
+    9/10 of the free memory.
     """
     device, processes = choose_device(settings.model.device), process_count()
     main = SHARE * psutil.virtual_memory().available
@@ -93,12 +93,12 @@ def memory_needs(settings: Settings, cost: Cost) -> list[Need]:
 
 
 def budget_line(settings: Settings, cost: Cost) -> str:
-    """What a merge needs of each kind of memory, and may use."""
+    """Describes the need and budget of each kind of memory."""
     return "budget: needs " + "; ".join(need.describe() for need in memory_needs(settings, cost))
 
 
 def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str | None:
-    """What does not fit, and the settings with which it would; None if the compression fits."""
+    """What does not fit, and the settings with which it would fit; None if the merge fits."""
     short = missing(settings, shape, target)
     if not short:
         return None
@@ -118,7 +118,7 @@ def memory_shortage(settings: Settings, shape: ModelShape, target: int) -> str |
 
 
 def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
-    """What sampling the calibration text reads from disk; None if the layers are in memory."""
+    """Describes the disk reads of sampling calibration text; None if layers are in memory."""
     calibration, device = settings.calibration, choose_device(settings.model.device)
     windows = calibration.num_continuations
     begin = calibration.prefix_tokens
@@ -142,7 +142,7 @@ def _with(settings: Settings, weights: str, store: str, batch: int) -> Settings:
 
 
 def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Settings that need less and less memory, each on top of the one before, as overrides."""
+    """Overrides that reduce memory, each with the settings after it and all earlier ones."""
     if settings.weights == "memory" and not settings.distill.active:
         settings = replace(settings, model=replace(settings.model, weights="disk"))
         yield "model.weights=disk", settings

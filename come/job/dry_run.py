@@ -1,4 +1,4 @@
-"""What a job would do and need, without loading weights: the flag `--dry-run`."""
+"""The flag `--dry-run`: shows what a job would do and need, without loading weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from come.schema import Settings
 
 
 def dry_run(settings: Settings, folder: Path) -> list[str]:
-    """Checks a job as `run` does; what it would do, and its time, memory and disk, as lines.
+    """Checks a job as `run` does; returns lines on its steps, time, memory and disk space.
 
     Raises:
         ValueError: see `come.job.run.run`.

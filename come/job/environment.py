@@ -1,4 +1,4 @@
-"""What a job ran on: versions of the packages, the code, and the machine."""
+"""Describes a job's environment: versions of the packages, the code, and the machine."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from come.models.loading import ModelShape
 from come.report.numbers import duration, megabytes
 
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}
-"""Assumed share of the speed of matrix products that a compression reaches (experiments/LOG.md)."""
+"""Assumed speed of a compression relative to plain matrix products (experiments/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Speed:
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype) -> Speed:
-        """The speed of matrix products, times the share that a compression reaches of it."""
+        """The measured speed of matrix products, times `EFFICIENCY`."""
         share = EFFICIENCY[device.type]
         return cls(share * _products(device, dtype), share * _products(device, torch.float64))
 
@@ -38,9 +38,9 @@ class Speed:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product, the best within half a second, of four or more.
+    """Operations per second of a matrix product: the best of at least four, in half a second.
 
-    Fewer would follow the load of a shared machine, which changes from second to second.
+    The best of fewer products would depend too much on the current load of a shared machine.
     """
     size = 768 if device.type == "cpu" else 4096
     factor = torch.ones(size, size, dtype=dtype, device=device)
@@ -68,8 +68,8 @@ class Cost:
         extra: settings that need additional passes (gradients, searches), which `work` does not
             include.
         weights: where the decoder layers are, "memory" or "disk".
-        batch_bytes: bytes of what one layer computes for a batch of windows.
-        judged_bytes: bytes of the hidden states of windows that trial merges are judged on.
+        batch_bytes: bytes of one layer's activations for a batch of windows.
+        judged_bytes: bytes of the hidden states of the validation windows of trial merges.
     """
 
     tokens: int
@@ -106,17 +106,17 @@ class Cost:
 
     @property
     def memory_bytes(self) -> float:
-        """Weights, a step of the merge, and hidden states that are not on disk."""
+        """Bytes of weights, one step of the merge, and hidden states that are not on disk."""
         return self.weight_bytes + self.step_bytes + self.states_bytes + self.judged_bytes
 
     @property
     def step_bytes(self) -> float:
-        """The largest least-squares problem, and a batch in a layer."""
+        """Bytes of the largest least-squares problem, and of one layer's activations."""
         return self.work.bytes + self.batch_bytes
 
     @property
     def states_bytes(self) -> int:
-        """The hidden states at boundaries, unless they are on disk."""
+        """Bytes of the hidden states at boundaries, unless they are on disk."""
         return self.boundary_bytes if self.store == "memory" else 0
 
 
@@ -138,7 +138,7 @@ def compression_cost(
     merges, trials = _merged_spans(method, layers, target), _trial_spans(method, layers, target)
     sweeps = len(merges) if schedule.remeasures else 0  # over the layers after a merge
     if method.measures_ahead:
-        sweeps = min(sweeps, 1)  # each merge goes on where the one before ended
+        sweeps = min(sweeps, 1)  # each merge continues where the previous one ended
     work = _span(shape, 1, tokens).passes * (layers + sweeps * layers / 2)
     ratio = joint_lambda(method.refit)
     for size in merges:
@@ -164,7 +164,7 @@ def compression_cost(
     if metric.gradient == "path":
         slots += layers + 1  # the boundaries of a second stream
     if method.needs_dense:
-        slots += (layers + 1) // 2  # of the dense model, where a merge has changed them
+        slots += (layers + 1) // 2  # the dense model's, where a merge has changed them
     return Cost(
         tokens=tokens,
         work=work,
@@ -202,7 +202,7 @@ def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> Sp
 
 
 def _merged_spans(method: Method, layers: int, target: int) -> list[int]:
-    """Sizes of the merged spans, if all are as large as they may be."""
+    """Sizes of the merged spans, if all are as large as allowed."""
     if method.groups:
         return [len(group) for group in method.groups]
     passed = [layers, *depths(layers, target, method.constraints(layers, target).m)]
@@ -210,7 +210,7 @@ def _merged_spans(method: Method, layers: int, target: int) -> list[int]:
 
 
 def _trial_spans(method: Method, layers: int, target: int) -> list[int]:
-    """Sizes of the spans merged on trial: the shortlist once a merge, or as the schedule says."""
+    """Sizes of the spans merged on trial: a shortlist per merge, or the schedule's own count."""
     count = method.selection.num_trials
     if not count or method.groups:
         return []

@@ -40,9 +40,9 @@ def job_hash(settings: Settings) -> str:
     """Hash of everything that determines a job's result: 12 hexadecimal digits.
 
     The hash includes the code of this package and of plugins, and the versions of the packages
-    that do the computation. For a path, it includes the content. It includes batch sizes, because
-    they change the rounding of sums over tokens, the number of processes for the same reason, and
-    the device type. It excludes labels, the store of hidden states, and tracking.
+    that do the computation. For a path, it includes the content. It includes batch sizes and the
+    number of processes, because they change the rounding of sums over tokens, and the device type.
+    It excludes labels, the store of hidden states, and tracking.
     """
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],

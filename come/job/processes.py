@@ -14,7 +14,7 @@ from come.schema import Settings
 
 
 def process_count() -> int:
-    """How many processes of the job were launched, before they have met."""
+    """Number of launched processes, from the environment; needs no process group."""
     return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
 
 
@@ -22,8 +22,8 @@ def processes(settings: Settings) -> Accelerator:
     """The `Accelerator` of this process, which runs alone or was started by `accelerate launch`.
 
     Raises:
-        ValueError: several processes were launched for a job that only one can run, or on several
-            machines for a merge, or with settings for one, or `distill.batch_size` is not a
+        ValueError: several processes were launched, and the job runs in one process only, merges
+            on several machines, or has a setting for one process; or `distill.batch_size` is not a
             multiple of their number.
     """
     distill, merge = settings.distill, settings.merge

@@ -86,7 +86,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         if missing is not None:
             raise ValueError(missing)
     broadcast_object_list([compresses(job), job.settings.model, job.settings.calibration])
-    accelerator.wait_for_everyone()  # the others check their memory before any is taken
+    accelerator.wait_for_everyone()  # all processes check free memory before any uses it
     import come.report.write  # noqa: F401 - matplotlib is slow; import it after the checks
 
     write_text(folder / "resolved.yaml", yaml.safe_dump(settings.record(), sort_keys=False))
@@ -104,7 +104,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
 
 @dataclass
 class State:
-    """What the stages of a job have made so far; every stage reads and extends it."""
+    """The results of a job's stages so far; every stage reads and extends them."""
 
     job: Job
     accelerator: Accelerator
@@ -182,7 +182,7 @@ def _clean_up(folder: Path, result: Result) -> None:
 
 
 def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
-    """Runs a worker process, which joins the merge and the training of the main process."""
+    """Runs a worker process, which takes part in the main process's merge and training."""
     (goes_on,) = broadcast_object_list([None])
     if not goes_on:
         return cast(Result, {})

@@ -1,7 +1,7 @@
-"""Cholesky factors in the memory of their matrix, and solutions by them without copies.
+"""In-place Cholesky factorisation, and solving without copies of the factor.
 
 `torch.linalg.cholesky` works in place on column-major matrices only, and `torch.cholesky_solve`
-copies the factor: each would need a second matrix.
+copies the factor, so both would need memory for a second matrix.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def cholesky(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The lower factor L of a symmetric positive definite matrix, column-major, in its memory.
+    """The lower factor L of a symmetric positive definite matrix, column-major, in place.
 
     Args:
         matrix: row-major; overwritten.
     """
-    columns = matrix.mT  # the same matrix
+    columns = matrix.mT  # equal, since the matrix is symmetric
     return torch.linalg.cholesky(columns, out=columns)
 
 

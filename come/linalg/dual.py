@@ -12,21 +12,21 @@ from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.equations import LEAST, Elimination, Map, outputs_read
 from come.stream.processes import Processes
 
-COLUMNS = 4096  # columns that are worked on at a time
+COLUMNS = 4096  # columns per tile
 
 
 class Dual:
-    """A ridge problem by its tokens: nothing grows with the square of the number of columns.
+    """A ridge problem in its dual form: no tensor grows with the square of the columns.
 
         W = W_0 + R^T (F F^T + mu I)^-1 F     R = Y - F W_0^T
         diag( (F^T F + mu I)^-1 )_j = (1 - |L^-1 f_j|^2) / mu     L L^T = F F^T + mu I
 
-    F: the inputs of all tokens, Y: their targets, both times the root of the token's weight. A bias
-    is not penalised: F and Y are centred for it.
+    F: the inputs of all tokens, [tokens, columns]; Y: their targets; both times the root of the
+    token's weight. A bias is not penalised: F and Y are centred for it.
 
-    F is stored in float32, [columns, tokens]; products with it run in float32, the tokens x tokens
-    matrix and its factor are float64. F may be stored elsewhere, in main memory for a GPU or in a
-    mapped file: it is read in tiles of 4096 columns.
+    F is stored transposed, [columns, tokens], in float32. Products with it run in float32; the
+    tokens x tokens matrix and its factor are float64. F is read in tiles of 4096 columns, so it may
+    be stored outside a GPU, in main memory or in a memory-mapped file.
 
     Args:
         width: number of inputs of the map.
@@ -34,7 +34,7 @@ class Dual:
         tokens: number of tokens that will be added, by all processes.
         bias: whether the map has a bias.
         device: device of all tensors but `rows`.
-        rows: where F is stored, zeros of shape [width, tokens]; None for the device's memory.
+        rows: storage of F, zeros of shape [width, tokens]; None to allocate it on the device.
         first: index of the first token that this process adds.
     """
 
@@ -75,14 +75,14 @@ class Dual:
         features: Float[Tensor, "tokens columns"],
         weights: Float[Tensor, " tokens"],
     ) -> None:
-        """Adds some inputs, from index `column` on, of a batch of tokens, from index `token` on."""
+        """Adds a block of F: inputs from index `column` on, of tokens from index `token` on."""
         rows = (features.float() * weights.float().sqrt()[:, None]).T
         self._rows[column : column + len(rows), token : token + rows.shape[1]] = rows
 
     def add_targets(
         self, targets: Float[Tensor, "tokens out"], weights: Float[Tensor, " tokens"]
     ) -> None:
-        """Adds the targets of a batch of tokens, after those of the batches before."""
+        """Adds the targets of a batch of tokens, after those of earlier batches."""
         chosen = slice(self._filled, self._filled + len(targets))
         self._filled = chosen.stop
         self._roots[chosen] = weights.float().sqrt()
@@ -181,15 +181,15 @@ class Dual:
 class DualElimination:
     """Backward elimination in the dual form: S <- S - F_U F_U^T when columns U leave.
 
-        W = W_0 + F^T Z    Z = S^-1 (Y - F W_0)
+        S = F F^T + mu I    W = W_0 + F^T Z    Z = S^-1 (Y - F W_0)
 
-    The solution and the diagonal of the inverse are updated while few columns leave, and computed
-    anew when many do, which is cheaper then. W takes the place of W_0, which W - F^T Z gives back.
-    Where the map has many outputs, all of this reads a random sketch of them (see `Dual.sketch`),
-    and `solution` the outputs themselves.
+    Here W is [columns, out], the transpose of a `Map`'s weight. If few columns leave, the solution
+    and the diagonal of the inverse are updated; if many leave, they are recomputed, which is then
+    cheaper. Only W is stored, since W_0 = W - F^T Z. If the map has many outputs, the elimination
+    reads a random sketch of them (see `Dual.sketch`); only `solution` reads the outputs themselves.
 
     Args:
-        problem: of all columns.
+        problem: the problem of all columns.
         rows: F, [columns, tokens]; changed.
         initial: the map that the penalty refers to.
         penalty: mu.
@@ -211,7 +211,7 @@ class DualElimination:
         return problem.solve(initial, self._penalty)
 
     def _anew(self) -> None:
-        """Factor, leverage, Z and W for the current S and residual."""
+        """Recomputes factor, leverage, Z and W from the current S and residual."""
         self._factor = _penalised(self._gram, self._penalty)
         self._leverage = _leverage(self._rows, self._factor)
         before, self._solution = self._solution, _solved(self._factor, self._residual).float()
@@ -254,7 +254,7 @@ class DualElimination:
             self._factor = _penalised(self._gram, self._penalty)
 
     def _update(self, stay: Tensor, gone: Tensor, leaving: Tensor) -> None:
-        """The solution without the columns U that leave, and the diagonal of B_ss.
+        """Updates the solution and the diagonal of B_ss when columns U leave.
 
         W_s <- W_s - B_su V    Z <- Z + S^-1 F_U V / mu    V = B_uu^-1 W_u    B = (G + mu I)^-1
         """
@@ -268,7 +268,7 @@ class DualElimination:
             cross = self._inverse(self._rows[stay[part]].to(self._device), read)
             weight[part] -= cross.float() @ solved
             taken = torch.linalg.solve_triangular(inner, cross.T, upper=False).square().sum(dim=0)
-            leverage[part] += self._penalty * taken  # a smaller diagonal of the inverse
+            leverage[part] += self._penalty * taken  # the inverse's diagonal shrinks
         self._weight, self._leverage = weight, leverage
 
     def _inverse(self, first: Tensor, read: Tensor, same: bool = False) -> Tensor:
@@ -287,7 +287,7 @@ class DualElimination:
 
 
 def _tiles(rows: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of the columns of F, as slices and on the device."""
+    """Tiles of the columns of F: each slice, and its columns on the device."""
     for start in range(0, len(rows), COLUMNS):
         part = slice(start, min(start + COLUMNS, len(rows)))
         yield part, rows[part].to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from come.stream.processes import Processes
 
 DUAL = 2  # columns per token from which elimination needs less memory in the dual form
-SKETCH = 512  # outputs that eliminations in the dual form read of more than twice as many
+SKETCH = 512  # width of the dual form's random sketch of more than twice as many outputs
 LEAST = 1e-30  # lower bound of a mean square
 
 
@@ -75,7 +75,7 @@ class Equations(Protocol):
         ...
 
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
-        """The solution; with `consume` its memory is the problem's, which ends with it."""
+        """The solution; `consume` reuses the problem's memory and makes the problem invalid."""
         ...
 
     def columns(self, kept: Int[Tensor, " kept"]) -> Equations:
@@ -113,7 +113,7 @@ def eliminate(
         consume: whether the equations are not needed afterwards.
 
     Returns:
-        Kept units, ascending, and the elimination that has led to them.
+        Kept units, ascending, and the elimination, which has their solution.
     """
     alive = list(range(sums.width // size))
     state = sums.elimination(initial, penalty, consume=consume)
@@ -127,7 +127,7 @@ def eliminate(
 
 
 def choice_dtype(width: int, ratio: float, *, bias: bool = False) -> torch.dtype:
-    """The dtype of normal equations that only choose among their inputs.
+    """The dtype of normal equations that are used only to select inputs.
 
     float32 if the penalty keeps the condition number, at most width / ratio, below 10^5. It nearly
     always keeps the same inputs as float64 then (experiments/LOG.md), in half the memory and time.
@@ -141,7 +141,7 @@ def choice_dtype(width: int, ratio: float, *, bias: bool = False) -> torch.dtype
 
 
 def outputs_read(out: int) -> int:
-    """How many outputs, or random sums of them, eliminations in the dual form read."""
+    """Number of outputs, or of random sums of them, that the dual form's elimination reads."""
     return SKETCH if out > 2 * SKETCH else out
 
 

@@ -31,7 +31,7 @@ class Gram:
         out: number of outputs d_out.
         bias: whether the map has a bias.
         device: device of the sums.
-        dtype: of the sums and of all that is solved from them (see `choice_dtype`).
+        dtype: dtype of the sums and of everything solved from them (see `choice_dtype`).
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Gram:
         Args:
             initial: W0 and its bias.
             penalty: absolute, > 0.
-            consume: whether the factor may replace G and the right-hand side C, which saves both.
+            consume: whether the factor may overwrite G, and the right-hand side C, to save memory.
         """
         pull = self.pull(initial, penalty, consume=consume)
         solved = cholesky_solve(self.factor(penalty, consume=consume), pull).T
@@ -242,8 +242,8 @@ class DenseElimination:
 def inverse_of(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """(L L^T)^-1, in the memory of the column-major lower Cholesky factor L.
 
-    On the CPU by LAPACK's `potri`: `torch.cholesky_inverse` needs a copy and far more time
-    (experiments/LOG.md).
+    On the CPU it uses LAPACK's `potri`, because `torch.cholesky_inverse` needs a copy and is far
+    slower (experiments/LOG.md).
     """
     if factor.device.type != "cpu":
         return torch.cholesky_inverse(factor, out=factor)

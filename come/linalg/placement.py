@@ -1,4 +1,4 @@
-"""Where a least-squares problem is solved: on the model's device, or if too large on the CPU."""
+"""Chooses where a least-squares problem is solved: the model's device, or the CPU if too large."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def fits(device: torch.device, needed: int | float) -> bool:
 
 
 def solving_device(device: torch.device, needed: int | float) -> torch.device:
-    """The model's device, or the CPU where a GPU has less free memory than a problem needs.
+    """The model's device, or the CPU if a GPU has less free memory than a problem needs.
 
     Args:
-        device: the model's.
-        needed: bytes of the problem at its largest.
+        device: the model's device.
+        needed: peak bytes of the problem.
     """
     if fits(device, needed):
         return device

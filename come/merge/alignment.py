@@ -16,7 +16,7 @@ from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState, changed
 from come.models.sublayers import States
 
-BLOCK = 2048  # rows that are transformed at a time
+BLOCK = 2048  # rows transformed at a time
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def input_maps(
     with the same token, its weight is 1, because a fit to that token says nothing about texts that
     begin with another one (experiments/LOG.md).
 
-    The attention of the merged layer reads what that of the span's first layer reads, so that
-    layer's map is I, and the others depend on the targets alone: they are solved once.
+    The merged layer's attention has the same input as the attention of the span's first layer, so
+    that layer's map is I. The other attention maps depend only on the targets and are cached.
 
     Source: this project.
 
@@ -53,12 +53,12 @@ def input_maps(
         targets: reconstruction targets of the span.
         unit: kv_group for the input of the attention, channel for the input of the MLP.
         merged: the merged layer's norm before these units.
-        norms: those of the layers of the span, as the operator reads them.
+        norms: the norms before these units in every source layer, as the operator reads them.
         reads: returns x for a batch.
         ratio: lambda.
 
     Returns:
-        P_i of every layer, solved in float64, in float32 or wider.
+        P_i of every layer, in float32 or wider; solved in float64.
     """
     adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
     wide = torch.promote_types(adapter.model.dtype, torch.float32)
@@ -70,22 +70,22 @@ def input_maps(
     if not norms:
         return found
     sums = Gram(hidden, hidden * len(norms), bias=False, device=adapter.device)
-    begins = targets.stream.windows[:, 0]
-    first = targets.stream.windows.shape[1] - 1 if (begins != begins[0]).any() else 1
+    initial = targets.stream.windows[:, 0]
+    first_weight = targets.stream.windows.shape[1] - 1 if (initial != initial[0]).any() else 1
     for batch in targets:
         entering = batch.entering(unit)[known:]
         normed = [n(states) for n, states in zip(norms, entering, strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
-        counts[:, 0] = first
+        counts[:, 0] = first_weight
         sums.add(merged(reads(batch)).flatten(0, 1), inputs, counts.flatten())
     sums.all_reduce(targets.stream.processes)
     penalty = ratio * sums.mean_diagonal()
     factor = sums.factor(penalty, consume=True)
     for part in sums.moment.split(hidden, dim=1):  # one layer at a time, which saves memory
-        pull = part.clone()
-        pull.diagonal().add_(penalty)
-        found.append(cholesky_solve(factor, pull).T.to(wide))
+        rhs = part.clone()
+        rhs.diagonal().add_(penalty)
+        found.append(cholesky_solve(factor, rhs).T.to(wide))
     if known:
         targets.input_maps[ratio] = found
     return found

@@ -1,4 +1,4 @@
-"""The view of a merging method that its components get."""
+"""The part of a merging method that its components may read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Combination(Protocol):
 
     @property
     def measures_ahead(self) -> bool:
-        """Whether merges after the first read no layer behind their span."""
+        """Whether merges after the first read no layer after their span."""
         ...
 
     def equals(self, record: Any) -> bool:

@@ -24,7 +24,7 @@ Matrix = Float[Tensor, "channels hidden"]
 
 FLOOR = 1e-4  # damping for whitening, relative to the mean square of the projection's input
 HALVINGS = 4
-HELD_BYTES = 1 << 29  # most bytes of n and D that are held between curvature products
+HELD_BYTES = 1 << 29  # largest size of n and D that is cached between curvature products
 
 
 class InputMap:
@@ -34,13 +34,13 @@ class InputMap:
 
     r: target minus the layer's output; W_d: the output projection of the MLP; n and D as in
     `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
-    projection. n and D are held where they are small; otherwise each curvature product computes
-    them anew from the MLP's input.
+    projection. n and D are cached if they are small; otherwise each curvature product recomputes
+    them from the MLP's input.
 
     Args:
         targets: reconstruction targets of the layer.
         layer: a copy of the layer outside the model; `error` changes its W and restores it.
-        middles: the residual stream after its attention, [windows, seq, hidden].
+        middles: the residual stream after the layer's attention, [windows, seq, hidden].
         name: name of W in the layer.
     """
 
@@ -74,11 +74,11 @@ class InputMap:
         Returns:
             Z, float32 or wider.
         """
-        gram, pull, curvatures, before = self._start()
+        gram, rhs, curvatures, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
         root = torch.linalg.cholesky(gram)
         penalty = ratio * curvatures.mean().item()
-        scale = (curvatures + penalty).rsqrt().to(pull)[:, None]
+        scale = (curvatures + penalty).rsqrt().to(rhs)[:, None]
 
         def colour(white: Matrix) -> Matrix:
             return _solved(root, white, upper=False)
@@ -94,7 +94,7 @@ class InputMap:
 
         shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
-            found = conjugate_gradients(product, scale * whiten(pull), steps)
+            found = conjugate_gradients(product, scale * whiten(rhs), steps)
             change = colour(scale * found)
         self._held.clear()
         for _ in range(HALVINGS + 1):
@@ -153,7 +153,7 @@ class InputMap:
         """mean_t n n^T, float64; minus half the gradient of E at 0; each row's curvature; E(0)."""
         channels, hidden = self.output.shape[1], self.output.shape[0]
         gram = self.output.new_zeros(hidden, hidden, dtype=torch.float64)
-        pull = self.output.new_zeros(channels, hidden)
+        rhs = self.output.new_zeros(channels, hidden)
         squares = self.output.new_zeros(channels, dtype=torch.float64)
         error = 0.0
         size = self.output.element_size() * (channels + hidden)
@@ -163,7 +163,7 @@ class InputMap:
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
             nonlocal error
             error += (gap.square().sum(dim=1) * weights).sum().item()
-            pull.add_(self._back(gap * weights[:, None], read, slopes))
+            rhs.add_(self._back(gap * weights[:, None], read, slopes))
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
             if hold:
@@ -174,9 +174,9 @@ class InputMap:
             read, slopes, features = self._slopes(middle, keywords)
             blocks.add(read, slopes, self._gap(middle, target, features), weights)
         blocks.finish()
-        self._processes.all_reduce(gram, pull, squares)
+        self._processes.all_reduce(gram, rhs, squares)
         sizes = self.output.double().square().sum(dim=0)
-        return gram / stream.tokens, pull, squares * sizes, self._processes.reduced(error)
+        return gram / stream.tokens, rhs, squares * sizes, self._processes.reduced(error)
 
     def _gap(self, middle: States, target: States, features: Features) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
@@ -227,7 +227,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
 
 def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """Right root^-1 of a triangular root, in float64 by blocks of rows, in the dtype of `right`."""
+    """Returns right root^-1, in the dtype of `right`; solves in float64, by blocks of rows."""
     found = torch.empty_like(right)
     for start in range(0, len(right), BLOCK):
         part = slice(start, start + BLOCK)

@@ -27,31 +27,31 @@ from come.models.sublayers import States, head_outputs, hidden_activations
 
 @runtime_checkable
 class UnitRule(Protocol):
-    """Chooses units by the least-squares problem of all units of a span."""
+    """Selects units from the least-squares problem of all units of a span."""
 
     def choose(
         self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
     ) -> tuple[list[int], Map | None]:
-        """The kept units, ascending, and the output projection of what they keep.
+        """The kept units, ascending, and their output projection.
 
         Args:
-            sums: the problem of all units, which is not read again.
+            sums: the problem of all units; the caller does not use it afterwards.
             initial: the stacked map of all units.
-            penalty: the refit's, absolute.
-            keep: how many to keep.
-            size: columns of a unit.
-            solves: whether the output projection is read; otherwise it may be None.
+            penalty: the refit's penalty, absolute.
+            keep: number of units to keep.
+            size: columns per unit.
+            solves: whether the output projection is needed; otherwise it may be None.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SourceLayer:
-    """A layer of a span that reads the input of the span: n_i(x_i) is replaced by P_i n(x).
+    """A layer of a span, run on the span's input: P_i n(x) replaces n_i(x_i).
 
     Attributes:
         state: its tensors, as the operator reads them.
-        inputs: P_i of the units in question (see `come.merge.alignment`); empty without alignment.
+        inputs: P_i by kind of unit (see `come.merge.alignment`); empty without alignment.
     """
 
     state: LayerState
@@ -88,13 +88,13 @@ def select_units_jointly(
 ) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
 
-    MLP channels read the residual stream after the kept attention. Units are those of layers with
-    aligned input maps, if the refit aligns them.
+    MLP channels read the residual stream after the kept attention. If the refit aligns input
+    projections, units are selected with aligned ones.
 
     Args:
         group: a span with reconstruction targets.
         rule: selects the kept units of one kind.
-        solves: whether the allocation gets the solution for the kept units of both kinds.
+        solves: whether the allocation includes the solutions for the kept units of both kinds.
 
     Returns:
         The kept units; shares are those of the kept MLP channels.
@@ -118,7 +118,7 @@ def select_units_jointly(
             ]
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
         last = unit == UNITS[-1]
-        dtype = torch.float64  # the map of the kept head outputs is read
+        dtype = torch.float64  # the attention's solution is used, not only the selection
         if last:
             bias = len(adapter.output_tensors(unit)) > 1
             dtype = choice_dtype(group.size * count, ratio, bias=bias)
@@ -140,7 +140,7 @@ def select_units_jointly(
 
 
 def joint_work(size: SpanSize) -> Work:
-    """What the joint selection takes, without the choice itself and without alignment."""
+    """The work of the joint selection, without the selection rule and the alignment."""
     heads = size.layers * size.heads
     attention = size.sums(heads, size.hidden, DUAL)
     ffn = size.sums(size.width, size.hidden, DUAL, size.itemsize)
@@ -153,7 +153,7 @@ def joint_work(size: SpanSize) -> Work:
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
     """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed.
 
-    The weight is stored by columns, so that least squares by tokens need no copy of it.
+    The weight is column-major, so the dual form needs no copy of it.
     """
     adapter = targets.stream.adapter
     layers = range(targets.first, targets.last + 1)
@@ -173,7 +173,7 @@ class Features:
         unit: kv_group for head outputs, channel for hidden activations.
         layers: the layers of the span.
         middle: for MLP channels, the residual stream after the kept attention.
-        hold: whether they are held in main memory, to be read twice.
+        hold: whether the features are cached in main memory, for a second read.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Features:
         self._held: dict[tuple[int, int], Tensor] = {}
 
     def of(self, number: int, module: nn.Module | None, batch: TargetBatch) -> Tensor:
-        """Those of layer `number` on one batch, [batch, seq, width]; `module`: unless held."""
+        """Features of layer `number` on a batch, [batch, seq, width]; `module`: None if cached."""
         stream = self.targets.stream
         if (number, batch.number) in self._held:
             return self._held[number, batch.number].to(stream.adapter.device)
@@ -205,7 +205,7 @@ class Features:
         return found
 
     def missing(self, batch: TargetBatch) -> Tensor:
-        """What the output projection has to add to the residual stream, [batch, seq, hidden]."""
+        """The target update of the residual stream by the sublayer, [batch, seq, hidden]."""
         if self.unit == "kv_group":
             return batch.middle - batch.states
         return batch.output - _read(self.middle, batch)
@@ -213,13 +213,13 @@ class Features:
 
 @torch.no_grad()
 def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) -> Equations:
-    """The problem of all units of one kind, with every layer reading the span's input.
+    """The least-squares problem of all units of one kind, with all layers on the span's input.
 
-    In its form by tokens, only one of the layers is in memory at a time.
+    In the dual form, only one of the layers is in memory at a time.
 
     Args:
-        features: of the units.
-        dtype: of the normal equations.
+        features: the features of the units.
+        dtype: dtype of the normal equations.
 
     Returns:
         For KV groups, the equations from head outputs to what the span's attention adds. For MLP
@@ -234,7 +234,7 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
     module: nn.Module | None = None
     if isinstance(sums, Dual):
         for number, layer in enumerate(layers):
-            module = None  # frees the one before
+            module = None  # frees the previous one
             module = layer.module(targets)
             for batch in targets:
                 found = features.of(number, module, batch).flatten(0, 1)
@@ -260,12 +260,12 @@ def after_attention(
     """The residual stream after the kept attention, in main memory.
 
     Args:
-        features: head outputs of the span's layers, held.
+        features: head outputs of the span's layers, cached.
         found: the output projection of the kept head outputs.
         columns: kept head outputs of every layer.
 
     Returns:
-        The states of this process's windows; those of others are not set.
+        The states; only the rows of this process's windows are set.
     """
     targets, stream = features.targets, features.targets.stream
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)

@@ -1,4 +1,4 @@
-"""The compression loop: measure, choose a span, build its layer, refit it, write it, and again."""
+"""The compression loop: measure, choose a span, build its layer, refit it, write it, and repeat."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def compress(
         folder: folder for the files of the disk store.
         trials: cache of trial-merge scores; new scores are added to it.
         progress: whether to show a progress bar.
-        processes: those that share the windows. Every one calls this function with the same
-            arguments and gets the same plan, which differs from that of one process by rounding.
+        processes: the processes that share the windows. Each calls this function with the same
+            arguments and gets the same plan, which equals that of one process up to rounding.
 
     Returns:
         The plan: all decisions, and the merge history.
@@ -105,7 +105,7 @@ def compress(
         apply(plan, model)
         rules = method.constraints(adapter.num_layers, target_layers)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
-        waiting: list[MergeStep] = []  # chosen and not yet written
+        waiting: list[MergeStep] = []  # chosen but not yet written
         chosen = plan
         while chosen.num_layers > target_layers:
             search.measure(chosen)
@@ -146,7 +146,7 @@ def _check(method: Method, num_layers: int, target: int, stops: Collection[int])
 
 
 def _next_step(search: Search) -> MergeStep:
-    """The next merge, with the units that remain, before its refit."""
+    """The next merge with its kept units, before its refit."""
     choice, span, split = search.choose()
     return MergeStep(
         first=choice.first,
@@ -183,7 +183,7 @@ def _refitted(stream: LayerStream, method: Method, plan: Plan, step: MergeStep) 
 
 
 def _changed_from(stream: LayerStream, plan: Plan) -> int:
-    """Tells the stream that the last step of `plan` is written; the first layer that it changed."""
+    """Tells the stream that `plan`'s last step is written; returns the first changed layer."""
     step = plan.steps[-1]
     if stream.block == "layer":
         stream.merged(step.first, step.last)

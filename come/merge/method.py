@@ -153,7 +153,7 @@ class Method(HasSettings):
 
     @property
     def measures_ahead(self) -> bool:
-        """Whether merges after the first read no layer behind their span."""
+        """Whether merges after the first read no layer after their span."""
         return self.schedule.plans_ahead and self.retention.local
 
     @property

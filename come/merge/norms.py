@@ -28,7 +28,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
 
         W (g * x^ + b) + c = (W diag(g)) x^ + (c + W b)
 
-    The scale becomes ones. A LayerNorm's bias `b` is folded too, and becomes zero, if every row
+    The scale is set to ones. A LayerNorm's bias `b` is folded too, and becomes zero, if every row
     that reads the norm has a bias `c` to absorb it. Otherwise it becomes `b / g`; a norm whose
     scale contains zeros is then left unchanged. The merge averages what remains in the norms.
     Exact up to rounding to the storage dtype. Norms after a projection (Qwen3's q and k norms)
@@ -72,6 +72,6 @@ def _scaled(state: LayerState, weight: str, scale: Tensor) -> Tensor:
 
 
 def _moved(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:
-    """C + W b, computed in float64."""
+    """The new bias, c + W b, computed in float64."""
     own = state[bias]
     return (own.double() + state[weight].double() @ shift.double()).to(own.dtype)

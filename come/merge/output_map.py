@@ -29,19 +29,19 @@ def equations(
     eliminates: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Equations:
-    """An empty problem of a map to the residual stream, in the form that is smaller.
+    """An empty least-squares problem for a map to the residual stream, in the smaller form.
 
-    The inputs of a dual problem are stored as the hidden states are where the GPU has no room for
-    them, or with `calibration.store=disk`. A problem that does not fit into the GPU's memory
-    without them is solved in main memory.
+    If the inputs of a dual problem do not fit into the GPU's memory, or with
+    `calibration.store=disk`, they are stored like the hidden states, in main memory or on disk. If
+    the rest of the problem does not fit either, it is solved in main memory.
 
     Args:
         width: number of inputs of the map.
-        stream: the windows whose tokens will be added, each by its process.
+        stream: the stream whose tokens will be added; each process adds its own windows.
         bias: whether the map has a bias.
-        eliminates: whether columns will be eliminated, for which the dual form is smaller from
-            two columns a token on, and the normal equations need a second matrix.
-        dtype: of the normal equations.
+        eliminates: whether columns will be eliminated. The normal equations then need a second
+            matrix, and the dual form is smaller from two columns per token on.
+        dtype: dtype of the normal equations.
     """
     adapter, tokens = stream.adapter, stream.tokens
     out = adapter.config.hidden_size

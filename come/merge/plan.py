@@ -73,8 +73,8 @@ class MergeStep:
             units.
         score: selection score of the span.
         candidates: all spans scored for this step; with a shortlist, only the spans tried.
-        bi: block influence of all layers of the model that was measured for this step; after the
-            first merge of a schedule that plans ahead, of those up to the span.
+        bi: block influence of every layer of the model measured for this step. With a schedule
+            that plans ahead, steps after the first have only the layers up to the span.
         keeper: index in the span of the layer that a drop keeps; None for a merge.
         solved: tensors of the merged layer that were solved on calibration data.
         output_scale: factor on the output projections of all layers after the span.

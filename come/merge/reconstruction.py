@@ -21,7 +21,7 @@ Weighting = Literal["relative", "equal"]
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """One batch of a layer's input and of its targets; each tensor is made when it is read.
+    """One batch of a layer's input and reconstruction targets; tensors are computed on access.
 
     Attributes:
         targets: the targets of all windows.
@@ -109,7 +109,7 @@ class ReconstructionTargets:
         self.original = original
         self.target: Target = target
         self.weighting: Weighting = weighting
-        self.input_maps: dict[float, list[Tensor]] = {}  # of the attentions, by penalty
+        self.input_maps: dict[float, list[Tensor]] = {}  # cached, of attention, by lambda
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of this process's windows, in order; sums over them need `all_reduce`."""

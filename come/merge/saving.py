@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 MAX_SHARD_SIZE = "5GB"
-SHARD_BYTES = 10**9  # with weights on disk, when a shard is all that is in memory
+SHARD_BYTES = 10**9  # with weights on disk, where only one shard is in memory
 PLAN = "come/plan.json"
 """Path of the plan inside a model folder. Inference servers load every `*.safetensors` at the top
 of a folder as weights, so the plan's tensors must not be stored there."""

@@ -58,7 +58,7 @@ class Search:
     Attributes:
         plan: the merges so far.
         origins: position in the stream's model of every layer of the plan's model.
-        statistics: of the layers of the stream's model that have been measured, from the first.
+        statistics: statistics of the stream's layers measured so far, from the first layer on.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Search:
         return int(self.method.selection.num_trials)
 
     def measure(self, plan: Plan) -> None:
-        """Brings statistics and scores up to date with the model, which `plan` has led to.
+        """Sets the plan, and updates statistics and scores to the stream's model.
 
-        If merges after the first read no layer behind their span (`measures_ahead`), layers are
-        then measured only when a span or a score reads them.
+        With `measures_ahead`, a layer of a merged model is measured only when a span or a score
+        needs its statistics.
         """
         self.plan = plan
         stream = self.stream
@@ -131,7 +131,7 @@ class Search:
 
     @property
     def _ahead(self) -> bool:
-        """Whether layers of the current model are measured only as far as they are read."""
+        """Whether layers of the current model are measured only when they are needed."""
         return self.method.measures_ahead and bool(self.plan.steps)
 
     def influences(self, span: LayerSpan) -> list[float]:
@@ -140,7 +140,7 @@ class Search:
         return [layer.bi for layer in found]
 
     def _measure_through(self, last: int) -> None:
-        """Measures the layers of the stream's model up to this one, if they are not yet."""
+        """Measures all layers up to `last` of the stream's model that are not measured yet."""
         if self._start > last:
             return
         self.stream.advance(self._start, last, self._collector)
@@ -165,7 +165,7 @@ class Search:
         del self.statistics[layer:]
 
     def choose(self) -> tuple[Choice, LayerSpan, UnitAllocation]:
-        """The schedule's choice, its span, and the units that remain of it."""
+        """The schedule's choice, its span, and the span's unit allocation."""
         choice = self.method.schedule.choose(self)
         self.method.selection.release()
         span = self.span(choice.first, choice.last)
@@ -198,7 +198,7 @@ class Search:
         )
 
     def split(self, span: LayerSpan, kept: int | None, *, trial: bool = False) -> UnitAllocation:
-        """What remains of a span, given the index of the layer that a drop keeps."""
+        """The unit allocation of a span; `kept`: index of the layer that a drop keeps."""
         if kept is not None:
             return UnitAllocation.drop(span.size, kept)
         if shares := self.method.operator.fixed_shares(span.size):
@@ -208,7 +208,7 @@ class Search:
         return split
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
-        """The span with the lowest score, or of a shortlist the one with the lowest trial score."""
+        """The span with the lowest score; with a shortlist, the one with the lowest trial score."""
         candidates = self.scored(spans)
         if self.shortlist and len(candidates) > 1:
             best = sorted(candidates, key=lambda candidate: candidate.score)[: self.shortlist]
@@ -262,7 +262,7 @@ class Search:
     def _trial_merges(
         self, groups: Sequence[TrialSpan]
     ) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
-        """The spans of trial merges and their units, one after the other."""
+        """The spans of trial merges and their unit allocations, in order."""
         stream = self.method.selection.trial_stream(self.stream.unshared())
         for first, last, kept in groups:
             span = self.span(first, last, stream)

@@ -17,7 +17,7 @@ KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class UnitSolution:
-    """What a sublayer becomes by the least-squares problem that has chosen its units.
+    """A sublayer's solution of the least-squares problem that its units were selected by.
 
     Attributes:
         inputs: for every layer of the span the map P_i that its input projections are multiplied
@@ -35,10 +35,10 @@ class SourceLayers:
 
     Attributes:
         layers: all tensors of every layer, shallowest first.
-        join: returns all tensors of the merged layer, given such layers.
+        join: returns all tensors of the merged layer, given the source layers' tensors.
         shares: share of every layer in the merged layer.
         kept: kept units of every layer, by kind; empty if no units are chosen.
-        solved: solutions for the kept units, by kind, where their choice has found them.
+        solved: solutions for the kept units, by kind, if unit selection has computed them.
     """
 
     layers: Sequence[LayerState]

@@ -1,4 +1,4 @@
-"""A span of layers to merge: what is known about it, and how a merge of it would behave."""
+"""A span of layers that will be merged: its statistics, and how to build and score a trial."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UnitAllocation:
     Attributes:
         shares: share rho of every layer, in depth order; >= 0, summing to 1.
         kept: kept units of every layer, ascending, by kind; empty if no units are chosen.
-        solved: solutions for the kept units, by kind, where the choice has found them.
+        solved: solutions for the kept units, by kind, if unit selection has computed them.
     """
 
     shares: list[float]
@@ -51,7 +51,7 @@ class LayerSpan:
         spans: original layers merged into each of them.
         statistics: calibration statistics of each of them.
         operator: how they become one layer.
-        norms: what becomes of their norms, "mean" or "fold".
+        norms: how their norms are merged, "mean" or "fold".
         refit: how the merged layer is fitted to them.
         sensitivity: how their channels are scored.
     """

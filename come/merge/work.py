@@ -1,4 +1,4 @@
-"""How much arithmetic and memory the parts of a merge need, for the estimate before it starts."""
+"""Arithmetic and memory of the steps of a merge, for the estimate before it starts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from come.linalg.equations import DUAL, choice_dtype, outputs_read
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic, and the memory that it takes at its largest.
+    """Arithmetic, and its peak memory.
 
     Attributes:
         single: floating-point operations in the model's dtype or float32.
         double: floating-point operations in float64.
-        bytes: memory beside weights and boundary states.
+        bytes: peak memory in addition to weights and boundary states.
     """
 
     single: float = 0.0
@@ -22,13 +22,13 @@ class Work:
     bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        """One after the other."""
+        """This work, then the other."""
         return Work(
             self.single + other.single, self.double + other.double, max(self.bytes, other.bytes)
         )
 
     def __mul__(self, times: int | float) -> Work:
-        """The same again, `times` times."""
+        """This work, `times` times in sequence."""
         return Work(self.single * times, self.double * times, self.bytes)
 
 
@@ -41,9 +41,9 @@ class SpanSize:
         tokens: calibration tokens.
         hidden: width of the residual stream.
         heads: width of one layer's head outputs.
-        channels: FFN channels of one layer.
+        channels: MLP channels of one layer.
         parameters: parameters of one layer.
-        input_maps: number of input projections of the FFN.
+        input_maps: number of input projections of the MLP.
         ratio: penalty of the refit, relative to the mean diagonal of its Gram matrix.
     """
 
@@ -58,22 +58,22 @@ class SpanSize:
 
     @property
     def passes(self) -> Work:
-        """All tokens through one layer."""
+        """One forward pass of all tokens through one layer."""
         return Work(single=2.0 * self.tokens * self.parameters)
 
     @property
     def width(self) -> int:
-        """FFN channels of all layers of the span."""
+        """MLP channels of all layers of the span."""
         return self.layers * self.channels
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of the normal equations that channels are chosen by."""
+        """Bytes per entry of the normal equations for channel selection."""
         return choice_dtype(self.width, self.ratio).itemsize
 
     @property
     def layer_bytes(self) -> float:
-        """A copy of one layer, in float32."""
+        """Bytes of a copy of one layer in float32."""
         return 4.0 * self.parameters
 
     def dual(self, width: int, columns_per_token: int = 1) -> bool:
@@ -81,9 +81,9 @@ class SpanSize:
         return width >= columns_per_token * self.tokens
 
     def sums(self, width: int, out: int, columns_per_token: int = 1, itemsize: int = 8) -> Work:
-        """The sums of a least-squares problem with `width` inputs and `out` outputs.
+        """Accumulating a least-squares problem with `width` inputs and `out` outputs.
 
-        `itemsize`: bytes of a number of the normal equations, 8 for float64, 4 for float32.
+        `itemsize`: bytes per entry of the normal equations, 8 for float64, 4 for float32.
         """
         tokens = float(self.tokens)
         if self.dual(width, columns_per_token):
@@ -94,7 +94,7 @@ class SpanSize:
         return Work(single=half + 2 * tokens * width * out, bytes=stored)
 
     def solve(self, width: int, out: int) -> Work:
-        """A factorisation in place, and a solution by it."""
+        """An in-place factorisation, and solving with it."""
         order, single = width, 0.0
         if self.dual(width):
             order, single = self.tokens, 4.0 * self.tokens * width * out
@@ -102,14 +102,14 @@ class SpanSize:
         return Work(single, double=cubic, bytes=self.sums(width, out).bytes + 8.0 * width * out)
 
     def inverse(self, width: int, itemsize: int = 8) -> Work:
-        """A factorisation and the inverse, in place; in dual form a triangular solution."""
+        """An in-place factorisation and inverse; in the dual form, a triangular solve."""
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
             return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
         return _of(float(width) ** 3, itemsize) + Work(bytes=float(itemsize) * width * width)
 
     def aligned(self) -> Work:
-        """The alignment of both sublayers' input maps (see `come.merge.alignment`)."""
+        """The input alignment of both sublayers (see `come.merge.alignment`)."""
         width, out = float(self.hidden), float(self.hidden * self.layers)
         once = Work(
             single=self.tokens * width * (width + 2 * out),  # always by normal equations
@@ -119,7 +119,7 @@ class SpanSize:
         return once * 2 + self.passes * self.layers
 
     def folded(self) -> Work:
-        """The alignment folded into the rows of one layer."""
+        """Folding the alignment into the input projections of one layer."""
         return Work(single=2.0 * self.parameters * self.hidden, bytes=2 * self.layer_bytes)
 
     def eliminated(self, width: int, kept: int) -> Work:

@@ -91,11 +91,11 @@ class ModelAdapter:
 
     @property
     def on_disk(self) -> LayersOnDisk | None:
-        """What loads the layers if their weights are on disk; None if they are in memory."""
+        """The loader of the layers if their weights are on disk; None if they are in memory."""
         return layers_on_disk(self.model)
 
     def layer(self, index: int) -> nn.Module:
-        """Layer `index` with its weights. Weights from disk are there until another layer is."""
+        """Layer `index` with its weights; those on disk stay loaded until another layer is."""
         layer = self.layers[index]
         if self.on_disk is not None:
             self.on_disk.load(layer)
@@ -237,7 +237,7 @@ class ModelAdapter:
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
             for p in layer.parameters()
         }
-        blank[id(layer._forward_pre_hooks)] = OrderedDict()  # those that load weights from disk
+        blank[id(layer._forward_pre_hooks)] = OrderedDict()  # hooks that load weights from disk
         copied = copy.deepcopy(layer, blank)
         copied.load_state_dict(dict(state), assign=True)
         return copied
@@ -252,7 +252,7 @@ class ModelAdapter:
 
     @staticmethod
     def assign(layer: nn.Module, state: LayerState) -> None:
-        """Puts tensors into a copied layer. The old ones, which other layers may share, stay."""
+        """Sets tensors of a copied layer without overwriting the old ones, which may be shared."""
         layer.load_state_dict(dict(state), strict=False, assign=True)
 
     def replace(self, first: int, last: int, state: LayerState) -> None:
@@ -264,7 +264,7 @@ class ModelAdapter:
 
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:
-        """Multiplies the output projections of layer `index`, weights and biases."""
+        """Multiplies the output projections of layer `index`, weights and biases, by `factor`."""
         state = self.layer_state(index)
         self.write(index, {name: state[name] * factor for name in self.output_tensors()})
 

@@ -1,4 +1,4 @@
-"""The tensors of a decoder layer by name, also computed or read from disk only where needed."""
+"""The tensors of a decoder layer by name, optionally computed or read from disk on access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LayerState = Mapping[str, Tensor]
 
 
 class LazyState(Mapping[str, Tensor]):
-    """Tensors by name, each made anew whenever it is read, so that none stays in memory.
+    """Tensors by name, each recomputed on every access, so that none stays in memory.
 
     Args:
         makers: functions that return the tensors, by name.
@@ -31,11 +31,11 @@ class LazyState(Mapping[str, Tensor]):
 
 
 def changed(state: LayerState, makers: Mapping[str, Callable[[], Tensor]]) -> LazyState:
-    """The state with some tensors replaced; all of them are made or read where they are needed."""
+    """The state with some tensors replaced; every tensor is computed or read on access."""
     kept = {name: (lambda name=name: state[name]) for name in state}
     return LazyState({**kept, **makers})
 
 
 def overlay(state: LayerState, others: LayerState) -> dict[str, Tensor]:
-    """All tensors of the state, those of the same name in `others` in their place."""
+    """All tensors of the state, each replaced by the one in `others` with its name, if any."""
     return {name: others[name] if name in others else state[name] for name in state}

@@ -42,8 +42,8 @@ class ModelShape:
             MLP, including their norms.
         dtype: dtype that the model is loaded in.
         heads: width of the head outputs of one layer.
-        channels: FFN channels of one layer.
-        input_maps: number of input projections of one layer's FFN.
+        channels: MLP channels of one layer.
+        input_maps: number of input projections of one layer's MLP.
     """
 
     config: PretrainedConfig
@@ -179,7 +179,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def choose_weights(weights: str, shape: ModelShape, device: torch.device) -> str:
-    """Where decoder weights are kept; "auto" is memory if they fit into two thirds of what is free.
+    """Where decoder weights are kept; "auto" is memory if they fit into 2/3 of the free memory.
 
     Raises:
         ValueError: the name is unknown.

@@ -91,7 +91,7 @@ def token_divergence(
 
     Returns:
         sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
-        logits.
+        logits, or of the model's dtype if that is narrower.
     """
     inner = (reference.rows.double() * states.double()).sum(dim=-1)
     return reference.constant - inner + _log_normalizer(head, states).double()
@@ -102,7 +102,7 @@ def _log_normalizer(
 ) -> Float[Tensor, "batch seq"]:
     """The normaliser log sum_v exp z(v) of the head's logits z, nats, float32.
 
-    A part of the vocabulary at a time, whose logits fit the processor's caches.
+    Processes a part of the vocabulary at a time, whose logits fit into the CPU's caches.
     """
     weights = head.get_parameter("weight").split(VOCABULARY)
     bias = getattr(head, "bias", None)

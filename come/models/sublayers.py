@@ -101,7 +101,7 @@ def activation_derivative(
     keywords: Mapping[str, Any],
     name: str,
 ) -> tuple[States, Features, Features]:
-    """Derivative of the MLP's hidden activations by the output of one of its input projections.
+    """Derivative of the MLP's hidden activations by the output of one input projection.
 
     Each hidden activation f_tj depends on one row of each input projection, so its derivative is a
     scalar:

@@ -43,7 +43,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor in main memory. The file does not stay mapped, so its pages are free again."""
+        """The tensor in main memory. The file is not kept mapped, which frees its pages."""
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(self.name).clone()
 
@@ -104,7 +104,7 @@ class LayersOnDisk:
         )
 
     def load(self, layer: nn.Module) -> None:
-        """Brings the weights of a layer to the device, unless they are there.
+        """Loads the weights of a layer to the device, unless they are already there.
 
         Raises:
             ValueError: a weight is not finite.
@@ -170,7 +170,7 @@ class LayersOnDisk:
         return self._moved(self._tensors[layer][name].read())
 
     def _before_forward(self, layer: nn.Module, inputs: object) -> None:
-        if "forward" not in vars(layer):  # a recorder in place of the layer needs no weights
+        if "forward" not in vars(layer):  # a recorder that replaces the layer needs no weights
             self.load(layer)
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class LayersOnDisk:
 
 
 def layers_on_disk(model: PreTrainedModel) -> LayersOnDisk | None:
-    """What loads the layers of a model; None if all of its weights are in memory."""
+    """The loader of a model's layers; None if all of its weights are in memory."""
     found: LayersOnDisk | None = vars(model).get(_ATTRIBUTE)
     return found
 
@@ -211,7 +211,7 @@ def open_weights(
 ) -> PreTrainedModel:
     """The model of a checkpoint with its decoder layers on disk, in evaluation mode.
 
-    Embeddings, the last norm and the head are loaded.
+    Embeddings, the final norm and the head are in memory.
 
     Args:
         folder: a checked checkpoint.
@@ -282,7 +282,7 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Where every parameter of the model is stored, also under its name without the base's prefix.
 
     Raises:
-        ValueError: a parameter is missing or has another shape, or a stored tensor has no place.
+        ValueError: a parameter is missing or has another shape, or a stored tensor is not used.
     """
     stored, prefix = stored_tensors(folder), f"{model.base_model_prefix}."
     found: dict[str, StoredTensor] = {}
@@ -311,7 +311,7 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Makes the modules anew whose buffers are on the meta device: the rotary embeddings."""
+    """Rebuilds the modules whose buffers are on the meta device: the rotary embeddings."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             made = type(module)(config=model.config)

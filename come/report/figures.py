@@ -107,7 +107,7 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
 
 
 def draw_influence(plan: Plan, path: Path) -> None:
-    """Draws the scored spans and block influence over the original layers, one colour a step.
+    """Draws the scored spans and block influence over the original layers, one colour per step.
 
     A span is a line from its first to its last original layer, at its score; the chosen ones are
     red.
@@ -125,7 +125,7 @@ def draw_influence(plan: Plan, path: Path) -> None:
             scores.plot(ends, [candidate.score] * 2, color=colour, linewidth=1, label=own, **style)
         chosen = [history[step.first][0], history[step.last][-1]]
         scores.plot(chosen, [step.score] * 2, color="crimson", linewidth=2.5, zorder=3, **style)
-        dense = plan.block != "layer" or len(step.bi) > len(history)  # positions there
+        dense = plan.block != "layer" or len(step.bi) > len(history)  # BI by dense layer
         layers = range(len(step.bi)) if dense else [s[0] for s in history[: len(step.bi)]]
         influence.plot(
             layers, step.bi, "o-", markersize=2.5, linewidth=0.9, color=colour, label=label

@@ -20,8 +20,8 @@ from come.report.points import PARAMETERS, Point
 
 _DPI = 110
 _INSIDE = 16  # longer legends are drawn outside the axes
-_MOST = 8  # labels of a figure
-_TAB10 = 10  # colours of that map
+_MOST = 8  # most labels in a figure
+_TAB10 = 10  # number of colours in matplotlib's tab10
 _CUT = 15  # the y axis ends at this ratio to dense, so that smaller ratios stay distinguishable
 
 

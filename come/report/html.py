@@ -17,7 +17,7 @@ img { max-width: 100%; }
 
 
 def html_report(markdown: str, folder: Path) -> str:
-    """Renders a report; images are embedded, so that the file can be sent as it is.
+    """Renders a report; images are embedded, so the file is self-contained.
 
     Args:
         markdown: the report.

@@ -20,7 +20,7 @@ _BOLD = (
     "Bold: differs from the dense model. The 95% interval (paired) excludes no difference, and "
     "McNemar's test, if there is one, agrees (p < 0.05)."
 )
-_SHORT = 40  # characters; a longer description of the data stands below the table
+_SHORT = 40  # characters; a longer description of the data is below the table
 CAPTIONS = {
     "puzzle": "Which original layers, and how many units of each, make up every new layer.",
     "influence": "Score of every eligible group and block influence of every layer, step by step.",
@@ -81,7 +81,7 @@ def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:
         if name.partition("/")[0] == evaluation
     ]
     if len({name for _, name, _ in found}) == 1 and all(m.headline for _, _, m in found):
-        return []  # the summary has it
+        return []  # already in the summary
     against = next((comparison(metric) for _, _, metric in found if metric.comparison), "")
     data = {name: {metric.data for _, own, metric in found if own == name} for _, name, _ in found}
     rows = [

@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def weights(self) -> str:
-        """Where decoder layers are: `model.weights`; distillation has them in memory."""
+        """Where decoder layers are kept: `model.weights`, but always memory with distillation."""
         return "memory" if self.distill.active else self.model.weights
 
     @property

@@ -13,7 +13,7 @@ from come.setting import setting
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
 # ruff: noqa: UP045
 
-WINDOWS = 4  # of a batch
+WINDOWS = 4  # per batch, by default
 
 
 @dataclass
@@ -80,12 +80,12 @@ class CalibrationSettings(TextSettings):
 
     @property
     def batch(self) -> int:
-        """Windows of a batch; "auto" is 4 until decided."""
+        """Windows per batch; "auto" counts as 4 until it is resolved (see `come.job.budget`)."""
         return WINDOWS if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def place(self) -> str:
-        """Where hidden states are kept, "memory" or "disk"; "auto" is memory until decided."""
+        """Where hidden states are kept, "memory" or "disk"; "auto" counts as memory."""
         return "disk" if self.store == "disk" else "memory"
 
     @property

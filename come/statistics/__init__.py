@@ -1,1 +1,1 @@
-"""What calibration measures of every layer."""
+"""Statistics of decoder layers, measured on the calibration windows."""

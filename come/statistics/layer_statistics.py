@@ -77,7 +77,7 @@ class StatisticsCollector:
         kinds: which moments of the output projections' inputs to accumulate: "abs", "square",
             "mean".
         tokens: tokens that BI averages over: "all", or the "last" of each window.
-        processes: those that share the windows.
+        processes: the processes that share the windows.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class BoundaryStore(ABC):
         return self._slots[index]
 
     def writable(self, index: int) -> Float[Tensor, "windows seq hidden"]:
-        """Slot `index`, to be overwritten; a new one if a snapshot shares it."""
+        """Slot `index` for writing; a new slot if a snapshot shares it."""
         if index in self._shared:
             self._shared.remove(index)
             self._slots[index] = self._new()
@@ -74,8 +74,8 @@ class MemoryStore(BoundaryStore):
     Args:
         shape: (windows, seq, hidden).
         dtype: dtype of the states.
-        pinned: whether the memory is page-locked, which a GPU reads faster; memory that cannot be
-            is not.
+        pinned: whether to page-lock the memory, which a GPU reads faster. Memory beyond the
+            system's limit is ordinary memory.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class DiskStore(BoundaryStore):
         folder: parent of the folder `NAME.partial`, which replaces the one left by a killed run;
             None for a temporary folder.
         name: name of that folder.
-        processes: those that share the files. The first makes them, and all call the same methods
-            in the same order.
+        processes: the processes that share the files. The first creates them, and all call the
+            same methods in the same order.
 
     Raises:
         OSError: the disk is full; raised when a slot is allocated, not when it is written.
@@ -154,7 +154,7 @@ class DiskStore(BoundaryStore):
                 os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
         self._processes.barrier()
         states = mapped.open()
-        self._processes.barrier()  # until all have it, nobody may remove the file
+        self._processes.barrier()  # no process may remove the file until all have opened it
         return states
 
     def mapped(self, number: int) -> MappedStates:
@@ -169,7 +169,7 @@ class DiskStore(BoundaryStore):
 
 
 def mapped_zeros(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Zeros, float32, in a memory-mapped file that no name leads to: it goes with the tensor."""
+    """Zeros, float32, in an unlinked memory-mapped file, which is freed with the tensor."""
     size = torch.Size(shape).numel()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def make_store(
 ) -> BoundaryStore:
     """Creates a store of the given kind; `name` must be unique among the stores in a folder.
 
-    Several processes share the states in files, whatever the kind.
+    With several processes, the states are in shared files, whatever the kind.
 
     Raises:
         ValueError: `kind` is neither "memory" nor "disk".

@@ -1,4 +1,4 @@
-"""Candidate models, several of which go through the layers of the stream's model together."""
+"""Candidate models, which share one sweep over the layers of the stream's model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from come.models.loss import window_nll
 from come.stream.stream import LayerStream, Route
 
-TOGETHER = 4  # candidates that go through layers on disk at once
+TOGETHER = 4  # candidates that share a sweep over layers on disk
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate model: the model up to a boundary, other layers, and again the model's own.
+    """A candidate model: the stream's model with some adjacent layers replaced.
 
     Attributes:
         start: the last boundary that it shares with the model.
         route: its own layers after that boundary; may be empty.
-        rest: the first of the model's layers after them; all further ones follow.
-        states: the states after `route`, batch by batch, where they are known.
+        rest: the model's layer that follows `route`; all later layers follow it.
+        states: the states after `route`, batch by batch, if they are known.
     """
 
     start: int
@@ -34,9 +34,10 @@ class Candidate:
 
 
 def together(stream: LayerStream, candidates: Sequence[T], processes: int = 1) -> list[Sequence[T]]:
-    """The candidates in groups that go through the model at once: several if layers are on disk.
+    """Groups of candidates that share a sweep; larger if layers are on disk.
 
-    `processes`: how many processes share a group.
+    `processes`: number of processes that share a group, each with one candidate, or with four if
+    layers are on disk.
     """
     size = processes * (TOGETHER if stream.adapter.on_disk is not None else 1)
     return [candidates[i : i + size] for i in range(0, len(candidates), size)]

@@ -1,4 +1,4 @@
-"""What watches and counts the windows while they pass through a layer."""
+"""Observers and counters of forward passes through layers."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 1 << 26  # numbers that are exchanged at a time
+CHUNK = 1 << 26  # numbers exchanged at a time
 T = TypeVar("T")
 
 
@@ -25,7 +25,7 @@ class Processes:
 
     Attributes:
         rank: number of this process, from 0.
-        count: how many there are.
+        count: number of processes.
         group: the process group; None for a single process.
     """
 
@@ -35,7 +35,7 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """Those that `accelerate launch` or torchrun has started; called once by each of them.
+        """The processes started by `accelerate launch` or torchrun; each calls this once.
 
         Tensors are exchanged in main memory (gloo), whatever the device.
         """
@@ -46,23 +46,23 @@ class Processes:
 
     @property
     def unshared(self) -> Processes:
-        """This process as a single one, under its rank."""
+        """This process alone, with its rank."""
         return replace(self, count=1, group=None)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process makes what the others share."""
+        """Whether this process creates shared files: the first one, or one alone."""
         return self.rank == 0 or self.group is None
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the items: adjacent ones, in the order of the ranks."""
+        """This process's part of the items: adjacent items, in order of rank."""
         if self.group is None:
             return items
         size = len(items)
         return items[self.rank * size // self.count : (self.rank + 1) * size // self.count]
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Replaces each tensor by the sum of those of all processes."""
+        """Replaces each tensor by its sum over all processes."""
         if self.group is None:
             return
         for tensor in tensors:
@@ -74,7 +74,7 @@ class Processes:
                     part.copy_(moved)
 
     def reduced(self, value: int | float) -> float:
-        """The sum of the numbers of all processes."""
+        """The sum of a number over all processes."""
         found = torch.tensor([value], dtype=torch.float64)
         self.all_reduce(found)
         return found.item()
@@ -98,7 +98,7 @@ class Processes:
         return values[0]
 
     def barrier(self) -> None:
-        """Waits for the others."""
+        """Waits for all other processes."""
         if self.group is not None:
             dist.barrier(group=self.group)
 

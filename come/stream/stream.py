@@ -41,7 +41,7 @@ class LayerStream:
             doubles the storage.
         name: name of the disk store's folder.
         meter: counts the layer passes of this process; a new one if None.
-        processes: those that share the windows.
+        processes: the processes that share the windows.
 
     Use it as a context manager: leaving the context frees the boundaries.
     """
@@ -157,7 +157,7 @@ class LayerStream:
         first, own = self._store.writable(0), self.own_batches
         for rows in self._batches:
             if rows not in own and rows.stop - rows.start in self._kwargs:
-                continue  # another process's, and of a size whose arguments are known
+                continue  # another process embeds it; its size's arguments are known
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
             self._kwargs[len(states)] = kwargs
             if rows in own:
@@ -174,7 +174,7 @@ class LayerStream:
         """
         assert 0 <= first <= self._valid
         assert last < self.num_layers
-        self.processes.barrier()  # another may still read what is overwritten
+        self.processes.barrier()  # others may still read what this overwrites
         own = self.own_batches
         total = (last - first + 1) * len(own)
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
@@ -182,7 +182,7 @@ class LayerStream:
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
                 if self.block != "layer":
-                    self._middle.writable(index)  # all processes make it, also without windows
+                    self._middle.writable(index)  # all processes allocate it, also without windows
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
@@ -275,7 +275,7 @@ class LayerStream:
         )
 
     def unshared(self) -> LayerStream:
-        """A view of this stream for work that this process does by itself."""
+        """A view of this stream for work that this process does alone."""
         view = copy(self)
         view.processes = self.processes.unshared
         return view
@@ -314,7 +314,7 @@ class LayerStream:
             store.close()
 
     def scratch(self, *shape: int) -> Tensor:
-        """Zeros, float32, for this process only: in main memory, or in a file if the store is."""
+        """Zeros, float32, for this process only: in main memory, or in a file with a disk store."""
         if self.store == "memory":
             return torch.zeros(shape)
         return mapped_zeros(shape, self._folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from come.models.adapter import ModelAdapter
 from come.stream.stream import LayerStream
 
-STATES = 2**28  # values of hidden states that one sweep over layers on disk holds
+STATES = 2**28  # most hidden-state values held during one sweep over layers on disk
 
 
 @torch.no_grad()

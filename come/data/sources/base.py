@@ -34,7 +34,7 @@ class TextSource(ABC):
 
     @property
     def content(self) -> str:
-        """Identifies the corpus: equal for two sources that read it by other fields or loaders."""
+        """Identifies the corpus: equal for sources that read it by different fields or loaders."""
         return self.identity
 
     @abstractmethod

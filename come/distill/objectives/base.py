@@ -57,7 +57,7 @@ class Distillation(ABC):
     Class attributes:
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
-        source: description of the source of the procedure.
+        source: where the procedure is described, in words.
         active: whether the method trains anything.
         uses_teacher: whether training runs the dense model.
         apart: whether every merged layer is trained separately, on the teacher's hidden states.
@@ -80,7 +80,7 @@ class Distillation(ABC):
         """
 
     def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:  # noqa: B027
-        """Writes the trained parameters to the student, if they are not its weights already."""
+        """Writes the trained parameters to the student, if they are not already its weights."""
 
 
 DISTILL: Registry[Distillation] = Registry(

@@ -141,7 +141,7 @@ def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
 
 
 def _together(found: Mapping[int, Progress]) -> Progress:
-    """Combines the progress of all layers: losses are summed step by step, seconds in total."""
+    """Combines the progress of all layers: sums seconds, and the losses of their common steps."""
     curves = [progress.curve for progress in found.values()]
     validations = [progress.validation for progress in found.values()]
     return Progress(

@@ -25,7 +25,7 @@ Found = dict[str, Metrics]
 
 
 class Measured:
-    """The metrics that a job has measured so far, which a resumed job does not measure again.
+    """A job's metrics so far, so that a resumed job does not measure them again.
 
     Args:
         path: JSON file to which the metrics of every evaluation are written atomically.
@@ -91,7 +91,7 @@ def evaluate_depths(
 
 
 def _measure_dense(job: Job, model: PreTrainedModel, found: Found, measured: Measured) -> None:
-    """Measures the dense model, and with it the last model where both are measured together."""
+    """Measures the dense model, alternating with the last model if an evaluation needs it."""
     compressed = job.settings.merge.enabled
     loaded = [] if compressed else [model]
 

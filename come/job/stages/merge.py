@@ -47,7 +47,7 @@ COST = "compression.json"  # cost of the merge, for a later session that resumes
 
 
 def compresses(job: Job) -> bool:
-    """Whether the job chooses and solves merges itself, which several processes can share."""
+    """Whether the job computes merges itself; several processes can share this work."""
     settings = job.settings
     given = not settings.merge.enabled or job.plan is not None or job.start is not None
     return not given and not (settings.distill.active and _made_by(job, job.folder / job.merged))
@@ -58,9 +58,9 @@ def merge(
 ) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     """Loads the dense model, merges it in place and saves it at every requested depth.
 
-    An existing merged model is loaded instead: the model of `from_run`, or, if the job distils,
-    the model that an earlier session of this job has merged. With `merge=none`, the dense model is
-    returned unchanged.
+    An existing merged model is loaded instead, if there is one: the model of `from_run`, or, if
+    the job distils, the model that an earlier session of this job has merged. With `merge=none`,
+    the dense model is returned unchanged.
     """
     merged = job.folder / job.merged
     if not job.settings.merge.enabled:
@@ -134,7 +134,7 @@ def merge(
 
 
 def join_merge(job: Job, accelerator: Accelerator) -> None:
-    """Takes part in the merge of the main process, as one of several processes."""
+    """Takes part in the merge as a worker process."""
     model = job.load(device=str(accelerator.device))
     _compress(job, model)
 
@@ -145,7 +145,7 @@ def _compress(
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
 ) -> Plan:
-    """Compresses the model together with the other processes, which get the plan of the first."""
+    """Compresses the model together with all processes, which get the first one's plan."""
     settings, processes = job.settings, Processes.launched()
     plan, calibration = processes.broadcast((plan, job.calibration))
     trials = TrialScores(job.folder / TRIALS, job.hash)

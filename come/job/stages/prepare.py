@@ -178,10 +178,10 @@ def _training(
 ) -> TokenWindows | None:
     """Training windows, disjoint from the held-out text; None if no text is read.
 
-    No text is read without distillation, and for training text that is sampled from the model.
-    The first windows are for validation. A merge may have been solved on the windows that
-    calibration draws, so training draws in the opposite order, and the validation windows are the
-    last that calibration would draw.
+    No text is read without distillation, or if the training text is sampled from the model. The
+    first windows are for validation. The merge may have been fitted to the windows that calibration
+    draws, so training draws in reverse order, and the validation windows are the last ones that
+    calibration would draw.
 
     Raises:
         ValueError: the text is too short for one training step and the validation windows.

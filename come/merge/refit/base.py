@@ -27,8 +27,8 @@ class Refit(HasSettings, ABC):
         batchwise: whether the result depends on how windows are batched.
 
     Attributes:
-        target: model whose hidden states are reconstructed, also by components that choose units or
-            spans by reconstruction.
+        target: the model whose hidden states are the target, also for components that choose units
+            or spans by reconstruction error.
         weights: token weighting, see `token_weights`.
         downstream: penalty of the refit of all layers after the first merge; None for none.
         lambda_: penalty of the output projections, also used by components that choose units by
@@ -79,11 +79,11 @@ class Refit(HasSettings, ABC):
         """
 
     def work(self, size: SpanSize) -> Work:
-        """What solving for one merged layer takes; none for refits without an estimate."""
+        """The work of solving for one merged layer; zero for refits without an estimate."""
         return Work()
 
     def trial_work(self, size: SpanSize, solved: bool) -> Work:
-        """What a trial merge takes; `solved`: whether the choice of units has solved for it."""
+        """The work of a trial merge; `solved`: whether unit selection already solves for it."""
         return self.surrogate.work(size)
 
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:

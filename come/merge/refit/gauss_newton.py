@@ -75,10 +75,11 @@ class GaussNewton(Ridge):
         return found
 
     def work(self, size: SpanSize) -> Work:
-        """The ridge regression, and 4 to 6 products of the FFN's size a step and map."""
+        """The ridge regression, and 4 to 6 products of the MLP's size per step and projection."""
         held = 4.0 * size.tokens * (size.hidden + size.channels)
         held = held if held <= HELD_BYTES else 0.0
-        maps = 5 * 4.0 * size.hidden * size.channels + 16.0 * size.hidden**2  # of the iterations
+        # CG vectors, gram and root
+        maps = 5 * 4.0 * size.hidden * size.channels + 16.0 * size.hidden**2
         product = Work(
             single=2.0 * size.tokens * size.hidden * size.channels,
             bytes=held + maps + 2 * size.layer_bytes,

@@ -37,7 +37,7 @@ class PruneComp(Refit):
     target: Target = setting("current", "whose states are compared", choices=("current",))
 
     def check(self, method: Combination) -> None:
-        """Raises ValueError for parts that see the model without the factor."""
+        """Raises ValueError for components that would read the model without the factor."""
         super().check(method)
         check_drops(self, method)
         if self.downstream is not None:

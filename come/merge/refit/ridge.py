@@ -46,8 +46,8 @@ class Ridge(Refit):
     MLP activations on h'; middle, output: the targets (see `come.merge.reconstruction`). W_o0 and
     W_d0 are the projections of the merged layer before the refit. Output biases are solved together
     with their projections. With `align`, the input projections of each sublayer are aligned first
-    (see `come.merge.alignment`). In a trial merge the choice of units may have solved for W_o and
-    W_d (`sources.solved`), with the mean diagonal of all units in mu; they are taken as they are.
+    (see `come.merge.alignment`). In a trial merge, unit selection may already have solved for W_o
+    and W_d (`sources.solved`), with the mean diagonal over all units in mu; that solution is used.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -140,7 +140,7 @@ class Ridge(Refit):
         return found
 
     def work(self, size: SpanSize) -> Work:
-        """Both least-squares problems, the passes that they read, and the alignment."""
+        """Both least-squares problems, the forward passes for their inputs, and the alignment."""
         heads = size.sums(size.heads, size.hidden) + size.solve(size.heads, size.hidden)
         ffn = size.sums(size.channels, size.hidden) + size.solve(size.channels, size.hidden)
         reads = size.passes * (size.layers + 1.5)
@@ -154,7 +154,7 @@ class Ridge(Refit):
         return [unit for part, unit in UNITS_OF.items() if part in self.sublayers]
 
     def trial_work(self, size: SpanSize, solved: bool) -> Work:
-        """The alignment, and only without a solution by the choice of units the rest."""
+        """The alignment; also the rest, unless unit selection already gives the solution."""
         if solved and self._as_chosen:
             copies = Work(bytes=2 * size.layer_bytes)
             return copies if self.align is None else size.aligned() + size.folded() + copies
@@ -162,11 +162,11 @@ class Ridge(Refit):
 
     @property
     def _as_chosen(self) -> bool:
-        """Whether the choice of units solves the same problem."""
+        """Whether unit selection solves the same problem."""
         return len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
 
     def plain(self) -> Ridge:
-        """The ridge regression only, for refits that extend it."""
+        """This refit's ridge regression alone, for subclasses."""
         return Ridge(
             target=self.target,
             weights=self.weights,
@@ -178,7 +178,7 @@ class Ridge(Refit):
     def _aligned(
         self, targets: ReconstructionTargets, sources: SourceLayers, layer: nn.Module, unit: Unit
     ) -> LayerState:
-        """The aligned input projections of one kind of unit, each layer's rows by their own map."""
+        """The aligned input projections of one kind of unit; each layer's rows use its own map."""
         adapter, index = targets.stream.adapter, targets.first
         assert self.align is not None
 
@@ -193,7 +193,7 @@ class Ridge(Refit):
         maps = input_maps(targets, unit, own, norms, reads, self.align)
         if unit in sources.kept:
             return _folded(adapter, unit, sources, dict(layer.named_parameters()), maps)
-        folded = [  # rows of several layers are mixed
+        folded = [  # the operator mixes rows of several layers
             fold_input_transform(adapter, unit, state, change)
             for state, change in zip(sources.layers, maps, strict=True)
         ]
@@ -210,7 +210,7 @@ class Ridge(Refit):
 
 
 def _of_choice(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
-    """The tensors that the choice of units has solved for."""
+    """The tensors of unit selection's solution."""
     state, found = sources.state, dict[str, Tensor]()
     for unit, solved in sources.solved.items():
         if solved.inputs:
@@ -226,7 +226,7 @@ def _folded(
     state: LayerState,
     maps: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """The merged layer's input projections of one kind of unit, each layer's rows by its map."""
+    """The merged layer's aligned input projections of one kind of unit, for kept units."""
     found = {}
     for name in input_tensors(adapter, unit):
         counts = [len(units) * adapter.roles[name].size for units in sources.kept[unit]]

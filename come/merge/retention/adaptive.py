@@ -11,7 +11,7 @@ from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.work import SpanSize, Work
 from come.setting import setting
 
-TRIAL_RATE = 0.7  # of trial merges, whose scores it changes by about 1% (experiments/LOG.md)
+TRIAL_RATE = 0.7  # rate of trial merges; it changes their scores by about 1% (experiments/LOG.md)
 
 
 @RETENTION.register
@@ -68,18 +68,18 @@ class Adaptive(RetentionRule):
         return self.split(group).shares
 
     def split(self, group: LayerSpan) -> UnitAllocation:
-        """The units that remain."""
+        """The kept units."""
         return select_units_jointly(group.of_tokens(self.tokens), self)
 
     def trial_split(self, group: LayerSpan) -> UnitAllocation:
-        """The units that remain after fewer rounds, and their solution."""
+        """The kept units after an elimination in fewer rounds, and their solution."""
         rule = replace(self, rate=max(self.rate, TRIAL_RATE))
         return select_units_jointly(group.of_tokens(self.tokens), rule, solves=True)
 
     def choose(
         self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
     ) -> tuple[list[int], Map | None]:
-        """The units that remain after the elimination, and their solution."""
+        """The kept units after the elimination, and their solution."""
         channels = size == 1
         rate = self.rate if channels else 0.0
         units, left = eliminate(sums, initial, penalty, keep, size, rate, consume=channels)

@@ -29,9 +29,9 @@ class RetentionRule(HasSettings, ABC):
         min_windows: smallest number of calibration windows that it needs.
         uses_targets: whether it reads the reconstruction targets.
         uses_scores: whether it uses the sensitivity metric.
-        solves: whether the choice for a trial merge solves for the output projections too.
-        local: whether it reads nothing of the layers after the span: no units' scores, which may
-            need gradients, and no loss.
+        solves: whether unit selection for a trial merge also solves for the output projections.
+        local: whether it does not depend on the layers after the span: it reads no unit scores,
+            which may need gradients, and no loss.
     """
 
     config_key = "merge.retention"
@@ -68,7 +68,7 @@ class RetentionRule(HasSettings, ABC):
         """Share rho_i of every layer of the span, in depth order; >= 0, summing to 1."""
 
     def work(self, size: SpanSize) -> Work:
-        """What choosing the units of one span takes; none for rules without an estimate."""
+        """The work of choosing the units of one span; zero for rules without an estimate."""
         return Work()
 
     def split(self, group: LayerSpan) -> UnitAllocation:
@@ -79,7 +79,7 @@ class RetentionRule(HasSettings, ABC):
         return with_units(self.shares(group), group.scores)
 
     def trial_split(self, group: LayerSpan) -> UnitAllocation:
-        """What remains of a span that is merged on trial; may be an approximation of `split`."""
+        """The unit allocation of a trial merge; may approximate `split`."""
         return self.split(group)
 
 

@@ -12,7 +12,7 @@ from come.merge.work import SpanSize, Work
 
 @RETENTION.register
 class Leverage(RetentionRule):
-    """Keeps the units of the span whose activations the other units can replace least.
+    """Keeps the units whose activations are hardest to reconstruct from the span's other units.
 
         l_u = sum_{j in u} [ G (G + mu I)^-1 ]_jj,    G = sum_t w_t f_t f_t^T
 
@@ -44,7 +44,7 @@ class Leverage(RetentionRule):
     def choose(
         self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
     ) -> tuple[list[int], Map | None]:
-        """The units with the largest sum of leverages, and their output projection as it is."""
+        """The units with the largest sum of leverages, and their unchanged output projection."""
         units = top_units(sums.leverage(penalty).view(-1, size).sum(dim=1), keep)
         columns = unit_columns(units, size).to(initial.weight.device)
         return units, Map(initial.weight[:, columns], initial.bias)

@@ -44,7 +44,7 @@ class Posterior(RetentionRule):
         losses: dict[str, float] = {}
 
         def tried(counts: Sequence[tuple[int, ...]]) -> list[float]:
-            """The losses of allocations; those that keep the same units have one."""
+            """The losses of allocations; those that keep the same units are evaluated once."""
             splits = [with_units([n / self.granularity for n in given], scores) for given in counts]
             keys = [str(split.kept or split.shares) for split in splits]
             new = {key: split for key, split in zip(keys, splits, strict=True) if key not in losses}

@@ -29,8 +29,8 @@ class OptimalPartition(Schedule):
     target; the spans of one depth stay merged at the next. Solved by dynamic programming.
     c(i, i + 1): the selection's score of two layers of the dense model; it hardly depends on what
     is merged elsewhere. c of a larger span: approximated by the sum over its pairs
-    (experiments/LOG.md). The spans of a depth are merged from the front, so that each one is fitted
-    to the hidden states that it actually receives.
+    (experiments/LOG.md). The spans of a depth are merged in depth order, shallowest first, so that
+    each one is fitted to the hidden states that it actually receives.
 
     If the selection uses a shortlist, c is the score of a trial merge, for at least twice as many
     pairs as there are layers to remove; other pairs are not merged. Larger spans are tried when

@@ -57,7 +57,7 @@ class SpanScore(HasSettings, ABC):
         return 0
 
     def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
-        """Tokens that a trial is fitted to, and tokens that it is judged on."""
+        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
         return windows * seq_len, 0
 
     def check(self, method: Combination) -> None:
@@ -77,7 +77,7 @@ class SpanScore(HasSettings, ABC):
         """Score of the layers first..last (inclusive, positions in the stream's model)."""
 
     def scores(self, stream: LayerStream, spans: Sequence[tuple[int, int]]) -> list[float]:
-        """Scores of several spans; may need fewer passes than one after the other."""
+        """Scores of several spans; may need fewer passes than scoring each by itself."""
         return [self.score(stream, first, last) for first, last in spans]
 
     def release(self) -> None:
@@ -88,13 +88,13 @@ class SpanScore(HasSettings, ABC):
         return stream
 
     def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
-        """Score of a trial merge: the span merged by `split` and fitted by `refit`; lower wins."""
+        """Score of a trial merge by `split`, fitted by `refit`; the lowest is chosen."""
         raise NotImplementedError
 
     def refine_all(
         self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit
     ) -> list[float]:
-        """Scores of several trial merges; may need fewer passes than one after the other."""
+        """Scores of several trial merges; may need fewer passes than scoring each by itself."""
         return [self.refine(span, split, refit) for span, split in trials]
 
 

@@ -66,7 +66,7 @@ class TrialKL(SpanScore):
     _reference: list[Predictions] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, stream: LayerStream) -> None:
-        """Sets the validation windows apart."""
+        """Takes the last windows as validation windows."""
         windows = stream.windows[-self._judging(stream) :]
         self._once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
         self._windows = repeat_windows(windows) if self.repeat_weight else windows
@@ -90,7 +90,7 @@ class TrialKL(SpanScore):
         return self.shortlist
 
     def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
-        """Tokens that a trial is fitted to, and tokens that it is judged on."""
+        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
         judging = min(self.validation_windows, -(-windows // 4))
         return max(1, min(self.trial_windows, windows - judging)) * seq_len, judging * seq_len
 
@@ -110,12 +110,12 @@ class TrialKL(SpanScore):
             judge = self._judging_stream(group.stream)
             states = [states for _, states in judge.through(group.first, fitted)]
             judged.append(Candidate(group.first, [], group.last + 1, states))
-            del group, split, fitted  # before the next ones are made
+            del group, split, fitted  # frees them before the next trial
         assert judge is not None
         return [self._divergence(judge, states) for states in final_states(judge, judged)]
 
     def _judging_stream(self, stream: LayerStream) -> LayerStream:
-        """The judging windows in the current model, whose predictions are the reference."""
+        """The validation windows in the current model, whose predictions are the reference."""
         if self._judge is None:
             adapter, last = stream.adapter, stream.num_layers - 1
             self._judge = stream.fork(self._windows, store="memory")
