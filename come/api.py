@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from come.data.documents import Documents
 from come.data.sampling import self_generated_windows, unused_ids
 from come.data.sources.base import TextSource
 from come.data.sources.text_file import TextFile
@@ -81,11 +82,7 @@ def compress(
             banned=unused_ids(model, tokenizer),
             progress=progress,
         ).windows
-    elif not isinstance(text, str | Tensor) and isinstance(text, Sequence) and _are_texts(text):
-        ids = tokenizer("\n\n".join(map(str, text)), return_tensors="pt")["input_ids"]
-        windows = _as_windows(ids[0], seq_len)[:num_samples]
-    elif isinstance(text, str | Path | TextSource):
-        source = text if isinstance(text, TextSource) else TextFile(str(text))
+    elif (source := _as_source(text)) is not None:
         windows = calibration_windows(
             tokenizer, source, num_samples=num_samples, seq_len=seq_len, seed=seed
         ).windows
@@ -112,8 +109,15 @@ def _as_windows(ids: Tensor, seq_len: int) -> Int[Tensor, "windows seq"]:
     return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
-def _are_texts(values: Sequence[object]) -> bool:
-    return bool(values) and all(isinstance(value, str) for value in values)
+def _as_source(text: object) -> TextSource | None:
+    """A text source for a file or for documents; None for token ids."""
+    if isinstance(text, TextSource):
+        return text
+    if isinstance(text, str | Path):
+        return TextFile(str(text))
+    if isinstance(text, Sequence) and text and all(isinstance(part, str) for part in text):
+        return Documents([str(part) for part in text])
+    return None
 
 
 def _depth(model: PreTrainedModel, method: Method, sparsity: float) -> int:

@@ -1,9 +1,12 @@
 """The Python API: `come.compress(model, tokenizer)`."""
 
+import json
+
 import pytest
 import torch
 
 import come
+from come.data.documents import Documents
 from come.merge.loop import compress as compress_layers
 from come.models.loading import load_model
 from tests.methods import same_weights
@@ -51,6 +54,21 @@ def test_compress_accepts_documents_and_files(loaded, text_file, tmp_path):
     plan = come.compress(model, tokenizer, text=documents, target_layers=22, **SMALL)
     plan.save(str(tmp_path / "plan.json"))
     assert come.Plan.load(str(tmp_path / "plan.json")) == plan
+
+
+def test_documents_give_the_windows_of_a_file_with_the_same_rows(pico_folder, tmp_path):
+    documents = [f"Document {i} has layers, merged in depth order." for i in range(60)]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    models = []
+    for text in (documents, path):
+        model, tokenizer = load_model(pico_folder)
+        come.compress(model, tokenizer, text=text, seed=3, target_layers=22, **SMALL)
+        models.append(model)
+    assert same_weights(*models)
+    assert Documents(documents).identity != Documents(documents[1:]).identity
+    with pytest.raises(ValueError, match="too short"):
+        come.compress(*load_model(pico_folder), text=documents[:1], target_layers=22, **SMALL)
 
 
 def test_explicit_groups_determine_the_depth(loaded):

@@ -47,9 +47,12 @@ def test_cost_lines():
         "memory: weights 538 MB, 2,000 MB for a merge on the GPU; hidden states 585 MB in "
         "main memory",
     ]
-    on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk")
-    assert on_disk.lines(SPEED)[2].endswith("hidden states 585 MB in memory-mapped files")
-    assert found.memory_bytes - on_disk.memory_bytes == 585_000_000
+    on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk", judged_bytes=70_000_000)
+    assert on_disk.lines(SPEED)[2] == (
+        "memory: weights 538 MB, 2,000 MB for a merge, hidden states 70 MB, and 585 MB in "
+        "memory-mapped files"
+    )
+    assert found.memory_bytes - on_disk.memory_bytes == 585_000_000 - 70_000_000
     assert duration(125.0) == "2 min 05 s"
 
 

@@ -131,6 +131,20 @@ def test_windows_too_short_to_repeat(tokens, windows):
     assert min(c.score for c in plan.steps[0].candidates) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_average_the_rows_of_the_head_in_float32(dtype):
+    """Also if the head has half precision; 3000 entries are not a multiple of a part."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 3000, bias=False).to(dtype)
+    states = torch.randn(2, 5, 16, generator=generator).to(dtype)
+    with torch.no_grad():
+        shares = head(states).double().softmax(-1)
+        expected = shares @ head.weight.double()
+    found = predictions(head, states).rows
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_token_divergence_over_vocabulary_chunks(bias, monkeypatch):
     monkeypatch.setattr(loss, "VOCABULARY", 128)  # chunks of 128, 128 and 44

@@ -45,8 +45,8 @@ def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
 
     If a merge does not fit, the batch size is reduced first, then hidden states go to disk, then
     weights. Weights that need more than 2/3 of the free memory are always on disk
-    (`choose_weights`). These choices do not change the result: a refit that depends on the batch
-    size gets the largest. Several processes share the hidden states in files.
+    (`choose_weights`). These choices change the result by rounding at most: a refit that depends on
+    the batch size gets the largest. Several processes share the hidden states in files.
     """
     weights: tuple[str, ...] = (settings.weights,)
     stores: tuple[str, ...] = (settings.calibration.store,)

@@ -97,9 +97,11 @@ class Cost:
         if self.weights == "disk":
             own += " at a time, layers on disk"
         parts = [own, solving]
-        states = f"hidden states {megabytes(self.boundary_bytes + self.judged_bytes)}"
         if self.store == "disk":
-            return [*lines, f"memory: {', '.join(parts)}; {states} in memory-mapped files"]
+            files = f"{megabytes(self.boundary_bytes)} in memory-mapped files"
+            parts.append(f"hidden states {megabytes(self.judged_bytes)}, and {files}")
+            return [*lines, f"memory: {', '.join(parts)}"]
+        states = f"hidden states {megabytes(self.boundary_bytes + self.judged_bytes)}"
         if self.device == "cuda":
             return [*lines, f"memory: {', '.join(parts)} on the GPU; {states} in main memory"]
         return [*lines, f"memory: {', '.join([*parts, states])}"]

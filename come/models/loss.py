@@ -70,12 +70,23 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
     for block in states.flatten(0, 1).split(BLOCK):
         logs = head(block).float().log_softmax(-1)
         shares = logs.exp()
-        rows.append((shares.to(head.weight.dtype) @ head.weight).float())
+        rows.append(_mean_rows(shares, head.get_parameter("weight")))
         if bias is not None:
             logs -= bias.float()
         constants.append((shares * logs).sum(dim=-1).double())
     shape = states.shape[:2]
     return Predictions(torch.cat(rows).unflatten(0, shape), torch.cat(constants).view(shape))
+
+
+def _mean_rows(shares: Float[Tensor, "tokens vocab"], weight: Tensor) -> Tensor:
+    """The mean row of the head under each distribution, float32, also for half-precision heads."""
+    if weight.dtype == torch.float32:
+        return shares @ weight
+    total = shares.new_zeros(len(shares), weight.shape[1])
+    parts = zip(shares.split(VOCABULARY, dim=1), weight.split(VOCABULARY), strict=True)
+    for part, rows in parts:
+        total.addmm_(part, rows.to(part))
+    return total
 
 
 @torch.no_grad()
