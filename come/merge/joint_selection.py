@@ -153,7 +153,7 @@ def joint_work(size: SpanSize) -> Work:
 def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
     """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed.
 
-    The weight is column-major, so the dual form needs no copy of it.
+    The weight is column-major, which is the layout of the dual form.
     """
     adapter = targets.stream.adapter
     layers = range(targets.first, targets.last + 1)
