@@ -43,7 +43,7 @@ def find_run(path: str) -> Path:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Holds an exclusive lock on the job folder; blocks while another process holds it.
 
     Raises:

@@ -20,7 +20,7 @@ from come.job.folder import (
     PARTIAL_PLAN,
     STATES,
     TRIALS,
-    alone,
+    exclusive_lock,
     finished_result,
     write_result,
 )
@@ -66,7 +66,7 @@ def run(settings: Settings, folder: Path) -> Result:
     name, accelerator = job_hash(settings), processes(settings)
     if not accelerator.is_main_process:
         return _run_worker(settings, folder, name, accelerator)
-    with alone(folder):
+    with exclusive_lock(folder):
         return _run_main(settings, folder, name, accelerator)
 
 

@@ -145,8 +145,8 @@ class Gram:
             penalty: absolute, > 0.
             consume: whether the factor may overwrite G, and the right-hand side C, to save memory.
         """
-        pull = self.pull(initial, penalty, consume=consume)
-        solved = cholesky_solve(self.factor(penalty, consume=consume), pull).T
+        rhs = self.rhs(initial, penalty, consume=consume)
+        solved = cholesky_solve(self.factor(penalty, consume=consume), rhs).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
@@ -162,7 +162,7 @@ class Gram:
         damped.diagonal().add_(ridge)
         return cholesky(damped)
 
-    def pull(
+    def rhs(
         self, initial: Map, penalty: float, *, consume: bool = False
     ) -> Float[Tensor, "columns out"]:
         """The right-hand side: C + ridge W0^T, in place on C or on a copy of it."""
@@ -178,8 +178,8 @@ class Gram:
 
     def elimination(self, initial: Map, penalty: float, *, consume: bool = False) -> Elimination:
         """Backward elimination on the inverse; with `consume` the inverse replaces G."""
-        pull = self.pull(initial, penalty, consume=consume)
-        return DenseElimination(self.factor(penalty, consume=consume), pull, self.width)
+        rhs = self.rhs(initial, penalty, consume=consume)
+        return DenseElimination(self.factor(penalty, consume=consume), rhs, self.width)
 
     def error(self, found: Map) -> float:
         """sum_t w_t |y_t - W f_t - b|^2."""
@@ -197,14 +197,14 @@ class DenseElimination:
 
     Args:
         factor: Cholesky factor of G + ridge; changed.
-        pull: the right-hand side, [columns, out].
+        rhs: the right-hand side, [columns, out].
         width: number of columns, without the constant of a bias, which is the last one.
     """
 
-    def __init__(self, factor: Tensor, pull: Tensor, width: int) -> None:
+    def __init__(self, factor: Tensor, rhs: Tensor, width: int) -> None:
         self._width = width
         self._inverse = inverse_of(factor)
-        self._weight = self._inverse @ pull
+        self._weight = self._inverse @ rhs
 
     def growth(self, size: int) -> Float[Tensor, " units"]:
         """See `come.linalg.equations.Elimination`."""

@@ -16,7 +16,7 @@ from come.stream.stream import LayerStream
 
 
 @torch.no_grad()
-def finish(
+def refit_downstream(
     stream: LayerStream, history: Sequence[Span], ratio: float, weighting: Weighting = "relative"
 ) -> dict[int, LayerState]:
     """Refits the MLP output projection of every layer after the first merged one, in depth order.

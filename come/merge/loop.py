@@ -12,7 +12,7 @@ from torch import Tensor
 
 from come.merge.apply import apply, apply_step, source_layers_of, write_finish
 from come.merge.constraints import check_target
-from come.merge.downstream import finish
+from come.merge.downstream import refit_downstream
 from come.merge.method import Method, groups_target
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.reconstruction import ReconstructionTargets
@@ -197,7 +197,7 @@ def _finish(stream: LayerStream, method: Method, plan: Plan) -> SolvedTensors:
     """The downstream refit of all layers after the plan's first merge, if enabled."""
     if method.refit.downstream is None:
         return plan.finish
-    found = finish(stream, plan.history, method.refit.downstream, method.refit.weights)
+    found = refit_downstream(stream, plan.history, method.refit.downstream, method.refit.weights)
     tensors = {
         f"{index}/{name}": tensor
         for index, state in found.items()

@@ -269,7 +269,7 @@ class LayerStream:
             store=store or self.store,
             folder=self._folder,
             progress=self.progress,
-            name="beside",
+            name="fork",
             meter=self._meter,
             processes=self.processes,
         )

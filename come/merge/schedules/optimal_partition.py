@@ -46,7 +46,7 @@ class OptimalPartition(Schedule):
     name = "optimal_partition"
     former = "cheapest"
     paper = ""
-    source = "least sum of the costs of groups"
+    source = "least sum of span costs"
     variable_size = True
     plans_ahead = True
 
