@@ -35,7 +35,7 @@ test-shapes: $(READY)  ## tests of the method once more, every tensor held again
 		-k "not every_part and not interrupted and not any_size" \
 		tests/test_methods.py tests/test_distill.py tests/test_evaluation.py tests/test_text.py \
 		tests/test_sensitivity.py tests/test_gauss_newton.py tests/test_api.py \
-		tests/test_dual.py tests/test_estimate.py $(ARGS)
+		tests/test_dual.py tests/test_estimate.py tests/test_budget.py $(ARGS)
 
 test-all: test test-shapes test-slow  ## all tests
 
@@ -52,7 +52,7 @@ wheel: $(READY)  ## builds the wheel and runs its command from another folder
 	cd dist && PYTHONPATH=site ../$(BIN)/python -m come.cli --cfg job > job.yaml
 	grep -q optimal_partition dist/job.yaml
 
-mutants: $(READY)  ## do the fast tests notice wrong code? (ARGS="--sample 200"; run again, it goes on)
+mutants: $(READY)  ## mutation tests with the fast suite (ARGS="--sample 200"; resumes if run again)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 gpu-check: $(READY)  ## what only a GPU can show (PART=tests|main|bench|distill|shared for one of them)

@@ -304,7 +304,7 @@ def main() -> None:
             flush=True,
         )
     if ratios and not arguments.json:
-        print(f"median ratio {statistics.median(ratios):.2f} (wanted: at most {max_ratio})")
+        print(f"median ratio {statistics.median(ratios):.2f} (target: at most {max_ratio})")
 
 
 def with_retention_tokens(method: Method, tokens: int | None) -> Method:

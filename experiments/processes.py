@@ -50,7 +50,7 @@ def main() -> None:
             f"layer passes {one['layer_passes']} and {several['layer_passes']}",
             flush=True,
         )
-    print(f"median x {statistics.median(speedups):.2f} (wanted: at least 1.6)")
+    print(f"median x {statistics.median(speedups):.2f} (target: at least 1.6)")
 
 
 if __name__ == "__main__":

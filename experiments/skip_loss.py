@@ -81,7 +81,7 @@ def main() -> None:
     count = adapter.num_layers
     print(
         f"{windows.numel()} tokens, {count} candidates: {cached:.1f} s from cached boundaries, "
-        f"{whole:.1f} s by whole-model passes; ratio {cached / whole:.3f} (wanted: at most 0.65), "
+        f"{whole:.1f} s by whole-model passes; ratio {cached / whole:.3f} (target: at most 0.65), "
         f"{(cached + boundaries) / whole:.3f} with the pass that makes the boundaries"
     )
     passes = stream.layer_passes - count

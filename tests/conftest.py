@@ -167,6 +167,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def private_caches(tmp_path, monkeypatch):
+    """Caches of this test only, for jobs that run in this process."""
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint of a pico model."""
+    from tests.bases import save_base
+
+    return save_base(tmp_path / "base", "llama_gqa")
+
+
+@pytest.fixture
 def stream(family, windows):
     adapter = ModelAdapter(pico(family))
     collector = StatisticsCollector(adapter, ("abs", "square", "mean"), "all")

@@ -23,16 +23,7 @@ from come.tracking.base import JSONL
 from tests.bases import add_token_without_embedding, change_weights, edit_json, save_base
 from tests.jobs import QUICK, job_settings, local_task, prepare_job, run_job
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
-@pytest.fixture
-def base(tmp_path):
-    return save_base(tmp_path / "base", "llama_gqa")
+pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 def test_overflowing_trials_are_an_error(tmp_path):

@@ -22,16 +22,7 @@ from tests.conftest import VOCAB
 from tests.jobs import QUICK, job_settings, local_task, prepare_job, run_job
 from tests.test_zero_shot import TASK
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
-@pytest.fixture
-def base(tmp_path):
-    return save_base(tmp_path / "base", "llama_gqa")
+pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 # Silently wrong results

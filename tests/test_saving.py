@@ -23,10 +23,7 @@ from tests.conftest import VOCAB
 from tests.jobs import QUICK, run_job
 from tests.methods import paper
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 def config(folder):

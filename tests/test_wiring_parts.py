@@ -24,7 +24,7 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
 from come.stream.stream import LayerStream
-from tests.bases import edit_json, save_base
+from tests.bases import edit_json
 from tests.conftest import LAYERS, pico
 from tests.jobs import QUICK, prepare_job, run_job, settings
 from tests.test_distill import pair
@@ -33,14 +33,7 @@ HEAL = ("distill=come_sp", "distill.tokens=256", "distill.seq_len=16", "distill.
 RUN = importlib.import_module("come.job.run")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def base(tmp_path):
-    return save_base(tmp_path / "base", "llama_gqa")
+pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ class Dual:
         return weight, self._residual(targets @ random, weight)
 
     def _residual(self, targets: Tensor, weight: Tensor) -> Tensor:
-        """Y - F W^T."""
+        """Y - F W, with W [columns, out]."""
         found = targets.clone()
         for part, rows in _tiles(self._rows, self._device):
             found -= rows.T @ weight[part]

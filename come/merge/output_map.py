@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from come.linalg.dual import COLUMNS, Dual
 from come.linalg.equations import DUAL, Equations, Map, outputs_read
@@ -31,9 +31,9 @@ def equations(
 ) -> Equations:
     """An empty least-squares problem for a map to the residual stream, in the smaller form.
 
-    If the inputs of a dual problem do not fit into the GPU's memory, or with
-    `calibration.store=disk`, they are stored like the hidden states, in main memory or on disk. If
-    the rest of the problem does not fit either, it is solved in main memory.
+    The inputs of a dual problem are stored like the hidden states, in main memory or on disk, if
+    they do not fit into the GPU's memory; on a CPU, if the hidden states are on disk. If the rest
+    of the problem does not fit into the GPU's memory either, it is solved in main memory.
 
     Args:
         width: number of inputs of the map.
@@ -51,9 +51,11 @@ def equations(
         return Gram(width, out, bias=bias, device=device, dtype=dtype)
     first = stream.own_batches[0].start * stream.windows.shape[1] if stream.own_batches else tokens
     others = 4.0 * (tokens * out + COLUMNS * tokens + width * outputs_read(out)) + 24.0 * tokens**2
-    stays = stream.store == "memory" and fits(adapter.device, others + 4.0 * tokens * width)
-    rows = None if stays else stream.scratch(width, tokens)
-    device = adapter.device if stays else solving_device(adapter.device, others)
+    device = adapter.device
+    stays = device.type == "cuda" or stream.store == "memory"
+    rows: Tensor | None = None
+    if not (stays and fits(device, others + 4.0 * tokens * width)):
+        rows, device = stream.scratch(width, tokens), solving_device(device, others)
     return Dual(width, out, tokens, bias=bias, device=device, rows=rows, first=first)
 
 

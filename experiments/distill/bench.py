@@ -100,7 +100,7 @@ def main() -> None:
             f"{ids.numel() / bound:.0f} tokens/s, share {shares[-1]:.2f}",
             flush=True,
         )
-    print(f"median share of the bound {statistics.median(shares):.2f} (wanted: at least 0.6)")
+    print(f"median share of the bound {statistics.median(shares):.2f} (target: at least 0.6)")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.first, sources.state
-        if self._as_chosen and sources.solved:
-            return _of_choice(adapter, sources)
+        if self._same_as_selection and sources.solved:
+            return _selection_solution(adapter, sources)
         layer = adapter.copy_layer(index, state)
         found: dict[str, Tensor] = {}
         for unit in self._units:
@@ -155,13 +155,13 @@ class Ridge(Refit):
 
     def trial_work(self, size: SpanSize, solved: bool) -> Work:
         """The alignment; also the rest, unless unit selection already gives the solution."""
-        if solved and self._as_chosen:
+        if solved and self._same_as_selection:
             copies = Work(bytes=2 * size.layer_bytes)
             return copies if self.align is None else size.aligned() + size.folded() + copies
         return self.plain().work(size)
 
     @property
-    def _as_chosen(self) -> bool:
+    def _same_as_selection(self) -> bool:
         """Whether unit selection solves the same problem."""
         return len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
 
@@ -209,7 +209,7 @@ class Ridge(Refit):
         return both.solve(initial, ratio * both.mean_diagonal(), consume=True)
 
 
-def _of_choice(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
+def _selection_solution(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
     """The tensors of unit selection's solution."""
     state, found = sources.state, dict[str, Tensor]()
     for unit, solved in sources.solved.items():
