@@ -182,14 +182,15 @@ def measure(
     cost = compression_cost(
         shape, num_samples=len(windows), seq_len=windows.shape[1], target=target, method=method,
         store=store, device=device.type, batch_size=batch_size,
+        weights="memory" if adapter.on_disk is None else "disk",
     )  # fmt: skip
-    ahead = 0 if adapter.on_disk is None else 2 * shape.block_parameters["layer"]
     estimate = {
         "estimated_seconds": Speed.measured(device, model.dtype).seconds(cost.work),
-        "estimated_bytes": cost.memory_bytes - cost.weight_bytes + ahead * shape.dtype.itemsize,
+        "estimated_bytes": cost.memory_bytes - cost.weight_bytes,
         "boundary_bytes": cost.boundary_bytes,
     }
     before = forward_seconds(model, windows, batch_size)
+    adapter.release()
     gc.collect()
     with PeakMemory(device) as memory:
         began = Seconds.now()

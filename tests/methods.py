@@ -115,10 +115,10 @@ def dropped_layers(plan):
     """The original layers that a plan dropped, in the order of its steps."""
     own, removed = list(range(plan.base.num_layers)), []
     for step in plan.steps:
-        keeper = step.keeper
+        kept_layer = step.kept_layer
         group = own[step.first : step.last + 1]
-        removed += [layer for i, layer in enumerate(group) if i != keeper]
-        own[step.first : step.last + 1] = [group[keeper]]
+        removed += [layer for i, layer in enumerate(group) if i != kept_layer]
+        own[step.first : step.last + 1] = [group[kept_layer]]
     return removed
 
 

@@ -47,24 +47,27 @@ def set_free_memory(monkeypatch, free):
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(free / SHARE))
 
 
-@pytest.mark.parametrize(("method", "count"), [("come_plus", 4), ("flattengpt", 3), ("come", 3)])
-def test_suggested_settings_fit_into_memory(method, count, large, pico_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "target", "count"),
+    [("come_plus merge.m=8", 24, 4), ("come_plus", 28, 3), ("flattengpt", 28, 3), ("come", 28, 3)],
+)
+def test_suggested_settings_fit_into_memory(method, target, count, large, pico_folder, monkeypatch):
     """Suggestions are added one by one until the job fits; useless ones are left out."""
-    words = [f"merge={method}", "merge.target_layers=20", "model.weights=memory"]
+    words = [*f"merge={method}".split(), "merge.target_layers=20", "model.weights=memory"]
     words += ["calibration.num_samples=128", "calibration.seq_len=256", "calibration.store=memory"]
     job = job_settings(pico_folder, *words)
 
     def needed(*more):
-        return merge_cost(job_settings(pico_folder, *words, *more), large, 28).memory_bytes
+        return merge_cost(job_settings(pico_folder, *words, *more), large, target).memory_bytes
 
     for number in range(1, count + 1):
         fits = int(needed(*SAVINGS[:number])) + 1
         assert fits < needed(*SAVINGS[: number - 1])
         set_free_memory(monkeypatch, fits)
-        found = memory_shortage(job, large, 28)
+        found = memory_shortage(job, large, target)
         assert found.endswith(f"it would fit with {' '.join(SAVINGS[:number])}")
     set_free_memory(monkeypatch, 10**12)
-    assert memory_shortage(job, large, 28) is None
+    assert memory_shortage(job, large, target) is None
 
 
 @pytest.mark.parametrize(

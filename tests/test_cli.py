@@ -265,7 +265,7 @@ def test_base_model_is_never_overwritten(command_line, pico_folder, tmp_path):
         (["merge.mm=3"], "merge.mm"),
         (["merge.sensitivity=comme"], "did you mean 'come'"),
         (["merge.m=1"], "merge.m=1: must be a whole number of at least 2"),
-        (["merge.m=25"], "merge.m=25: a group has at least 2 layers and at most the model's 24"),
+        (["merge.m=25"], "merge.m=25: a span has at least 2 layers and at most the model's 24"),
         (["merge.sparsity=1.5"], "above 0 and below 1"),
         (["merge.sparsity=0.55"], "the largest that can is 0."),
         (

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from come.merge.apply import apply
@@ -78,6 +79,23 @@ def test_plan_json_round_trip(windows, tmp_path):
     assert loaded.steps == plan.steps
     assert loaded.hash == plan.hash
     assert same(weights(apply(loaded, pico("qwen3_gqa"))), weights(model))
+
+
+def test_plans_with_the_keys_of_earlier_versions(windows, tmp_path):
+    method = paper(operator="drop", refit="ridge", downstream=0.5)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
+    path, tensors = tmp_path / "plan.json", tmp_path / "refit.safetensors"
+    plan.save(path)
+    data = json.loads(path.read_text())
+    data["finish"] = data.pop("downstream")
+    for step in data["steps"]:
+        step["keeper"] = step.pop("kept_layer")
+    path.write_text(json.dumps(data))
+    found = load_file(tensors)
+    save_file({k.replace("downstream/", "finish/"): v for k, v in found.items()}, tensors)
+    assert plan.downstream.hashes
+    assert {step.kept_layer for step in plan.steps} == {0}
+    assert Plan.load(path) == plan
 
 
 @pytest.mark.parametrize("done", [1, 2])

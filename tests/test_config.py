@@ -10,8 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from come.cli import CONF
 from come.job.folder import check_folder, finished_result, write_result
 from come.job.identity import job_hash
-from come.job.stages.distill import sampled
-from come.job.stages.merge import with_samples
+from come.job.sampled_text import sampled, with_samples
 from come.job.stages.prepare import prepare
 from come.merge.method import Method
 from come.merge.operators.base import OPERATORS

@@ -9,9 +9,9 @@ from come.merge.constraints import (
     SpanConstraints,
     check_target,
     depths,
-    group_size,
     layers_for_sparsity,
     smallest_depth,
+    span_size,
 )
 
 
@@ -43,7 +43,7 @@ def test_eligible_spans_keep_the_target_reachable(m, merged):
     depth = 10
     history = [[i, -i] if i in merged else [i] for i in range(depth)]
     for target in range(4, depth):
-        size = group_size(depth, target, m)
+        size = span_size(depth, target, m)
         expected = []
         for first in range(depth - size + 1):
             group = range(first, first + size)
@@ -80,9 +80,9 @@ def test_protected_layers_are_in_no_span():
 
 def test_drop_keeps_the_layer_before_or_otherwise_after():
     drops = SpanConstraints(3, remerges=True, drops=True)
-    assert drops.group(2, 3) == (1, 3, 0)
-    assert drops.group(0, 1) == (0, 2, 2)
-    assert SpanConstraints(3).group(2, 4) == (2, 4, None)
+    assert drops.removal(2, 3) == (1, 3, 0)
+    assert drops.removal(0, 1) == (0, 2, 2)
+    assert SpanConstraints(3).removal(2, 4) == (2, 4, None)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_drop_keeps_the_layer_before_or_otherwise_after():
         ((30, 30, SpanConstraints(2)), "merge.target_layers=30: the model has 30 layers"),
         (
             (4, 2, SpanConstraints(5)),
-            "merge.m=5: a group .* and at most the model's 4",
+            "merge.m=5: a span .* and at most the model's 4",
         ),
         ((30, 25, SpanConstraints(3), [26, 27]), "merge.save_at has 27, .* merge.m=3: 28, 26, 25"),
         (
@@ -161,5 +161,5 @@ def test_stops_that_make_the_target_unreachable():
     rules = SpanConstraints(4, variable_size=True)
     check_target(30, 8, rules, [29])
     check_target(30, 8, rules, [27])
-    with pytest.raises(ValueError, match=r"merge.save_at=\[29, 28\] asks for more groups"):
+    with pytest.raises(ValueError, match=r"merge.save_at=\[29, 28\] asks for more spans"):
         check_target(30, 8, rules, [29, 28])

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import passed
+from come.distill.hidden_states import states_after
 from come.distill.layerwise import teacher_boundaries, train_layerwise
 from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
 from come.distill.memory import training_memory
@@ -85,7 +85,8 @@ def test_logit_kl_and_task_loss_equal_plain_logits(windows):
     decoder_layers(student)[2].mlp.down_proj.weight.data.mul_(2)
     own, other = ModelAdapter(student), ModelAdapter(teacher)
     ends = [
-        a.final_norm(passed(a, windows, LAYERS - 1, {LAYERS - 1})[LAYERS - 1]) for a in (own, other)
+        a.final_norm(states_after(a, windows, LAYERS - 1, {LAYERS - 1})[LAYERS - 1])
+        for a in (own, other)
     ]
     logits = [m.double()(windows, use_cache=False).logits for m in (student, teacher)]
     student.float(), teacher.float()
@@ -161,7 +162,7 @@ def test_training_lowers_the_loss_and_gives_an_ordinary_model(name, family, wind
     assert progress.curve[-1]["loss"] < progress.curve[0]["loss"]
     assert math.isfinite(last["nll"])
     trained = objective(windows)
-    method.settle(objective, given)
+    method.write_back(objective, given)
     model = given.student.model
     assert model.state_dict().keys() == before.state_dict().keys()
     assert not same_weights(model, before)
@@ -230,7 +231,7 @@ def test_train_setting_selects_the_trained_parameters(trained, windows, tmp_path
     method = DISTILL.create_from("come_sp", {"train": trained})
     objective = method.objective(given)
     run(objective, windows[:4], windows[:4], tmp_path, steps=2, learning_rate=1e-3)
-    method.settle(objective, given)
+    method.write_back(objective, given)
     changed = {
         name.split(".", 3)[-1]
         for (name, new), old in zip(

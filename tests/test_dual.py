@@ -107,8 +107,50 @@ def test_elimination(bias, size, rate):
                 )
 
 
+class CountedElimination:
+    """Columns that all grow the error alike; records how many leave."""
+
+    def __init__(self, count):
+        self.left = [count]
+
+    def growth(self, size):
+        return torch.ones(self.left[-1])
+
+    def remove(self, stay, gone):
+        assert len(stay) + len(gone) == self.left[-1]
+        self.left.append(len(stay))
+
+
+@pytest.mark.parametrize(
+    ("keep", "rate", "expected"),
+    [
+        (1, 0.0, [4, 3, 2, 1]),
+        (300, 0.5, [320, 310, 305, 302, 300]),  # at least three leave, or all that are left
+        (300, 0.0, [308, 305, 302, 300]),
+        (60, 0.5, [64, 62, 61, 60]),
+        (5, 1.0, [9, 5]),
+    ],
+)
+def test_number_of_units_that_leave_in_a_round(keep, rate, expected):
+    """A share of the surplus, at least 1% of the units to keep and one."""
+    state = CountedElimination(expected[0])
+
+    class Problem:
+        width = expected[0]
+
+        def elimination(self, initial, penalty, *, consume):
+            return state
+
+    kept, _ = eliminate(Problem(), None, 1.0, keep, 1, rate)
+    assert state.left == expected
+    assert len(kept) == keep
+
+
 @pytest.mark.parametrize("leaving", [1, 5, 9, 10, 30])
-def test_growth_after_removing_columns(leaving):
+def test_growth_after_removing_columns(leaving, monkeypatch):
+    """Also with leverages computed by blocks of 16 tokens and tiles of 25 columns."""
+    monkeypatch.setattr("come.linalg.dual.BLOCK", 16)
+    monkeypatch.setattr("come.linalg.dual.COLUMNS", 25)
     dense, dual, _, initial = both_forms(True)
     penalty = 0.1 * dense.mean_diagonal()
     states = [form.elimination(initial, penalty) for form in (dense, dual)]

@@ -180,7 +180,7 @@ def test_conjugate_gradients_converge():
     generator = torch.Generator().manual_seed(0)
     root, rhs = (torch.randn(6, 6, generator=generator).double() for _ in range(2))
     matrix = root @ root.T + torch.eye(6)
-    found = conjugate_gradients(lambda x: matrix @ x, rhs, 200)
+    found = conjugate_gradients(lambda x: matrix @ x, rhs.clone(), 200)
     torch.testing.assert_close(found, torch.linalg.solve(matrix, rhs))
     assert torch.equal(conjugate_gradients(lambda x: x, torch.zeros(2, 2), 3), torch.zeros(2, 2))
 

@@ -229,6 +229,18 @@ def test_top_p_and_temperature():
     assert shares.tolist() == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
 
 
+def test_a_token_without_probability_is_never_drawn():
+    """Also the first and the last one, and with rounding of the sum."""
+    logits = torch.randn(2000, 51, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 7, 8, 50]] = -torch.inf
+    drawn = Sampling().draw(logits, torch.Generator().manual_seed(0))
+    assert drawn.shape == (2000, 1)
+    assert not torch.isin(drawn, torch.tensor([0, 7, 8, 50])).any()
+    certain = torch.full((5, 9), -torch.inf)
+    certain[:, 8] = 3.0
+    assert Sampling().draw(certain, torch.Generator().manual_seed(0)).flatten().tolist() == [8] * 5
+
+
 def test_likeliest_windows_are_kept(pico_folder):
     model, _ = load_model(pico_folder)
     options = {"seq_len": 12, "progress": False}

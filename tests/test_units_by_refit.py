@@ -11,12 +11,12 @@ from come.merge.joint_selection import (
     SourceLayer,
     after_attention,
     stacked_equations,
-    stacked_map,
 )
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import Adaptive
 from come.merge.span import LayerSpan
+from come.merge.stacked_map import StackedMap
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import overlay
 from come.models.sublayers import head_outputs, hidden_activations, run_attention
@@ -62,7 +62,7 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
         return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
 
     heads = torch.cat([dense.inputs[2, "kv_group"], shortened.inputs[2, "kv_group"]], dim=1)
-    initial = stacked_map(targets, "kv_group")
+    initial = StackedMap(targets, "kv_group").read()
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (2, 3)]
     held = Features(targets, "kv_group", layers, hold=True)
     sums = stacked_equations(held)
@@ -217,7 +217,7 @@ def test_drop_of_the_first_layer_refits_the_second(family, windows):
         operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_sublayers=["attention"]
     )
     plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
-    assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].keeper) == (0, 1, 1)
+    assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].kept_layer) == (0, 1, 1)
 
     heads = shortened.inputs[0, "kv_group"]
     target = sum(dense.output(i, "kv_group")(dense.inputs[i, "kv_group"]) for i in (0, 1))
@@ -240,7 +240,7 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(family, windows):
     plan = compress(
         refitted, windows, paper(groups=groups, downstream=0.5), target_layers=5, progress=False
     )
-    assert {key.split("/")[0] for key in plan.finish.hashes} == {"3", "4"}
+    assert {key.split("/")[0] for key in plan.downstream.hashes} == {"3", "4"}
     dense = Reference(pico(family), windows)
     layers = decoder_layers(merged)
     for index in (3, 4):
@@ -299,3 +299,42 @@ def test_only_channels_are_chosen_in_float32(family, ratio, expected, windows, m
     method.retention = Spy()
     compress(pico(family), windows, method, target_layers=LAYERS - 1, progress=False)
     assert dtypes == expected
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("unit", ["kv_group", "channel"])
+def test_stacked_map_of_chosen_columns(family, unit, windows):
+    """Equals the columns of the projections side by side; biases are summed over all layers."""
+    adapter = ModelAdapter(pico(family))
+    with LayerStream(adapter, windows, progress=False) as stream:
+        targets = ReconstructionTargets(stream, 1, 3, original=3)
+        found = StackedMap(targets, unit)
+        name, *bias = adapter.output_tensors(unit)
+        states = [adapter.layer_state(index) for index in (1, 2, 3)]
+        whole = torch.cat([state[name] for state in states], dim=1)
+        assert torch.equal(found.read().weight, whole)
+        columns = torch.tensor([0, 2, whole.shape[1] // 2, whole.shape[1] - 1])
+        own = found.columns(columns)
+        assert torch.equal(own.weight, whole[:, columns])
+        if bias:
+            total = sum(state[bias[0]].double() for state in states)
+            assert torch.equal(own.bias, total)
+        else:
+            assert own.bias is None
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(None, 1), (16, 2)])
+def test_fit_reads_the_targets_of_the_choice(tokens, count, windows, monkeypatch):
+    """Unless units are chosen on fewer tokens."""
+    made = []
+    initialise = ReconstructionTargets.__init__
+
+    def recorded(self, *arguments, **options):
+        initialise(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(ReconstructionTargets, "__init__", recorded)
+    method = paper(retention="adaptive", refit="ridge")
+    method.retention.tokens = tokens
+    compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False)
+    assert len(made) == count

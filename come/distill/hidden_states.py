@@ -11,7 +11,7 @@ from come.models.adapter import ModelAdapter
 from come.models.sublayers import States
 
 
-def passed(
+def states_after(
     model: ModelAdapter,
     ids: Tensor,
     last: int,

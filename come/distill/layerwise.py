@@ -17,7 +17,7 @@ from torch import Tensor
 
 from come.distill.accelerator import make_accelerator
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import passed
+from come.distill.hidden_states import states_after
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.objectives.base import Distillation, Objective, Pair
 from come.distill.objectives.come_mp import OneLayer
@@ -45,7 +45,7 @@ def teacher_boundaries(
     slots = {boundary: number for number, boundary in enumerate(wanted)}
     for start in range(0, len(ids), batch):
         rows = slice(start, start + batch)
-        states = passed(pair.teacher, ids[rows], wanted[-1] - 1, [b - 1 for b in wanted])
+        states = states_after(pair.teacher, ids[rows], wanted[-1] - 1, [b - 1 for b in wanted])
         for boundary, number in slots.items():
             store[number][rows] = states[boundary - 1]
     return slots

@@ -61,7 +61,8 @@ class Cost:
         tokens: number of calibration tokens.
         work: arithmetic of all merges and trial merges.
         trials: sizes of the spans that are merged on trial.
-        weight_bytes: bytes of the model's weights in memory.
+        weight_bytes: bytes of the weights that stay in memory: all, or all but those of layers on
+            disk.
         boundary_bytes: bytes of the hidden states stored at the layer boundaries.
         store: where the hidden states are stored, "memory" or "disk".
         device: the model's device type, "cpu" or "cuda".
@@ -70,6 +71,7 @@ class Cost:
         weights: where the decoder layers are, "memory" or "disk".
         batch_bytes: bytes of one layer's activations for a batch of windows.
         judged_bytes: bytes of the hidden states of the validation windows of trial merges.
+        layer_bytes: bytes of the layers on disk that are in memory during a forward pass.
     """
 
     tokens: int
@@ -83,6 +85,7 @@ class Cost:
     weights: str = "memory"
     batch_bytes: int = 0
     judged_bytes: int = 0
+    layer_bytes: int = 0
 
     def lines(self, speed: Speed) -> list[str]:
         """Lines to log before the compression starts."""
@@ -95,7 +98,7 @@ class Cost:
         solving = f"{megabytes(self.step_bytes)} for a merge"
         own = f"weights {megabytes(self.weight_bytes)}"
         if self.weights == "disk":
-            own += " at a time, layers on disk"
+            own += " beside the layers on disk"
         parts = [own, solving]
         if self.store == "disk":
             files = f"{megabytes(self.boundary_bytes)} in memory-mapped files"
@@ -113,8 +116,8 @@ class Cost:
 
     @property
     def step_bytes(self) -> float:
-        """Bytes of the largest least-squares problem, and of one layer's activations."""
-        return self.work.bytes + self.batch_bytes
+        """Bytes of the largest least-squares problem or of loaded layers, and of activations."""
+        return max(self.work.bytes, self.layer_bytes) + self.batch_bytes
 
     @property
     def states_bytes(self) -> int:
@@ -146,13 +149,13 @@ def compression_cost(
     for size in merges:
         span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
-    fitted, judged = selection.trial_tokens(num_samples, seq_len)
+    fitted, judged, predicted = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
         work += _span(shape, 1, judged).passes * (layers / 2)
-        work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
+        work += Work(single=2.0 * predicted * shape.vocabulary * shape.config.hidden_size)
     extra = {
         f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
@@ -162,6 +165,7 @@ def compression_cost(
         and not method.refit.work(_span(shape, 2, tokens)).single,
         f"merge.refit.downstream={method.refit.downstream}": method.refit.downstream is not None,
     }
+    layer = shape.block_parameters["layer"] * shape.dtype.itemsize
     slots = layers + 1 if method.block == "layer" else 2 * layers + 1
     if metric.gradient == "path":
         slots += layers + 1  # the boundaries of a second stream
@@ -171,7 +175,8 @@ def compression_cost(
         tokens=tokens,
         work=work,
         trials=trials,
-        weight_bytes=shape.weight_bytes if weights == "memory" else _resident(shape),
+        weight_bytes=shape.weight_bytes - (0 if weights == "memory" else layers * layer),
+        layer_bytes=0 if weights == "memory" else 2 * layer,  # the second one is read ahead
         judged_bytes=judged * shape.config.hidden_size * shape.dtype.itemsize * (layers + 1)
         if trials
         else 0,
@@ -182,12 +187,6 @@ def compression_cost(
         extra=[name for name, costs in extra.items() if costs],
         weights=weights,
     )
-
-
-def _resident(shape: ModelShape) -> int:
-    """Bytes of the weights in memory while layers are on disk: two layers and all other weights."""
-    rest = shape.parameters - shape.num_layers * shape.block_parameters["layer"]
-    return (rest + 2 * shape.block_parameters["layer"]) * shape.dtype.itemsize
 
 
 def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> SpanSize:

@@ -13,6 +13,7 @@ from come.linalg.equations import LEAST, Elimination, Map, outputs_read
 from come.stream.processes import Processes
 
 COLUMNS = 4096  # columns per tile
+BLOCK = 768  # rows of an inverse factor that are multiplied at a time
 
 
 class Dual:
@@ -318,14 +319,19 @@ def _solved(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _leverage(rows: Tensor, factor: Tensor) -> Tensor:
-    """|L^-1 f_j|^2 of every column, float64; the solutions are float32."""
-    single = factor.float()
-    return torch.cat(
-        [
-            torch.linalg.solve_triangular(single, part.T, upper=False).double().square().sum(dim=0)
-            for _, part in _tiles(rows, factor.device)
-        ]
-    )
+    """|L^-1 f_j|^2 of every column, float64; L^-1 and its products are float32.
+
+    Products with blocks of L^-1 are faster on a CPU than solving with L.
+    """
+    inverse = torch.eye(len(factor), device=factor.device)
+    torch.linalg.solve_triangular(factor.float(), inverse, upper=False, out=inverse)
+    found = torch.zeros(len(rows), dtype=torch.float64, device=factor.device)
+    for part, tile in _tiles(rows, factor.device):
+        for start in range(0, len(inverse), BLOCK):
+            block = inverse[start : start + BLOCK, : start + BLOCK]
+            products = tile[:, : block.shape[1]] @ block.T
+            found[part] += products.square_().sum(dim=1, dtype=torch.float64)
+    return found
 
 
 def _compacted(rows: Tensor, stay: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def eliminate(
         penalty: absolute.
         keep: units to keep.
         size: columns of a unit.
-        rate: share of the surplus that is removed per round; at least one unit is removed.
+        rate: share of the surplus that is removed per round, but at least 1% of `keep` and at
+            least one unit.
         consume: whether the equations are not needed afterwards.
 
     Returns:
@@ -117,8 +118,10 @@ def eliminate(
     """
     alive = list(range(sums.width // size))
     state = sums.elimination(initial, penalty, consume=consume)
+    del initial  # as wide as all columns
     while len(alive) > keep:
-        leaving = max(1, int((len(alive) - keep) * rate))
+        surplus = len(alive) - keep
+        leaving = min(surplus, max(1, keep // 100, int(surplus * rate)))
         order = torch.sort(state.growth(size), descending=True, stable=True).indices.tolist()
         stay, gone = sorted(order[: len(alive) - leaving]), sorted(order[len(alive) - leaving :])
         state.remove(unit_columns(stay, size), unit_columns(gone, size))

@@ -51,7 +51,7 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     if block == "layer":
         adapter.replace(step.first, step.last, merged)
     else:
-        for place, state in block_states(adapter, places, step.keeper, merged, block).items():
+        for place, state in block_states(adapter, places, step.kept_layer, merged, block).items():
             adapter.write(place, state)
     if step.output_scale != 1:
         for index in range(step.first + 1, adapter.num_layers):
@@ -61,7 +61,7 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
 def block_states(
     adapter: ModelAdapter,
     places: Sequence[int],
-    keeper: int | None,
+    kept_layer: int | None,
     merged: LayerState,
     block: Block,
 ) -> dict[int, LayerState]:
@@ -71,9 +71,9 @@ def block_states(
     zeroed. A drop leaves the kept block in its own layer.
     """
     states: dict[int, LayerState] = {place: adapter.zeroed(place, block) for place in places}
-    home = places[keeper or 0]
+    home = places[kept_layer or 0]
     states[home] = adapter.layer_state(home)
-    if keeper is None:
+    if kept_layer is None:
         own = {name: merged[name] for name in adapter.block_tensors(block)}
         states[home] = {**states[home], **own}
     return states
@@ -105,18 +105,18 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     for step in plan.steps:
         apply_step(adapter, done, step, operator)
         done = done.with_step(step)
-    write_finish(adapter, plan)
+    write_downstream(adapter, plan)
     return model
 
 
-def write_finish(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
+def write_downstream(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:
     """Writes the tensors of the plan's downstream refit into the merged model.
 
     Returns:
         The previous values of these tensors, by layer.
     """
     layers: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in plan.finish.tensors.items():
+    for key, tensor in plan.downstream.tensors.items():
         place, _, name = key.partition("/")
         layers.setdefault(int(place), {})[name] = tensor
     before: dict[int, LayerState] = {}

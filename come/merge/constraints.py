@@ -27,7 +27,7 @@ def smallest_depth(num_layers: int, m: int, allow_remerge: bool, protected: int 
     return num_layers - full * (m - 1) - max(0, left - 1)
 
 
-def group_size(depth: int, target: int, m: int) -> int:
+def span_size(depth: int, target: int, m: int) -> int:
     """Layers of the next span: m, or fewer if the last merge must reach the target exactly."""
     return min(m, depth - target + 1)
 
@@ -73,7 +73,7 @@ class SpanConstraints:
             stop: with `variable_size`, an intermediate depth that must not be skipped.
         """
         depth = len(history)
-        size = group_size(depth, target if stop is None else stop, self.m)
+        size = span_size(depth, target if stop is None else stop, self.m)
         assert size >= 2
         sizes = range(2, size + 1) if self.variable_size else [size]
         begin, end = self.protect_first, depth - self.protect_last
@@ -97,7 +97,7 @@ class SpanConstraints:
                 eligible.append((first, last))
         return eligible
 
-    def group(self, first: int, last: int) -> tuple[int, int, int | None]:
+    def removal(self, first: int, last: int) -> tuple[int, int, int | None]:
         """First and last layer to merge for a scored span, and the index of a drop's kept layer.
 
         A drop keeps the layer before the scored span, or the layer after it if there is none. The
@@ -140,7 +140,7 @@ def depths(num_layers: int, target: int, m: int) -> list[int]:
     result = []
     depth = num_layers
     while depth > target:
-        depth -= group_size(depth, target, m) - 1
+        depth -= span_size(depth, target, m) - 1
         result.append(depth)
     return result
 
@@ -172,7 +172,7 @@ def check_target(
         )
     if not 2 <= rules.m <= num_layers:
         raise ValueError(
-            f"merge.m={rules.m}: a group has at least 2 layers and at most the model's {num_layers}"
+            f"merge.m={rules.m}: a span has at least 2 layers and at most the model's {num_layers}"
         )
     protects = (
         f"merge.protect_first={rules.protect_first} and merge.protect_last={rules.protect_last}"
@@ -201,7 +201,7 @@ def check_target(
         and _layers_used(num_layers, stops, rules.m) > (num_layers - rules.protected)
     ):
         raise ValueError(
-            f"merge.save_at={list(save_at)} asks for more groups on the way to {target} layers "
+            f"merge.save_at={list(save_at)} asks for more spans on the way to {target} layers "
             f"than {num_layers - rules.protected} layers can make; leave depths out"
         )
     passed = depths(num_layers, target, rules.m)

@@ -41,7 +41,7 @@ def refit_downstream(
     """
     start = min(index for index, span in enumerate(history) if len(span) > 1)
     found: dict[int, LayerState] = {}
-    with stream.scratch_boundary("finish") as states:
+    with stream.scratch_boundary("downstream") as states:
         for rows in stream.own_batches:
             states[rows] = stream.run(start, stream.boundary(start, rows))
         for index in range(start + 1, len(history)):

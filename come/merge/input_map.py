@@ -76,7 +76,8 @@ class InputMap:
         """
         gram, rhs, curvatures, before = self._start()
         gram.diagonal().add_(FLOOR * gram.diagonal().mean())
-        root = torch.linalg.cholesky(gram)
+        root = torch.linalg.cholesky(gram).to(rhs)
+        del gram
         penalty = ratio * curvatures.mean().item()
         scale = (curvatures + penalty).rsqrt().to(rhs)[:, None]
 
@@ -88,13 +89,15 @@ class InputMap:
 
         def product(white: Matrix) -> Matrix:
             bar.update()
-            scaled = scale * white
-            curved = whiten(self.curved(colour(scaled)))
-            return curved.add_(scaled, alpha=penalty).mul_(scale)
+            curved = whiten(self.curved(colour(scale * white)))
+            return curved.add_(scale * white, alpha=penalty).mul_(scale)
 
         shown = self.targets.stream.progress
         with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
-            found = conjugate_gradients(product, scale * whiten(rhs), steps)
+            target = whiten(rhs).mul_(scale)
+            del rhs
+            found = conjugate_gradients(product, target, steps)
+            del target
             change = colour(scale * found)
         self._held.clear()
         for _ in range(HALVINGS + 1):
@@ -109,7 +112,7 @@ class InputMap:
 
         def accumulate(read: Tensor, slopes: Tensor, weights: Tensor) -> None:
             moved = (slopes * (read @ change.T)) @ self.output.T
-            total.add_(self._back(moved * weights[:, None], read, slopes))
+            self._add_back(total, moved * weights[:, None], read, slopes)
 
         for block in self._held:
             accumulate(*block)
@@ -163,7 +166,7 @@ class InputMap:
         def accumulate(read: Tensor, slopes: Tensor, gap: Tensor, weights: Tensor) -> None:
             nonlocal error
             error += (gap.square().sum(dim=1) * weights).sum().item()
-            rhs.add_(self._back(gap * weights[:, None], read, slopes))
+            self._add_back(rhs, gap * weights[:, None], read, slopes)
             gram.add_(read.T @ read)
             squares.add_(weights @ slopes.square())
             if hold:
@@ -191,8 +194,8 @@ class InputMap:
         flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
         return flat[0], flat[1], features
 
-    def _back(self, gap: Tensor, read: Tensor, slopes: Tensor) -> Matrix:
-        return ((gap @ self.output) * slopes).T @ read
+    def _add_back(self, total: Matrix, gap: Tensor, read: Tensor, slopes: Tensor) -> None:
+        total.addmm_(((gap @ self.output) * slopes).T, read)
 
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
@@ -207,11 +210,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
     Args:
         product: multiplies a symmetric positive definite matrix with a tensor shaped as `target`.
-        target: the right-hand side.
+        target: the right-hand side; overwritten.
         steps: largest number of iterations; it stops early when the residual vanishes.
     """
     found = torch.zeros_like(target)
-    rest = target.clone()
+    rest = target
     direction = rest.clone()
     size = start = _dot(rest, rest)
     for _ in range(steps):
@@ -227,12 +230,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ste
 
 
 def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """Returns right root^-1, in the dtype of `right`; solves in float64, by blocks of rows."""
+    """Returns right root^-1; solves by blocks of rows."""
     found = torch.empty_like(right)
     for start in range(0, len(right), BLOCK):
         part = slice(start, start + BLOCK)
-        rows = right[part].double()
-        found[part] = torch.linalg.solve_triangular(root, rows, upper=upper, left=False)
+        found[part] = torch.linalg.solve_triangular(root, right[part], upper=upper, left=False)
     return found
 
 

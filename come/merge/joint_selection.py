@@ -19,6 +19,7 @@ from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
 from come.merge.source_layers import UnitSolution
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.stacked_map import StackedMap
 from come.merge.work import SpanSize, Work
 from come.models.adapter import UNITS, Unit
 from come.models.layer_state import LayerState
@@ -30,7 +31,13 @@ class UnitRule(Protocol):
     """Selects units from the least-squares problem of all units of a span."""
 
     def choose(
-        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
+        self,
+        sums: Equations,
+        initial: StackedMap,
+        penalty: float,
+        keep: int,
+        size: int,
+        solves: bool,
     ) -> tuple[list[int], Map | None]:
         """The kept units, ascending, and their output projection.
 
@@ -84,7 +91,7 @@ class AlignedNorm(nn.Module):
 
 @torch.no_grad()
 def select_units_jointly(
-    group: LayerSpan, rule: UnitRule, *, solves: bool = False
+    span: LayerSpan, rule: UnitRule, *, solves: bool = False
 ) -> UnitAllocation:
     """Selects a span's units: first KV groups, then MLP channels given the kept attention.
 
@@ -92,18 +99,18 @@ def select_units_jointly(
     projections, units are selected with aligned ones.
 
     Args:
-        group: a span with reconstruction targets.
+        span: a span with reconstruction targets.
         rule: selects the kept units of one kind.
         solves: whether the allocation includes the solutions for the kept units of both kinds.
 
     Returns:
         The kept units; shares are those of the kept MLP channels.
     """
-    targets, adapter, align = group.targets, group.stream.adapter, group.refit.align
-    ratio = joint_lambda(group.refit)
+    targets, adapter, align = span.targets, span.stream.adapter, span.refit.align
+    ratio = joint_lambda(span.refit)
     # Any allocation works: only the source layers are read.
-    undecided = UnitAllocation([1 / group.size] * group.size)
-    layers = [SourceLayer(state) for state in group.sources(undecided).layers]
+    undecided = UnitAllocation([1 / span.size] * span.size)
+    layers = [SourceLayer(state) for state in span.sources(undecided).layers]
     kept: dict[Unit, list[list[int]]] = {}
     solved: dict[Unit, UnitSolution] = {}
     middle: Tensor | None = None
@@ -121,13 +128,13 @@ def select_units_jointly(
         dtype = torch.float64  # the attention's solution is used, not only the selection
         if last:
             bias = len(adapter.output_tensors(unit)) > 1
-            dtype = choice_dtype(group.size * count, ratio, bias=bias)
+            dtype = choice_dtype(span.size * count, ratio, bias=bias)
         read = Features(targets, unit, layers, middle, hold=not last)
         sums = stacked_equations(read, dtype)
-        initial = stacked_map(targets, unit)
         penalty = ratio * sums.mean_diagonal()
+        initial = StackedMap(targets, unit)
         units, found = rule.choose(sums, initial, penalty, count, size, solves or not last)
-        kept[unit] = by_layer(units, count, group.size)
+        kept[unit] = by_layer(units, count, span.size)
         if found is not None:
             solved[unit] = UnitSolution(changes, found)
         if not last:
@@ -148,21 +155,6 @@ def joint_work(size: SpanSize) -> Work:
     copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
     beside = Work(bytes=max(attention.bytes + held, ffn.bytes) + copies)
     return attention + ffn + beside + size.inverse(heads) + size.passes * (2 * size.layers)
-
-
-def stacked_map(targets: ReconstructionTargets, unit: Unit) -> Map:
-    """The output projections of the span side by side, W = [W_1 ... W_m]; biases are summed.
-
-    The weight is column-major, which is the layout of the dual form.
-    """
-    adapter = targets.stream.adapter
-    layers = range(targets.first, targets.last + 1)
-    name, *bias = adapter.output_tensors(unit)
-    states = [adapter.layer_state(index) for index in layers]
-    return Map(
-        torch.cat([state[name].T for state in states]).T,
-        torch.stack([state[bias[0]].double() for state in states]).sum(dim=0) if bias else None,
-    )
 
 
 class Features:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from come.merge.apply import apply, apply_step, source_layers_of, write_finish
+from come.merge.apply import apply, apply_step, source_layers_of, write_downstream
 from come.merge.constraints import check_target
 from come.merge.downstream import refit_downstream
 from come.merge.method import Method, groups_target
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
+from come.merge.span import LayerSpan
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
 from come.stream.processes import SINGLE, Processes
@@ -86,7 +87,7 @@ def compress(
     if method.schedule.restarts:
         plan = replace(plan, steps=[])
     if plan.num_layers > target_layers:
-        plan = replace(plan, finish=SolvedTensors({}))  # valid at that depth only
+        plan = replace(plan, downstream=SolvedTensors({}))  # valid at that depth only
     spent = float(plan.provenance.get("layer_passes", 0.0))
     with LayerStream(
         adapter,
@@ -105,25 +106,26 @@ def compress(
         apply(plan, model)
         rules = method.constraints(adapter.num_layers, target_layers)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
-        waiting: list[MergeStep] = []  # chosen but not yet written
+        waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan
         while chosen.num_layers > target_layers:
             search.measure(chosen)
-            step = processes.broadcast(_next_step(search))
+            step, span = _next_step(search)
+            step = processes.broadcast(step)
             chosen = chosen.with_step(step)
-            waiting.append(step)
+            waiting.append((step, span))
             if not method.schedule.remeasures and chosen.num_layers > target_layers:
                 continue
             while waiting:
-                step = processes.broadcast(_refitted(stream, method, plan, waiting.pop(0)))
+                step = processes.broadcast(_refitted(stream, method, plan, *waiting.pop(0)))
                 apply_step(adapter, plan, step, method.operator)
                 passes = spent + round(processes.reduced(stream.layer_passes), 1)
                 plan = plan.with_step(step, layer_passes=passes)
                 search.outdated_from(_changed_from(stream, plan))
                 last, saved = plan.num_layers == target_layers, plan.num_layers in stops
-                solved = _finish(stream, method, plan) if last or saved else plan.finish
-                finished = replace(plan, finish=processes.broadcast(solved))
-                before = write_finish(adapter, finished)
+                solved = _downstream(stream, method, plan) if last or saved else plan.downstream
+                finished = replace(plan, downstream=processes.broadcast(solved))
+                before = write_downstream(adapter, finished)
                 if on_step:
                     on_step(finished)
                 if last:
@@ -145,10 +147,10 @@ def _check(method: Method, num_layers: int, target: int, stops: Collection[int])
     method.schedule.check_depths(num_layers, [*stops, target])
 
 
-def _next_step(search: Search) -> MergeStep:
-    """The next merge with its kept units, before its refit."""
+def _next_step(search: Search) -> tuple[MergeStep, LayerSpan]:
+    """The next merge with its kept units, before its refit, and its span."""
     choice, span, split = search.choose()
-    return MergeStep(
+    step = MergeStep(
         first=choice.first,
         last=choice.last,
         spans=[list(layers) for layers in span.spans],
@@ -157,11 +159,14 @@ def _next_step(search: Search) -> MergeStep:
         score=choice.score,
         candidates=choice.candidates,
         bi=search.influences(span),
-        keeper=choice.kept,
+        kept_layer=choice.kept,
     )
+    return step, span
 
 
-def _refitted(stream: LayerStream, method: Method, plan: Plan, step: MergeStep) -> MergeStep:
+def _refitted(
+    stream: LayerStream, method: Method, plan: Plan, step: MergeStep, span: LayerSpan
+) -> MergeStep:
     """The step with its merged layer fitted to the span's targets in the current model."""
     if not method.refit.active:
         return step
@@ -170,14 +175,17 @@ def _refitted(stream: LayerStream, method: Method, plan: Plan, step: MergeStep) 
     sources = source_layers_of(
         stream.adapter, layers, method.operator, method.norms, step.shares, step.kept
     )
-    targets = ReconstructionTargets(
-        stream,
-        step.first,
-        step.last,
-        original=plan.history[step.last][-1],
-        target=method.refit.target,
-        weighting=method.refit.weights,
-    )
+    if method.schedule.remeasures and list(span.layers) == list(layers):
+        targets = span.targets  # as read by the choice of units
+    else:  # chosen in another model, or by another process
+        targets = ReconstructionTargets(
+            stream,
+            step.first,
+            step.last,
+            original=plan.history[step.last][-1],
+            target=method.refit.target,
+            weighting=method.refit.weights,
+        )
     solved = SolvedTensors(method.refit.solve(targets, sources))
     return replace(step, solved=solved, output_scale=method.refit.output_scale(targets, sources))
 
@@ -193,10 +201,10 @@ def _changed_from(stream: LayerStream, plan: Plan) -> int:
     return first
 
 
-def _finish(stream: LayerStream, method: Method, plan: Plan) -> SolvedTensors:
+def _downstream(stream: LayerStream, method: Method, plan: Plan) -> SolvedTensors:
     """The downstream refit of all layers after the plan's first merge, if enabled."""
     if method.refit.downstream is None:
-        return plan.finish
+        return plan.downstream
     found = refit_downstream(stream, plan.history, method.refit.downstream, method.refit.weights)
     tensors = {
         f"{index}/{name}": tensor

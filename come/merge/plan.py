@@ -75,7 +75,7 @@ class MergeStep:
         candidates: all spans scored for this step; with a shortlist, only the spans tried.
         bi: block influence of every layer of the model measured for this step. With a schedule
             that plans ahead, steps after the first have only the layers up to the span.
-        keeper: index in the span of the layer that a drop keeps; None for a merge.
+        kept_layer: index in the span of the layer that a drop keeps; None for a merge.
         solved: tensors of the merged layer that were solved on calibration data.
         output_scale: factor on the output projections of all layers after the span.
     """
@@ -88,7 +88,7 @@ class MergeStep:
     score: float
     candidates: list[SpanCandidate]
     bi: list[float]
-    keeper: int | None = None
+    kept_layer: int | None = None
     solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     output_scale: float = 1.0
 
@@ -134,8 +134,8 @@ class Plan:
         block: what is merged: "layer", or one sublayer of each, "attention" or "ffn". Removed
             sublayers stay as blocks whose output is zero, so no layer is removed.
         steps: the merges, in order; for sublayers, positions count the remaining blocks.
-        finish: tensors of merged or unmerged layers, solved by the downstream refit after the last
-            merge; each is named "LAYER/TENSOR" with the layer's position at that point.
+        downstream: tensors of merged or unmerged layers, solved by the downstream refit after the
+            last merge; each is named "LAYER/TENSOR" with the layer's position at that point.
         provenance: all other information (metric, calibration, versions, job).
     """
 
@@ -144,7 +144,7 @@ class Plan:
     norms: str
     block: Block = "layer"
     steps: list[MergeStep] = field(default_factory=list)
-    finish: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
+    downstream: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,8 +157,8 @@ class Plan:
         """Original layers merged into each layer of the model: `[[0], [1, 2], [3], ...]`."""
         spans: list[Span] = [[i] for i in range(self.base.num_layers)]
         for step in self.steps:
-            group = spans[step.first : step.last + 1]
-            spans[step.first : step.last + 1] = [[layer for span in group for layer in span]]
+            merged = spans[step.first : step.last + 1]
+            spans[step.first : step.last + 1] = [[layer for span in merged for layer in span]]
         return spans
 
     @property
@@ -166,21 +166,21 @@ class Plan:
         """For sublayers, the index of the layer that holds each remaining block."""
         places = list(range(self.base.num_layers))
         for step in self.steps:
-            group = places[step.first : step.last + 1]
-            places[step.first : step.last + 1] = [group[step.keeper or 0]]
+            kept = places[step.first + (step.kept_layer or 0)]
+            places[step.first : step.last + 1] = [kept]
         return places
 
     @property
     def hash(self) -> str:
-        """Hash of all that determines the weights: base, operator, norms, block, steps, finish."""
+        """Hash of all that determines the weights, i.e. of everything but the provenance."""
         decisions = [
-            [s.first, s.last, s.shares, s.kept, s.keeper, s.solved.hashes, s.output_scale]
+            [s.first, s.last, s.shares, s.kept, s.kept_layer, s.solved.hashes, s.output_scale]
             for s in self.steps
         ]
         base = asdict(self.base) | {"name": ""}
         parts = [FORMAT, base, self.operator, self.norms, self.block, decisions]
-        if self.finish.hashes:
-            parts.append(self.finish.hashes)
+        if self.downstream.hashes:
+            parts.append(self.downstream.hashes)
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -189,7 +189,7 @@ class Plan:
         return replace(
             self,
             steps=[*self.steps, step],
-            finish=SolvedTensors({}),
+            downstream=SolvedTensors({}),
             provenance={**self.provenance, **provenance},
         )
 
@@ -203,15 +203,15 @@ class Plan:
             ValueError: the plan does not pass through this depth.
         """
         plan = replace(self, steps=[])
-        passed = []
+        depths = []
         for step in self.steps:
             plan = plan.with_step(step)
-            passed.append(plan.num_layers)
+            depths.append(plan.num_layers)
             if plan.num_layers == depth:
                 return self if depth == self.num_layers else plan
         raise ValueError(
             f"merge.target_layers={depth}: the plan passes through "
-            f"{', '.join(map(str, passed)) or 'no merge'}"
+            f"{', '.join(map(str, depths)) or 'no merge'}"
         )
 
     def save(self, path: str | Path) -> None:
@@ -221,7 +221,9 @@ class Plan:
             for number, step in enumerate(self.steps)
             for name, tensor in step.solved.tensors.items()
         }
-        tensors |= {f"finish/{name}": tensor for name, tensor in self.finish.tensors.items()}
+        tensors |= {
+            f"downstream/{name}": tensor for name, tensor in self.downstream.tensors.items()
+        }
         path = Path(path)
         if tensors:
             write_bytes(tensors_path(path), save_tensors(tensors))
@@ -234,8 +236,9 @@ class Plan:
             | ({"solved": step.solved.hashes} if step.solved.hashes else {})
             for step in self.steps
         ]
-        empty = replace(self, steps=[], finish=SolvedTensors({}))
-        data = {"format": FORMAT, **asdict(empty), "steps": steps, "finish": self.finish.hashes}
+        empty = replace(self, steps=[], downstream=SolvedTensors({}))
+        data = {"format": FORMAT, **asdict(empty), "steps": steps}
+        data["downstream"] = self.downstream.hashes
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
@@ -255,13 +258,14 @@ class Plan:
         try:
             operator = str(data["operator"])
             steps = [_read_step(path, number, step) for number, step in enumerate(data["steps"])]
+            last = "finish" if "finish" in data else "downstream"  # earlier versions: finish
             return cls(
                 base=BaseModel(**data["base"]),
                 operator=_DROPS.get(operator, operator),
                 norms=data["norms"],
                 block=data.get("block", "layer"),
                 steps=steps,
-                finish=_read_tensors(path, "finish", data.get("finish", {})),
+                downstream=_read_tensors(path, last, data.get(last, {})),
                 provenance=data["provenance"],
             )
         except (KeyError, TypeError) as error:
@@ -279,6 +283,8 @@ def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
     """One step of a plan's JSON, with its tensors."""
     solved = _read_tensors(path, str(number), step.get("solved", {}))
     candidates = [SpanCandidate(**candidate) for candidate in step["candidates"]]
+    if "keeper" in step:  # earlier versions
+        step["kept_layer"] = step.pop("keeper")
     return MergeStep(**{**step, "candidates": candidates, "solved": solved})
 
 

@@ -135,6 +135,11 @@ class ReconstructionTargets:
         adapter.release()
         return found
 
+    def release(self) -> None:
+        """Frees what the attention's fit needs; it is computed again if it is read."""
+        vars(self).pop("after_attention", None)
+        self.input_maps.clear()
+
     def output(self, rows: slice) -> States:
         """The target output of one batch."""
         if self.target == "dense":

@@ -232,46 +232,46 @@ class Search:
 
     def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges, or drops."""
-        plan, groups = self.plan.hash, [self.rules.group(*span) for span in spans]
-        missing = [g for g in dict.fromkeys(groups) if self._trials.get(plan, *g[:2]) is None]
+        plan, removals = self.plan.hash, [self.rules.removal(*span) for span in spans]
+        missing = [r for r in dict.fromkeys(removals) if self._trials.get(plan, *r[:2]) is None]
         if missing:
             self._prepare_scores()
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
             bar.update(len(spans) - len(missing))
-            for group in together(self.stream, missing, self.stream.processes.count):
-                found = self.stream.processes.map(group, self._trial_scores)
+            for some in together(self.stream, missing, self.stream.processes.count):
+                found = self.stream.processes.map(some, self._trial_scores)
                 self._trials.add(
                     plan,
                     {
                         (first, last): self._number(score, first, last)
-                        for (first, last, _), score in zip(group, found, strict=True)
+                        for (first, last, _), score in zip(some, found, strict=True)
                     },
                 )
-                bar.update(len(group))
-        scores = [self._trials.get(plan, first, last) for first, last, _ in groups]
+                bar.update(len(some))
+        scores = [self._trials.get(plan, first, last) for first, last, _ in removals]
         return [
             SpanCandidate(*span, score)
             for span, score in zip(spans, scores, strict=True)
             if score is not None
         ]
 
-    def _trial_scores(self, groups: Sequence[TrialSpan]) -> list[float]:
+    def _trial_scores(self, spans: Sequence[TrialSpan]) -> list[float]:
         """Scores of trial merges, by this process."""
-        return self.method.selection.refine_all(self._trial_merges(groups), self.method.refit)
+        return self.method.selection.refine_all(self._trial_merges(spans), self.method.refit)
 
     def _trial_merges(
-        self, groups: Sequence[TrialSpan]
+        self, spans: Sequence[TrialSpan]
     ) -> Iterator[tuple[LayerSpan, UnitAllocation]]:
         """The spans of trial merges and their unit allocations, in order."""
         stream = self.method.selection.trial_stream(self.stream.unshared())
-        for first, last, kept in groups:
+        for first, last, kept in spans:
             span = self.span(first, last, stream)
             yield span, self.split(span, kept, trial=True)
 
     def chosen(self, candidates: list[SpanCandidate]) -> Choice:
         """The candidate with the lowest score; ties go to the first one."""
         best = min(candidates, key=lambda candidate: candidate.score)
-        first, last, kept = self.rules.group(best.first, best.last)
+        first, last, kept = self.rules.removal(best.first, best.last)
         return Choice(first, last, kept, best.score, candidates)
 
     def _number(self, score: float, first: int, last: int) -> float:

@@ -48,7 +48,7 @@ class SourceLayers:
     solved: Mapping[Unit, UnitSolution] = field(default_factory=dict)
 
     @property
-    def keeper(self) -> int:
+    def kept_layer(self) -> int:
         """Index of the layer that a drop keeps."""
         return kept_layer(self.shares)
 

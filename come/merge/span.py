@@ -128,8 +128,8 @@ class LayerSpan:
         merged = self.merge(split)
         if block == "layer":
             return [(self.first, adapter.copy_layer(self.first, merged))]
-        keeper = split.shares.index(1.0) if self.operator.drops else None
-        states = block_states(adapter, self.layers, keeper, merged, block)
+        kept_layer = split.shares.index(1.0) if self.operator.drops else None
+        states = block_states(adapter, self.layers, kept_layer, merged, block)
         copies = {place: adapter.copy_layer(place, state) for place, state in states.items()}
         return [
             (index, copies.get(index, adapter.layers[index]))

@@ -130,7 +130,8 @@ class SpanSize:
             start = self.inverse(width) + Work(
                 single=2 * tokens * width * (tokens + 2 * read), double=2 * tokens**2 * read
             )
-            stored = 4 * tokens * width + 24 * tokens**2 + 4.0 * width * (self.hidden + read)
+            stored = 4 * tokens * width + 4 * read * width
+            stored += max(24 * tokens**2, 4.0 * width * self.hidden)  # the initial map, once
             return start + Work(single=(tokens + read) * removed, bytes=stored)
         rounds = 2.0 * (float(width) ** 3 - float(kept) ** 3) / 3
         rounds += 2.0 * (width - kept) * width * self.hidden

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from come.files import PARTIAL, write_text
+from come.memory import return_freed_memory
 from come.models.checkpoint import weight_files
 from come.models.layer_state import LayerState, LazyState
 from come.weak import weak_method
@@ -227,6 +228,7 @@ def open_weights(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    return_freed_memory()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code

@@ -207,7 +207,7 @@ def _healing(plan: Plan) -> tuple[str, str]:
         )
     given = plan.provenance.get("recipe", {}).get("refit", "none")
     name = given["name"] if isinstance(given, dict) else given  # earlier versions wrote a name
-    solved = bool(plan.finish.hashes) or any(step.solved.hashes for step in plan.steps)
+    solved = bool(plan.downstream.hashes) or any(step.solved.hashes for step in plan.steps)
     files = f"`{PLAN}`" + (f" and `{tensors_path(Path(PLAN)).as_posix()}`" if solved else "")
     if name not in REFITS.names() or not REFITS.get(name).active:
         return "No training.", files

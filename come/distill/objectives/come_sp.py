@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from come.distill.hidden_states import passed
+from come.distill.hidden_states import states_after
 from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import check_rank, check_train, choose_parameters, merge_lora
@@ -67,9 +67,9 @@ class MatchedStates(Objective):
         front = history[self._first][0]  # the teacher's layer at which the student starts
         last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
         with torch.no_grad():
-            wanted = passed(teacher, ids, last, {*ends, front - 1, last})
+            wanted = states_after(teacher, ids, last, {*ends, front - 1, last})
             start = wanted[front - 1].to(student.model.dtype) if self._first else None
-        found = passed(
+        found = states_after(
             student,
             ids,
             depth - 1,
@@ -162,6 +162,6 @@ class ComeSP(Distillation):
         choose_parameters(pair.student, pair.merged, self.train, self.rank, self.seed)
         return MatchedStates(pair, self.loss, self.logit_weight, self.temperature, self.recompute)
 
-    def settle(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+    def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
         """Merges the adapters into the weights."""
         merge_lora(pair.student)

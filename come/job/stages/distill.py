@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from come.data.sampling import cached, self_generated_windows, unused_ids
 from come.data.windows import TokenWindows
 from come.distill.config import TrainConfig
 from come.distill.layerwise import train_layerwise
@@ -20,7 +19,8 @@ from come.distill.sharding import export_to_student, shard, wants_sharding
 from come.distill.trainer import train
 from come.job.folder import STATES
 from come.job.job import Job
-from come.job.stages.merge import sampling_key, save
+from come.job.sampled_text import sampled
+from come.job.stages.merge import save
 from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from come.records import DistillationResult
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-APART = 1_000_003  # offset of the sampling seed, so that training text differs from calibration's
 
 
 def distill(
@@ -106,7 +104,7 @@ def distill(
         )
         if parted:
             export_to_student(objective, working)
-        method.settle(objective, pair)
+        method.write_back(objective, pair)
         model.to(accelerator.device)
     result = _result(job, text, train_config, progress, memory, len(training), accelerator)
     for parameter in model.parameters():
@@ -118,26 +116,6 @@ def distill(
         save(job, model, "model", plan)
         plan.save(job.folder / "plan.json")
     return model.eval(), plan, result
-
-
-def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
-    """Training text sampled from the dense model; cached, and different from calibration text."""
-    settings, how = job.settings.distill, job.settings.calibration
-    seed = settings.seed + APART
-    count = windows + settings.validation_samples
-    sizes = [count, settings.seq_len, seed, how.keep_likeliest]
-    return cached(
-        sampling_key(job, teacher, sizes),
-        lambda: self_generated_windows(
-            teacher,
-            num_samples=count,
-            seq_len=settings.seq_len,
-            seed=seed,
-            sampling=how.sampling,
-            keep=how.keep_likeliest,
-            banned=unused_ids(teacher, job.tokenizer),
-        ),
-    )
 
 
 def _together(found: Mapping[int, Progress]) -> Progress:

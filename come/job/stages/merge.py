@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
-from come.data.sampling import cached, continued_windows, self_generated_windows, unused_ids
-from come.data.windows import TokenWindows
-from come.files import package_hash, write_text
-from come.job.budget import budget_line, sampling_cost
+from come.files import write_text
+from come.job.budget import budget_line
 from come.job.environment import versions
 from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.job import Job
+from come.job.sampled_text import with_samples
 from come.memory import PeakMemory
 from come.merge.apply import apply
 from come.merge.loop import compress
@@ -30,7 +28,7 @@ from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
-from come.models.checkpoint import fingerprint, identity
+from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
 from come.records import CalibrationResult, CompressionResult
@@ -100,7 +98,7 @@ def merge(
             # The checkpoint omits an intermediate downstream refit, so a crash between the writes
             # of tensors and plan never leaves missing tensors.
             if plan.num_layers != job.target:
-                partial = replace(partial, finish=SolvedTensors({}))
+                partial = replace(partial, downstream=SolvedTensors({}))
             partial.save(job.folder / PARTIAL_PLAN)
             _log_step(trackers, plan)
 
@@ -173,56 +171,6 @@ def _compress(
 def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:
     """Saves a model as `name` in the job folder, with the base model's other files."""
     save_model(model, job.tokenizer, job.folder / name, plan, base=job.checkpoint)
-
-
-def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
-    """Cache key of text sampled from the dense model: everything that determines it."""
-    return [
-        identity(job.checkpoint),
-        package_hash(),
-        str(model.dtype),
-        model.device.type,
-        job.settings.model.trust_remote_code,
-        str(job.settings.calibration.sampling),
-        *settings,
-        *(version(package) for package in ("torch", "transformers")),
-    ]
-
-
-def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
-    """The calibration windows, including those sampled from the model, which are cached."""
-    given, settings = job.calibration, job.settings.calibration
-    if given is not None and not settings.num_continuations:
-        return given
-    sizes = [settings.num_samples, settings.seq_len, settings.seed, settings.keep_likeliest]
-    continued = [given.hash if given else None, settings.num_continuations, settings.prefix_tokens]
-    key = sampling_key(job, model, [*sizes, *continued])
-    banned = unused_ids(model, job.tokenizer)
-
-    def make() -> TokenWindows:
-        if (read := sampling_cost(job.settings, job.shape)) is not None:
-            log.warning(read)
-        if given is None:
-            return self_generated_windows(
-                model,
-                num_samples=settings.num_samples,
-                seq_len=settings.seq_len,
-                seed=settings.seed,
-                sampling=settings.sampling,
-                keep=settings.keep_likeliest,
-                banned=banned,
-            )
-        return continued_windows(
-            model,
-            given,
-            count=settings.num_continuations,
-            begin=settings.prefix_tokens,
-            seed=settings.seed,
-            sampling=settings.sampling,
-            banned=banned,
-        )
-
-    return cached(key, make)
 
 
 def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
@@ -358,9 +306,9 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 
 def _described(step: MergeStep) -> str:
     """Describes a merge step in words."""
-    if step.keeper is not None:
-        gone = [_span(span) for i, span in enumerate(step.spans) if i != step.keeper]
-        return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.keeper])}"
+    if step.kept_layer is not None:
+        gone = [_span(span) for i, span in enumerate(step.spans) if i != step.kept_layer]
+        return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.kept_layer])}"
     return f"merged layers {'+'.join(_span(span) for span in step.spans)} into one"
 
 

@@ -62,6 +62,7 @@ class GaussNewton(Ridge):
         """The new tensors of the ridge refit, and of the MLP's input projections."""
         stream, adapter = targets.stream, targets.stream.adapter
         found = dict(super().solve(targets, sources))
+        targets.release()
         layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
         with stream.scratch_boundary("refit") as middles:
             for batch in targets:

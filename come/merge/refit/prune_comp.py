@@ -64,7 +64,7 @@ class PruneComp(Refit):
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The scaled output projections of the kept layer, if it comes after the cut."""
-        if sources.keeper == 0:
+        if sources.kept_layer == 0:
             return {}
         scale, state = self.output_scale(targets, sources), sources.state
         return {name: state[name] * scale for name in targets.stream.adapter.output_tensors()}
@@ -72,7 +72,7 @@ class PruneComp(Refit):
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """1 / alpha."""
         first, last = targets.first, targets.last
-        before, after = (first + 1, last + 1) if sources.keeper == 0 else (first, last)
+        before, after = (first + 1, last + 1) if sources.kept_layer == 0 else (first, last)
         sums = torch.zeros(2, dtype=torch.float64)
 
         def accumulate(*norms: Tensor) -> None:

@@ -49,7 +49,7 @@ class ReplaceMe(Refit):
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in."""
-        assert sources.keeper == 0
+        assert sources.kept_layer == 0
         stream, adapter = targets.stream, targets.stream.adapter
         linear = adapter.output_map(targets.first, "channel")
         hidden = linear.out_features

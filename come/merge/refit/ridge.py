@@ -55,7 +55,7 @@ class Ridge(Refit):
 
     name = "ridge"
     paper = ""
-    source = "ridge regression to the group's output"
+    source = "ridge regression to the span's output"
 
     lambda_: Any = setting(
         0.1,

@@ -8,6 +8,7 @@ from come.linalg.equations import Equations, Map, eliminate, unit_columns
 from come.merge.joint_selection import joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.stacked_map import StackedMap
 from come.merge.work import SpanSize, Work
 from come.setting import setting
 
@@ -27,8 +28,8 @@ class Adaptive(RetentionRule):
         growth_u = tr( W_u [ ((G + mu I)^-1)_uu ]^-1 W_u^T )
 
     u: the columns of a unit. KV groups are removed one at a time. Of the surplus MLP channels, a
-    share of `rate` is removed per round, and W is solved again after every round. MLP channels are
-    selected on the residual stream after the selected and solved attention.
+    share of `rate` is removed per round, at least 1% of K, and W is solved again after every round.
+    MLP channels are selected on the residual stream after the selected and solved attention.
 
     No exponent and no sensitivity is used: the elimination itself decides how many units each
     layer keeps. The shares (which weight output biases and per-head norms) are those of the kept
@@ -63,32 +64,39 @@ class Adaptive(RetentionRule):
         optional=True,
     )
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
-        return self.split(group).shares
+        return self.split(span).shares
 
-    def split(self, group: LayerSpan) -> UnitAllocation:
+    def split(self, span: LayerSpan) -> UnitAllocation:
         """The kept units."""
-        return select_units_jointly(group.of_tokens(self.tokens), self)
+        return select_units_jointly(span.of_tokens(self.tokens), self)
 
-    def trial_split(self, group: LayerSpan) -> UnitAllocation:
+    def trial_split(self, span: LayerSpan) -> UnitAllocation:
         """The kept units after an elimination in fewer rounds, and their solution."""
         rule = replace(self, rate=max(self.rate, TRIAL_RATE))
-        return select_units_jointly(group.of_tokens(self.tokens), rule, solves=True)
+        return select_units_jointly(span.of_tokens(self.tokens), rule, solves=True)
 
     def choose(
-        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
+        self,
+        sums: Equations,
+        initial: StackedMap,
+        penalty: float,
+        keep: int,
+        size: int,
+        solves: bool,
     ) -> tuple[list[int], Map | None]:
         """The kept units after the elimination, and their solution."""
         channels = size == 1
         rate = self.rate if channels else 0.0
-        units, left = eliminate(sums, initial, penalty, keep, size, rate, consume=channels)
+        units, left = eliminate(sums, initial.read(), penalty, keep, size, rate, consume=channels)
         if not solves:
             return units, None
-        columns = unit_columns(units, size).to(initial.weight.device)
-        own = Map(initial.weight[:, columns], initial.bias)
+        columns = unit_columns(units, size)
+        own = initial.columns(columns)
         if channels:
             return units, left.solution(own)
+        columns = columns.to(own.weight.device)
         return units, sums.columns(columns).solve(own, penalty, consume=True)
 
     def work(self, size: SpanSize) -> Work:

@@ -64,23 +64,23 @@ class RetentionRule(HasSettings, ABC):
             )
 
     @abstractmethod
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """Share rho_i of every layer of the span, in depth order; >= 0, summing to 1."""
 
     def work(self, size: SpanSize) -> Work:
         """The work of choosing the units of one span; zero for rules without an estimate."""
         return Work()
 
-    def split(self, group: LayerSpan) -> UnitAllocation:
+    def split(self, span: LayerSpan) -> UnitAllocation:
         """The shares, and in each layer the most sensitive units, as many as its share allows.
 
         Rules that rank the units of several layers together override this.
         """
-        return with_units(self.shares(group), group.scores)
+        return with_units(self.shares(span), span.scores)
 
-    def trial_split(self, group: LayerSpan) -> UnitAllocation:
+    def trial_split(self, span: LayerSpan) -> UnitAllocation:
         """The unit allocation of a trial merge; may approximate `split`."""
-        return self.split(group)
+        return self.split(span)
 
 
 def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:

@@ -28,11 +28,11 @@ class BIPower(RetentionRule):
 
     p: float = setting(1.0, "skewness exponent of the shares", least=0)
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """rho, one per layer, summing to 1."""
-        influences = group.influences
+        influences = span.influences
         largest = max(influences)
         if largest == 0:
-            return [1 / group.size] * group.size
+            return [1 / span.size] * span.size
         powers = [(bi / largest) ** self.p for bi in influences]  # no underflow at large p
         return [power / sum(powers) for power in powers]

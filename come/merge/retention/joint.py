@@ -30,15 +30,15 @@ class Joint(RetentionRule):
     source = "one ranking of all units"
     needs_units = True
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """Each layer's share of the kept units."""
-        return self.split(group).shares
+        return self.split(span).shares
 
-    def split(self, group: LayerSpan) -> UnitAllocation:
+    def split(self, span: LayerSpan) -> UnitAllocation:
         """The units with the highest normalised scores in the span."""
-        assert group.scores is not None, "joint retention ranks units"
+        assert span.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}
-        for unit, layers in group.scores.items():
+        for unit, layers in span.scores.items():
             count = len(layers[0])
             ranked = torch.cat([layer / layer.abs().sum().clamp_min(1e-300) for layer in layers])
             best = top_units(ranked, count)
@@ -46,6 +46,6 @@ class Joint(RetentionRule):
                 [i - count * layer for i in best if i // count == layer]
                 for layer in range(len(layers))
             ]
-        counted = kept["kv_group" if group.stream.block == "attention" else "channel"]
+        counted = kept["kv_group" if span.stream.block == "attention" else "channel"]
         total = sum(map(len, counted))
         return UnitAllocation([len(layer) / total for layer in counted], kept)

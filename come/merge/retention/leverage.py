@@ -6,6 +6,7 @@ from come.linalg.equations import Equations, Map, unit_columns
 from come.merge.joint_selection import joint_work, select_units_jointly
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.stacked_map import StackedMap
 from come.merge.units import top_units
 from come.merge.work import SpanSize, Work
 
@@ -33,21 +34,26 @@ class Leverage(RetentionRule):
     uses_targets = True
     local = True
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """Each layer's share of the kept MLP channels."""
-        return self.split(group).shares
+        return self.split(span).shares
 
-    def split(self, group: LayerSpan) -> UnitAllocation:
+    def split(self, span: LayerSpan) -> UnitAllocation:
         """The units with the highest leverage."""
-        return select_units_jointly(group, self)
+        return select_units_jointly(span, self)
 
     def choose(
-        self, sums: Equations, initial: Map, penalty: float, keep: int, size: int, solves: bool
+        self,
+        sums: Equations,
+        initial: StackedMap,
+        penalty: float,
+        keep: int,
+        size: int,
+        solves: bool,
     ) -> tuple[list[int], Map | None]:
         """The units with the largest sum of leverages, and their unchanged output projection."""
         units = top_units(sums.leverage(penalty).view(-1, size).sum(dim=1), keep)
-        columns = unit_columns(units, size).to(initial.weight.device)
-        return units, Map(initial.weight[:, columns], initial.bias)
+        return units, initial.columns(unit_columns(units, size)) if solves else None
 
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and one inverse."""

@@ -26,11 +26,11 @@ class MKA(RetentionRule):
     paper = "2406.16330"
     source = "MKA, fusion ratios"
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """The two weights; 1/m each if the span has more than two layers."""
-        if group.size != 2:
-            return [1 / group.size] * group.size
-        stream = group.stream
+        if span.size != 2:
+            return [1 / span.size] * span.size
+        stream = span.stream
 
         @cache
         def outputs(layer: int):  # type: ignore[no-untyped-def]
@@ -42,7 +42,7 @@ class MKA(RetentionRule):
             ]
             return sum(found) / len(found)
 
-        first, second = similarity(group.first), similarity(group.last)
+        first, second = similarity(span.first), similarity(span.last)
         total = first + second
         weight = 1 / (1 + math.exp(-first / total)) if total > 0 else 0.5
         return [weight, 1 - weight]

@@ -34,13 +34,13 @@ class Posterior(RetentionRule):
 
     granularity: int = setting(20, "steps of a share from 0 to 1", least=1)
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """The best shares found."""
-        return self.split(group).shares
+        return self.split(span).shares
 
-    def split(self, group: LayerSpan) -> UnitAllocation:
+    def split(self, span: LayerSpan) -> UnitAllocation:
         """The best allocation found."""
-        scores = group.scores
+        scores = span.scores
         losses: dict[str, float] = {}
 
         def tried(counts: Sequence[tuple[int, ...]]) -> list[float]:
@@ -48,7 +48,7 @@ class Posterior(RetentionRule):
             splits = [with_units([n / self.granularity for n in given], scores) for given in counts]
             keys = [str(split.kept or split.shares) for split in splits]
             new = {key: split for key, split in zip(keys, splits, strict=True) if key not in losses}
-            for key, found in zip(new, group.losses(list(new.values())), strict=True):
+            for key, found in zip(new, span.losses(list(new.values())), strict=True):
                 losses[key] = math.inf if math.isnan(found) else found
             return [losses[key] for key in keys]
 
@@ -57,10 +57,10 @@ class Posterior(RetentionRule):
             lowest = found.index(min(found))
             return found[lowest], counts[lowest]
 
-        if group.size == 2:
+        if span.size == 2:
             loss, best = best_of([(k, self.granularity - k) for k in range(self.granularity + 1)])
         else:
-            loss, best = best_of([self._start(group.size)])
+            loss, best = best_of([self._start(span.size)])
             while True:
                 lower, nearest = best_of(list(_moves(best)))
                 if lower >= loss:

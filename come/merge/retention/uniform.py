@@ -14,6 +14,6 @@ class Uniform(RetentionRule):
     paper = ""
     source = "control"
 
-    def shares(self, group: LayerSpan) -> list[float]:
+    def shares(self, span: LayerSpan) -> list[float]:
         """1/m for every layer."""
-        return [1 / group.size] * group.size
+        return [1 / span.size] * span.size

@@ -55,7 +55,7 @@ class Schedule(HasSettings, ABC):
         """Raises ValueError if the schedule cannot be combined with the method's components."""
         if self.variable_size and method.operator.drops:
             raise ValueError(
-                f"merge.schedule={self.name} weighs sizes of merged groups, and merge.operator="
+                f"merge.schedule={self.name} weighs sizes of merged spans, and merge.operator="
                 f"{method.operator.name} drops layers; choose merge.schedule=progressive"
             )
 

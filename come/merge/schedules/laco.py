@@ -68,7 +68,7 @@ class LaCo(Schedule):
                     if tried[span] > self.threshold:
                         self._position -= self.interval
                         candidates = [SpanCandidate(*s, 1 - value) for s, value in tried.items()]
-                        return Choice(*search.rules.group(*span), 1 - tried[span], candidates)
+                        return Choice(*search.rules.removal(*span), 1 - tried[span], candidates)
                 self._position -= 1
             self.threshold -= self.relax
             if self.threshold < -1:
@@ -81,7 +81,7 @@ class LaCo(Schedule):
     def _similarity(self, search: Search, first: int, last: int) -> float:
         """Mean cosine between the last hidden states of the trial and of the dense model."""
         stream = search.stream
-        first, last, kept = search.rules.group(first, last)
+        first, last, kept = search.rules.removal(first, last)
         span = search.span(first, last)
         downstream = stream.route(span.last + 1, stream.num_layers - 1)
         route = [*span.trial(search.split(span, kept)), *downstream]

@@ -34,7 +34,7 @@ class Mixed(Schedule):
         spans = search.rules.spans(search.history, search.target, stop)
         if not spans:
             raise ValueError(
-                f"no group of layers is left that leads to {stop} and then {search.target} "
+                f"no span of layers is left that leads to {stop} and then {search.target} "
                 "layers; leave depths of merge.save_at out, or set merge.allow_remerge=true"
             )
         return search.chosen([SpanCandidate(a, b, search.score(a, b) / (b - a)) for a, b in spans])

@@ -103,20 +103,20 @@ class OptimalPartition(Schedule):
             def cost(first: int, last: int, of: Cost = estimated) -> float | None:
                 return of(own[first], own[last]) if all(free[first : last + 1]) else None
 
-            groups = optimal_partition(cost, depth, rules.m, saved)
-            if groups is None:
+            sets = optimal_partition(cost, depth, rules.m, saved)
+            if sets is None:
                 missing = _ranked(search, waiting)[:count]
                 if not missing:
                     raise ValueError(
-                        "no groups of layers are left that lead to "
+                        "no spans are left that lead to "
                         f"{', '.join(map(str, search.stops))} layers; leave depths of "
                         "merge.save_at out"
                     )
                 continue
-            missing = [g for part in groups for g in part if (own[g[0]], own[g[1]]) not in costs]
+            missing = [g for part in sets for g in part if (own[g[0]], own[g[1]]) not in costs]
             if not missing or not search.shortlist:
                 break
-        first, last = groups[0][0]
+        first, last = sets[0][0]
         score = cost(first, last)
         assert score is not None
         return Choice(first, last, None, score, measured or [SpanCandidate(first, last, score)])
@@ -198,10 +198,10 @@ def optimal_partition(
 
     for first in range(depth):
         prices = [(last, cost(first, last)) for last in range(first + 1, min(first + m, depth))]
-        groups = [(last, price) for last, price in prices if price is not None]
+        spans = [(last, price) for last, price in prices if price is not None]
         for state, (total, chosen) in table[first].items():
             reach(first + 1, state, (total, chosen))
-            for last, price in groups:
+            for last, price in spans:
                 for at, size in enumerate(saved):
                     reached = state[at] + last - first
                     if reached <= size:
@@ -212,4 +212,4 @@ def optimal_partition(
     best = table[depth].get(tuple(saved))
     if best is None:
         return None
-    return [[group for at, group in best[1] if at == part] for part in range(len(saved))]
+    return [[span for at, span in best[1] if at == part] for part in range(len(saved))]

@@ -56,9 +56,9 @@ class SpanScore(HasSettings, ABC):
         """
         return 0
 
-    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
-        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
-        return windows * seq_len, 0
+    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int, int]:
+        """Tokens that a trial merge is fitted to, that it then runs on, and that it predicts."""
+        return windows * seq_len, 0, 0
 
     def check(self, method: Combination) -> None:
         """Raises ValueError if the score cannot be combined with the method's components."""
@@ -87,7 +87,7 @@ class SpanScore(HasSettings, ABC):
         """The windows that trial merges are fitted to; by default all windows."""
         return stream
 
-    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
+    def refine(self, span: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """Score of a trial merge by `split`, fitted by `refit`; the lowest is chosen."""
         raise NotImplementedError
 

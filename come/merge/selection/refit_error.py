@@ -46,15 +46,15 @@ class RefitError(SpanScore):
         return mean_angle(stream, first, last, self.tokens)
 
     @torch.no_grad()
-    def refine(self, group: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
+    def refine(self, span: LayerSpan, split: UnitAllocation, refit: Refit) -> float:
         """The relative error, >= 0."""
-        targets, adapter = group.targets, group.stream.adapter
-        sources = group.sources(split)
+        targets, adapter = span.targets, span.stream.adapter
+        sources = span.sources(split)
         fitted = overlay(sources.state, refit.solve(targets, sources))
-        layer = adapter.copy_layer(group.first, fitted)
+        layer = adapter.copy_layer(span.first, fitted)
         missed, total = 0.0, 0.0
         for batch in targets:
-            output = layer(batch.states, **group.stream.keywords(len(batch.states), group.first))
+            output = layer(batch.states, **span.stream.keywords(len(batch.states), span.first))
             target = batch.output.flatten(0, 1).double()
             gap = target - output.flatten(0, 1).double()
             missed += (batch.weights * gap.square().sum(dim=1)).sum().item()

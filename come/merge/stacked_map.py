@@ -1,0 +1,54 @@
+"""The output projections of a span side by side."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from come.linalg.equations import Map
+from come.merge.reconstruction import ReconstructionTargets
+from come.models.adapter import Unit
+
+
+class StackedMap:
+    """The output projections of a span side by side, W = [W_1 ... W_m]; biases are summed.
+
+    W is not held: it is read from the layers one by one, and is column-major, which is the layout
+    of the dual form.
+
+    Args:
+        targets: reconstruction targets of the span.
+        unit: the units whose outputs the projections read.
+    """
+
+    def __init__(self, targets: ReconstructionTargets, unit: Unit) -> None:
+        self._targets = targets
+        self._names = targets.stream.adapter.output_tensors(unit)
+
+    def read(self) -> Map:
+        """W of all columns."""
+        return self.columns(None)
+
+    def columns(self, chosen: Int[Tensor, " kept"] | None) -> Map:
+        """W of the chosen columns, ascending; None for all."""
+        adapter = self._targets.stream.adapter
+        name, *bias = self._names
+        weight, start, filled = torch.empty(0), 0, 0
+        total: Tensor | None = None
+        for number, index in enumerate(range(self._targets.first, self._targets.last + 1)):
+            state = adapter.layer_state(index)
+            rows = state[name].T
+            count, width = len(rows), self._targets.last + 1 - self._targets.first
+            if chosen is not None:
+                own = chosen[(chosen >= start) & (chosen < start + count)] - start
+                rows = rows[own.to(rows.device)]
+            if number == 0:
+                size = count * width if chosen is None else len(chosen)
+                weight = rows.new_empty(size, rows.shape[1])
+            weight[filled : filled + len(rows)] = rows
+            start, filled = start + count, filled + len(rows)
+            if bias:
+                added = state[bias[0]].double()
+                total = added if total is None else total + added
+        return Map(weight.T, total)
