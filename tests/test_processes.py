@@ -157,9 +157,9 @@ def test_two_processes_give_the_plan_of_one(case, two_processes):
         assert one.solved.tensors.keys() == two.solved.tensors.keys()
         for name, tensor in one.solved.tensors.items():
             torch.testing.assert_close(two.solved.tensors[name], tensor, rtol=1e-3, atol=atol)
-    assert single.finish.tensors.keys() == plans[0].finish.tensors.keys()
-    for name, tensor in single.finish.tensors.items():
-        torch.testing.assert_close(plans[0].finish.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    assert single.downstream.tensors.keys() == plans[0].downstream.tensors.keys()
+    for name, tensor in single.downstream.tensors.items():
+        torch.testing.assert_close(plans[0].downstream.tensors[name], tensor, rtol=1e-3, atol=1e-4)
     shared = [
         json.loads((two_processes / f"{rank}.json").read_text())["passes"][case] for rank in (0, 1)
     ]

@@ -41,11 +41,13 @@ def teacher_boundaries(
         The slot of every stored boundary.
     """
     spans = [pair.history[k] for k in pair.merged]
-    wanted = sorted({span[0] for span in spans} | {span[-1] + 1 for span in spans})
-    slots = {boundary: number for number, boundary in enumerate(wanted)}
+    boundaries = sorted({span[0] for span in spans} | {span[-1] + 1 for span in spans})
+    slots = {boundary: number for number, boundary in enumerate(boundaries)}
     for start in range(0, len(ids), batch):
         rows = slice(start, start + batch)
-        states = states_after(pair.teacher, ids[rows], wanted[-1] - 1, [b - 1 for b in wanted])
+        states = states_after(
+            pair.teacher, ids[rows], boundaries[-1] - 1, [b - 1 for b in boundaries]
+        )
         for boundary, number in slots.items():
             store[number][rows] = states[boundary - 1]
     return slots

@@ -101,8 +101,8 @@ def logit_kl(
 
     def block(own: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = teacher_head(other)
-        return kl(head(own), wanted, temperature) * len(own)
+            expected = teacher_head(other)
+        return kl(head(own), expected, temperature) * len(own)
 
     total = torch.zeros((), device=student.device)
     pairs = zip(
@@ -122,11 +122,11 @@ def task_loss(head: nn.Module, states: States, ids: Tensor) -> Float[Tensor, ""]
         ids: token ids of the windows, [batch, seq].
     """
 
-    def block(own: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(head(own).float(), wanted, reduction="sum")
+    def block(own: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(head(own).float(), target, reduction="sum")
 
-    flat, wanted = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    flat, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     total = torch.zeros((), device=states.device)
-    for own, target in zip(flat.split(_BLOCK), wanted.split(_BLOCK), strict=True):
+    for own, target in zip(flat.split(_BLOCK), targets.split(_BLOCK), strict=True):
         total = total + checkpoint(block, own, target, use_reentrant=False)
-    return total / len(wanted)
+    return total / len(targets)

@@ -59,12 +59,12 @@ def choose_parameters(
 def choose_in_layer(student: ModelAdapter, layer: nn.Module, train: str) -> None:
     """Sets which weights of one layer train: "layers" for all, "norms" or "outputs"."""
     for name, parameter in layer.named_parameters():
-        wanted = {
+        trains = {
             "layers": True,
             "norms": student.roles[name].part is Part.NORM,
             "outputs": name in student.output_tensors(),
         }
-        parameter.requires_grad_(wanted[train])
+        parameter.requires_grad_(trains[train])
 
 
 def equal_rank(
@@ -81,9 +81,9 @@ def equal_rank(
     """
     if rank != "auto":
         return rank
-    wanted = merged * sum(p.numel() for p in student.layers[0].parameters())
+    parameters = merged * sum(p.numel() for p in student.layers[0].parameters())
     maps = [module for _, module in linear_maps(student, layers)]
-    return max(1, round(wanted / sum(m.in_features + m.out_features for m in maps)))
+    return max(1, round(parameters / sum(m.in_features + m.out_features for m in maps)))
 
 
 def linear_maps(student: ModelAdapter, layers: Iterable[int]) -> list[tuple[str, nn.Linear]]:

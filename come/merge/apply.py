@@ -94,10 +94,10 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     """
     adapter = ModelAdapter(model)
     found = (adapter.architecture.model_type, adapter.num_layers, dict(adapter.unit_counts))
-    wanted = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
-    if found != wanted:
+    expected = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
+    if found != expected:
         raise ValueError(
-            f"the plan is for {plan.base.name} (type, layers, units: {wanted}); "
+            f"the plan is for {plan.base.name} (type, layers, units: {expected}); "
             f"this model has {found}"
         )
     operator = OPERATORS.create(plan.operator)

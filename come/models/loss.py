@@ -29,8 +29,8 @@ def window_nll(
     totals = []
     for window, targets in zip(states[:, :-1], ids[:, 1:], strict=True):
         blocks = [
-            torch.nn.functional.cross_entropy(head(block).float(), wanted, reduction="sum").double()
-            for block, wanted in zip(window.split(BLOCK), targets.split(BLOCK), strict=True)
+            nn.functional.cross_entropy(head(block).float(), target, reduction="sum").double()
+            for block, target in zip(window.split(BLOCK), targets.split(BLOCK), strict=True)
         ]
         totals.append(torch.stack(blocks).sum())
     return torch.stack(totals)

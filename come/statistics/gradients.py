@@ -38,14 +38,14 @@ def backward(
     adapter = stream.adapter
     gradient = _loss_gradient(stream)
     for index in range(adapter.num_layers - 1, first - 1, -1):
-        wanted = list(leaves(index))
-        sums = [torch.zeros_like(leaf, dtype=_wide(leaf)) for leaf in wanted]
+        tensors = list(leaves(index))
+        sums = [torch.zeros_like(leaf, dtype=_wide(leaf)) for leaf in tensors]
         for rows, before in stream.through(index, []):
             with torch.enable_grad():
                 inputs = before.detach().requires_grad_()
                 after = adapter.layer(index)(inputs, **stream.keywords(len(inputs), index))
                 found = torch.autograd.grad(
-                    after, [inputs, *wanted], gradient[rows].to(after.device)
+                    after, [inputs, *tensors], gradient[rows].to(after.device)
                 )
             gradient[rows] = found[0].to(gradient)
             for total, part in zip(sums, found[1:], strict=True):

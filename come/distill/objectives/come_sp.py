@@ -67,8 +67,8 @@ class MatchedStates(Objective):
         front = history[self._first][0]  # the teacher's layer at which the student starts
         last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
         with torch.no_grad():
-            wanted = states_after(teacher, ids, last, {*ends, front - 1, last})
-            start = wanted[front - 1].to(student.model.dtype) if self._first else None
+            dense = states_after(teacher, ids, last, {*ends, front - 1, last})
+            start = dense[front - 1].to(student.model.dtype) if self._first else None
         found = states_after(
             student,
             ids,
@@ -82,14 +82,14 @@ class MatchedStates(Objective):
         losses: dict[str, Tensor] = {}
         if self._loss is not None:
             for k in merged:
-                losses[f"layer_{k}"] = self._loss(found[k], wanted[history[k][-1]])
+                losses[f"layer_{k}"] = self._loss(found[k], dense[history[k][-1]])
         total = torch.stack(list(losses.values())).sum() if losses else states.new_zeros(())
         if logits:
             losses["logits"] = logit_kl(
                 student.head,
                 student.final_norm(states),
                 teacher.head,
-                teacher.final_norm(wanted[last]),
+                teacher.final_norm(dense[last]),
                 self._temperature,
             )
             total = total + self._logit_weight * losses["logits"]

@@ -190,11 +190,11 @@ def _training(
     if not distill.active or text is None:
         return None
     train_config = distill.train_config("cpu")
-    wanted = train_config.steps * train_config.batch_size + distill.validation_samples
+    count = train_config.steps * train_config.batch_size + distill.validation_samples
     found = calibration_windows(
         tokenizer,
         text,
-        num_samples=wanted,
+        num_samples=count,
         seq_len=distill.seq_len,
         seed=distill.seed,
         held_out=settings.held_out_texts,
