@@ -1,4 +1,8 @@
-"""experiments/scaling.py: fitted exponents, and estimates for large models."""
+"""Scripts of experiments/ about size: exponents, estimates of large models, a job from disk."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +59,18 @@ def test_estimate_for_llama_70b_fits_on_one_gpu(scaling):
     cost = scaling.arithmetic("mistral7b", removed=4, tokens=8192)
     assert cost.weight_bytes == 2 * (2 * 32000 * 4096 + 4096)
     assert cost.layer_bytes == 2 * 2 * 218112000
+
+
+@pytest.mark.slow
+def test_complete_job_from_disk(tmp_path):
+    """Random weights are merged layer by layer, and transformers loads the result."""
+    words = ["--shape", "pico", "--target", "4", "--tokens", "512", "--folder", str(tmp_path)]
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "whole_model.py"), *words, "merge.m=3"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["layers_in_transformers"] == 4
+    assert found["shards"] == 1
+    plan = json.loads((tmp_path / "pico-6-4" / "plan.json").read_text())
+    assert [[step["first"], step["last"]] for step in plan["steps"]] == [[0, 2]]
