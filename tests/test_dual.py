@@ -114,11 +114,14 @@ class CountedElimination:
         self.left = [count]
 
     def growth(self, size):
-        return torch.ones(self.left[-1])
+        return torch.ones(self.left[-1], dtype=torch.float64)
 
     def remove(self, stay, gone):
         assert len(stay) + len(gone) == self.left[-1]
         self.left.append(len(stay))
+
+    def solution(self, initial):
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize(
@@ -131,17 +134,12 @@ class CountedElimination:
         (5, 1.0, [9, 5]),
     ],
 )
-def test_number_of_units_that_leave_in_a_round(keep, rate, expected):
+def test_number_of_units_that_leave_in_a_round(keep, rate, expected, monkeypatch):
     """A share of the surplus, at least 1% of the units to keep and one."""
     state = CountedElimination(expected[0])
-
-    class Problem:
-        width = expected[0]
-
-        def elimination(self, initial, penalty, *, consume):
-            return state
-
-    kept, _ = eliminate(Problem(), None, 1.0, keep, 1, rate)
+    monkeypatch.setattr(Gram, "elimination", lambda *_, **__: state)
+    initial = Map(torch.zeros(1, expected[0], dtype=torch.float64))
+    kept, _ = eliminate(Gram(expected[0], 1, bias=False), initial, 1.0, keep, 1, rate)
     assert state.left == expected
     assert len(kept) == keep
 

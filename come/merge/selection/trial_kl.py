@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.merge.refit.base import Refit
@@ -134,7 +134,9 @@ class TrialKL(SpanScore):
             ]
         return self._judge
 
-    def _normed(self, adapter: ModelAdapter, states: States) -> States:
+    def _normed(
+        self, adapter: ModelAdapter, states: States
+    ) -> Float[Tensor, "batch compared hidden"]:
         """The normed states of the tokens whose predictions are compared."""
         return adapter.final_norm(states[:, :: self.stride])
 
