@@ -117,7 +117,7 @@ class Cost:
     @property
     def step_bytes(self) -> float:
         """Bytes of the largest least-squares problem or of loaded layers, and of activations."""
-        return max(self.work.bytes, self.layer_bytes) + self.batch_bytes
+        return max(self.work.bytes, float(self.layer_bytes)) + self.batch_bytes
 
     @property
     def states_bytes(self) -> int:
