@@ -22,7 +22,7 @@ $(VENV)/transformers4: $(READY) tests/transformers4.txt
 	touch $@
 
 run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." for anything else)
-	$(BIN)/python run.py $(or $(ARGS),experiment=quick)
+	$(BIN)/python run.py $(ARGS)
 
 test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)

@@ -84,7 +84,6 @@ def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
 
 EXPERIMENTS = {  # overrides that adapt the depths to the pico model
     "smoke": ["merge.target_layers=22"],
-    "quick": ["merge.target_layers=22"],
     "choices": ["merge.save_at=[22,21]"],
     "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
     "positions": ["merge.groups=[[0,1]]"],
