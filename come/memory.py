@@ -17,8 +17,8 @@ _INTERVAL = 0.02  # seconds between samples
 def return_freed_memory() -> None:
     """Lets glibc return every freed block of 4 MB or more to the system at once.
 
-    By default its threshold grows to 32 MB, and smaller blocks that are free stay resident between
-    blocks in use: hundreds of megabytes where layers are loaded and freed in turn.
+    By default this threshold grows to 32 MB, and smaller free blocks stay resident between blocks
+    in use, so peaks depend on the history of allocations.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
