@@ -32,23 +32,25 @@ class StackedMap:
 
     def columns(self, chosen: Int[Tensor, " kept"] | None) -> Map:
         """W of the chosen columns, ascending; None for all."""
-        adapter = self._targets.stream.adapter
-        name, *bias = self._names
-        weight, start, filled = torch.empty(0), 0, 0
+        targets, (name, *bias) = self._targets, self._names
+        layers = range(targets.first, targets.last + 1)
+        weight: Tensor | None = None
         total: Tensor | None = None
-        for number, index in enumerate(range(self._targets.first, self._targets.last + 1)):
-            state = adapter.layer_state(index)
+        filled = 0
+        for number, index in enumerate(layers):
+            state = targets.stream.adapter.layer_state(index)
             rows = state[name].T
-            count, width = len(rows), self._targets.last + 1 - self._targets.first
-            if chosen is not None:
-                own = chosen[(chosen >= start) & (chosen < start + count)] - start
-                rows = rows[own.to(rows.device)]
-            if number == 0:
-                size = count * width if chosen is None else len(chosen)
+            width = len(rows)
+            if weight is None:
+                size = len(layers) * width if chosen is None else len(chosen)
                 weight = rows.new_empty(size, rows.shape[1])
+            if chosen is not None:
+                own = chosen[chosen // width == number] - number * width
+                rows = rows[own.to(rows.device)]
             weight[filled : filled + len(rows)] = rows
-            start, filled = start + count, filled + len(rows)
+            filled += len(rows)
             if bias:
                 added = state[bias[0]].double()
                 total = added if total is None else total + added
+        assert weight is not None
         return Map(weight.T, total)
