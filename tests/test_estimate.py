@@ -199,7 +199,7 @@ def test_validation_windows_of_trials_count_as_memory(shape):
     """Their hidden states at all boundaries are in memory, even with store=disk."""
     method = recipe("come_plus")
     found = cost(shape, method=method, store="disk")
-    _, validation_tokens, _ = method.selection.trial_tokens(8, 32)
+    _, validation_tokens = method.selection.trial_tokens(8, 32)
     assert found.judged_bytes == validation_tokens * 13 * shape.config.hidden_size * 4 > 0
     assert found.memory_bytes == found.weight_bytes + found.step_bytes + found.judged_bytes
     assert cost(shape, method=recipe("come")).judged_bytes == 0

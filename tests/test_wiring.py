@@ -114,7 +114,6 @@ CHANGES = [
     (TRIALS, "merge.selection.trial_windows=1", {"candidates"}),
     (TRIALS, "merge.selection.validation_windows=1", {"candidates"}),
     (TRIALS, "merge.selection.repeat_weight=0.5", {"candidates"}),
-    (TRIALS, "merge.selection.stride=3", {"candidates"}),
     (HEAL, "distill=logits", CURVE),
     (HEAL, "distill=lora", CURVE),
     (HEAL, "distill.path={other}", CURVE),

@@ -149,13 +149,13 @@ def compression_cost(
     for size in merges:
         span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
-    fitted, judged, predicted = selection.trial_tokens(num_samples, seq_len)
+    fitted, judged = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
         work += _span(shape, 1, judged).passes * (layers / 2)
-        work += Work(single=2.0 * predicted * shape.vocabulary * shape.config.hidden_size)
+        work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
     extra = {
         f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),

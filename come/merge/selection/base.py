@@ -56,9 +56,9 @@ class SpanScore(HasSettings, ABC):
         """
         return 0
 
-    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int, int]:
-        """Tokens that a trial merge is fitted to, that it then runs on, and that it predicts."""
-        return windows * seq_len, 0, 0
+    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
+        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
+        return windows * seq_len, 0
 
     def check(self, method: Combination) -> None:
         """Raises ValueError if the score cannot be combined with the method's components."""

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from come.merge.refit.base import Refit
 from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
 from come.merge.span import LayerSpan, UnitAllocation
-from come.models.adapter import ModelAdapter
 from come.models.layer_state import overlay
 from come.models.loss import Predictions, predictions, token_divergence
-from come.models.sublayers import States
 from come.setting import setting
 from come.stream.candidates import Candidate, final_states
 from come.stream.stream import LayerStream, Route
@@ -36,10 +34,10 @@ class TrialKL(SpanScore):
 
     p: the current model; w: a calibration window; s: half its tokens. The second half of x repeats
     the first, so c weights how well the merged model still copies. Text sampled from the model
-    hardly repeats itself, so c is 0.2 for it (`REPEAT_WEIGHT`). The means are over every n-th
-    token, n = `stride`. A trial is fitted with the surrogate of the refit, and evaluated on windows
-    that it was not fitted to (unless there is only one). The shortlist holds the spans with the
-    smallest mean angle between input and output (`angular`).
+    hardly repeats itself, so c is 0.2 for it (`REPEAT_WEIGHT`). A trial is fitted with the
+    surrogate of the refit, and evaluated on windows that it was not fitted to (unless there is only
+    one). The shortlist holds the spans with the smallest mean angle between input and output
+    (`angular`).
 
     Source: this project.
     """
@@ -60,7 +58,6 @@ class TrialKL(SpanScore):
     repeat_weight: float = setting(
         0.0, "weight of repeated text in the score", least=0, most=1, config="${repeat_weight:}"
     )
-    stride: int = setting(4, "predictions are compared at every n-th token", least=1)
     _windows: Tensor = field(
         init=False, repr=False, default_factory=lambda: torch.empty(0, 0, dtype=torch.int64)
     )
@@ -71,8 +68,7 @@ class TrialKL(SpanScore):
     def prepare(self, stream: LayerStream) -> None:
         """Takes the last windows as validation windows."""
         windows = stream.windows[-self._judging(stream) :]
-        once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
-        self._once = -(-once // self.stride)
+        self._once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
         self._windows = repeat_windows(windows) if self.repeat_weight else windows
         self.release()
 
@@ -93,11 +89,10 @@ class TrialKL(SpanScore):
         """The size of the shortlist."""
         return self.shortlist
 
-    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int, int]:
-        """Tokens that a trial merge is fitted to, that it then runs on, and that it predicts."""
-        judging = min(self.validation_windows, -(-windows // 4)) * seq_len
-        fitted = max(1, min(self.trial_windows, windows - judging // seq_len)) * seq_len
-        return fitted, judging, judging // self.stride
+    def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
+        """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
+        judging = min(self.validation_windows, -(-windows // 4))
+        return max(1, min(self.trial_windows, windows - judging)) * seq_len, judging * seq_len
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
@@ -127,23 +122,15 @@ class TrialKL(SpanScore):
             self._judge.embed()
             self._judge.advance(0, last)
             self._reference = [
-                predictions(
-                    adapter.head, self._normed(adapter, self._judge.boundary(last + 1, rows))
-                )
+                predictions(adapter.head, adapter.final_norm(self._judge.boundary(last + 1, rows)))
                 for rows in self._judge.batches
             ]
         return self._judge
 
-    def _normed(
-        self, adapter: ModelAdapter, states: States
-    ) -> Float[Tensor, "batch compared hidden"]:
-        """The normed states of the tokens whose predictions are compared."""
-        return adapter.final_norm(states[:, :: self.stride])
-
     def _divergence(self, judge: LayerStream, batches: Sequence[Tensor]) -> float:
         adapter, once, gaps_of = judge.adapter, self._once, []
         for reference, states in zip(self._reference, batches, strict=True):
-            gaps = token_divergence(adapter.head, reference, self._normed(adapter, states))
+            gaps = token_divergence(adapter.head, reference, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)
             if once == gaps.shape[1]:  # no repeated text
                 again = new
