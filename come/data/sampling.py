@@ -51,24 +51,12 @@ class Sampling:
         """Draws one token per row."""
         logits = logits / self.temperature
         if self.top_p >= 1:
-            return _drawn(logits.softmax(-1), generator)
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)
         best, tokens = logits.topk(min(_NUCLEUS, logits.shape[-1]))
         shares = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
         before = shares.cumsum(dim=-1) - shares
         shares = shares.masked_fill(before >= self.top_p, 0.0)
-        return tokens.gather(1, _drawn(shares, generator))
-
-
-def _drawn(
-    shares: Float[Tensor, "batch choices"], generator: torch.Generator
-) -> Int[Tensor, "batch 1"]:
-    """One index per row, with a probability proportional to its share, by the inverse of the CDF.
-
-    `torch.multinomial` draws a number for every choice, which takes ten times as long.
-    """
-    upper = shares.cumsum(dim=-1)
-    point = torch.rand(len(shares), 1, generator=generator) * upper[:, -1:]
-    return torch.searchsorted(upper, point, right=True).clamp_max(shares.shape[1] - 1)
+        return tokens.gather(1, torch.multinomial(shares, 1, generator=generator))
 
 
 @torch.no_grad()
