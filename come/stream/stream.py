@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from come.progress import ProgressBar
 from come.stream.boundaries import make_store, mapped_zeros
 from come.stream.observer import LayerObserver, Meter
 from come.stream.processes import SINGLE, Processes
+from come.stream.sublayers import MiddleStates
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -68,7 +68,7 @@ class LayerStream:
         self.progress = progress
         self.batch_size = batch_size
         self._folder = folder
-        self._batches = [
+        self.batches = [
             slice(start, min(start + batch_size, len(windows)))
             for start in range(0, len(windows), batch_size)
         ]
@@ -76,9 +76,10 @@ class LayerStream:
         dtype = adapter.model.dtype
         pinned = adapter.device.type == "cuda"
         self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
-        self._middle = self._store
+        self._middles: MiddleStates | None = None
         if block != "layer":
-            self._middle = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
+            middles = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
+            self._middles = MiddleStates(adapter, middles)
         self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
@@ -87,14 +88,10 @@ class LayerStream:
     def __enter__(self) -> LayerStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._store.close()
-        self._middle.close()
+        if self._middles:
+            self._middles.close()
         self._dense = None
 
     @property
@@ -118,14 +115,9 @@ class LayerStream:
         return self._meter.tokens / self.tokens
 
     @property
-    def batches(self) -> Sequence[slice]:
-        """The window indices of every batch, in order."""
-        return self._batches
-
-    @property
     def own_batches(self) -> Sequence[slice]:
         """The batches of this process's part of the windows; with one process, all."""
-        return self.processes.shard(self._batches)
+        return self.processes.shard(self.batches)
 
     @property
     def valid(self) -> int:
@@ -155,7 +147,7 @@ class LayerStream:
     def embed(self) -> None:
         """Computes boundary 0 and the keyword arguments of every layer."""
         first, own = self._store.writable(0), self.own_batches
-        for rows in self._batches:
+        for rows in self.batches:
             if rows not in own and rows.stop - rows.start in self._kwargs:
                 continue  # another process embeds it; its size's arguments are known
             states, kwargs = self.adapter.layer_inputs(self.windows[rows])
@@ -181,17 +173,16 @@ class LayerStream:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
-                if self.block != "layer":
-                    self._middle.writable(index)  # all processes allocate it, also without windows
+                if self._middles:
+                    self._middles.allocate(index)
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
-                        with self._watch_middle(index, rows):
+                        with self._middles.watch(index, rows) if self._middles else nullcontext():
                             after = self.run(index, before)
                         following[rows] = after
-                        update(before, after) if self.block == "layer" else update(
-                            *self._ends(index, index, rows)
-                        )
+                        ends = self._ends(index, index, rows) if self._middles else (before, after)
+                        update(*ends)
                         bar.update()
                 self._valid = index + 1
         self.processes.barrier()
@@ -205,46 +196,23 @@ class LayerStream:
         span of MLPs begins, at the state between attention and MLP of its layer.
         """
         assert 0 <= first <= last < self._valid
-        for rows in self._batches:
+        for rows in self.batches:
             yield self._ends(first, last, rows)
 
-    def route_without(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
-        """The route from boundary `first` to last + 1 that skips the blocks of these layers."""
-        if self.block == "layer":
-            return []
-        return [
-            (index, self.adapter.copy_layer(index, self.adapter.zeroed(index, self.block)))
-            for index in range(first, last + 1)
-        ]
-
     def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
-        begin = self._middle[first] if self.block == "ffn" else self._store[first]
-        end = self._middle[last] if self.block == "attention" else self._store[last + 1]
+        begin, end = self._store[first], self._store[last + 1]
+        if self._middles and self.block == "ffn":
+            begin = self._middles.of_layer(first)
+        if self._middles and self.block == "attention":
+            end = self._middles.of_layer(last)
         return begin[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
-
-    @contextmanager
-    def _watch_middle(self, index: int, rows: slice) -> Iterator[None]:
-        """Stores the states between attention and MLP, unless spans consist of whole layers."""
-        if self.block == "layer":
-            yield
-            return
-
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            slot = self._middle[index][rows]
-            slot.copy_(inputs[0].view(slot.shape))
-
-        handle = self.adapter.mlp_norm_module(index).register_forward_pre_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def pairs(
         self, start: int, stop: int
     ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
         """Batches of (boundary `start`, boundary `stop`), in the model's dtype, on its device."""
         assert 0 <= start <= stop <= self._valid
-        for rows in self._batches:
+        for rows in self.batches:
             yield self.boundary(start, rows), self.boundary(stop, rows)
 
     def keywords(self, batch: int, index: int) -> dict[str, Any]:
@@ -289,12 +257,12 @@ class LayerStream:
         assert windows > 0
         view = copy(self)
         view.windows = self.windows[:windows]
-        view._batches = [
+        view.batches = [
             slice(rows.start, min(rows.stop, windows))
-            for rows in self._batches
+            for rows in self.batches
             if rows.start < windows
         ]
-        last = view._batches[-1]
+        last = view.batches[-1]
         if last.stop - last.start not in self._kwargs:
             _, kwargs = self.adapter.layer_inputs(self.windows[last])
             self._kwargs[last.stop - last.start] = kwargs
@@ -349,7 +317,7 @@ class LayerStream:
             The window indices of the batch, and the states after the last layer of the route.
         """
         assert 0 <= start <= self._valid
-        chosen = self._batches[:batches]
+        chosen = self.batches[:batches]
         together = [chosen] if self.adapter.on_disk and len(route) > 1 else [[b] for b in chosen]
         for group in together:  # weights on disk are read once for all batches
             found = [self._store[start][rows].to(self.adapter.device) for rows in group]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from come.merge.selection.base import SELECTION, SpanScore
 from come.stream.candidates import Candidate, losses, together
 from come.stream.stream import LayerStream
@@ -33,8 +35,18 @@ class SkipLoss(SpanScore):
         found: list[float] = []
         for group in together(stream, spans):
             candidates = [
-                Candidate(first, stream.route_without(first, last), last + 1)
-                for first, last in group
+                Candidate(first, _without(stream, first, last), last + 1) for first, last in group
             ]
             found += losses(stream, candidates)
         return found
+
+
+def _without(stream: LayerStream, first: int, last: int) -> list[tuple[int, nn.Module]]:
+    """The route from boundary `first` to last + 1 that skips the blocks of these layers."""
+    if stream.block == "layer":
+        return []
+    adapter = stream.adapter
+    return [
+        (index, adapter.copy_layer(index, adapter.zeroed(index, stream.block)))
+        for index in range(first, last + 1)
+    ]
