@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from come.merge.alignment import fold_input_transform, input_maps
-from come.merge.apply import apply
+from come.merge.apply import apply, source_layers_of
 from come.merge.loop import compress
+from come.merge.operators.base import OPERATORS
 from come.merge.refit.ridge import Ridge
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
@@ -52,7 +53,32 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
 
 
 @torch.no_grad()
-def test_fold_input_transform_changes_only_input_projections(targets):
+def test_input_maps_of_the_mlp(targets, windows):
+    """Both layers' inputs from the merged layer's, also after the attention's maps are cached."""
+    found, sources = targets("llama_gqa")
+    adapter = found.stream.adapter
+    norms = [adapter.copy_norm("channel", state) for state in sources.layers]
+    heads = [adapter.copy_norm("kv_group", state) for state in sources.layers]
+    input_maps(found, "kv_group", heads[0], heads, lambda batch: batch.states, 0.1)
+    maps = input_maps(found, "channel", norms[0], norms, lambda batch: batch.states, 0.1)
+
+    dense = Reference(pico("llama_gqa"), windows)
+    x = norms[0].double()(dense.h[2]).flatten(0, 1)
+    roots = torch.ones(windows.shape, dtype=torch.float64)
+    roots[:, 0] = (windows.shape[1] - 1) ** 0.5
+    x = roots.reshape(-1, 1) * x
+    gram, eye = x.T @ x, torch.eye(x.shape[1], dtype=torch.float64)
+    penalty = 0.1 * float(gram.diagonal().mean()) * eye
+    for index, norm, own in zip((2, 3), norms, maps, strict=True):
+        added = dense.output(index, "channel")(dense.inputs[index, "channel"])
+        y = roots.reshape(-1, 1) * norm.double()(dense.h[index + 1].flatten(0, 1) - added)
+        expected = torch.linalg.solve(gram + penalty, x.T @ y + penalty).T
+        torch.testing.assert_close(own.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_fold_input_transform_changes_only_input_projections(targets, monkeypatch):
+    monkeypatch.setattr("come.merge.alignment.BLOCK", 5)
     targets, sources = targets("llama_bias")
     adapter, state = targets.stream.adapter, sources.layers[1]
     change = torch.randn(32, 32, dtype=torch.float64)
@@ -89,6 +115,16 @@ def test_plan_rebuilds_an_aligned_model(family, operator, windows, tmp_path):
     again = apply(plan, pico(family))
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_alignment_reaches_layers_that_an_operator_mixes(targets):
+    """The average of aligned input projections differs from that of the layers' own."""
+    found, _ = targets("llama_gqa")
+    adapter = found.stream.adapter
+    sources = source_layers_of(adapter, [2, 3], OPERATORS.create("average"), "fold", [0.5, 0.5], {})
+    solved = Ridge(align=0.01).solve(found, sources)
+    for name in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
+        assert not torch.allclose(solved[name], sources.state[name], atol=1e-3)
 
 
 @pytest.mark.parametrize("retention", ["adaptive", "bi_power"])

@@ -174,6 +174,17 @@ def test_random_sensitivity_depends_only_on_its_seed(windows):
     assert plans[0].steps[0].kept["channel"] != plans[2].steps[0].kept["channel"]
 
 
+def test_plan_hash_covers_every_decision(windows):
+    plan = compress(pico("llama_gqa"), windows, paper(), target_layers=4, progress=False)
+    first, *rest = plan.steps
+    changes = [{"kept_layer": 0}, {"output_scale": 0.5}, {"shares": [0.5, 0.5]}, {"kept": {}}]
+    others = [replace(plan, steps=[replace(first, **change), *rest]) for change in changes]
+    others += [replace(plan, block="ffn"), replace(plan, norms="fold"),
+               replace(plan, operator="average"), plan.truncated(5)]  # fmt: skip
+    assert len({plan.hash, *(other.hash for other in others)}) == 1 + len(others)
+    assert replace(plan, provenance={}).hash == plan.hash
+
+
 def test_truncated_and_invalid_plans(windows, tmp_path):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=3, progress=False)
     assert plan.truncated(4).num_layers == 4

@@ -10,6 +10,7 @@ from come.linalg.cholesky import cholesky, cholesky_solve
 from come.linalg.dual import Dual
 from come.linalg.equations import Map, eliminate, unit_columns
 from come.linalg.gram import Gram, inverse_of
+from come.merge import joint_selection
 from come.merge.joint_selection import Features, SourceLayer, stacked_equations
 from come.merge.loop import compress
 from come.merge.output_map import equations
@@ -83,8 +84,9 @@ def test_leverage(bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("size", "rate"), [(1, 0.3), (1, 0.01), (8, 0.0)])
-def test_elimination(bias, size, rate):
+def test_elimination(bias, size, rate, monkeypatch):
     """Against the dense form, with updates and with recomputation between rounds."""
+    monkeypatch.setattr("come.linalg.gram.BLOCK", 16)
     dense, dual, _, initial = both_forms(bias)
     penalty = 0.1 * dense.mean_diagonal()
     keep = 60 // size
@@ -265,14 +267,22 @@ def test_placement_of_the_inputs(free, store, mapped, windows, monkeypatch, tmp_
 @pytest.mark.parametrize("family", ["llama_gqa", "opt"])
 @pytest.mark.parametrize("retention", ["adaptive", "leverage"])
 def test_both_forms_give_the_same_plan(family, retention, windows, monkeypatch):
-    plans = []
+    plans, forms, whole = [], [], joint_selection.equations
+
+    def recorded(*args, **kwargs):
+        forms.append(type(whole(*args, **kwargs)))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(joint_selection, "equations", recorded)
     for columns in (0, 10**9):
-        monkeypatch.setattr("come.merge.joint_selection.DUAL", columns)
+        monkeypatch.setattr("come.merge.output_map.DUAL", columns)
         method = recipe("come_plus", retention=retention)
         model = pico(family)
         plans.append(
             (compress(model, windows, method, target_layers=LAYERS - 2, progress=False), model)
         )
+    half = len(forms) // 2
+    assert (set(forms[:half]), set(forms[half:])) == ({Dual}, {Gram})
     (dual, first), (dense, second) = plans
     assert [(s.first, s.last, s.kept) for s in dual.steps] == [
         (s.first, s.last, s.kept) for s in dense.steps

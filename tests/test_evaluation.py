@@ -9,15 +9,17 @@ import torch
 from scipy import stats
 
 from come.data.windows import TokenWindows
-from come.evaluate.base import EVALUATIONS, Metric, Relative
-from come.evaluate.continuations import Continuations
+from come.evaluate import speed
+from come.evaluate.base import EVALUATIONS, Metric, Relative, Subject
+from come.evaluate.continuations import Continuations, generate_greedily
 from come.evaluate.dense import evaluate_dense
 from come.evaluate.paired import exp_interval
 from come.evaluate.perplexity import Perplexity, perplexity
 from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_speed
+from come.evaluate.zero_shot import _task_metrics
 from come.job.stages.evaluate import Measured
 from come.memory import PeakMemory
-from come.models.loading import load_tokenizer
+from come.models.loading import load_tokenizer, load_weights
 from tests.bases import save_base
 from tests.commands import ROOT
 from tests.conftest import pico
@@ -64,13 +66,13 @@ def test_large_losses_have_finite_intervals():
 def test_speed_records_every_repeat():
     models = {"dense": pico("llama_gqa"), "model": pico("llama_gqa", num_hidden_layers=3)}
     speeds = compare_speed(models, prompt_tokens=32, new_tokens=4, repeats=3, progress=False)
-    for speed in speeds.values():
-        assert len(speed.prompt.seconds) == len(speed.generation.seconds) == 3
-        assert speed.prompt.tokens == 32
-        assert speed.generation.tokens == 4
-        assert speed.peak_bytes > 0
+    for found in speeds.values():
+        assert len(found.prompt.seconds) == len(found.generation.seconds) == 3
+        assert found.prompt.tokens == 32
+        assert found.generation.tokens == 4
+        assert found.peak_bytes > 0
     # per layer: keys and values of 32 tokens, 2 heads of 8, float32
-    assert [speed.cache_bytes for speed in speeds.values()] == [6 * 4096, 3 * 4096]
+    assert [speed.cache_bytes for found in speeds.values()] == [6 * 4096, 3 * 4096]
     timing = Timing(10, (1.0, 4.0, 2.0))
     assert timing.tokens_per_second == 5
     assert timing.spread == (2.5, 10)
@@ -172,6 +174,48 @@ def test_continuations_measure_agreement_before_the_first_difference():
     own, dense = metrics([1, 2, 9, 4], [5, 6]), metrics([1, 2, 3, 4], [5, 6, 7, 8])
     assert Continuations.compare(own, dense)["continuations"].value == (0.5 + 0.5) / 2
     assert Continuations.compare(dense, dense)["continuations"].value == 1
+
+
+def test_continuations_are_the_new_tokens(base):
+    tokenizer, model = load_tokenizer(base), load_weights(base)
+    evaluation = Continuations(prompts=["a prompt of some words", "b"], tokens=3)
+    data = evaluation.prepare(Subject(tokenizer, len(tokenizer), None))
+    found = evaluation.measure(model, tokenizer, data)["continuations"].details["ids"]
+    for prompt, ids in zip(data, found, strict=True):
+        assert len(ids) <= 3
+        whole = generate_greedily(model, torch.tensor([prompt]), 3)[0].tolist()
+        assert prompt + ids == whole
+
+
+def test_windows_are_no_longer_than_the_context(base, text_file):
+    tokenizer = load_tokenizer(base)
+    subject = Subject(tokenizer, len(tokenizer), 48)
+    for seq_len, expected in ((64, 48), (32, 32)):
+        text = Perplexity(path=str(text_file), seq_len=seq_len).prepare(subject)[""]
+        assert text.windows.shape[1] == expected
+
+
+def test_task_intervals_cover_95_percent():
+    samples = [{"doc_id": i, "acc": float(i % 2)} for i in range(4)]
+    found = _task_metrics("a", {"acc,none": 0.5, "acc_stderr,none": 0.1}, samples)["zero_shot/a"]
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-4)
+    assert found.samples == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_gpu_timings_wait_for_the_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(speed, "_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: calls.append("wait"))
+    speed._seconds(None, lambda: calls.append("work"))
+    assert calls == ["wait", "work", "wait"]
+
+
+def test_generation_does_not_stop_early(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "generate_greedily", lambda *args, **kw: seen.append((args, kw)))
+    speed._generate(pico("llama_gqa"), 2, 5)
+    (((_, ids, count), keywords),) = seen
+    assert (len(ids), count, keywords) == (2, 5, {"least": 5})
 
 
 def test_custom_evaluation_from_a_plugin_file(tmp_path, monkeypatch):

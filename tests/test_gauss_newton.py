@@ -121,7 +121,8 @@ def test_activation_derivative(problem):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 30.0])
-def test_step_is_the_least_squares_solution(problem, ratio):
+def test_step_is_the_least_squares_solution(problem, ratio, monkeypatch):
+    monkeypatch.setattr(input_map, "BLOCK", 7)
     targets, layer, plain, names = problem
     for name in names:
         found = InputMap(targets, layer, plain.middles, name).step(ratio, 200)
@@ -162,6 +163,13 @@ def test_preconditioner_handles_rows_of_different_curvature(problem):
         found = InputMap(targets, layer, plain.middles, name).step(0.01, 12)
         expected = plain.step(name, 0.01)
         assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without preconditioning
+
+
+def test_trials_use_the_same_ridge_regression():
+    refit = GaussNewton(lambda_=1.0, align=0.5, sublayers=["ffn"], weights="equal")
+    for name in ("lambda_", "align", "sublayers", "weights", "target"):
+        assert getattr(refit.surrogate, name) == getattr(refit, name)
+    assert type(refit.surrogate) is Ridge
 
 
 def test_step_is_zero_if_the_target_is_the_output(targets):

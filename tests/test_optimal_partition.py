@@ -221,6 +221,12 @@ def test_costs_of_another_recipe_are_not_reused(windows):
     assert len(plan.steps[1].candidates) > 1
 
 
+def test_protected_layers_are_not_tried(windows):
+    method = paper(**METHOD | {"selection": "angular"}, protect_first=2, protect_last=2)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=5, progress=False)
+    assert [(c.first, c.last) for c in plan.steps[0].candidates] == [(2, 3)]
+
+
 def test_unreachable_depths(windows):
     middle = paper(groups=((2, 3),))
     plan = compress(pico("llama_gqa"), windows, middle, target_layers=5, progress=False)

@@ -1,4 +1,4 @@
-"""Joint selection of units and the downstream refit, against plain float64."""
+"""Joint selection of units, against plain float64."""
 
 from dataclasses import replace
 
@@ -228,35 +228,6 @@ def test_drop_of_the_first_layer_refits_the_second(family, windows):
     layer = decoder_layers(model)[0].self_attn
     found = layer.out_proj if dense.is_opt else layer.o_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_downstream_refit_is_a_regression_to_the_dense_states(family, windows):
-    """After a merge of layers 2 and 3, later layers are refitted on their current inputs."""
-    merged, refitted = pico(family), pico(family)
-    groups = ((2, 3),)
-    compress(merged, windows, paper(groups=groups), target_layers=5, progress=False)
-    plan = compress(
-        refitted, windows, paper(groups=groups, downstream=0.5), target_layers=5, progress=False
-    )
-    assert {key.split("/")[0] for key in plan.downstream.hashes} == {"3", "4"}
-    dense = Reference(pico(family), windows)
-    layers = decoder_layers(merged)
-    for index in (3, 4):
-        now = Reference(merged, windows)
-        channels, states = now.inputs[index, "channel"], dense.h[index + 2].flatten(0, 1)
-        old = now.output(index, "channel")
-        middle = now.h[index + 1].flatten(0, 1) - old(channels)
-        weights = 1 / states.square().mean(dim=1)
-        penalty = 0.5 * (weights[:, None] * channels.square()).sum(dim=0).mean()
-        weight, _ = plain_ridge(
-            channels, states - middle, weights, old.weight, old.bias, float(penalty)
-        )
-        layer = decoder_layers(refitted)[index]
-        found = layer.fc2 if dense.is_opt else layer.mlp.down_proj
-        torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
-        layers[index].load_state_dict(layer.state_dict())
 
 
 def test_auto_lambda_does_not_depend_on_the_batch_size(windows):

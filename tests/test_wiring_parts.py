@@ -24,7 +24,7 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
 from come.stream.stream import LayerStream
-from tests.bases import edit_json
+from tests.bases import edit_json, save_base
 from tests.conftest import LAYERS, pico
 from tests.jobs import QUICK, prepare_job, run_job, settings
 from tests.test_distill import pair
@@ -306,3 +306,25 @@ def test_lambda_is_chosen_on_held_out_windows(targets, monkeypatch):
     assert len(seen) == 2  # attention, then the FFN
     for fit, held_out in seen:
         assert fit > 2 * held_out > 0
+
+
+def test_chosen_lambda_fits_all_windows(targets, monkeypatch):
+    found, sources = targets("llama_gqa")
+    monkeypatch.setattr(ridge, "best_lambda", lambda *args: 0.3)
+    chosen = ridge.Ridge(lambda_="auto").solve(found, sources)
+    fixed = ridge.Ridge(lambda_=0.3).solve(found, sources)
+    for name, tensor in fixed.items():
+        torch.testing.assert_close(chosen[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_in_single_precision(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
+    found = run_job(base, tmp_path / "out", *HEAL, *QUICK)["distillation"]
+    assert found["gradient_bytes"] == 4 * found["trained_parameters"]
+
+
+def test_training_text_is_sampled_for_every_step(base, tmp_path):
+    sampled = ("calibration=self_generated", "calibration.path=null")
+    words = (*HEAL, *sampled, "distill.validation_samples=4", *QUICK)
+    found = run_job(base, tmp_path / "out", *words)["distillation"]
+    assert found["distinct_tokens"] == 256

@@ -1,0 +1,193 @@
+"""The merge and evaluation stages of a job: what is resumed, saved, loaded and measured."""
+
+import importlib
+
+import pytest
+import torch
+
+from come.evaluate.perplexity import perplexity
+from come.job.identity import job_hash
+from come.job.sampled_text import sampling_key, with_samples
+from come.merge.plan import Plan
+from come.merge.saving import plan_path
+from come.merge.selection import trial_kl
+from come.models.adapter import ModelAdapter
+from come.models.loading import load_weights
+from tests.bases import save_base
+from tests.conftest import LAYERS, pico
+from tests.jobs import QUICK, job_settings, prepare_job, run_job
+
+STAGE = importlib.import_module("come.job.stages.merge")
+
+pytestmark = pytest.mark.usefixtures("private_caches")
+
+
+class Interrupt(Exception):
+    """Stands for the end of a process."""
+
+
+def interrupted_job(*arguments):
+    """Runs a job up to its first merge."""
+
+    def stop(*args):
+        raise Interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(STAGE, "_log_step", stop)
+        with pytest.raises(Interrupt):
+            run_job(*arguments)
+
+
+# The merge
+
+
+def test_interrupted_merge_resumes_for_the_same_job_only(base, tmp_path):
+    words = ("merge.target_layers=4", *QUICK)
+    whole = run_job(base, tmp_path / "whole", *words)
+    for again, resumed in ((), 1), (("calibration.seed=1",), 0):
+        folder = tmp_path / f"stopped-{resumed}"
+        interrupted_job(base, folder, *words)
+        result = run_job(base, folder, *words, *again)
+        assert result["compression"]["resumed_at"] == resumed
+        plan = Plan.load(folder / "plan.json")
+        same = plan.hash == Plan.load(tmp_path / "whole" / "plan.json").hash
+        assert same == bool(resumed)
+    assert whole["compression"]["resumed_at"] == 0
+
+
+def test_interrupted_merge_starts_again_for_other_weights(base, tmp_path, monkeypatch):
+    """The fingerprint of the base model, for a job that has the same hash."""
+    words = ("merge.target_layers=4", *QUICK)
+    interrupted_job(base, tmp_path / "out", *words)
+    monkeypatch.setattr(STAGE, "fingerprint", lambda checkpoint: "of other weights")
+    result = run_job(base, tmp_path / "out", *words)
+    assert result["compression"]["resumed_at"] == 0
+
+
+def test_trial_merges_are_reused_by_the_same_job_only(base, tmp_path, monkeypatch):
+    words = ("merge=come_plus", "merge.m=2", *QUICK)
+    whole, tried = trial_kl.fitted_trial, []
+
+    def counted(span, *rest):
+        tried.append((span.first, span.last))
+        if len(tried) == 3:
+            raise Interrupt
+        return whole(span, *rest)
+
+    monkeypatch.setattr(trial_kl, "fitted_trial", counted)
+    counts = []
+    for number, again in enumerate([(), ("calibration.seed=1",)]):
+        tried.clear()
+        with pytest.raises(Interrupt):
+            run_job(base, tmp_path / str(number), *words)
+        tried[:] = [None] * 3
+        run_job(base, tmp_path / str(number), *words, *again)
+        counts.append(len(tried) - 3)
+    assert counts[1] == counts[0] + 2
+
+
+def test_separately_merged_depths(base, tmp_path):
+    """UIDL drops one span, so each depth is a compression of the dense model."""
+    run_job(base, tmp_path / "out", "merge=uidl", "merge.target_layers=4", "merge.save_at=[5]",
+            *QUICK)  # fmt: skip
+    for name, depth in ("model-5", 5), ("model", 4):
+        plan = Plan.load(plan_path(tmp_path / "out" / name))
+        assert (plan.num_layers, len(plan.steps)) == (depth, 1)
+        assert load_weights(tmp_path / "out" / name).config.num_hidden_layers == depth
+
+
+def test_job_hash_depends_on_plan_and_plugin_code(base, tmp_path):
+    hashes = []
+    for target in (5, 4):
+        run_job(base, tmp_path / str(target), f"merge.target_layers={target}", *QUICK)
+        plan = f"merge.plan={tmp_path / str(target) / 'plan.json'}"
+        words = ("merge=from_plan", plan, "merge.target_layers=null")
+        hashes.append(job_hash(job_settings(base, *words)))
+    plugin = tmp_path / "plugin.py"
+    for code in ("", "x = 1\n"):
+        plugin.write_text(code)
+        hashes.append(job_hash(job_settings(base, f"plugins=[{plugin}]")))
+    assert len(set(hashes)) == 4
+
+
+# Sampled text
+
+
+def test_cache_key_of_sampled_text(base, tmp_path):
+    """It differs between models, dtypes, and settings of the sampling."""
+    other = save_base(tmp_path / "other", "llama_gqa", seed=1)
+    model = load_weights(base)
+
+    def key(folder, *words, model=model, settings=()):
+        job = prepare_job(folder, tmp_path / "out", "calibration=self_generated", *words)
+        return str(sampling_key(job, model, settings))
+
+    keys = [
+        key(base), key(other), key(base, "calibration.temperature=0.5"),
+        key(base, model=load_weights(base, dtype="bfloat16")), key(base, settings=[1]),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key(base) == keys[0]
+
+
+SAMPLED = ("calibration=self_generated", "calibration.path=null")
+CONTINUED = ("calibration.num_continuations=4", "calibration.prefix_tokens=4")
+
+
+@pytest.mark.parametrize(("words", "changed"), [
+    (SAMPLED, "calibration.seq_len=20"), (SAMPLED, "calibration.num_samples=3"),
+    (SAMPLED, "calibration.keep_likeliest=0.5"), (CONTINUED, "calibration.seed=1"),
+    (CONTINUED, "calibration.num_continuations=3"), (CONTINUED, "calibration.prefix_tokens=5"),
+    (CONTINUED, "calibration.temperature=0.1"), (CONTINUED, "calibration.top_p=0.1"),
+])  # fmt: skip
+def test_settings_of_sampled_text(words, changed, base, text_file, tmp_path):
+    """They reach the sampling, also after another job has filled the cache."""
+    text = () if words == SAMPLED else (f"calibration.path={text_file}",)
+    words = (*words, *text, "eval=none", "calibration.num_samples=4", "calibration.seq_len=16")
+    model = load_weights(base)
+    first, second, again = (
+        with_samples(prepare_job(base, tmp_path / "out", *words, *more), model).windows
+        for more in ((), (changed,), ())
+    )
+    assert torch.equal(first, again)
+    assert first.shape != second.shape or not torch.equal(first, second)
+    key, _, value = changed.partition("=")
+    if key == "calibration.seq_len":
+        assert second.shape[1] == int(value)
+    if key in ("calibration.temperature", "calibration.top_p"):
+        changes = (first != second).any(dim=0).nonzero().flatten()
+        assert int(changes[0]) >= 4  # the beginnings are the same text
+
+
+# Evaluation
+
+
+def test_every_depth_is_measured_on_its_own_model(base, tmp_path):
+    """Perplexities are those of the saved models; the KV cache shrinks with the layers."""
+    speed = ("eval.speed.prompt_tokens=8", "eval.speed.new_tokens=2", "eval.speed.repeats=1")
+    result = run_job(
+        base, tmp_path / "out", "merge.target_layers=4", "merge.save_at=[5]",
+        "eval=[perplexity,speed]", *speed,
+    )  # fmt: skip
+    job = prepare_job(base, tmp_path / "again")
+    windows = job.evaluations["perplexity"][1][""].windows
+    folders = [base, tmp_path / "out" / "model-5", tmp_path / "out" / "model"]
+    dense, five, four = result["depths"]
+    for depth, folder in zip((dense, five, four), folders, strict=True):
+        found = perplexity(load_weights(folder), windows, batch_tokens=2048, progress=False)
+        assert depth["metrics"]["perplexity"]["samples"] == pytest.approx(found.samples)
+    sizes = [depth["metrics"]["speed/kv_cache"]["value"] for depth in (dense, four)]
+    assert sizes[0] * 4 == sizes[1] * LAYERS
+
+
+def test_parameters_without_mlps(base, tmp_path):
+    """Sizes of sublayers, for the target and in the result."""
+    block = ModelAdapter(pico("llama_gqa")).block_parameters["ffn"]
+    words = ("merge.sublayers=[ffn]", "eval=none")
+    dense, merged = run_job(base, tmp_path / "out", *words)["depths"]
+    assert dense["parameters"] - merged["parameters"] == block
+    sparsity = 3 * block / dense["parameters"]
+    job = prepare_job(
+        base, tmp_path / "two", *words, "merge.target_layers=null", f"merge.sparsity={sparsity}"
+    )
+    assert job.target == LAYERS - 3
