@@ -45,3 +45,19 @@ def test_adam_follows_its_schedule(windows, monkeypatch):
     expected = [1e-3 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert rates == pytest.approx(expected)
     assert batches == [0, 1, 2, 0]
+
+
+def test_steps_are_float32_in_half_precision(windows, monkeypatch):
+    seen, step = set(), torch.optim.Adam.step
+
+    def recorded(self, *args):
+        seen.update(p.dtype for group in self.param_groups for p in group["params"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    model = pico("llama_gqa").bfloat16()
+    method = paper(groups=((2, 3),), refit="adam", options={"steps": 2})
+    plan = compress(model, windows, method, target_layers=5, progress=False)
+    assert seen == {torch.float32}
+    assert {t.dtype for t in plan.steps[0].solved.tensors.values()} == {torch.bfloat16}
+    assert same_weights(apply(plan, pico("llama_gqa").bfloat16()), model)

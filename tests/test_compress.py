@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from come.merge.apply import apply
 from come.merge.loop import compress
-from come.merge.plan import Plan
+from come.merge.plan import Plan, SolvedTensors
 from come.merge.saving import check_cache
 from come.merge.schedules.optimal_partition import OptimalPartition
 from come.models.adapter import ModelAdapter
@@ -183,6 +183,10 @@ def test_plan_hash_covers_every_decision(windows):
                replace(plan, operator="average"), plan.truncated(5)]  # fmt: skip
     assert len({plan.hash, *(other.hash for other in others)}) == 1 + len(others)
     assert replace(plan, provenance={}).hash == plan.hash
+    assert replace(plan, base=replace(plan.base, name="x")).hash == plan.hash
+    refits = [{}, *({"3/a": torch.full((2,), x)} for x in (1.0, 2.0))]
+    found = {replace(plan, downstream=SolvedTensors(tensors)).hash for tensors in refits}
+    assert len(found) == 3
 
 
 def test_truncated_and_invalid_plans(windows, tmp_path):

@@ -163,3 +163,20 @@ def test_stops_that_make_the_target_unreachable():
     check_target(30, 8, rules, [27])
     with pytest.raises(ValueError, match=r"merge.save_at=\[29, 28\] asks for more spans"):
         check_target(30, 8, rules, [29, 28])
+
+
+def test_protected_layers_do_not_count_as_reachable():
+    history = [[i] for i in range(6)]
+    assert SpanConstraints(2, protect_last=2).spans(history, 4) == [(0, 1), (2, 3)]
+    assert SpanConstraints(2, protect_first=2).spans(history, 4) == [(2, 3), (4, 5)]
+
+
+def test_bounds_of_targets():
+    rules = SpanConstraints(4, variable_size=True, protect_first=3)
+    with pytest.raises(ValueError, match="asks for more spans"):
+        check_target(8, 5, rules, [7, 6])
+    size = (LlamaConfig(num_hidden_layers=30), 134_515_008, 3_540_096)
+    assert [layers_for_sparsity(share, *size) for share in (0.02, 0.77)] == [29, 1]
+    with pytest.raises(ValueError, match="more than merging can reach"):
+        layers_for_sparsity(0.78, *size)
+    assert SpanConstraints(2, remerges=True, drops=True).smallest_depth(6) == 1

@@ -72,3 +72,10 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(weighting, family,
         found = layer.fc2 if dense.is_opt else layer.mlp.down_proj
         torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
         layers[index].load_state_dict(layer.state_dict())
+
+
+def test_smaller_depth_of_a_plan_has_no_downstream_refit(windows):
+    method = paper(refit="ridge", downstream=0.3, protect_last=2)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
+    assert plan.downstream.hashes
+    assert not plan.truncated(5).downstream.hashes

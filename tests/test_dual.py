@@ -349,3 +349,15 @@ def test_problems_that_do_not_fit_on_the_gpu_are_solved_on_the_cpu(monkeypatch, 
     assert solving_device(cpu, 1e12) == cpu
     assert len(caplog.messages) == 1
     assert "merge.retention.tokens" in caplog.text
+
+
+def test_memory_of_the_normal_equations(windows, monkeypatch):
+    needs = []
+    monkeypatch.setattr(
+        "come.merge.output_map.solving_device",
+        lambda device, needed: needs.append(needed) or device,
+    )
+    with LayerStream(ModelAdapter(pico("llama_gqa")), windows, progress=False) as stream:
+        equations(24, stream, bias=False)
+        equations(24, stream, bias=False, eliminates=True, dtype=torch.float32)
+    assert needs == [8 * 24 * (24 + 3 * 32), 4 * 24 * (2 * 24 + 3 * 32)]

@@ -1,12 +1,16 @@
 """Estimates of time and memory, and --dry-run."""
 
 import os
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
 from come.job.estimate import Cost, Speed, compression_cost
+from come.merge.joint_selection import joint_work
+from come.merge.refit.gauss_newton import GaussNewton
+from come.merge.refit.ridge import Ridge
+from come.merge.retention.leverage import Leverage
 from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
 from come.report.numbers import duration
@@ -85,6 +89,9 @@ def test_dual_form_cost_grows_with_tokens():
     assert few.sums(512, 32, 4).bytes < many.sums(512, 32, 4).bytes / 5
     assert few.eliminated(512, 128).single < many.eliminated(512, 128).single / 5
     assert few.solve(512, 32).double == 64**3 / 3 + 2 * 64 * 64 * 32
+    assert astuple(few.inverse(512)) == pytest.approx((2_097_152, 64**3 / 3, 65_536))
+    found = astuple(few.eliminated(512, 128))
+    assert found == pytest.approx((34_078_720, 64**3 / 3 + 262_144, 294_912))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -209,3 +216,29 @@ def test_batch_memory(shape):
     one, four = (cost(shape, batch_size=size) for size in (1, 4))
     assert four.batch_bytes == 4 * one.batch_bytes > 0
     assert four.memory_bytes - one.memory_bytes == 3 * one.batch_bytes
+
+
+SMALL = SpanSize(2, tokens=100, hidden=8, heads=8, channels=16, parameters=700)
+
+
+@pytest.mark.parametrize(("found", "expected"), [
+    (SMALL.aligned(), (344_000, 2 * (512 / 3 + 2048), 3072)),
+    (SMALL.folded(), (11_200, 0, 5600)),
+    (joint_work(SMALL), (764_800, 4096, 15_072)),
+    (Leverage().work(SMALL), (764_800 + 32**3, 4096, 15_072)),
+    (Ridge().work(SMALL), (560_400, 6656, 9696)),
+    (Ridge(align=0.1).work(SMALL), (915_600, 6656 + 2 * (512 / 3 + 2048), 9696)),
+    (GaussNewton(align=None).work(SMALL), (560_400 + 52 * 25_600, 6656, 18_784)),
+])  # fmt: skip
+def test_work_of_the_parts(found, expected):
+    assert astuple(found) == pytest.approx(expected)
+
+
+def test_trials_do_not_solve_twice(shape):
+    assert astuple(Ridge().trial_work(SMALL, True)) == (0, 0, 5600)
+    assert Ridge().trial_work(SMALL, False) == Ridge().work(SMALL)
+    auto = Ridge(lambda_="auto")
+    assert auto.trial_work(SMALL, True) == auto.work(SMALL)
+    method = recipe("come_plus")
+    method.retention.solves = False
+    assert cost(shape, method=method).work.single > cost(shape).work.single

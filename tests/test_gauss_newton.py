@@ -1,6 +1,7 @@
 """Gauss-Newton steps on the input maps of the FFN, against plain float64."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -243,3 +244,20 @@ def test_input_maps_are_solved_sequentially(targets):
     assert solved.keys() == by_hand.keys()
     for name, tensor in by_hand.items():
         torch.testing.assert_close(solved[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lower", [1, 3, 9])
+def test_step_is_halved_at_most_four_times(lower, targets, monkeypatch):
+    found, sources = targets("llama_gqa")
+    copied = found.stream.adapter.copy_layer
+    middles = PlainProblem(found, copied(2, sources.state)).middles
+    problem, tried = InputMap(found, copied(2, sources.state), middles, "mlp.up_proj"), []
+
+    def error(change):
+        tried.append(change)
+        return -1.0 if len(tried) == lower else math.inf
+
+    monkeypatch.setattr(problem, "error", error)
+    step = problem.step(1.0, 2)
+    assert len(tried) == min(lower, 5)
+    torch.testing.assert_close(step, tried[0] / 2 ** (lower - 1) if lower < 9 else 0 * step)

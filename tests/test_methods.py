@@ -238,6 +238,13 @@ def test_block_method_plans_each_depth_separately(windows):
             {"operator": "drop", "refit": "prune_comp", "downstream": 1.0},
             "merge.refit.downstream=1.0 fits states that merge.refit=prune_comp scales",
         ),
+        ({"refit": "prune_comp"}, "merge.operator=concat drops none: choose merge.operator=drop"),
+        (
+            {"schedule": "mixed", "selection": "trial_kl"},
+            "schedule=mixed leaves it no choice",
+        ),
+        ({"retention": "adaptive", "operator": "average"}, "merge.retention=adaptive ranks units"),
+        ({"retention": "leverage", "operator": "average"}, "merge.retention=leverage ranks units"),
         ({"protect_first": -1}, "merge.protect_first=-1: must be a whole number of at least 0"),
         ({"retention": "posterior", "options": {"granularity": 0}}, "granularity=0: must be"),
         (

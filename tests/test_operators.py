@@ -11,6 +11,7 @@ from come.merge.operators.concat import Concat
 from come.merge.operators.drop import Drop
 from come.merge.refit.none import NoRefit
 from come.merge.retention.bi_power import BIPower
+from come.merge.retention.mka import MKA
 from come.merge.sensitivity.come import Come
 from come.merge.span import LayerSpan
 from come.merge.units import allocate_units, top_units
@@ -130,3 +131,7 @@ def test_bi_power_edge_cases():
     assert BIPower(p=400.0).shares(span_with_influences(0.001, 0.002))[1] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"merge.retention.p=-1.0: must be a number of at least 0"):
         BIPower(p=-1.0)
+
+
+def test_mka_weights_of_three_layers_are_equal():
+    assert MKA().shares(span_with_influences(0.1, 0.2, 0.3)) == [1 / 3] * 3

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -17,6 +18,7 @@ from come.models import loss
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
 from tests.methods import come_plus, decoder_layers, paper, without
+from tests.reference import Reference
 
 METHOD = {"schedule": "optimal_partition", "selection": "trial_kl", "refit": "ridge", "m": 3}
 
@@ -308,3 +310,27 @@ def test_interrupted_search_reuses_its_trials(windows, tmp_path, monkeypatch):
     once = len(tried)
     assert run("b").hash == resumed.hash  # scores of another job are ignored
     assert len(tried) == 2 * once
+
+
+def test_pairs_with_the_smallest_angles_are_tried_once(windows):
+    """The shortlist of pairs, and no second trial after a merge or in a continued compression."""
+
+    def model():
+        return pico("llama_gqa", num_hidden_layers=10)
+
+    def angle(first):
+        cosines = reference.cosines(first, first + 2, "last")
+        return sum(math.acos(min(max(c, -1), 1)) for c in cosines)
+
+    method, reference = (
+        paper(**METHOD | {"m": 2}, options={"shortlist": 1}),
+        Reference(model(), windows),
+    )
+    smallest = sorted(sorted(range(9), key=angle)[:4])
+    assert smallest != [0, 1, 2, 3]
+    plan = compress(model(), windows, method, target_layers=8, progress=False)
+    assert sorted(c.first for c in plan.steps[0].candidates) == smallest
+    assert len(plan.steps[1].candidates) == 1
+    begun = compress(model(), windows, method, target_layers=9, progress=False)
+    more = compress(model(), windows, method, target_layers=8, plan=begun, progress=False)
+    assert [len(step.candidates) for step in more.steps] == [2, 2]

@@ -365,6 +365,14 @@ def test_refit_error_score_is_the_error_after_the_merge(operator, windows):
             "merge.refit.downstream reconstructs whole layers",
         ),
         (
+            {"refit": "ridge", "sublayers": ("ffn",)},
+            "merge.refit=ridge reconstructs whole layers",
+        ),
+        (
+            {"refit": "replaceme", "operator": "drop", "protect_first": 1, "sublayers": ("ffn",)},
+            "merge.refit=replaceme reconstructs whole layers",
+        ),
+        (
             {"retention": "adaptive", "options": {"rate": 0.0}},
             "merge.retention.rate=0.0: must be",
         ),

@@ -7,8 +7,10 @@ import torch
 
 from come.merge.apply import apply
 from come.merge.loop import compress
+from come.merge.method import groups_target
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
+from come.merge.schedules.laco import LaCo
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
 from tests.methods import (
@@ -136,3 +138,31 @@ def test_laco_keeps_merges_that_leave_the_output_similar(windows):
         assert 1 - step.score == pytest.approx(float(cosine), rel=1e-4)
         tried = [c for c in step.candidates if (c.first, c.last) != (step.first, step.last)]
         assert all(c.first > step.first or c.score >= step.score for c in tried)
+
+
+def test_laco_walks_down_by_its_interval(windows, monkeypatch):
+    tried = []
+
+    def similarity(self, search, first, last):
+        tried.append((first, last, round(self.threshold, 2)))
+        return 0.8
+
+    monkeypatch.setattr(LaCo, "_similarity", similarity)
+    method = recipe("laco", m=2, options={"threshold": 0.9, "interval": 3, "relax": 0.06})
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
+    assert tried == [*((i, i + 1, 0.9) for i in (4, 3, 2, 1, 0)), (1, 2, 0.78)]
+    assert [(s.first, s.last) for s in plan.steps] == [(4, 5), (1, 2)]
+    assert [c.score for c in plan.steps[0].candidates] == pytest.approx([0.2] * 5)
+
+
+def test_laco_takes_any_stop(windows):
+    plan = compress(
+        pico("llama_gqa"), windows, recipe("laco"), target_layers=4, stops=[5], progress=False
+    )
+    assert plan.num_layers == 4
+
+
+def test_groups_end_in_the_model():
+    assert groups_target([[4, 5]], 6) == 5
+    with pytest.raises(ValueError, match="layers are 0 to 5"):
+        groups_target([[5, 6]], 6)

@@ -9,6 +9,7 @@ import torch
 
 from come.merge.apply import apply
 from come.merge.loop import compress
+from come.merge.retention.posterior import _moves
 from come.models.adapter import UNITS
 from come.statistics.layer_statistics import StatisticsCollector
 from come.statistics.manifold import diffusion_map, shared_information
@@ -88,3 +89,8 @@ def test_moments_are_collected_only_if_needed(windows, monkeypatch):
         compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 1, progress=False)
     assert requested == [tuple(paper().sensitivity.moments), (), ()]
     assert requested[0]
+
+
+def test_moves_of_a_share():
+    assert list(_moves((2, 0))) == [(1, 1)]
+    assert list(_moves((1, 1))) == [(0, 2), (2, 0)]

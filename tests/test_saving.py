@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.job.folder import find_run
+from come.merge import saving
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.plan import BaseModel, Plan
@@ -293,3 +294,23 @@ def test_companion_files_equal_those_of_every_base(name, tmp_path):
         same = (folder / path).read_bytes() == (base / path).read_bytes()
         old = "TokenizersBackend" not in (base / "tokenizer_config.json").read_text()
         assert same or (path.name == "tokenizer_config.json" and not old)
+
+
+def test_weights_are_saved_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "20KB")
+    folder = merge_and_save(save_base(tmp_path / "base", "llama_gqa"), tmp_path / "out")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert (folder / "model.safetensors.index.json").is_file()
+
+
+def test_weights_have_the_permissions_of_other_files(tmp_path, monkeypatch):
+    whole = saving._save_weights
+
+    def private(model, folder):
+        whole(model, folder)
+        (folder / "model.safetensors").chmod(0o600)
+
+    monkeypatch.setattr(saving, "_save_weights", private)
+    folder = merge_and_save(save_base(tmp_path / "base", "llama_gqa"), tmp_path / "out")
+    modes = {(folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1

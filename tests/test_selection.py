@@ -6,12 +6,17 @@ import math
 import pytest
 import torch
 
+from come.merge.loop import compress
 from come.merge.selection.base import SELECTION
+from come.models.adapter import ModelAdapter
 from come.statistics.manifold import diffusion_map, shared_information
+from come.stream.stream import LayerStream
+from tests.conftest import LAYERS, VOCAB, pico
 from tests.methods import (
     SPANS,
     decoder_layers,
     loss,
+    paper,
     scorer,
     without,
 )
@@ -105,3 +110,55 @@ def test_diffusion_map_equals_the_plain_one():
         ranks = expected[:, axis].argsort().argsort().double() / 20
         flipped = (-expected[:, axis]).argsort().argsort().double() / 20
         assert torch.equal(found[:, axis], ranks) or torch.equal(found[:, axis], flipped)
+
+
+@pytest.mark.parametrize(("count", "fitted", "judged"), [(1, 1, 1), (5, 3, 2), (40, 16, 8)])
+def test_trials_are_not_fitted_to_validation_windows(count, fitted, judged):
+    windows = torch.randint(3, VOCAB, (count, 4), generator=torch.Generator().manual_seed(0))
+    score = SELECTION.create("trial_kl")
+    with LayerStream(ModelAdapter(pico("llama_gqa")), windows, progress=False) as stream:
+        stream.embed()
+        score.prepare(stream)
+        assert torch.equal(score.trial_stream(stream).windows, windows[:fitted])
+        assert torch.equal(score._windows, windows[-judged:])
+    assert score.trial_tokens(count, 4) == (4 * fitted, 4 * judged)
+    assert SELECTION.create("refit_error").trial_tokens(8, 32) == (256, 0)
+
+
+def test_taylor_scores_are_computed_again_after_a_merge(windows):
+    model, seen = pico("llama_gqa"), []
+    plan = compress(
+        model, windows, paper(selection="taylor"), target_layers=4, progress=False,
+        on_step=lambda plan: seen.append(copy.deepcopy(model)),
+    )  # fmt: skip
+    with LayerStream(ModelAdapter(seen[0]), windows, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 2)
+        taylor = SELECTION.create("taylor")
+        taylor.prepare(stream)
+        for found in plan.steps[1].candidates:
+            again = taylor.score(stream, found.first, found.last)
+            assert found.score == pytest.approx(again, rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_scores_of_the_weights_of_sublayers(part, windows):
+    model = pico("llama_gqa")
+    dense = copy.deepcopy(model).double().requires_grad_()
+    loss(dense, windows).backward()
+    own = [
+        parameter
+        for layer in decoder_layers(dense)[1:3]
+        for name, parameter in layer.named_parameters()
+        if parameter.dim() == 2 and ("mlp" in name) == (part == "ffn")
+    ]
+    magnitude, taylor = SELECTION.create("magnitude"), SELECTION.create("taylor")
+    adapter = ModelAdapter(model)
+    with LayerStream(adapter, windows, batch_size=2, progress=False, block=part) as stream:
+        stream.embed()
+        stream.advance(0, LAYERS - 1)
+        taylor.prepare(stream)
+        expected = sum(float(p.detach().abs().sum()) for p in own)
+        assert magnitude.score(stream, 1, 2) == pytest.approx(expected, rel=1e-5)
+        expected = sum(float((p * p.grad).detach().abs().sum()) for p in own)
+        assert taylor.score(stream, 1, 2) == pytest.approx(expected, rel=1e-3)

@@ -17,6 +17,7 @@ from come.evaluate.paired import mean_difference
 from come.evaluate.speed import ModelSpeed, Timing, compare_speed
 from come.job.identity import _training_identity
 from come.linalg.gram import Gram
+from come.merge.joint_selection import joint_lambda
 from come.merge.plan import Plan
 from come.merge.refit import ridge
 from come.merge.saving import plan_path
@@ -328,3 +329,11 @@ def test_training_text_is_sampled_for_every_step(base, tmp_path):
     words = (*HEAL, *sampled, "distill.validation_samples=4", *QUICK)
     found = run_job(base, tmp_path / "out", *words)["distillation"]
     assert found["distinct_tokens"] == 256
+
+
+def test_auto_lambda_without_held_out_windows(targets, windows):
+    found, sources = targets("llama_gqa", windows[:4])
+    chosen, fixed = (ridge.Ridge(lambda_=x).solve(found, sources) for x in ("auto", 0.1))
+    for name, tensor in fixed.items():
+        torch.testing.assert_close(chosen[name], tensor, rtol=1e-4, atol=1e-5)
+    assert [joint_lambda(ridge.Ridge(lambda_=x)) for x in ("auto", 0.3)] == [0.1, 0.3]
