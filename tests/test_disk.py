@@ -26,7 +26,7 @@ from come.stream.candidates import Candidate, losses
 from come.stream.stream import LayerStream
 from tests.conftest import FAMILIES, LAYERS, pico
 from tests.disk import all_tensors, on_disk
-from tests.jobs import QUICK, local_task, run_job
+from tests.jobs import QUICK, local_task, prepare_job, run_job
 from tests.methods import paper, recipe
 
 TARGET = LAYERS - 2
@@ -319,3 +319,11 @@ def test_release_frees_the_layer_that_was_read_ahead(windows):
     gc.collect()
     assert read() is None
     assert all(p.is_meta for layer in adapter.layers for p in layer.parameters())
+
+
+def test_job_reads_layers_from_disk(base, tmp_path, private_caches):
+    model = prepare_job(base, tmp_path / "out", "model.weights=disk").load()
+    assert layers_on_disk(model) is not None
+    adapter = ModelAdapter(model)
+    adapter.write(1, {name: 2 * tensor for name, tensor in adapter.layer_state(1).items()})
+    assert list((tmp_path / "out").glob("weights-*/*"))

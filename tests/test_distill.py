@@ -258,8 +258,15 @@ def test_resumed_training_equals_an_uninterrupted_one(windows, tmp_path):
     }
     with pytest.raises(InterruptError):
         train(DISTILL.create_from("come_sp").objective(pair()), stop, *arguments, **shared)
-    resumed = DISTILL.create_from("come_sp").objective(pair())
-    found = train(resumed, lambda rows: (windows[:4][rows],), *arguments, **shared)
+    resumed, read = DISTILL.create_from("come_sp").objective(pair()), []
+
+    def rest(rows):
+        read.append(rows)
+        return (windows[:4][rows],)
+
+    found = train(resumed, rest, *arguments, **shared)
+    assert len(read) == 4  # the fifth and the sixth step
+    assert [p.name for p in (tmp_path / "whole").glob("step-*")] == ["step-0000006-end.safetensors"]
     assert found.curve == expected.curve
     assert found.validation == expected.validation
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
@@ -288,12 +295,13 @@ def test_non_finite_loss_stops_the_training(windows, tmp_path):
 
 def test_adapter_initialisation_is_seeded():
     weights = []
-    for draws in (1, 7):
+    for draws, seed in ((1, 0), (7, 0), (7, 1)):
+        given = pair()
         torch.rand(draws)
-        weights.append(
-            [p.clone() for p in DISTILL.create_from("lora").objective(pair()).parameters()]
-        )
-    assert all(map(torch.equal, *weights))
+        objective = DISTILL.create_from("lora", {"seed": seed}).objective(given)
+        weights.append([p.clone() for p in objective.parameters()])
+    assert all(map(torch.equal, weights[0], weights[1]))
+    assert not all(map(torch.equal, weights[1], weights[2]))
 
 
 def test_student_with_changed_early_layers_uses_its_own_hidden_states(windows):
@@ -369,3 +377,22 @@ def test_fsdp_config_shards_the_model():
     config = load_config_from_file(str(ROOT / "experiments" / "distill" / "fsdp.yaml"))
     assert config.distributed_type is DistributedType.FSDP
     assert not config.use_cpu
+
+
+def test_logit_loss_and_its_weight(windows):
+    given = pair()
+    found = DISTILL.create_from("logits", {"temperature": 2.0}).objective(given)(windows)
+    both = DISTILL.create_from("come_sp", {"logit_weight": 3.0}).objective(given)(windows)
+    layers = sum(float(value) for key, value in both.items() if key.startswith("layer_"))
+    assert float(both["loss"]) == pytest.approx(layers + 3 * float(both["logits"]), rel=1e-5)
+    teacher, student = (
+        adapter.model.double()(windows, use_cache=False).logits
+        for adapter in (given.teacher, given.student)
+    )
+    assert float(found["loss"]) == pytest.approx(plain_kl(teacher, student, 2.0), rel=1e-3)
+
+
+def test_mse_does_not_depend_on_the_scale():
+    student, teacher = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    small = float(mse(student / 1e3, teacher / 1e3))
+    assert small == pytest.approx(float(mse(student, teacher)))

@@ -6,7 +6,7 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from come.job.estimate import Cost, Speed, compression_cost
+from come.job.estimate import Cost, Speed, _merged_spans, compression_cost
 from come.merge.joint_selection import joint_work
 from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
@@ -242,3 +242,25 @@ def test_trials_do_not_solve_twice(shape):
     method = recipe("come_plus")
     method.retention.solves = False
     assert cost(shape, method=method).work.single > cost(shape).work.single
+
+
+@pytest.mark.parametrize(("name", "changes", "slots"), [
+    ("come", {}, 13), ("come", {"sublayers": ("ffn",)}, 25),
+    ("come", {"sensitivity": "path_attribution"}, 26), ("come_plus", {}, 13 + 6),
+])  # fmt: skip
+def test_bytes_of_states_and_layers(name, changes, slots, shape):
+    found = cost(shape, method=recipe(name, **changes), weights="disk")
+    assert found.boundary_bytes == 256 * 32 * 4 * slots
+    assert found.batch_bytes == 4 * 32 * (3 * 24 + 6 * 32) * 4
+    assert found.layer_bytes == 2 * 4 * shape.block_parameters["layer"]
+
+
+def test_spans_and_passes(shape):
+    assert _merged_spans(recipe("come_plus"), 12, 6) == [4, 4]
+    assert cost(shape, target=6).trials == [2] * 11 + [3, 4] * 3
+    layer = 2 * shape.block_parameters["layer"]  # operations of a token
+    plain = 256 * layer * (12 + 3 * 6)  # once, and half of the layers after each of three merges
+    assert cost(shape, method=recipe("come")).work.single == plain
+    tried = cost(shape, method=recipe("come", selection="trial_kl"))
+    assert tried.trials == [2] * 36
+    assert tried.work.single == plain + 36 * 64 * (layer * 6 + 2 * 300 * 32)

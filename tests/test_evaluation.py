@@ -72,7 +72,7 @@ def test_speed_records_every_repeat():
         assert found.generation.tokens == 4
         assert found.peak_bytes > 0
     # per layer: keys and values of 32 tokens, 2 heads of 8, float32
-    assert [speed.cache_bytes for found in speeds.values()] == [6 * 4096, 3 * 4096]
+    assert [found.cache_bytes for found in speeds.values()] == [6 * 4096, 3 * 4096]
     timing = Timing(10, (1.0, 4.0, 2.0))
     assert timing.tokens_per_second == 5
     assert timing.spread == (2.5, 10)
@@ -296,3 +296,30 @@ def test_partial_metrics_of_another_job_are_ignored(tmp_path):
         found = Measured(path, job).get("perplexity", ["model"], measure)
         assert found == {"model": {"perplexity": Metric(2.0, samples=[0.5])}}
     assert len(calls) == 2
+
+
+def test_timed_generation_has_the_given_size(monkeypatch):
+    calls = []
+    monkeypatch.setattr(speed, "_generate", lambda model, *sizes: calls.append(sizes))
+    monkeypatch.setattr(speed, "_peak_bytes", lambda model, work: [work(), 0][1])
+    compare_speed(
+        {"model": pico("llama_gqa")}, prompt_tokens=8, new_tokens=3, batch=4, repeats=2,
+        progress=False,
+    )  # fmt: skip
+    assert calls == [(4, 3)] * 4  # warm-up, its memory, two repetitions
+
+
+def test_least_number_of_generated_tokens():
+    model, ids = pico("llama_gqa"), torch.tensor([[3, 4, 5]])
+    model.generation_config.eos_token_id = int(generate_greedily(model, ids, 1)[0, -1])
+    assert generate_greedily(model, ids, 5).shape[1] == 4
+    assert generate_greedily(model, ids, 5, least=5).shape[1] == 8
+
+
+def test_metric_that_is_no_mean_of_its_scores():
+    samples = [{"doc_id": i, "f1": float(i % 2)} for i in range(4)]
+    assert _task_metrics("a", {"f1,none": 0.7}, samples)["zero_shot/a"].samples == []
+
+
+def test_prompt_predicts_one_token():
+    assert speed._prompt(pico("llama_gqa"), 8).logits.shape[:2] == (1, 1)

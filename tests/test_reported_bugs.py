@@ -389,3 +389,10 @@ def test_inv_freq_and_redundant_head_in_the_checkpoint(tmp_path):
     written = load_file(tmp_path / "out/model/model.safetensors")
     assert "lm_head.weight" not in written
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").config.tie_word_embeddings
+
+
+def test_lengths_may_equal_max_positions(tmp_path):
+    base = save_base(tmp_path / "base", "opt", max_position_embeddings=48)
+    words = ("calibration.seq_len=48", "distill=come_sp", "distill.seq_len=48", "eval=speed")
+    sizes = ("eval.speed.prompt_tokens=48", "eval.speed.new_tokens=32")
+    prepare_job(base, tmp_path / "out", *words, *sizes)

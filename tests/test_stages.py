@@ -1,20 +1,22 @@
 """The merge and evaluation stages of a job: what is resumed, saved, loaded and measured."""
 
 import importlib
+import json
+import time
 
 import pytest
 import torch
 
 from come.evaluate.perplexity import perplexity
 from come.job.identity import job_hash
-from come.job.sampled_text import sampling_key, with_samples
+from come.job.sampled_text import sampled, sampling_key, with_samples
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.merge.selection import trial_kl
 from come.models.adapter import ModelAdapter
-from come.models.loading import load_weights
+from come.models.loading import load_tokenizer, load_weights
 from tests.bases import save_base
-from tests.conftest import LAYERS, pico
+from tests.conftest import LAYERS, VOCAB, pico
 from tests.jobs import QUICK, job_settings, prepare_job, run_job
 
 STAGE = importlib.import_module("come.job.stages.merge")
@@ -186,8 +188,40 @@ def test_parameters_without_mlps(base, tmp_path):
     words = ("merge.sublayers=[ffn]", "eval=none")
     dense, merged = run_job(base, tmp_path / "out", *words)["depths"]
     assert dense["parameters"] - merged["parameters"] == block
+    assert merged["sparsity"] == pytest.approx(block / dense["parameters"])
     sparsity = 3 * block / dense["parameters"]
     job = prepare_job(
         base, tmp_path / "two", *words, "merge.target_layers=null", f"merge.sparsity={sparsity}"
     )
     assert job.target == LAYERS - 3
+
+
+def test_cost_of_a_resumed_merge(base, tmp_path):
+    words, path = ("merge.target_layers=4", *QUICK), tmp_path / "out" / "plan.partial.json"
+    interrupted_job(base, tmp_path / "out", *words)
+    plan = json.loads(path.read_text())
+    plan["provenance"]["seconds"] = 1000.0
+    path.write_text(json.dumps(plan))
+    began = time.perf_counter()
+    found = run_job(base, tmp_path / "out", *words)["compression"]
+    assert 1000 < found["seconds"] < 1000 + time.perf_counter() - began
+    assert found["layer_passes"] > 0
+
+
+@pytest.mark.parametrize("changed", [
+    "calibration.temperature=0.1", "calibration.top_p=0.1", "calibration.keep_likeliest=0.5",
+])  # fmt: skip
+def test_settings_of_sampled_training_text(changed, tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa", vocab_size=2 * VOCAB)
+    words = (
+        *SAMPLED, "distill=come_sp", "distill.seq_len=12", "distill.validation_samples=2",
+        "eval=none",
+    )  # fmt: skip
+    model = load_weights(base)
+    first, second = (
+        sampled(prepare_job(base, tmp_path / "out", *words, *more), model, 4).windows
+        for more in ((), (changed,))
+    )
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+    assert int(first.max()) < len(load_tokenizer(base))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from come.distill.memory import training_memory
 from come.distill.objectives.base import DISTILL
@@ -60,3 +61,10 @@ def test_default_lora_rank_matches_the_size_of_merged_layers():
     for name in ("come_sp", "lora"):
         sizes[name] = training_memory(DISTILL.create_from(name).objective(pair())).parameters
     assert 0.6 < sizes["lora"] / sizes["come_sp"] < 1.7  # ranks are integers
+
+
+def test_scale_of_adapters():
+    given = pair()
+    DISTILL.create_from("lora", {"lora_rank": 3}).objective(given)
+    layers = [m for m in given.student.model.modules() if isinstance(m, LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {2.0}

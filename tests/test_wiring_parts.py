@@ -25,7 +25,7 @@ from come.models.adapter import ModelAdapter
 from come.models.companions import companion_files
 from come.models.loading import load_tokenizer
 from come.stream.stream import LayerStream
-from tests.bases import edit_json, save_base
+from tests.bases import edit_json
 from tests.conftest import LAYERS, pico
 from tests.jobs import QUICK, prepare_job, run_job, settings
 from tests.test_distill import pair
@@ -318,22 +318,31 @@ def test_chosen_lambda_fits_all_windows(targets, monkeypatch):
         torch.testing.assert_close(chosen[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_training_is_in_single_precision(tmp_path):
-    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
-    found = run_job(base, tmp_path / "out", *HEAL, *QUICK)["distillation"]
-    assert found["gradient_bytes"] == 4 * found["trained_parameters"]
-
-
-def test_training_text_is_sampled_for_every_step(base, tmp_path):
-    sampled = ("calibration=self_generated", "calibration.path=null")
-    words = (*HEAL, *sampled, "distill.validation_samples=4", *QUICK)
-    found = run_job(base, tmp_path / "out", *words)["distillation"]
-    assert found["distinct_tokens"] == 256
-
-
 def test_auto_lambda_without_held_out_windows(targets, windows):
     found, sources = targets("llama_gqa", windows[:4])
     chosen, fixed = (ridge.Ridge(lambda_=x).solve(found, sources) for x in ("auto", 0.1))
     for name, tensor in fixed.items():
         torch.testing.assert_close(chosen[name], tensor, rtol=1e-4, atol=1e-5)
     assert [joint_lambda(ridge.Ridge(lambda_=x)) for x in ("auto", 0.3)] == [0.1, 0.3]
+
+
+def test_disk_space_of_a_job(base, tmp_path):
+    def job(*words):
+        return prepare_job(base, tmp_path / "out", "eval=none", *words)
+
+    plain = job()
+    weights = plain.shape.weight_bytes
+    assert plain.disk_bytes == weights
+    assert job("merge.target_layers=4", "merge.save_at=[5,4]").disk_bytes == 2 * weights
+    assert job(*HEAL).disk_bytes == 4 * weights
+    stored = job("calibration.store=disk")
+    assert stored.disk_bytes == weights + stored.cost.boundary_bytes
+    layers = job("merge.target_layers=4", "model.weights=disk")
+    assert layers.disk_bytes == weights + 2 * 4 * layers.shape.block_parameters["layer"]
+
+
+def test_depths_to_save_with_groups(base, tmp_path):
+    words = ("merge.target_layers=null", "merge.groups=[[0,1,2],[4,5]]", "eval=none")
+    assert prepare_job(base, tmp_path / "a", *words, "merge.save_at=[4]").target == 3
+    with pytest.raises(ValueError, match="passes through 4, 3"):
+        prepare_job(base, tmp_path / "b", *words, "merge.save_at=[5]")

@@ -218,3 +218,15 @@ def test_task_identity_covers_data_in_any_folder(tasks, tmp_path):
     assert identity() == before
     moved.write_text(moved.read_text().replace("depth order", "other order"))
     assert identity() != before
+
+
+def test_group_is_the_mean_of_its_tasks(tasks, pico_folder):
+    (tasks / "both.yaml").write_text("group: both\ntask:\n  - layers\n  - models\n")
+    found = zero_shot(*load_model(pico_folder), load(tasks, ["both"]))
+    mean = (found["zero_shot/layers"].value + found["zero_shot/models"].value) / 2
+    assert found["zero_shot/both"].value == pytest.approx(mean)
+
+
+def test_paired_difference_is_reproducible():
+    scores, reference = np.random.default_rng(2).random((2, 50)).tolist()
+    assert paired_difference(scores, reference) == paired_difference(scores, reference)

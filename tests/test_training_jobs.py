@@ -1,0 +1,101 @@
+"""Jobs that train the merged layers: their numbers, precision, texts, and earlier merges."""
+
+import importlib
+import time
+
+import pytest
+import torch
+
+from tests.bases import save_base
+from tests.commands import same_checkpoint
+from tests.jobs import QUICK, prepare_job, run_job
+from tests.test_stages import STAGE, Interrupt
+from tests.test_wiring_parts import HEAL
+
+pytestmark = pytest.mark.usefixtures("private_caches")
+
+
+def test_run_from_a_trained_model(base, tmp_path):
+    """Its weights are measured, not those that its plan gives."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    first = run_job(base, out, *HEAL, "distill.validate_every=1", *QUICK)
+    second = run_job(base, again, f"from_run={out}", "merge.target_layers=null", *QUICK)
+    assert first["distillation"]["best_step"] > 0
+    assert same_checkpoint(again / "model", out / "model")
+    assert not same_checkpoint(again / "model", out / "model-merged")
+    assert second["calibration"] == first["calibration"]
+
+
+@pytest.mark.parametrize("method", ["come_sp", "come_mp"])
+def test_numbers_of_a_training(method, base, tmp_path):
+    began = time.perf_counter()
+    words = ("distill.validation_samples=3", "distill.validate_every=2", *QUICK)
+    result = run_job(base, tmp_path / "out", *HEAL, f"distill={method}", *words)
+    found, (dense, merged, _) = result["distillation"], result["depths"]
+    assert (found["steps"], found["tokens"], found["validation_tokens"]) == (4, 256, 48)
+    assert [tokens for tokens, _ in found["curve"]] == [64, 128, 192, 256]
+    assert [row["tokens"] for row in found["validation"]] == [0, 128, 256]
+    best = min(found["validation"], key=lambda row: row["loss"])
+    assert found["best_step"] * 64 == best["tokens"]
+    assert 0 < found["seconds"] < time.perf_counter() - began
+    assert found["tokens_per_second"] == pytest.approx(256 / found["seconds"])
+    both = dense["parameters"] + merged["parameters"]
+    size = both if method == "come_sp" else found["trained_parameters"]
+    assert found["weight_bytes"] == 4 * size
+    assert not (tmp_path / "out" / "distill").exists()
+
+
+def test_distillation_of_an_earlier_merge(base, tmp_path):
+    for name, more in ("layer", ()), ("ffn", ("merge.sublayers=[ffn]",)):
+        run_job(base, tmp_path / name, "eval=none", *more)
+
+    def words(name):
+        return (*HEAL, f"from_run={tmp_path / name}", "merge.target_layers=null", "eval=none")
+
+    result = run_job(base, tmp_path / "out", *words("layer"))
+    assert [depth["stage"] for depth in result["depths"]] == ["dense", "merged", "distilled"]
+    with pytest.raises(ValueError, match="merges the ffn blocks"):
+        prepare_job(base, tmp_path / "no", *words("ffn"))
+
+
+def test_training_is_in_single_precision(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
+    found = run_job(base, tmp_path / "out", *HEAL, *QUICK)["distillation"]
+    assert found["gradient_bytes"] == 4 * found["trained_parameters"]
+
+
+def test_training_text_is_sampled_for_every_step(base, tmp_path):
+    sampled = ("calibration=self_generated", "calibration.path=null")
+    words = (*HEAL, *sampled, "distill.validation_samples=4", *QUICK)
+    found = run_job(base, tmp_path / "out", *words)["distillation"]
+    assert found["distinct_tokens"] == 256
+
+
+def test_seed_draws_the_training_windows(base, tmp_path):
+    one, two = (
+        prepare_job(base, tmp_path / "out", *HEAL, f"distill.seed={seed}").training.windows
+        for seed in (0, 1)
+    )
+    assert not torch.equal(one, two)
+
+
+def test_interrupted_distillation_reuses_only_its_own_merge(base, tmp_path):
+    stage, whole = importlib.import_module("come.job.stages.distill"), STAGE.compress
+
+    def stop(*args, **kwargs):
+        raise Interrupt
+
+    def counted(calls):
+        return lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs)
+
+    for again, merges in ((), 0), (("calibration.seed=1",), 1):
+        calls, folder = [], tmp_path / str(merges)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "train", stop)
+            with pytest.raises(Interrupt):
+                run_job(base, folder, *HEAL, *QUICK)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(STAGE, "compress", counted(calls))
+            result = run_job(base, folder, *HEAL, *QUICK, *again)
+        assert len(calls) == merges
+        assert result["compression"]["seconds"] > 0
