@@ -225,9 +225,13 @@ class Coverage:
         return self._seconds.get(test, 1.0)
 
     def tests(self, mutant: Mutant, limit: float) -> tuple[list[str], list[str]]:
-        """The tests that cover the mutant's line, and the other tests that start commands."""
+        """The tests that cover the mutant's line, and the other tests that start commands.
+
+        A line that runs when its file is imported belongs to all tests that cover the file.
+        """
         lines = range(mutant.first, mutant.line + 1)
-        own = sorted(self._covering(mutant.path, lines), key=self._cost)
+        found = self._covering(mutant.path, lines) or self._covering(mutant.path)
+        own = sorted(found, key=self._cost)
         others = [test for test in self._commands if test not in own]
         return self._within(own, limit), self._within(others, limit)
 

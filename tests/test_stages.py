@@ -16,6 +16,7 @@ from come.merge.selection import trial_kl
 from come.models.adapter import ModelAdapter
 from come.models.loading import load_tokenizer, load_weights
 from tests.bases import save_base
+from tests.commands import same_checkpoint
 from tests.conftest import LAYERS, VOCAB, pico
 from tests.jobs import QUICK, job_settings, prepare_job, run_job
 
@@ -225,3 +226,15 @@ def test_settings_of_sampled_training_text(changed, tmp_path):
     assert first.shape == second.shape
     assert not torch.equal(first, second)
     assert int(first.max()) < len(load_tokenizer(base))
+
+
+def test_plan_gives_the_same_models_at_every_depth(base, tmp_path):
+    words = ("merge.target_layers=4", "merge.save_at=[5]", *QUICK)
+    first = run_job(base, tmp_path / "out", *words)
+    plan = ("merge=from_plan", f"merge.plan={tmp_path / 'out' / 'plan.json'}")
+    again = run_job(base, tmp_path / "again", *plan, *words)
+    for name in ("model", "model-5"):
+        assert same_checkpoint(tmp_path / "again" / name, tmp_path / "out" / name)
+    assert [d["layers"] for d in again["depths"]] == [d["layers"] for d in first["depths"]]
+    with pytest.raises(ValueError, match="the plan passes through 5, 4"):
+        prepare_job(base, tmp_path / "no", *plan, "merge.target_layers=4", "merge.save_at=[3]")
