@@ -7,15 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
+from come.job.identity import job_hash
 from come.merge.plan import BaseModel, Plan
 from come.merge.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
 from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
-from come.models.loading import inspect_model, load_model, load_weights
+from come.models.loading import inspect_model, load_model, load_weights, resolve_fast
 from come.models.surgery import check_layer_config, reindex_config
 from tests.bases import save_byte_level_tokenizer
 from tests.conftest import LAYERS, pico
+from tests.jobs import job_settings
 
 
 def test_unsupported_families():
@@ -80,6 +82,32 @@ def test_load_and_fingerprint(pico_folder, tmp_path):
     shape = inspect_model(pico_folder, dtype="bfloat16")
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.weight_bytes == 2 * shape.parameters
+
+
+@pytest.mark.parametrize(("able", "dtype"), [
+    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
+    ({"avx512_bf16": False, "avx2": True}, torch.float32), (None, torch.float32),
+])  # fmt: skip
+def test_fast_dtype(able, dtype, pico_folder, monkeypatch):
+    """bfloat16 only where the processor has instructions for it; torch may not know."""
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert inspect_model(pico_folder, dtype="fast", device="cpu").dtype == dtype
+    assert load_weights(pico_folder, dtype="fast", device="cpu").dtype == dtype
+    assert inspect_model(pico_folder, dtype="float32").dtype == torch.float32
+
+
+def test_fast_is_the_job_of_its_dtype(pico_folder):
+    """The same machine has one hash for `fast` and for the dtype that it stands for."""
+    device = torch.device("cpu")
+    fast, same = (
+        job_hash(job_settings(pico_folder, f"model.dtype={dtype}", "model.device=cpu"))
+        for dtype in ("fast", resolve_fast("fast", device))
+    )
+    assert fast == same
+    assert fast != job_hash(job_settings(pico_folder, "model.dtype=float16", "model.device=cpu"))
 
 
 def test_tied_parameters_count_once(tmp_path):

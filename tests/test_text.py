@@ -19,6 +19,7 @@ from come.data.windows import (
     without_lines_of,
 )
 from come.models.loading import load_model, load_tokenizer
+from tests.conftest import pico
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +237,29 @@ def test_a_token_without_probability_is_never_drawn():
     drawn = Sampling().draw(logits, torch.Generator().manual_seed(0))
     assert drawn.shape == (2000, 1)
     assert not torch.isin(drawn, torch.tensor([0, 7, 8, 50])).any()
+    shares = torch.bincount(drawn[:, 0], minlength=51) / 2000
+    assert (shares - logits.softmax(-1).mean(0)).abs().max() < 0.02
     certain = torch.full((5, 9), -torch.inf)
     certain[:, 8] = 3.0
     assert Sampling().draw(certain, torch.Generator().manual_seed(0)).flatten().tolist() == [8] * 5
+
+
+@pytest.mark.parametrize(("dtype", "used"), [
+    (torch.float32, "sdpa"), (torch.bfloat16, "eager"),
+])  # fmt: skip
+def test_attention_while_sampling(dtype, used, monkeypatch):
+    """Plain products in half precision, and afterwards the model's own kernel again."""
+    model, found = pico("llama_gqa").to(dtype), []
+    forward = model.forward
+
+    def watched(**inputs):
+        found.append(model.config._attn_implementation)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    self_generated_windows(model, num_samples=2, seq_len=4, progress=False)
+    assert set(found) == {used}
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_likeliest_windows_are_kept(pico_folder):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PROMPT = 16  # tokens of the prompts that are continued
+_WARM_UP = 4  # tokens generated before the first timing
 
 
 @dataclass(frozen=True)
@@ -166,19 +167,20 @@ def compare_speed(
     peaks: dict[str, int] = {}
     turns = (repeats + 1) * len(models)
     with ProgressBar(total=turns, desc="speed", unit="turn", shown=progress) as bar:
-        for repeat in range(repeats + 1):
+        for label, model in models.items():
+            caches[label] = _cache_bytes(model, prompt_tokens)
+            _generate(model, batch, min(new_tokens, _WARM_UP))
+            works: list[Callable[[], object]] = [partial(_prompt, model, prompt_tokens)]
+            if batch * (_PROMPT + new_tokens) > prompt_tokens:  # otherwise it needs less
+                works.append(partial(_generate, model, batch, new_tokens))
+            peaks[label] = max(_peak_bytes(model, work) for work in works)
+            bar.update()
+        for _ in range(repeats):
             for label, model in models.items():
                 prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
                 generation = _seconds(model, partial(_generate, model, batch, new_tokens))
-                if repeat:
-                    found[label]["prompt"].append(prompt)
-                    found[label]["generation"].append(generation)
-                else:
-                    caches[label] = _cache_bytes(model, prompt_tokens)
-                    works: list[Callable[[], object]] = [partial(_prompt, model, prompt_tokens)]
-                    if batch * (_PROMPT + new_tokens) > prompt_tokens:  # otherwise it needs less
-                        works.append(partial(_generate, model, batch, new_tokens))
-                    peaks[label] = max(_peak_bytes(model, work) for work in works)
+                found[label]["prompt"].append(prompt)
+                found[label]["generation"].append(generation)
                 bar.update()
     return {
         label: ModelSpeed(

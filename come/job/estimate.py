@@ -21,8 +21,15 @@ EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}
 
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations per second of a device, in the model's dtype and in float64."""
+    """Floating-point operations per second of a device.
 
+    Attributes:
+        forward: in the model's dtype.
+        single: in float32.
+        double: in float64.
+    """
+
+    forward: float
     single: float
     double: float
 
@@ -30,11 +37,14 @@ class Speed:
     def measured(cls, device: torch.device, dtype: torch.dtype) -> Speed:
         """The measured speed of matrix products, times `EFFICIENCY`."""
         share = EFFICIENCY[device.type]
-        return cls(share * _products(device, dtype), share * _products(device, torch.float64))
+        single, double = (_products(device, kind) for kind in (torch.float32, torch.float64))
+        forward = single if dtype == torch.float32 else _products(device, dtype)
+        return cls(share * forward, share * single, share * double)
 
     def seconds(self, work: Work) -> float:
         """Seconds that the work takes."""
-        return work.single / self.single + work.double / self.double
+        slower = work.single / self.single + work.double / self.double
+        return work.forward / self.forward + slower
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
@@ -155,14 +165,14 @@ def compression_cost(
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
         work += _span(shape, 1, judged).passes * (layers / 2)
-        work += Work(single=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
+        work += Work(forward=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
     extra = {
         f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
         f"merge.retention={method.retention.name}": method.retention.trials,
         f"merge.schedule={schedule.name}": schedule.trials,
         f"merge.refit={method.refit.name}": method.refit.active
-        and not method.refit.work(_span(shape, 2, tokens)).single,
+        and method.refit.work(_span(shape, 2, tokens)) == Work(),
         f"merge.refit.downstream={method.refit.downstream}": method.refit.downstream is not None,
     }
     layer = shape.block_parameters["layer"] * shape.dtype.itemsize

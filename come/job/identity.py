@@ -15,7 +15,7 @@ from come.job.processes import process_count
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.models.checkpoint import fingerprint, identity
-from come.models.loading import choose_device
+from come.models.loading import choose_device, resolve_fast
 from come.schema import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,11 @@ def job_hash(settings: Settings) -> str:
     number of processes, because they change the rounding of sums over tokens, and the device type.
     It excludes labels, the store of hidden states, and tracking.
     """
+    device = choose_device(settings.model.device)
     parts: dict[str, Any] = {
         "code": [package_hash(), *(version(package) for package in _PACKAGES)],
-        "device": choose_device(settings.model.device).type,
-        "model": settings.model.counted(),
+        "device": device.type,
+        "model": settings.model.counted() | {"dtype": resolve_fast(settings.model.dtype, device)},
         "model_identity": model_identity(settings.model),
         "merge": settings.merge.counted(),
         "eval": {name: [e.counted(), e.identity()] for name, e in settings.eval.items()},

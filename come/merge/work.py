@@ -12,11 +12,13 @@ class Work:
     """Arithmetic, and its peak memory.
 
     Attributes:
-        single: floating-point operations in the model's dtype or float32.
+        forward: floating-point operations of forward passes, in the model's dtype.
+        single: floating-point operations in float32.
         double: floating-point operations in float64.
         bytes: peak memory in addition to weights and boundary states.
     """
 
+    forward: float = 0.0
     single: float = 0.0
     double: float = 0.0
     bytes: float = 0.0
@@ -24,12 +26,15 @@ class Work:
     def __add__(self, other: Work) -> Work:
         """This work, then the other."""
         return Work(
-            self.single + other.single, self.double + other.double, max(self.bytes, other.bytes)
+            self.forward + other.forward,
+            self.single + other.single,
+            self.double + other.double,
+            max(self.bytes, other.bytes),
         )
 
     def __mul__(self, times: int | float) -> Work:
         """This work, `times` times in sequence."""
-        return Work(self.single * times, self.double * times, self.bytes)
+        return Work(self.forward * times, self.single * times, self.double * times, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class SpanSize:
     @property
     def passes(self) -> Work:
         """One forward pass of all tokens through one layer."""
-        return Work(single=2.0 * self.tokens * self.parameters)
+        return Work(forward=2.0 * self.tokens * self.parameters)
 
     @property
     def width(self) -> int:
@@ -99,13 +104,17 @@ class SpanSize:
         if self.dual(width):
             order, single = self.tokens, 4.0 * self.tokens * width * out
         cubic = order**3 / 3 + 2.0 * order * order * out
-        return Work(single, double=cubic, bytes=self.sums(width, out).bytes + 8.0 * width * out)
+        return Work(
+            single=single, double=cubic, bytes=self.sums(width, out).bytes + 8.0 * width * out
+        )
 
     def inverse(self, width: int, itemsize: int = 8) -> Work:
         """An in-place factorisation and inverse; in the dual form, a triangular solve."""
         if self.dual(width, DUAL):
             tokens = float(self.tokens)
-            return Work(tokens * tokens * width, tokens**3 / 3, 16 * tokens * tokens)
+            return Work(
+                single=tokens * tokens * width, double=tokens**3 / 3, bytes=16 * tokens * tokens
+            )
         return _of(float(width) ** 3, itemsize) + Work(bytes=float(itemsize) * width * width)
 
     def aligned(self) -> Work:

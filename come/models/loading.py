@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "memory", "disk")
 
 
@@ -114,14 +114,35 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def choose_dtype(dtype: str, config: PretrainedConfig, folder: Path) -> torch.dtype:
-    """The dtype with the given name; "auto" is the configuration's, or else that of the weights.
+def resolve_fast(dtype: str, device: torch.device) -> str:
+    """The given dtype, but for "fast": bfloat16 where the device computes in it, else float32.
+
+    A processor without instructions for bfloat16 converts every number, and takes several times as
+    long as in float32.
+    """
+    if dtype != "fast":
+        return dtype
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):  # absent from older versions of PyTorch
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return "bfloat16" if native else "float32"
+
+
+def choose_dtype(
+    dtype: str, config: PretrainedConfig, folder: Path, device: torch.device
+) -> torch.dtype:
+    """The dtype with the given name.
+
+    "auto" is the configuration's, or else that of the weights; "fast" see `resolve_fast`.
 
     Raises:
         ValueError: the name is unknown.
     """
     if check_dtype(dtype) != "auto":
-        return getattr(torch, dtype)
+        return getattr(torch, resolve_fast(dtype, device))
     own = config.dtype
     if own is None:
         return weights_dtype(folder)
@@ -129,7 +150,7 @@ def choose_dtype(dtype: str, config: PretrainedConfig, folder: Path) -> torch.dt
 
 
 def inspect_model(
-    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> ModelShape:
     """Reads a checkpoint's configuration and checks its files and family, without loading weights.
 
@@ -159,7 +180,7 @@ def inspect_model(
             )
     else:
         skeleton.tie_weights()
-    return ModelShape.of(skeleton, choose_dtype(dtype, config, folder))
+    return ModelShape.of(skeleton, choose_dtype(dtype, config, folder, choose_device(device)))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -221,8 +242,10 @@ def load_weights(
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    shape = inspect_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     chosen = choose_device(device)
+    shape = inspect_model(
+        folder, dtype=dtype, device=str(chosen), trust_remote_code=trust_remote_code
+    )
     if choose_weights(weights, shape, chosen) == "disk":
         model = open_weights(
             folder, shape.config, architecture_of(shape.config).layers,

@@ -43,7 +43,11 @@ class ModelSettings(HasSettings):
     revision: Optional[str] = setting(
         None, "branch, tag or commit of a hub repository", kind=str, optional=True
     )
-    dtype: str = setting("auto", "auto is the checkpoint's", choices=DTYPES)
+    dtype: str = setting(
+        "auto",
+        "auto is the checkpoint's; fast is bfloat16 where the device computes in it, else float32",
+        choices=DTYPES,
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N", counts=False)
     weights: str = setting(
         "auto",

@@ -49,7 +49,10 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
     shape = inspect_model(
-        checkpoint, dtype=source.dtype, trust_remote_code=source.trust_remote_code
+        checkpoint,
+        dtype=source.dtype,
+        device=source.device,
+        trust_remote_code=source.trust_remote_code,
     )
     merge = settings.merge
     if not merge.enabled:
