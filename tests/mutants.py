@@ -45,8 +45,8 @@ _BINARY = {
 }  # fmt: skip
 _SHOWN = ("print", "say", "warn", "warning", "info", "update", "set_postfix_str", "ProgressBar")
 """Calls without effect other than output."""
-_SKIPPED = ("progress", "desc", "unit", "shown", "help", "total")
-"""Keyword arguments that only affect output."""
+_SKIPPED = ("progress", "desc", "unit", "shown", "help", "total", "strict")
+"""Keyword arguments that only affect output, and the assertion that zip's lengths are equal."""
 
 
 @dataclass(frozen=True)
