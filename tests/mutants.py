@@ -156,6 +156,8 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
                 continue
             if isinstance(child, ast.JoinedStr | ast.FormattedValue):
                 continue
+            if isinstance(child, ast.keyword) and child.arg in _SKIPPED:
+                continue
             if isinstance(child, ast.Expr | ast.Call) and _is_shown(child):
                 continue
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):

@@ -16,7 +16,7 @@ def scale(values, factor: float = 2.0, *, shown=True):
         raise ValueError(f"values={values}: {1 + 1} at least")
     assert factor > 0
     total = 0
-    for value in values:
+    for (value,) in zip(values, strict=True):
         total += value * factor
     print(total + 1)
     return mean(values, total, root=sqrt(total)) if total < 9 else None
