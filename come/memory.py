@@ -26,6 +26,17 @@ def return_freed_memory() -> None:
             mallopt(_MMAP_THRESHOLD, 4 << 20)
 
 
+def trim_heap() -> None:
+    """Returns the free pages between blocks in use to the system, with glibc.
+
+    Sampling text leaves many of them, because the KV cache grows with every token.
+    """
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from other libraries
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
 class PeakMemory:
     """Context manager that measures the peak memory above the level at entry, in bytes.
 

@@ -101,6 +101,7 @@ def test_group_counts_as_one_task(tasks, pico_folder):
     found = zero_shot(model, tokenizer, load(tasks, ["outer", "models"]))
     tasks = {name for name in found if not name.endswith("acc_norm")}
     assert tasks == {"zero_shot", "zero_shot/outer", "zero_shot/layers", "zero_shot/models"}
+    assert [name for name, metric in found.items() if metric.headline] == ["zero_shot"]
     layers, models = found["zero_shot/layers"].value, found["zero_shot/models"].value
     assert found["zero_shot/outer"].value == layers
     assert found["zero_shot"].value == pytest.approx((layers + models) / 2)

@@ -20,7 +20,7 @@ from come.job.estimate import Speed
 from come.job.folder import PARTIAL_PLAN, TRIALS, partial_plan
 from come.job.job import Job
 from come.job.sampled_text import with_samples
-from come.memory import PeakMemory
+from come.memory import PeakMemory, trim_heap
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.method import Method
@@ -82,6 +82,7 @@ def merge(
         model = job.load(device=str(accelerator.device) if several else None)
         if job.plan is None:
             job = replace(job, calibration=with_samples(job, model))
+            trim_heap()
         began = time.perf_counter()
         spent = 0.0 if earlier is None else float(earlier.provenance.get("seconds", 0.0))
 
