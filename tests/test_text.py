@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from come.data import decoding
+from come.data.decoding import single_token_attention
 from come.data.sampling import Sampling, cached, continued_windows, self_generated_windows
 from come.data.sources.base import TEXT
 from come.data.sources.hub import Hub
@@ -19,7 +21,7 @@ from come.data.windows import (
     without_lines_of,
 )
 from come.models.loading import load_model, load_tokenizer
-from tests.conftest import pico
+from tests.conftest import FAMILIES, LAYERS, VOCAB, pico
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +246,44 @@ def test_a_token_without_probability_is_never_drawn():
     assert Sampling().draw(certain, torch.Generator().manual_seed(0)).flatten().tolist() == [8] * 5
 
 
-@pytest.mark.parametrize(("dtype", "used"), [
-    (torch.float32, "sdpa"), (torch.bfloat16, "eager"),
-])  # fmt: skip
-def test_attention_while_sampling(dtype, used, monkeypatch):
-    """Plain products in half precision, and afterwards the model's own kernel again."""
-    model, found = pico("llama_gqa").to(dtype), []
-    forward = model.forward
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_while_sampling(family, monkeypatch):
+    """As exact as the model's own, which is used again afterwards."""
+    model, calls = pico(family), []
+    ids = torch.randint(3, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        decoding, "single_token_attention",
+        lambda *given, **others: calls.append(1) or single_token_attention(*given, **others),
+    )  # fmt: skip
 
-    def watched(**inputs):
-        found.append(model.config._attn_implementation)
-        return forward(**inputs)
+    @torch.no_grad()
+    def logits():
+        cache, found = None, []
+        for step in (ids[:, :5], ids[:, 5:6], ids[:, 6:7], ids[:, 7:]):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[:, -1])
+        return torch.stack(found)
 
-    monkeypatch.setattr(model, "forward", watched)
-    self_generated_windows(model, num_samples=2, seq_len=4, progress=False)
-    assert set(found) == {used}
-    assert model.config._attn_implementation == "sdpa"
+    own = logits()
+    with decoding.fast_single_tokens(model):
+        assert torch.allclose(logits(), own, atol=1e-5)
+    assert len(calls) == 4 * LAYERS
+    assert torch.equal(logits(), own)
+    assert len(calls) == 4 * LAYERS
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+def test_single_token_attention(heads, groups):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, heads, 1, 8, generator=generator)
+    key, value = torch.randn(2, 2, groups, 5, 8, generator=generator).transpose(0, 1)
+    found, weights = single_token_attention(None, query, key, value, None, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=0.3, enable_gqa=True
+    )
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
+    assert weights is None
 
 
 def test_likeliest_windows_are_kept(pico_folder):

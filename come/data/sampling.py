@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from come.data.decoding import fast_single_tokens
 from come.data.windows import TokenWindows
 from come.files import cache_folder, write_bytes
 from come.progress import ProgressBar
@@ -107,7 +107,7 @@ def sample(
     batches = []
     total = starts.shape[0] * seq_len
     shown = ProgressBar(total=total, desc="sampling text", unit="token", shown=progress)
-    with shown as bar, _plain_attention(model):
+    with shown as bar, fast_single_tokens(model):
         for ids in starts.split(batch_size):
             ids, cache = ids[:, :seq_len], None
             bar.update(ids.numel())
@@ -127,22 +127,6 @@ def sample(
                 bar.update(len(ids))
             batches.append(ids)
     return torch.cat(batches)
-
-
-@contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention by plain products in half precision on the CPU.
-
-    PyTorch's fused CPU kernel takes four times as long for single tokens in bfloat16.
-    """
-    own = model.config._attn_implementation
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    chosen = "eager" if half and model.device.type == "cpu" and own == "sdpa" else own
-    try:
-        model.set_attn_implementation(chosen)
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 def self_generated_windows(
