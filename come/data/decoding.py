@@ -56,7 +56,7 @@ def single_token_attention(
 
 @contextmanager
 def fast_single_tokens(model: PreTrainedModel) -> Iterator[None]:
-    """Uses `single_token_attention` on the CPU; the model's own attention is restored at the end."""
+    """Uses `single_token_attention` on the CPU, and restores the model's attention at the end."""
     own = model.config._attn_implementation
     if model.device.type != "cpu" or own != "sdpa":
         yield
