@@ -121,7 +121,7 @@ class Result(TypedDict):
     distillation: None if the job has none.
     settings: the resolved settings.
     versions: versions of Python, of this package and of the packages that affect the numbers.
-    machine: description of the machine.
+    machine: description of the machine, and the dtype of the computation.
     command: the command line; "" from Python.
     """
 

@@ -90,7 +90,7 @@ def _job(arguments: argparse.Namespace, device: str, *words: str, processes: int
     folder = arguments.output / "runs" / f"{part}-{device}-{processes}"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "run.py")]
-    command += [*arguments.job, *words, f"model.device={device}"]
+    command += ["model.dtype=float32", *arguments.job, *words, f"model.device={device}"]
     began = time.perf_counter()
     subprocess.run([*command, f"hydra.run.dir={folder.resolve()}"], cwd=ROOT, check=True)
     seconds = time.perf_counter() - began

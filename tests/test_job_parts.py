@@ -66,6 +66,7 @@ def test_group_of_trackers(base, tmp_path, monkeypatch):
 
 def test_finished_job_is_shown_again(base, tmp_path, monkeypatch):
     result, shown = run_job(base, tmp_path / "out", *QUICK), []
+    assert result["machine"].endswith("GB of memory, float32")
     monkeypatch.setattr(RUN, "show", lambda *given: shown.append(given))
     assert run_settings(job_settings(base, *QUICK), tmp_path / "out") == result
     assert shown == [(result, tmp_path / "out")]

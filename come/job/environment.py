@@ -25,8 +25,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine(device: torch.device) -> str:
-    """Description of the machine: "Linux x86_64, 2 cores, 24 GB of memory, NVIDIA H100"."""
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    """Description of the machine: "Linux x86_64, 2 cores, 24 GB of memory, NVIDIA H100, bfloat16".
+
+    Args:
+        device: where the model is.
+        dtype: what it computes in.
+    """
     memory = psutil.virtual_memory().total / 1e9
     parts = [
         f"{platform.system()} {platform.machine()}",
@@ -35,4 +40,4 @@ def machine(device: torch.device) -> str:
     ]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
-    return ", ".join(parts)
+    return ", ".join([*parts, str(dtype).removeprefix("torch.")])

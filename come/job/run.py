@@ -260,6 +260,6 @@ def _result(
         "distillation": distillation,
         "settings": job.settings.record(),
         "versions": versions(),
-        "machine": machine(choose_device(job.settings.model.device)),
+        "machine": machine(choose_device(job.settings.model.device), job.shape.dtype),
         "command": job.settings.command,
     }
