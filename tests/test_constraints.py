@@ -180,3 +180,12 @@ def test_bounds_of_targets():
     with pytest.raises(ValueError, match="more than merging can reach"):
         layers_for_sparsity(0.78, *size)
     assert SpanConstraints(2, remerges=True, drops=True).smallest_depth(6) == 1
+
+
+def test_what_remerging_can_reach():
+    """It is advised down to the smallest depth that it reaches, and not below."""
+    rules = SpanConstraints(2, protect_first=3)
+    with pytest.raises(ValueError, match=r"smallest depth that can is 6.*merge.allow_remerge=true"):
+        check_target(8, 4, rules)
+    with pytest.raises(ValueError, match=r"cannot be reached with merge.protect_first=3.* is 6$"):
+        check_target(8, 3, rules)

@@ -10,7 +10,7 @@ from come.distill.hidden_states import states_after
 from come.evaluate.perplexity import HeldOutText
 from come.job.run import _trackers
 from come.job.run import run as run_settings
-from come.merge.method import check_groups
+from come.merge.method import check_groups, groups_target
 from come.models.adapter import ModelAdapter
 from tests.conftest import pico
 from tests.jobs import QUICK, job_settings, prepare_job, run_job
@@ -120,6 +120,12 @@ def test_groups_start_at_the_first_layer():
     check_groups([[0, 1], [2, 3, 4]])
     with pytest.raises(ValueError, match=r"\[-1, 0\]: a group is two or more adjacent"):
         check_groups([[-1, 0]])
+
+
+def test_groups_end_in_the_model():
+    assert groups_target([[0, 1], [3, 4, 5]], 6) == 3
+    with pytest.raises(ValueError, match=r"has \[4, 5, 6\], and the model's layers are 0 to 5"):
+        groups_target([[4, 5, 6]], 6)
 
 
 def test_bytes_of_an_inverse():

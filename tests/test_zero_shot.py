@@ -183,6 +183,7 @@ def test_unknown_task_gives_one_line(command_line, tasks, tmp_path):
     code, printed = command_line(*words, f"hydra.run.dir={tmp_path / 'out'}")
     assert code == 1
     assert "error: eval.zero_shot.tasks has 'modles': no such task" in printed
+    assert "did you mean models" in printed
 
 
 def test_paired_difference():
