@@ -17,6 +17,27 @@ LISTING = "jobs.jsonl"  # folder and overrides of every job of a sweep
 AXES = "axes.json"  # x axis and title of the sweep's figure
 
 
+def size_in_bytes(key: str, size: str) -> int:
+    """A size such as "6GB" in bytes.
+
+    Args:
+        key: the setting, for the error message.
+        size: the size, in B, KB, MB, GB, TB, KiB and so on.
+
+    Raises:
+        ValueError: it is not a size above 0.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        found = int(convert_file_size_to_int(size.upper()))  # a small b would be bits
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{key}={size}: must be a size such as 6GB, 800MB or 6GiB") from error
+    if found <= 0:
+        raise ValueError(f"{key}={size}: must be above 0")
+    return found
+
+
 def cache_folder() -> Path:
     """The cache for converted models and evaluations: $COME_CACHE, by default ~/.cache/come."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "come"

@@ -89,7 +89,7 @@ class Registry(Generic[T]):
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
                 f"{self.config_key}={name!r}: unknown {self.kind}{hint} "
-                f"Available: {', '.join(self.names())}"
+                f"(available: {', '.join(self.names())})"
             )
         return self._entries[name]
 
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(
                     f"{place}.{key}: {self.config_key}={name} has no such setting{hint} "
-                    f"It has {', '.join(known) or 'none'}"
+                    f"(it has {', '.join(known) or 'none'})"
                 )
         return cls(**{known[key].name: value for key, value in (settings or {}).items()})
 

@@ -136,7 +136,8 @@ def _call_changes(node: ast.Call) -> Iterator[tuple[ast.expr, str, ast.expr]]:
             yield node, f"without {keyword.arg}", ast.Call(node.func, node.args, rest)
     for index in range(len(node.args) - 1):
         pair = node.args[index : index + 2]
-        if all(isinstance(a, ast.Name | ast.Attribute) for a in pair):
+        names = {ast.unparse(a) for a in pair if isinstance(a, ast.Name | ast.Attribute)}
+        if len(names) == 2:
             swapped = [*node.args[:index], *pair[::-1], *node.args[index + 2 :]]
             yield node, "arguments exchanged", ast.Call(node.func, swapped, node.keywords)
 

@@ -137,6 +137,13 @@ def test_planning_ahead_measures_only_up_to_the_next_span(windows, monkeypatch):
     assert plans[0].provenance["layer_passes"] < plans[1].provenance["layer_passes"]
 
 
+def test_counted_layer_passes(windows):
+    """Every layer once, to measure all of them; a merge made earlier is added to the count."""
+    method = paper(schedule="one_shot", selection="bi_sum", operator="drop")
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
+    assert plan.provenance["layer_passes"] == LAYERS
+
+
 @pytest.mark.parametrize(
     "parts", [{"sensitivity": "taylor"}, {"retention": "mka"}, {"retention": "adaptive"}]
 )
@@ -229,7 +236,7 @@ def test_puzzle_pieces_sum_to_the_unit_count(windows):
         ({"norms": "max"}, "merge.norms='max': must be one of mean, fold"),
         ({"tokens": "first"}, "merge.tokens='first': must be one of all, last"),
         ({"sensitivity": "kome"}, r"merge.sensitivity='kome': unknown .* did you mean 'come'\?"),
-        ({"operator": "avg"}, "merge.operator='avg'.*Available: average, concat, drop"),
+        ({"operator": "avg"}, "merge.operator='avg'.*available: average, concat, drop"),
         (
             {"selection": {"name": "sbi", "alpha": 1}},
             "merge.selection.alpha: .* has no such setting",

@@ -316,7 +316,17 @@ def test_existing_folder_with_the_backup_name_is_kept(base, tmp_path):
     assert (tmp_path / "out" / "model.old" / "thesis.txt").read_text() == "years of work"
 
 
-def test_no_shard_index_without_saved_weights(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("come.merge.saving.MAX_SHARD_SIZE", "20KB")
-    run_job(base, tmp_path / "out", "merge.save_weights=false", *QUICK)
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_largest_file_of_weights(weights, base, tmp_path):
+    words = (f"model.weights={weights}", "merge.shard_size=20KB")
+    run_job(base, tmp_path / "out", *words, *QUICK)
+    files = list((tmp_path / "out" / "model").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 40_000  # the embedding
+    assert load_weights(tmp_path / "out" / "model").config.num_hidden_layers == 5
+
+
+def test_no_shard_index_without_saved_weights(base, tmp_path):
+    words = ("merge.save_weights=false", "merge.shard_size=20KB")
+    run_job(base, tmp_path / "out", *words, *QUICK)
     assert not list((tmp_path / "out" / "model").glob("model*"))

@@ -37,13 +37,13 @@ def test_cost_lines():
     found = Cost(8192, work, [2, 2, 3], 538_000_000, 585_000_000, "memory")
     assert found.lines(SPEED) == [
         "cost: 8192 calibration tokens, 3 trial merges",
-        "time: about 2 min 00 s",
+        "time: about 2 min 00 s for the merge",
         "memory: weights 538 MB, 2,000 MB for a merge, hidden states 585 MB",
     ]
     on_gpu = Cost(8192, work, [], 538_000_000, 585_000_000, "memory", "cuda", ["merge.x=y"])
     assert on_gpu.lines(SPEED) == [
         "cost: 8192 calibration tokens",
-        "time: about 2 min 00 s, and more for merge.x=y",
+        "time: about 2 min 00 s for the merge, and more for merge.x=y",
         "memory: weights 538 MB, 2,000 MB for a merge on the GPU; hidden states 585 MB in "
         "main memory",
     ]

@@ -19,7 +19,7 @@ def scale(values, factor: float = 2.0, *, shown=True):
     for (value,) in zip(values, strict=True):
         total += value * factor
     print(total + 1)
-    return mean(values, total, root=sqrt(total)) if total < 9 else None
+    return mean(values, total, total, root=sqrt(total)) if total < 9 else None
 '''
 
 
@@ -41,13 +41,13 @@ def test_every_kind_of_mutation(found):
         ("number", "9", "(10)"),
         (
             "without root",
-            "mean(values, total, root=sqrt(total))",
-            "(mean(values, total))",
+            "mean(values, total, total, root=sqrt(total))",
+            "(mean(values, total, total))",
         ),
         (
             "arguments exchanged",
-            "mean(values, total, root=sqrt(total))",
-            "(mean(total, values, root=sqrt(total)))",
+            "mean(values, total, total, root=sqrt(total))",
+            "(mean(total, values, total, root=sqrt(total)))",
         ),
     }
 

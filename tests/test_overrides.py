@@ -52,6 +52,8 @@ def test_error_messages(command_line):
             "merge.targt_layers=3",
             ["merge.targt_layers: no such", "did you mean merge.target_layers"],
         ),
+        ("+foo.bar=3", ["foo: no such setting (come --cfg job"]),
+        ("+merge.m_=3", ["merge.m_: no such setting; did you mean merge.m"]),
         ("mege=come", ["mege: no such setting", "did you mean merge", "come --cfg job"]),
         ("merge.sensitivity=comme", ["merge.sensitivity='comme'", "did you mean 'come'"]),
         (

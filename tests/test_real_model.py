@@ -1,7 +1,7 @@
 """The real model through the command line: quality, exact checkpoints, memory.
 
-Uses the text in ../shared/data if it exists, and otherwise Python's documentation with another
-bound.
+Uses WikiText-2 validation if there is a copy beside the repository, and otherwise Python's
+documentation with another bound.
 """
 
 import json

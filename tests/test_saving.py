@@ -296,9 +296,12 @@ def test_companion_files_equal_those_of_every_base(name, tmp_path):
         assert same or (path.name == "tokenizer_config.json" and not old)
 
 
-def test_weights_are_saved_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "20KB")
-    folder = merge_and_save(save_base(tmp_path / "base", "llama_gqa"), tmp_path / "out")
+def test_weights_are_saved_in_shards(tmp_path):
+    base = save_base(tmp_path / "base", "llama_gqa")
+    folder = merge_and_save(base, tmp_path / "out", shard_size="20KB")
+    assert (
+        max(path.stat().st_size for path in folder.glob("*.safetensors")) < 40_000
+    )  # the embedding
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert (folder / "model.safetensors.index.json").is_file()
 
@@ -306,8 +309,8 @@ def test_weights_are_saved_in_shards(tmp_path, monkeypatch):
 def test_weights_have_the_permissions_of_other_files(tmp_path, monkeypatch):
     whole = saving._save_weights
 
-    def private(model, folder):
-        whole(model, folder)
+    def private(model, folder, size):
+        whole(model, folder, size)
         (folder / "model.safetensors").chmod(0o600)
 
     monkeypatch.setattr(saving, "_save_weights", private)

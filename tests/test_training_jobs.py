@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from come.merge.plan import Plan
 from tests.bases import save_base
 from tests.commands import same_checkpoint
 from tests.jobs import QUICK, prepare_job, run_job
@@ -43,6 +44,8 @@ def test_numbers_of_a_training(method, base, tmp_path):
     size = both if method == "come_sp" else found["trained_parameters"]
     assert found["weight_bytes"] == 4 * size
     assert not (tmp_path / "out" / "distill").exists()
+    summary = Plan.load(tmp_path / "out" / "plan.json").provenance["distillation"]
+    assert (summary["steps"], summary["tokens"]) == (4, 256)
 
 
 def test_distillation_of_an_earlier_merge(base, tmp_path):

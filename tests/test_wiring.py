@@ -66,6 +66,7 @@ CHANGES = [
     (COME, "calibration.store=disk", set()),
     (COME, "calibration.memory=900GB", set()),
     (COME, "model.weights=disk", set()),
+    (COME, "merge.shard_size=1MB", set()),
     (SAMPLED, "calibration.seed=1", MERGED),
     (SAMPLED, "calibration.num_samples=7", MERGED),
     (SAMPLED, "calibration.temperature=0.5", MERGED),
@@ -169,8 +170,8 @@ CHANGES = [
 # Settings that change neither a number nor the job hash.
 NOT_HASHED = {
     "model.name", "model.base_model", "tracking.project", "calibration.store", "model.weights",
-    "calibration.memory", "distill.gradient_checkpointing", "distill.checkpoint_every",
-    "distill.workers",
+    "calibration.memory", "merge.shard_size", "distill.gradient_checkpointing",
+    "distill.checkpoint_every", "distill.workers",
 }  # fmt: skip
 # Settings with other tests, or that need the hub, a GPU or an account.
 TESTED_ELSEWHERE = {

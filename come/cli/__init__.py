@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from come.cli.errors import USER_ERRORS, user_line
+from come.cli.errors import USER_ERRORS, no_such_setting, user_line
 from come.cli.grid import DRY_RUN, GridReport
 from come.cli.overrides import as_groups, load_plugins, model_of_run, register_parts
 from come.data.sampling import SOURCE as SELF_GENERATED
@@ -59,8 +59,17 @@ def schema() -> dict[str, Any]:
 
 
 def to_settings(config: DictConfig) -> Settings:
-    """Converts a composed configuration to typed settings, and resolves its interpolations."""
+    """Converts a composed configuration to typed settings, and resolves its interpolations.
+
+    Raises:
+        ValueError: a setting does not exist, which Hydra does not notice where `+` adds it.
+    """
     types = schema()
+    for name in map(str, config):
+        given = config[name] if OmegaConf.is_config(types.get(name)) else {}
+        for key in [name, *(f"{name}.{own}" for own in given if own not in types[name])]:
+            if key not in types:
+                raise ValueError(no_such_setting(key))
     own = OmegaConf.masked_copy(config, list(types))
     OmegaConf.resolve(own)
     for path in own.plugins:
@@ -87,6 +96,10 @@ def main() -> int:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if DRY_RUN in os.environ:
+            for handler in logging.root.handlers[:]:  # a dry run leaves no files
+                if isinstance(handler, logging.FileHandler):
+                    logging.root.removeHandler(handler)
         try:
             settings = to_settings(config)
             _warn_of_grid()
@@ -100,9 +113,6 @@ def main() -> int:
             if DRY_RUN in os.environ:
                 from come.job.dry_run import dry_run
 
-                for handler in logging.root.handlers[:]:  # a dry run leaves no files
-                    if isinstance(handler, logging.FileHandler):
-                        logging.root.removeHandler(handler)
                 print("\n".join(dry_run(settings, folder)), flush=True)
                 _remove_if_empty(folder)
             else:

@@ -17,6 +17,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
+from come.cli.overrides import RENAMED
 from come.errors import one_line
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
@@ -70,6 +71,16 @@ def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
     if cls is Settings:
         for name in EVALUATIONS.names():
             yield from (f"eval.{name}.{key}" for key in EVALUATIONS.get(name).settings())
+
+
+def no_such_setting(name: str) -> str:
+    """Message for a setting that does not exist, with its new name if it had this one before."""
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}"
+    return (
+        f"{name}: no such setting{near(name, list(setting_names()))} (come --cfg job lists all of "
+        "them)"
+    )
 
 
 def _part_of(name: str) -> str | None:
@@ -138,10 +149,7 @@ def _wrong_setting(text: str) -> str:
         part = _part_of(name) or _evaluation_of(name)
         if part is not None:
             return part
-        return (
-            f"{name}: no such setting{near(name, list(setting_names()))} "
-            "come --cfg job lists all of them"
-        )
+        return no_such_setting(name)
     wrong = re.search(
         r"Value '(.*?)' .*?(converted to Integer|converted to Float|a valid bool)", text
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from come.job.budget import budget_line, memory_shortage, sampling_cost
@@ -11,7 +10,6 @@ from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.stages.prepare import prepare
 from come.models.loading import choose_device
-from come.report.numbers import megabytes
 from come.schema import Settings
 
 
@@ -36,11 +34,10 @@ def dry_run(settings: Settings, folder: Path) -> list[str]:
             f"distill: {settings.distill.method}, {training.steps} steps of {training.batch_size} "
             f"windows of {settings.distill.seq_len} tokens"
         )
-    free = shutil.disk_usage(folder).free
     return [
         *lines,
         f"evaluate: {', '.join(job.evaluations) or 'nothing'}",
-        f"disk: {megabytes(job.disk_bytes)}; {megabytes(free)} are free",
+        job.disk_line,
         f"the same command without --dry-run writes to {folder}",
     ]
 

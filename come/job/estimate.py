@@ -103,7 +103,7 @@ class Cost:
         tried = f", {len(self.trials)} trial merges" if self.trials else ""
         lines = [
             f"cost: {self.tokens} calibration tokens{tried}",
-            f"time: about {duration(speed.seconds(self.work))}{more}",
+            f"time: about {duration(speed.seconds(self.work))} for the merge{more}",
         ]
         solving = f"{megabytes(self.step_bytes)} for a merge"
         own = f"weights {megabytes(self.weight_bytes)}"

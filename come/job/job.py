@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from come.evaluate.base import Evaluation
 from come.job.estimate import Cost, compression_cost
 from come.merge.plan import Plan
 from come.models.loading import ModelShape, choose_device, choose_weights, load_weights
+from come.report.numbers import megabytes
 from come.schema import Settings
 
 if TYPE_CHECKING:
@@ -47,6 +49,12 @@ class Job:
     def cost(self) -> Cost:
         """The estimated cost of the merge."""
         return merge_cost(self.settings, self.shape, self.target)
+
+    @property
+    def disk_line(self) -> str:
+        """Describes the disk space that the job needs, and what is free."""
+        free = shutil.disk_usage(self.folder).free
+        return f"disk: {megabytes(self.disk_bytes)}; {megabytes(free)} are free"
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from come.files import new_folder
+from come.files import new_folder, size_in_bytes
 from come.merge.plan import Plan
 from come.models.companions import copy_companions, tokenizer_files
 from come.models.dialects import derived_config, write_dialects
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-MAX_SHARD_SIZE = "5GB"
 SHARD_BYTES = 10**9  # with weights on disk, where only one shard is in memory
 PLAN = "come/plan.json"
 """Path of the plan inside a model folder. Inference servers load every `*.safetensors` at the top
@@ -44,6 +43,7 @@ def save_model(
     plan: Plan,
     *,
     base: Path | None = None,
+    shard_size: str = "5GB",
 ) -> Path:
     """Writes weights (safetensors), configuration, generation configuration and tokenizer.
 
@@ -60,6 +60,7 @@ def save_model(
         base: folder of the model that this model was made from. By default this is the folder that
             `model` was loaded from, and `tokenizer` is saved again if it differs from the one
             there.
+        shard_size: the largest file of weights; at most 1 GB where layers are on disk.
 
     Returns:
         `folder`.
@@ -74,7 +75,7 @@ def save_model(
         (partial / PLAN).parent.mkdir()
         plan.save(partial / PLAN)
         try:
-            _save_weights(model, partial)
+            _save_weights(model, partial, size_in_bytes("shard_size", shard_size))
         except SafetensorError as error:
             raise OSError(errno.EIO, f"weights cannot be written ({error})", str(folder)) from error
         if source is not None:
@@ -87,12 +88,12 @@ def save_model(
     return folder
 
 
-def _save_weights(model: PreTrainedModel, folder: Path) -> None:
+def _save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
     """Writes weights, configuration and generation configuration."""
     if layers_on_disk(model) is None:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
         return
-    save_weights(model, folder, SHARD_BYTES)
+    save_weights(model, folder, min(shard_bytes, SHARD_BYTES))
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)

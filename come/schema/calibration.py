@@ -8,6 +8,7 @@ from typing import Any, Optional
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sampling import Sampling
 from come.data.text_settings import TextSettings
+from come.files import size_in_bytes
 from come.setting import setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
@@ -63,8 +64,7 @@ class CalibrationSettings(TextSettings):
                 f"calibration.prefix_tokens={self.prefix_tokens}: must be below "
                 f"calibration.seq_len={self.seq_len}"
             )
-        if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise ValueError(f"calibration.memory={self.memory}: must be above 0")
+        _ = self.memory_bytes
         if self.num_continuations and self.self_generated:
             raise ValueError(
                 f"calibration.num_continuations={self.num_continuations} continues real text; "
@@ -98,18 +98,9 @@ class CalibrationSettings(TextSettings):
         """`memory` in bytes; None if no limit is set.
 
         Raises:
-            ValueError: it is not a size.
+            ValueError: it is not a size above 0.
         """
-        if self.memory is None:
-            return None
-        from accelerate.utils import convert_file_size_to_int
-
-        try:
-            return convert_file_size_to_int(self.memory.upper())  # a small b would be bits
-        except (ValueError, OverflowError) as error:
-            raise ValueError(
-                f"calibration.memory={self.memory}: must be a size such as 6GB, 800MB or 6GiB"
-            ) from error
+        return size_in_bytes("calibration.memory", self.memory) if self.memory else None
 
     @property
     def windows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from come.files import size_in_bytes
 from come.merge.constraints import DEFAULT_SPARSITY
 from come.merge.method import Method
 from come.setting import HasSettings, setting
@@ -42,12 +43,19 @@ class MergeSettings(Method):
         True, "whether merged weights stay on disk after the evaluation; plans rebuild them"
     )
 
+    shard_size: str = setting(
+        "5GB",
+        "largest file of the merged weights; at most 1GB where layers are on disk",
+        counts=False,
+    )
+
     def record(self) -> dict[str, Any]:
         """All settings: those of the method and those of this class."""
         return {**super().record(), **HasSettings.record(self)}
 
     def check(self) -> None:
-        """Raises ValueError for depths that contradict each other, or a missing plan."""
+        """Raises ValueError for depths that contradict each other, a missing plan, or no size."""
+        size_in_bytes("merge.shard_size", self.shard_size)
         if self.name == "from_plan" and self.plan is None:
             raise ValueError("merge=from_plan needs the plan to apply: merge.plan=FILE")
         if self.target_layers is not None and self.sparsity is not None:

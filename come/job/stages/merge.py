@@ -110,6 +110,7 @@ def merge(
             for line in cost.lines(Speed.measured(model.device, job.shape.dtype)):
                 log.info(line)
             log.info(budget_line(settings, cost))
+            log.info(job.disk_line)
             plan = _compress(job, model, earlier or _empty_plan(job, model), on_step)
             if not method.schedule.nested:
                 _compress_apart(job)
@@ -171,7 +172,14 @@ def _compress(
 
 def save(job: Job, model: PreTrainedModel, name: str, plan: Plan) -> None:
     """Saves a model as `name` in the job folder, with the base model's other files."""
-    save_model(model, job.tokenizer, job.folder / name, plan, base=job.checkpoint)
+    save_model(
+        model,
+        job.tokenizer,
+        job.folder / name,
+        plan,
+        base=job.checkpoint,
+        shard_size=job.settings.merge.shard_size,
+    )
 
 
 def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
