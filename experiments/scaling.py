@@ -20,10 +20,12 @@ from bench import COME_PLUS, SHAPES, random_config
 
 from come.job.estimate import Cost, compression_cost
 from come.models.loading import ModelShape
-from come.report.numbers import megabytes
+from come.report.numbers import duration, megabytes
 
 REMOVED = 2  # layers
 SEQ_LEN = 256
+RATE = 1.9e13
+"""Operations a second of the measured run: 2.1e15 in 111 s on an H200 (experiments/gpu)."""
 
 
 class Point(NamedTuple):
@@ -97,18 +99,21 @@ def _series(shape: str, name: str, points: list[Point]) -> list[str]:
 def _estimates() -> list[str]:
     """A table of the estimates for whole models."""
     lines = [
-        "| shape | layers | tokens | device memory | main memory | operations |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| shape | layers | tokens | device memory | main memory | with store=disk | files "
+        "| operations | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for shape, removed in (("mistral7b", 4), ("llama70b", 10)):
         count = SHAPES[shape]["num_hidden_layers"]
         for tokens in (8192, 32768):
             cost = arithmetic(shape, removed=removed, tokens=tokens)
             device = cost.weight_bytes + cost.step_bytes
+            operations = cost.work.forward + cost.work.single + cost.work.double
             lines.append(
                 f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
                 f"| {megabytes(cost.boundary_bytes + cost.judged_bytes)} "
-                f"| {cost.work.single + cost.work.double:.1e} |"
+                f"| {megabytes(cost.judged_bytes)} | {megabytes(cost.boundary_bytes)} "
+                f"| {operations:.1e} | {duration(operations / RATE)} |"
             )
     return lines
 

@@ -61,6 +61,16 @@ def test_estimate_for_llama_70b_fits_on_one_gpu(scaling):
     assert cost.layer_bytes == 2 * 2 * 218112000
 
 
+def test_table_of_estimates(scaling):
+    """Operations are those of passes and of linear algebra; files replace the hidden states."""
+    row = scaling._estimates()[-1].split("|")
+    cost = scaling.arithmetic("llama70b", removed=10, tokens=32768)
+    operations = cost.work.forward + cost.work.single + cost.work.double
+    assert row[8].strip() == f"{operations:.1e}" == "2.2e+16"
+    assert row[6].strip() == "2,718 MB"
+    assert row[9].strip() == "19 min 00 s"
+
+
 @pytest.mark.slow
 def test_complete_job_from_disk(tmp_path):
     """Random weights are merged layer by layer, and transformers loads the result."""
