@@ -1,6 +1,7 @@
 """Estimates of time and memory, and --dry-run."""
 
 import os
+import re
 from dataclasses import astuple, replace
 
 import pytest
@@ -180,6 +181,13 @@ def test_dry_run(command_line, tmp_path, monkeypatch):
     assert "COME_DRY_RUN" not in os.environ
 
 
+def test_folder_of_a_job(command_line):
+    code, output = command_line("--dry-run")
+    assert code == 0, output
+    (name,) = re.findall(r"job (\w{12}):", output)
+    assert f"runs/{name}\n" in output
+
+
 def test_dry_run_reports_errors(command_line):
     code, output = command_line("--dry-run", "merge.target_layers=44")
     assert (code, output.count("\n")) == (1, 2)
@@ -191,6 +199,10 @@ def test_dry_run_of_a_sweep(command_line, tmp_path):
     assert code == 0, output
     assert "to 20 layers" in output
     assert "to 21 layers" in output
+    hashes = re.findall(r"job (\w{12}):", output)
+    assert len(set(hashes)) == 2
+    for name in hashes:  # the default folder of a job
+        assert f"runs/{name}\n" in output
     assert not list(tmp_path.glob("runs*"))
 
 

@@ -65,7 +65,7 @@ def to_settings(config: DictConfig) -> Settings:
         ValueError: a setting does not exist, which Hydra does not notice where `+` adds it.
     """
     types = schema()
-    for name in map(str, config):
+    for name in set(map(str, config)) - {"hydra"}:
         given = config[name] if OmegaConf.is_config(types.get(name)) else {}
         for key in [name, *(f"{name}.{own}" for own in given if own not in types[name])]:
             if key not in types:
