@@ -198,6 +198,7 @@ def test_separate_head_with_a_tied_config(tmp_path):
 # Tracebacks, most of them after the merge
 
 
+@pytest.mark.slow
 def test_task_metric_without_per_document_values(base, tmp_path):
     mcc = "metric_list:\n  - metric: mcc\n"
     task = TASK[: TASK.index("metric_list")] + mcc

@@ -278,7 +278,9 @@ def test_single_token_attention(heads, groups):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, 1, 8, generator=generator)
     key, value = torch.randn(2, 2, groups, 5, 8, generator=generator).transpose(0, 1)
-    found, weights = single_token_attention(None, query, key, value, None, scaling=0.3)
+    found, weights = single_token_attention(
+        torch.nn.Identity(), query, key, value, None, scaling=0.3
+    )
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, scale=0.3, enable_gqa=True
     )
