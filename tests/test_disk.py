@@ -105,7 +105,9 @@ def test_candidates_share_one_sweep_over_later_layers(windows, monkeypatch):
     assert read == list(ModelAdapter(model).layers)[2:]
 
 
-@pytest.mark.parametrize("chosen", ["zero_shot", "continuations"])
+@pytest.mark.parametrize("chosen", [
+    pytest.param("zero_shot", marks=pytest.mark.slow), "continuations",
+])  # fmt: skip
 def test_zero_shot_and_continuations_equal_those_in_memory(
     chosen, pico_folder, tmp_path, monkeypatch
 ):

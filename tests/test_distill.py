@@ -204,6 +204,7 @@ def test_come_mp_trains_each_layer_separately(windows, tmp_path):
     assert memory.optimizer == 2 * 4 * layer_size
 
 
+@pytest.mark.slow
 def test_number_of_workers_does_not_change_come_mp(windows, tmp_path):
     models = []
     for workers in (1, 2):
