@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, content hashes, and the cache folder."""
+"""Atomic writes of files and folders, content hashes, sizes, and the cache folder."""
 
 from __future__ import annotations
 

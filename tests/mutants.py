@@ -219,10 +219,8 @@ class Coverage:
 
     def _covering(self, path: str, numbers: range | None = None) -> set[str]:
         found = self._lines.get(path, {})
-        lines = (
-            found.values() if numbers is None else [found.get(str(line), []) for line in numbers]
-        )
-        return {test for tests in lines for test in tests}
+        lines = found if numbers is None else map(str, numbers)
+        return {test for line in lines for test in found.get(line, [])}
 
     def _cost(self, test: str) -> float:
         return self._seconds.get(test, 1.0)

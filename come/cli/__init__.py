@@ -62,14 +62,10 @@ def to_settings(config: DictConfig) -> Settings:
     """Converts a composed configuration to typed settings, and resolves its interpolations.
 
     Raises:
-        ValueError: a setting does not exist, which Hydra does not notice where `+` adds it.
+        ValueError: a setting or its value is not allowed.
     """
     types = schema()
-    for name in set(map(str, config)) - {"hydra"}:
-        given = config[name] if OmegaConf.is_config(types.get(name)) else {}
-        for key in [name, *(f"{name}.{own}" for own in given if own not in types[name])]:
-            if key not in types:
-                raise ValueError(no_such_setting(key))
+    _check_names(config, types)
     own = OmegaConf.masked_copy(config, list(types))
     OmegaConf.resolve(own)
     for path in own.plugins:
@@ -80,6 +76,17 @@ def to_settings(config: DictConfig) -> Settings:
         values[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     values["eval"] = {name: EVALUATIONS.create(name, own) for name, own in values["eval"].items()}
     return Settings(**values)
+
+
+def _check_names(config: DictConfig, types: dict[str, Any]) -> None:
+    """Raises ValueError for settings that do not exist, which Hydra allows where `+` adds them."""
+    for group in set(map(str, config)) - {"hydra"}:
+        if group not in types:
+            raise ValueError(no_such_setting(group))
+        if OmegaConf.is_config(types[group]):
+            for name in config[group]:
+                if name not in types[group]:
+                    raise ValueError(no_such_setting(f"{group}.{name}"))
 
 
 def main() -> int:

@@ -64,7 +64,8 @@ class CalibrationSettings(TextSettings):
                 f"calibration.prefix_tokens={self.prefix_tokens}: must be below "
                 f"calibration.seq_len={self.seq_len}"
             )
-        _ = self.memory_bytes
+        if self.memory is not None:
+            size_in_bytes("calibration.memory", self.memory)
         if self.num_continuations and self.self_generated:
             raise ValueError(
                 f"calibration.num_continuations={self.num_continuations} continues real text; "
@@ -100,7 +101,7 @@ class CalibrationSettings(TextSettings):
         Raises:
             ValueError: it is not a size above 0.
         """
-        return size_in_bytes("calibration.memory", self.memory) if self.memory else None
+        return None if self.memory is None else size_in_bytes("calibration.memory", self.memory)
 
     @property
     def windows(self) -> int:
