@@ -1,10 +1,11 @@
-"""Generation of mutants and the summary of tests/mutants.py."""
+"""Generation of mutants and the summary of their results."""
 
 import ast
 
 import pytest
 
-from tests import mutants as module
+from tests import mutations
+from tests.mutants import summary
 
 SOURCE = '''"""A module."""
 from math import sqrt
@@ -25,9 +26,9 @@ def scale(values, factor: float = 2.0, *, shown=True):
 
 @pytest.fixture
 def found(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(mutations, "ROOT", tmp_path)
     (tmp_path / "code.py").write_text(SOURCE)
-    return list(module.mutants(tmp_path / "code.py"))
+    return list(mutations.mutants(tmp_path / "code.py"))
 
 
 def test_every_kind_of_mutation(found):
@@ -68,7 +69,7 @@ def test_summary_counts_and_lists_survivors():
         "c": {"outcome": "killed by a command"},
         "d": {"outcome": "not run"},
     }
-    lines = module.summary(found, 40).splitlines()
+    lines = summary(found, 40).splitlines()
     assert lines[:2] == ["survived: b", "not run: d"]
     assert lines[2].startswith("2 of 4 killed: 50.0% [")
     assert lines[2].endswith("of 40 mutants")
