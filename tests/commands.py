@@ -34,6 +34,13 @@ def small_job_overrides(*overrides):
     return drop_unused_eval_settings(_SMALL, chosen)
 
 
+def without_repeated(words, overrides):
+    """Drops the words whose key is in `overrides`, because a command may give a key only once."""
+    given = {override.partition("=")[0] for override in overrides}
+    given |= {"merge"} if "from_run" in given else set()
+    return [word for word in words if word.partition("=")[0] not in given]
+
+
 def drop_unused_eval_settings(words, chosen):
     """Drops the overrides of evaluations that are not chosen."""
     return [word for word in words if not word.startswith("eval.") or word.split(".")[1] in chosen]

@@ -38,7 +38,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, small_job_overrides
+from tests.commands import ROOT, small_job_overrides, without_repeated
 from tests.forkserver import ForkedRun, fixed_products
 
 torch.set_num_threads(1)
@@ -210,7 +210,8 @@ def command(pico_folder, tmp_path, request):
         sets_method = ("merge=", "experiment=", "+merge=", "from_run=")
         if not any(o.startswith(sets_method) for o in overrides):
             words.append("merge=come")
-        words += [*small_job_overrides(*overrides), *overrides]
+        words += small_job_overrides(*overrides)
+        words = [*without_repeated(words, overrides), *overrides]
         if not new_interpreter:
             return ForkedRun(words, tmp_path, environment)
         return subprocess.Popen(
@@ -240,10 +241,7 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
             "merge=come",
             *small_job_overrides(*overrides),
         ]
-        given = {word.partition("=")[0] for word in overrides}
-        given |= {"merge"} if "from_run" in given else set()
-        words = [word for word in words if word.partition("=")[0] not in given]
-        monkeypatch.setattr(sys, "argv", [*words, *overrides])
+        monkeypatch.setattr(sys, "argv", [*without_repeated(words, overrides), *overrides])
         capfd.readouterr()
         handlers = logging.root.handlers[:]
         try:

@@ -3,10 +3,13 @@
 import shlex
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from come.cli.errors import user_line
+from come.cli.errors import setting_names, user_line
+from come.cli.overrides import RENAMED
+from come.cli.words import FLAGS, flag_words, read_flags
 from tests.bases import save_base
 from tests.jobs import prepare_job
 
@@ -65,9 +68,78 @@ def test_error_messages(command_line):
         ("merge.refit_lambda=1", ["merge.refit_lambda is now merge.refit.lambda"]),
         ("merge.refit.lamda=1", ["merge.refit.lamda: the chosen merge.refit has no such setting"]),
         ("merge=kome", ["merge=kome: no such choice", "did you mean come", "shortgpt"]),
+        ("--dryrun", ["--dryrun: no such flag; did you mean --dry-run?"]),
+        ("--cfg jobs", ["--cfg/-c: invalid choice: 'jobs'", "'job'"]),
+        ("--config-dir", ["--config-dir", "expected one argument"]),
+        ("merge", ["merge: a value is missing; write merge=CHOICE"]),
+        ("merge.refit", ["merge.refit: a value is missing; write merge.refit=CHOICE"]),
+        ("merge.m", ["merge.m: a value is missing; write merge.m=VALUE"]),
+        ("=3", ["=3: the name of a setting is missing; write KEY=3"]),
+        ("merge.m=2 merge.m=3", ["merge.m is given twice, as merge.m=2 and merge.m=3; leave one"]),
+        (
+            "merge/refit=adam merge.refit=ridge",
+            ["merge.refit is given twice, as merge/refit=adam and merge.refit=ridge"],
+        ),
+        ("merge.options.shortlist=3", ["merge.options.shortlist is now merge.selection.shortlist"]),
+        ("+merge.options.x=3", ["merge.options.x is now a setting of a component"]),
+        ("~merge.refit_lambda", ["merge.refit_lambda is now merge.refit.lambda"]),
+        ("eval.name=perplexity", ["eval.name is now eval=NAME"]),
         ("merge.m=2,3", ["merge.m=2,3", "--multirun", "merge.m=[2,3]"]),
     ):
         code, printed = command_line(*override.split(" "))
         assert code == 1
         assert len(printed.strip().splitlines()) == 1
         assert all(part in printed for part in parts), printed
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "message"),
+    [
+        ("merge", "options: {shortlist: 3}", "shortlist is merge.selection.shortlist"),
+        ("merge", "refit_lambda: 1", "merge.refit_lambda is now merge.refit.lambda"),
+        ("experiment", "merge: {parts: [ffn]}", "merge.parts is now merge.sublayers"),
+        ("experiment", "eval: {path: x}", "eval.path is now eval.perplexity.path"),
+        ("experiment", "eval: {name: x}", "eval.name is now eval=NAME"),
+        ("experiment", "eval: {perplexity: false}", "eval.perplexity is now eval="),
+        (
+            "experiment",
+            "merge: {operator: replaceme}",
+            "merge.operator=replaceme is now merge.operator=drop",
+        ),
+        (
+            "experiment",
+            "defaults: [override /merge/operator: replaceme]",
+            "merge.operator=replaceme is now merge.operator=drop",
+        ),
+        ("experiment", "defaults: [override /ablation: x]", "ablation is now"),
+        ("experiment", "ablation: x", "ablation is now"),
+    ],
+)
+def test_former_keys_in_a_folder_of_own_choices(command_line, tmp_path, group, text, message):
+    (tmp_path / "own" / group).mkdir(parents=True)
+    package = "# @package _global_\n" if group == "experiment" else "defaults: [come, _self_]\n"
+    (tmp_path / "own" / group / "mine.yaml").write_text(f"{package}{text}\n")
+    code, printed = command_line(
+        "--config-dir", str(tmp_path / "own"), f"{group}=mine", "eval=none"
+    )
+    assert (code, len(printed.strip().splitlines())) == (1, 1), printed
+    assert printed.strip().startswith("error: ")
+    assert message in printed
+
+
+def test_former_keys_are_no_current_settings():
+    current = {*setting_names()} - {"eval.perplexity", "eval.speed"}
+    assert not current & {*RENAMED}
+
+
+def test_flags_may_come_anywhere():
+    flags, overrides = read_flags(["a=1", "-m", "b=2", "--config-dir", "x", "--dry-run", "c=3"])
+    assert overrides == ["a=1", "b=2", "c=3"]
+    assert flags.dry_run
+    assert flag_words(flags) == ["--multirun", "--config-dir", "x"]
+
+
+def test_flags_are_those_of_hydra():
+    parser = get_args_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert {*FLAGS} == known | {"--dry-run"}

@@ -26,11 +26,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from come.cli.errors import USER_ERRORS, no_such_setting, user_line
 from come.cli.grid import DRY_RUN, GridReport
-from come.cli.overrides import as_groups, load_plugins, model_of_run, register_parts
+from come.cli.overrides import (
+    as_groups,
+    load_plugins,
+    model_of_run,
+    register_parts,
+    renamed,
+)
+from come.cli.words import check_overrides, flag_words, read_flags
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.evaluate.base import EVALUATIONS
 from come.files import LISTING
 from come.job.identity import job_hash
+from come.merge.method import PARTS
 from come.merge.selection.trial_kl import REPEAT_WEIGHT
 from come.registry import load_plugin
 from come.report.listing import make_report
@@ -80,7 +88,11 @@ def to_settings(config: DictConfig) -> Settings:
 
 def _check_names(config: DictConfig, types: dict[str, Any]) -> None:
     """Raises ValueError for settings that do not exist, which Hydra allows where `+` adds them."""
-    for group in set(map(str, config)) - {"hydra"}:
+    for group in sorted(set(map(str, config)) - {"hydra"}):
+        node = config._get_node(group)
+        value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+        if (line := renamed(group, value)) is not None:
+            raise ValueError(line)
         if group not in types:
             raise ValueError(no_such_setting(group))
         if OmegaConf.is_config(types[group]):
@@ -140,18 +152,16 @@ def main() -> int:
             _say(user_line(error))
             raise SystemExit(1) from None
 
-    words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    if "--dry-run" in sys.argv:
-        os.environ[DRY_RUN] = "1"  # parallel launchers pass it to their processes
-
     def start() -> None:
-        load_plugins(words)
+        flags, overrides = read_flags(sys.argv[1:])
+        if flags.dry_run:
+            os.environ[DRY_RUN] = "1"  # parallel launchers pass it to their processes
+        load_plugins(overrides)
         register_parts()
-        flags = [word for word in words if word in ("-m", "--multirun")]  # Hydra needs them last
-        rest = [word for word in words if word not in flags]
-        sys.argv[1:] = [*as_groups(rest), *model_of_run(rest), *flags]
-        if "--cfg" in words and "--resolve" not in words and "hydra" not in words:
-            sys.argv.append("--resolve")  # show the values of interpolations
+        check_overrides(overrides, [*schema(), *(f"merge.{part}" for part in PARTS)])
+        if flags.cfg == "job":
+            flags.resolve = True  # show the values of interpolations
+        sys.argv[1:] = [*as_groups(overrides), *model_of_run(overrides), *flag_words(flags)]
         job()
 
     try:

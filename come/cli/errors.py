@@ -17,7 +17,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from come.cli.overrides import RENAMED
+from come.cli.overrides import renamed
 from come.errors import one_line
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
@@ -39,6 +39,9 @@ def user_line(error: Exception) -> str:
         return _unreadable(error)
     if isinstance(error, MissingConfigException):
         return _no_such_choice(error)
+    former = re.search(r"Could not override '(\S+?)'", str(error))  # in a defaults list
+    if former is not None and (line := renamed(former[1])) is not None:
+        return line
     cause = error.__cause__ if isinstance(error, HydraException) else None
     text = " ".join(one_line(part) for part in (error, cause) if part is not None)
     if text.startswith("Ambiguous value for argument"):
@@ -75,9 +78,7 @@ def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
 
 def no_such_setting(name: str) -> str:
     """Message for a setting that does not exist, with its new name if it had this one before."""
-    if name in RENAMED:
-        return f"{name} is now {RENAMED[name]}"
-    return (
+    return renamed(name) or (
         f"{name}: no such setting{near(name, list(setting_names()))} (come --cfg job lists all of "
         "them)"
     )
@@ -131,6 +132,8 @@ def _no_such_choice(error: MissingConfigException) -> str:
     if not group or not names:
         return one_line(error)
     part = PARTS.get(group.removeprefix("merge/"))
+    if (line := renamed(group, choice)) is not None:
+        return line
     if part is not None:
         try:
             part.get(choice)

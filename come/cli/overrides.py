@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,13 @@ RENAMED = {
     "eval.continuation_tokens": "eval.continuations.tokens",
     "merge.operator=replaceme": "merge.operator=drop merge.refit=replaceme",
     "merge.operator=prune_comp": "merge.operator=drop merge.refit=prune_comp",
+    "eval.name": "eval=NAME, or a list of several such as eval=[perplexity,speed]",
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
 """Former keys of settings, with their current keys."""
+
+_OPTIONS = "merge.options"  # held the settings of all components
+_LISTED = ("eval.perplexity", "eval.speed")  # former switches that hold settings now
 
 
 def register_parts() -> None:
@@ -136,13 +140,40 @@ def as_groups(overrides: Sequence[str]) -> list[str]:
     return [_as_group(override) for override in overrides]
 
 
+def renamed(key: str, value: Any = None) -> str | None:
+    """Message for a former key or a former value of a key; None for any other setting.
+
+    Args:
+        key: the key, such as "merge.refit_lambda" or "merge/operator".
+        value: its value; the keys of a mapping are looked up too.
+    """
+    key = key.lstrip("+~").replace("/", ".")
+    assigned = f"{key}={value}"
+    if assigned in RENAMED:
+        return f"{assigned} is now {RENAMED[assigned]}"
+    if key in RENAMED and not (key in _LISTED and isinstance(value, Mapping)):
+        return f"{key} is now {RENAMED[key]}"
+    if isinstance(value, Mapping):
+        found = (renamed(f"{key}.{name}", item) for name, item in value.items())
+        line = next((line for line in found if line is not None), None)
+        if line is not None:
+            return line
+    if key == _OPTIONS:
+        new = [f"{old} is {RENAMED[old]}" for old in RENAMED if old.startswith(f"{key}.")]
+        return f"{key} is now settings of the method's components: {', '.join(new)}"
+    if key.startswith(f"{_OPTIONS}."):
+        name = key.removeprefix(f"{_OPTIONS}.")
+        return f"{key} is now a setting of a component of the method, as in merge.refit.{name}"
+    return None
+
+
 def _as_group(override: str) -> str:
     key, equals, value = override.partition("=")
     plain = key.lstrip("+~")
-    if override in RENAMED:
-        raise ValueError(f"{override} is now {RENAMED[override]}")
-    if equals and plain in RENAMED:
-        raise ValueError(f"{plain}={value}: {plain} is now {RENAMED[plain]}")
+    line = renamed(plain, value)
+    if line is not None:
+        shown = f"{plain}={value}: " if equals and not line.startswith(f"{plain}=") else ""
+        raise ValueError(f"{shown}{line}")
     head, _, part = plain.partition(".")
     if equals and head == "merge" and part in PARTS:
         return f"merge/{part}={value}"
