@@ -82,6 +82,24 @@ def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["merge.m=2,two"],
+        ["merge.m=2,3", "merge.mm=1"],
+        ["merge.m=0,1"],
+        ["merge.target_layers=40,41"],
+        ["experiment=smoke", "merge.sensitivity=come,no"],
+    ],
+)
+def test_refused_sweep_leaves_no_files(command_line, tmp_path, overrides):
+    code, printed = command_line(*overrides, "-m")
+    assert code == 1
+    assert "error: " in printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.glob("runs*"))
+
+
 EXPERIMENTS = {  # overrides that adapt the depths to the pico model
     "smoke": ["merge.target_layers=22"],
     "choices": ["merge.save_at=[22,21]"],

@@ -141,7 +141,7 @@ def main() -> int:
         except Exception as error:
             hydra_config = HydraConfig.get()
             if hydra_config.mode == RunMode.MULTIRUN:
-                _keep_traceback(folder / f"{hydra_config.job.name}.log")
+                _keep_traceback(folder, f"{hydra_config.job.name}.log", error)
                 if isinstance(error, USER_ERRORS):
                     line = _say(f"job {hydra_config.job.num}: {user_line(error)}")
                     raise JobFailedError(line) from error
@@ -167,10 +167,10 @@ def main() -> int:
     try:
         return _guarded(start)
     finally:
-        os.environ.pop(DRY_RUN, None)
         if GridReport.running is not None:  # also after a failed job
             _finish_sweep(GridReport.running)
             GridReport.running = None
+        os.environ.pop(DRY_RUN, None)
 
 
 def _guarded(job: Callable[[], Any]) -> int:
@@ -208,18 +208,23 @@ def _say(line: str) -> str:
     return line
 
 
-def _keep_traceback(path: Path) -> None:
-    """Appends the traceback of the current exception to the failed job's log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+def _keep_traceback(folder: Path, name: str, error: Exception) -> None:
+    """Appends the traceback to the failed job's log; removes a refused job, which wrote nothing."""
+    if isinstance(error, USER_ERRORS) and {p.name for p in folder.glob("*")} <= {".lock", name}:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a") as file:
         traceback.print_exc(file=file)
 
 
 def _finish_sweep(folder: Path) -> None:
-    """Writes the sweep's final tables, with all jobs of a parallel launcher, and prints them."""
-    shutil.rmtree(folder.parent / INVALID, ignore_errors=True)  # logs of jobs that are invalid
-    if (folder / LISTING).is_file():
+    """Removes Hydra's record of the sweep; prints the tables, with jobs of parallel launchers."""
+    (folder.parent / "multirun.yaml").unlink(missing_ok=True)  # every job has resolved.yaml
+    if (folder / LISTING).is_file() and DRY_RUN not in os.environ:
         print(f"\n{make_report(folder)}\ntables and figure: {folder}")
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # where it is empty
 
 
 def _job_hash(*, _root_: DictConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -39,26 +38,19 @@ class GridReport(Callback):
         self.axes = {"x": x, "title": title}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Creates the output folder; a sweep without an experiment starts a new list of jobs."""
-        if DRY_RUN in os.environ:
-            return
+        """A sweep without an experiment starts a new list of jobs."""
         folder = GridReport.running = self._folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder.name == "grid-sweep":
+        if folder.name == "grid-sweep" and DRY_RUN not in os.environ:
             (folder / LISTING).unlink(missing_ok=True)
-        write_text(folder / AXES, json.dumps(self.axes))
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Removes what Hydra writes for a dry run."""
-        if DRY_RUN in os.environ:
-            folder = Path(config.hydra.sweep.dir).absolute()
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Adds the job to the list, and writes the tables and the figure again."""
+        """Adds the job to the list, and writes the tables and the figure again.
+
+        A job that was refused by its checks leaves nothing, so that it is not listed.
+        """
         if config.hydra.mode != RunMode.MULTIRUN or DRY_RUN in os.environ:
+            return
+        if not Path(config.hydra.runtime.output_dir).is_dir():
             return
         folder = self._folder(config)
         entry = {
@@ -68,6 +60,7 @@ class GridReport(Callback):
             ],
         }
         list_job(folder, entry)
+        write_text(folder / AXES, json.dumps(self.axes))
         make_report(folder)
 
     def _folder(self, config: DictConfig) -> Path:

@@ -1,4 +1,8 @@
-"""The protocol of trackers, and the tracker that writes metrics to disk."""
+"""The protocol of trackers, and the tracker that writes metrics to disk.
+
+The trackers of accelerate would not be shorter: its Trackio tracker logs neither tables nor images,
+and its W&B tracker has no metric axes.
+"""
 
 from __future__ import annotations
 
