@@ -1,16 +1,19 @@
 """End-to-end runs of run.py on a pico model."""
 
 import json
+import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from come.merge.plan import Plan
-from tests.commands import communicate, same_checkpoint
+from tests.commands import ROOT, communicate, same_checkpoint
 
 
 def test_complete_run_and_rebuild_from_its_plan(command, tmp_path):
@@ -310,3 +313,25 @@ def test_invalid_input_in_a_separate_process(command, overrides, message):
     assert "Traceback" not in errors + output
     assert len([line for line in errors.splitlines() if line.strip()]) == 1, errors
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("override", ["merge.target_layers=40", "calibration.seq_len=4096"])
+def test_refusals_by_the_configuration_import_no_transformers(override, pico_folder, tmp_path):
+    code = """
+import atexit, sys
+atexit.register(lambda: print([m for m in ("transformers", "pandas") if m in sys.modules]))
+from come.cli import main
+sys.exit(main())
+"""
+    words = ["model=local", f"model.path={pico_folder}", "calibration=pydocs", override]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env=os.environ | {"COME_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert override in done.stderr
+    assert done.stdout == "[]\n"

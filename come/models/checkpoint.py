@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -68,8 +69,11 @@ def find_checkpoint(
         ) from error
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Checks that a folder contains a complete safetensors checkpoint; reads file headers only.
+
+    Returns:
+        The content of config.json.
 
     Raises:
         ValueError: the configuration or a shard is missing, a file is damaged, there are only
@@ -78,13 +82,13 @@ def check_checkpoint(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
     try:
-        is_object = isinstance(json.loads((folder / "config.json").read_text("utf-8")), dict)
+        config: Any = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise ValueError(
             f"model folder {folder}: config.json cannot be read: {one_line(error)}"
         ) from error
-    if not is_object:
-        raise ValueError(f"model folder {folder}: config.json holds no configuration")
+    if not isinstance(config, dict):
+        raise ValueError(f"model folder {folder}: config.json holds no configuration")  # noqa: TRY004
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
@@ -102,6 +106,7 @@ def check_checkpoint(folder: Path) -> None:
             raise ValueError(
                 f"checkpoint is truncated or damaged: {path} ({error}); copy it again"
             ) from error
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

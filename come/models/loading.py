@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -78,6 +77,11 @@ class ModelShape:
     def vocabulary(self) -> int:
         """Size of the vocabulary, as in the configuration."""
         return self.config.vocab_size
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence; None if the configuration does not limit them."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def weight_bytes(self) -> int:
@@ -158,11 +162,9 @@ def inspect_model(
         ValueError: the checkpoint is incomplete, its configuration cannot be read, its weights are
             quantised, or its architecture is not supported.
     """
+    check_model_type(check_checkpoint(folder).get("model_type"))
     from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
 
-    check_checkpoint(folder)
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    check_model_type(model_type)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-
 from come.evaluate.base import Metric, Relative
 from come.report.numbers import heading, number, plain_value, relative
 from come.report.points import PARAMETERS, Point
@@ -43,6 +41,8 @@ class Table:
 
     def latex(self) -> str:
         """The table as a LaTeX tabular with booktabs rules."""
+        import pandas as pd  # takes half a second to import
+
         columns = "l" * self.labels + "r" * (len(self.head) - self.labels)
         rows = [[cell.replace("**", "") for cell in row] for row in self.rows]
         frame = pd.DataFrame(rows, columns=self.head)
@@ -134,6 +134,8 @@ def long_table(points: Sequence[Point], x: str) -> str:
                 record[metric.comparison] = metric.relative.value
                 record |= {"low": metric.relative.low, "high": metric.relative.high}
             records.append(record)
+    import pandas as pd  # takes half a second to import
+
     return pd.DataFrame(records).to_csv(index=False)
 
 

@@ -18,12 +18,12 @@ from come.files import check_replaceable
 from come.job.budget import placed
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
-from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
-from come.merge.method import groups_target
+from come.job.stages.depth import check_reachable, stated_target, target_layers
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
-from come.models.checkpoint import find_checkpoint, fingerprint
+from come.models.architectures import check_model_type
+from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
     inspect_model,
@@ -48,6 +48,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     checkpoint = find_checkpoint(
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
+    _check_configuration(settings, checkpoint)
     shape = inspect_model(
         checkpoint,
         dtype=source.dtype,
@@ -80,15 +81,15 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         for depth in merge.save_at:
             plan.truncated(depth)
     else:
-        target = _target_layers(settings, shape)
-        _check_reachable(settings, shape, target)
+        target = target_layers(merge, shape)
+        check_reachable(merge, shape.num_layers, target)
     if plan is None:
         settings = placed(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
     needed = shape.weight_bytes * copies
     calibrating = settings.calibration
     if plan is None:
-        _check_length("calibration.seq_len", calibrating.seq_len, shape)
+        _check_length("calibration.seq_len", calibrating.seq_len, shape.longest)
         least = merge.min_windows
         if calibrating.windows < least:
             raise ValueError(
@@ -106,7 +107,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
                 "layers, and distillation trains whole layers; take distill=none"
             )
-        _check_length("distill.seq_len", settings.distill.seq_len, shape)
+        _check_length("distill.seq_len", settings.distill.seq_len, shape.longest)
     check_folder(folder, needed)
     for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
@@ -171,8 +172,7 @@ def _evaluations(
     others: Sequence[TextSource],
 ) -> dict[str, tuple[Evaluation, Any]]:
     """The evaluations with their data; held-out text is disjoint from `others`."""
-    longest = getattr(shape.config, "max_position_embeddings", None)
-    subject = Subject(tokenizer, shape.vocabulary, longest, others)
+    subject = Subject(tokenizer, shape.vocabulary, shape.longest, others)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
 
 
@@ -217,46 +217,22 @@ def _training(
     return found
 
 
-def _check_reachable(settings: Settings, shape: ModelShape, target: int) -> None:
-    """Checks that the target, or the depths of `merge.groups`, can be reached for this model."""
-    merge = settings.merge
-    rules = merge.constraints(shape.num_layers, target)
-    if not merge.groups:
-        check_target(shape.num_layers, target, rules, merge.save_at, merge.schedule.nested)
-        merge.schedule.check_depths(shape.num_layers, [*merge.save_at, target])
+def _check_configuration(settings: Settings, checkpoint: Path) -> None:
+    """Checks settings against config.json before transformers, which takes seconds to import.
+
+    A configuration without its own number of layers is left to the checks that follow.
+    """
+    merge, config = settings.merge, check_checkpoint(checkpoint)
+    check_model_type(config.get("model_type"))
+    layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
+    if not merge.enabled or merge.plan is not None or settings.from_run is not None:
         return
-    sizes = [len(group) for group in merge.groups]
-    passed = [shape.num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
-    for depth in merge.save_at:
-        if depth not in passed:
-            raise ValueError(
-                f"merge.save_at has {depth}, and merge.groups passes through "
-                f"{', '.join(map(str, passed))}"
-            )
-
-
-def _target_layers(settings: Settings, shape: ModelShape) -> int:
-    merge = settings.merge
-    if merge.groups:
-        return groups_target(merge.groups, shape.num_layers)
-    if merge.target_layers is not None:
-        return merge.target_layers
-    if merge.sparsity is None and merge.save_at:
-        return min(merge.save_at)
-    sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
-    each = shape.block_parameters[merge.block]
-    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
-    rules = merge.constraints(shape.num_layers, target)
-    least = rules.smallest_depth(shape.num_layers)
-    if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
-        largest = (shape.num_layers - least) * each / shape.parameters
-        raise ValueError(
-            f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
-            f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
-            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true (with "
-            "merge.schedule=mixed merge.selection=angular in place of optimal_partition)"
-        )
-    return target
+    if isinstance(layers, int):
+        target = stated_target(merge, layers)
+        if target is not None:
+            check_reachable(merge, layers, target)
+    if isinstance(longest, int):
+        _check_length("calibration.seq_len", settings.calibration.seq_len, longest)
 
 
 def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
@@ -287,8 +263,7 @@ def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> 
         )
 
 
-def _check_length(key: str, tokens: int, shape: ModelShape) -> None:
-    longest = getattr(shape.config, "max_position_embeddings", None)
+def _check_length(key: str, tokens: int, longest: int | None) -> None:
     if longest is not None and tokens > longest:
         shown = key if "=" in key else f"{key}={tokens}"
         raise ValueError(f"{shown}: the model reads at most {longest} tokens")

@@ -1,0 +1,69 @@
+"""The depth that a merge reaches, and whether a model can be merged to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
+from come.merge.method import groups_target
+from come.schema.merge import MergeSettings
+
+if TYPE_CHECKING:
+    from come.models.loading import ModelShape
+
+
+def stated_target(merge: MergeSettings, num_layers: int) -> int | None:
+    """The depth that the settings name; None if it follows from a share of the parameters.
+
+    Raises:
+        ValueError: a group of `merge.groups` is outside the model.
+    """
+    if merge.groups:
+        return groups_target(merge.groups, num_layers)
+    if merge.target_layers is not None:
+        return merge.target_layers
+    if merge.sparsity is None and merge.save_at:
+        return min(merge.save_at)
+    return None
+
+
+def target_layers(merge: MergeSettings, shape: ModelShape) -> int:
+    """The depth to reach.
+
+    Raises:
+        ValueError: see `stated_target`; or a share of the parameters cannot be removed.
+    """
+    stated = stated_target(merge, shape.num_layers)
+    if stated is not None:
+        return stated
+    sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
+    each = shape.block_parameters[merge.block]
+    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
+    rules = merge.constraints(shape.num_layers, target)
+    least = rules.smallest_depth(shape.num_layers)
+    if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
+        largest = (shape.num_layers - least) * each / shape.parameters
+        raise ValueError(
+            f"merge.sparsity={sparsity} cannot be reached with merge.m={merge.m} unless a merged "
+            f"layer is merged again; the largest that can is {largest:.3f} ({least} of "
+            f"{shape.num_layers} layers). Ask for less, or set merge.allow_remerge=true (with "
+            "merge.schedule=mixed merge.selection=angular in place of optimal_partition)"
+        )
+    return target
+
+
+def check_reachable(merge: MergeSettings, num_layers: int, target: int) -> None:
+    """Raises ValueError if the target, or a depth of `merge.save_at`, cannot be reached."""
+    rules = merge.constraints(num_layers, target)
+    if not merge.groups:
+        check_target(num_layers, target, rules, merge.save_at, merge.schedule.nested)
+        merge.schedule.check_depths(num_layers, [*merge.save_at, target])
+        return
+    sizes = [len(group) for group in merge.groups]
+    passed = [num_layers - sum(sizes[:i]) + i for i in range(1, len(sizes) + 1)]
+    for depth in merge.save_at:
+        if depth not in passed:
+            raise ValueError(
+                f"merge.save_at has {depth}, and merge.groups passes through "
+                f"{', '.join(map(str, passed))}"
+            )
