@@ -1,8 +1,10 @@
 """Overrides that Hydra cannot parse give a one-line error with a correction."""
 
 import shlex
+from dataclasses import fields
 
 import pytest
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
@@ -10,6 +12,7 @@ from hydra.errors import OverrideParseException
 from come.cli.errors import setting_names, user_line
 from come.cli.overrides import RENAMED
 from come.cli.words import FLAGS, flag_words, read_flags
+from come.schema import Settings
 from tests.bases import save_base
 from tests.jobs import prepare_job
 
@@ -143,3 +146,32 @@ def test_flags_are_those_of_hydra():
     parser = get_args_parser()
     known = {flag for action in parser._actions for flag in action.option_strings}
     assert {*FLAGS} == known | {"--dry-run"}
+
+
+def test_cfg_job_shows_the_values_of_a_job(command_line, text_file, tmp_path):
+    def values(*overrides):
+        code, printed = command_line("--cfg", "job", *overrides)
+        assert code == 0, printed
+        return yaml.safe_load(printed), printed
+
+    shown, printed = values("eval=perplexity")
+    assert shown["calibration"]["source"] == "pydocs"
+    assert "target_layers: 21  # follows from the default merge.sparsity=0.1\n" in printed
+    assert {*shown} == {entry.name for entry in fields(Settings)} - {"command"}
+    found, _ = values(f"calibration.path={text_file}", f"eval.perplexity.path={text_file}")
+    assert found["calibration"]["source"] == found["eval"]["perplexity"]["source"] == "text_file"
+    for overrides, line in (
+        (["merge.sparsity=0.2"], "target_layers: 18  # follows from merge.sparsity=0.2\n"),
+        (["merge.save_at=[20,21]"], "target_layers: 20  # follows from merge.save_at\n"),
+        (["merge.groups=[[0,1]]"], "target_layers: 23  # follows from merge.groups\n"),
+        (["merge.target_layers=20"], "target_layers: 20\n"),
+        (["merge=none"], "target_layers: null\n"),
+        (["model.path=me/absent"], "target_layers: null  # follows from the default merge.spars"),
+        (["merge.refit=ridge"], "- refit=ridge\n"),
+    ):
+        assert line in values(*overrides)[1]
+    part, _ = values("-p", "merge.refit", "merge.refit=ridge")
+    assert part["name"] == "ridge"
+    code, printed = command_line("--cfg", "job", "-p", "merge.nothing")
+    assert (code, printed.strip()[:24]) == (1, "error: --package merge.n")
+    assert not (tmp_path / "runs").exists()

@@ -33,6 +33,7 @@ from come.cli.overrides import (
     register_parts,
     renamed,
 )
+from come.cli.show import all_values, captured
 from come.cli.words import check_overrides, flag_words, read_flags
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.evaluate.base import EVALUATIONS
@@ -120,14 +121,10 @@ def main() -> int:
                 if isinstance(handler, logging.FileHandler):
                     logging.root.removeHandler(handler)
         try:
-            settings = to_settings(config)
+            settings = _job_settings(config)
             _warn_of_grid()
-            settings.tracking.group = settings.tracking.group or _experiment()
-            overrides = HydraConfig.get().overrides.task
-            settings.merge.changes = method_changes(overrides)
-            settings.command = shlex.join(["come", *overrides])
             settings.check()
-            check_explicit(settings, overrides)
+            check_explicit(settings, HydraConfig.get().overrides.task)
             # slow to import, so only after the checks
             if DRY_RUN in os.environ:
                 from come.job.dry_run import dry_run
@@ -159,10 +156,14 @@ def main() -> int:
         load_plugins(overrides)
         register_parts()
         check_overrides(overrides, [*schema(), *(f"merge.{part}" for part in PARTS)])
+        package = flags.package
         if flags.cfg == "job":
-            flags.resolve = True  # show the values of interpolations
+            flags.resolve, flags.package = True, None
         sys.argv[1:] = [*as_groups(overrides), *model_of_run(overrides), *flag_words(flags)]
-        job()
+        if flags.cfg == "job":
+            print(all_values(_job_settings(OmegaConf.create(captured(job))), package))
+        else:
+            job()
 
     try:
         return _guarded(start)
@@ -171,6 +172,16 @@ def main() -> int:
             _finish_sweep(GridReport.running)
             GridReport.running = None
         os.environ.pop(DRY_RUN, None)
+
+
+def _job_settings(config: DictConfig) -> Settings:
+    """The settings of a job, with those that follow from its command line."""
+    settings = to_settings(config)
+    settings.tracking.group = settings.tracking.group or _experiment()
+    overrides = HydraConfig.get().overrides.task
+    settings.merge.changes = method_changes(overrides)
+    settings.command = shlex.join(["come", *overrides])
+    return settings
 
 
 def _guarded(job: Callable[[], Any]) -> int:

