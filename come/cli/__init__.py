@@ -117,9 +117,7 @@ def main() -> int:
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         if DRY_RUN in os.environ:
-            for handler in logging.root.handlers[:]:  # a dry run leaves no files
-                if isinstance(handler, logging.FileHandler):
-                    logging.root.removeHandler(handler)
+            _stop_log_file()
         try:
             settings = _job_settings(config)
             _warn_of_grid()
@@ -219,9 +217,18 @@ def _say(line: str) -> str:
     return line
 
 
+def _stop_log_file() -> None:
+    """Stops logging to the job's folder, which shall leave no files."""
+    for handler in logging.root.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            logging.root.removeHandler(handler)
+            handler.close()
+
+
 def _keep_traceback(folder: Path, name: str, error: Exception) -> None:
     """Appends the traceback to the failed job's log; removes a refused job, which wrote nothing."""
     if isinstance(error, USER_ERRORS) and {p.name for p in folder.glob("*")} <= {".lock", name}:
+        _stop_log_file()  # launchers log the error again
         shutil.rmtree(folder, ignore_errors=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
