@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from come.merge import input_map
+from come.linalg import conjugate_gradients as module
+from come.linalg.conjugate_gradients import conjugate_gradients
 from come.merge.apply import apply
-from come.merge.input_map import FLOOR, InputMap, conjugate_gradients
+from come.merge.input_map import FLOOR, InputMap
 from come.merge.loop import compress
 from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
@@ -123,7 +124,7 @@ def test_activation_derivative(problem):
 
 @pytest.mark.parametrize("ratio", [0.3, 30.0])
 def test_step_is_the_least_squares_solution(problem, ratio, monkeypatch):
-    monkeypatch.setattr(input_map, "BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
     targets, layer, plain, names = problem
     for name in names:
         found = InputMap(targets, layer, plain.middles, name).step(ratio, 200)
@@ -149,7 +150,7 @@ def test_step_does_not_depend_on_cached_derivatives(problem, monkeypatch):
     for name in names:
         found = [InputMap(targets, layer, plain.middles, name).step(1.0, 5)]
         with monkeypatch.context() as patch:
-            patch.setattr(input_map, "HELD_BYTES", 0)
+            patch.setattr("come.merge.input_map.HELD_BYTES", 0)
             found.append(InputMap(targets, layer, plain.middles, name).step(1.0, 5))
         assert torch.equal(*found)
 

@@ -118,7 +118,7 @@ def test_part_of_a_held_out_text(text_file):
 
 def test_groups_start_at_the_first_layer():
     check_groups([[0, 1], [2, 3, 4]])
-    with pytest.raises(ValueError, match=r"\[-1, 0\]: a group is two or more adjacent"):
+    with pytest.raises(ValueError, match=r"\[-1, 0\]: a group is adjacent layers"):
         check_groups([[-1, 0]])
 
 

@@ -149,6 +149,12 @@ class Gram:
         solved = cholesky_solve(self.factor(penalty, consume=consume), rhs).T
         return Map(solved[:, : self.width], solved[:, self.width] if self.bias else None)
 
+    def minimum_norm(self) -> Map:
+        """The least-squares map without a penalty; of several, the one with the smallest norm."""
+        assert not self.bias
+        found = torch.linalg.lstsq(self.gram.cpu(), self.moment.cpu(), driver="gelsd").solution
+        return Map(found.T.to(self.gram.device))
+
     def ridge(self, penalty: float) -> Float[Tensor, " columns"]:
         """The penalty on each column; the constant's is negligible."""
         ridge = self.gram.new_full((len(self.gram),), penalty)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from come.linalg.conjugate_gradients import conjugate_gradients, right_divided
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.sublayers import (
     Features,
@@ -18,7 +19,7 @@ from come.models.sublayers import (
 )
 from come.progress import ProgressBar
 from come.stream.processes import Processes
-from come.stream.token_blocks import BLOCK, TokenBlocks
+from come.stream.token_blocks import TokenBlocks
 
 Matrix = Float[Tensor, "channels hidden"]
 
@@ -82,10 +83,10 @@ class InputMap:
         scale = (curvatures + penalty).rsqrt().to(rhs)[:, None]
 
         def colour(white: Matrix) -> Matrix:
-            return _solved(root, white, upper=False)
+            return right_divided(white, root, upper=False)
 
         def whiten(gradient: Matrix) -> Matrix:
-            return _solved(root.T, gradient, upper=True)
+            return right_divided(gradient, root.T, upper=True)
 
         def product(white: Matrix) -> Matrix:
             bar.update()
@@ -203,42 +204,3 @@ class InputMap:
             middle = self.middles[batch.rows].to(self.adapter.device)
             keywords = stream.keywords(len(middle), self.targets.first)
             yield middle, batch.output, batch.weights.to(self.output), keywords
-
-
-def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:
-    """Approximates x with product(x) = target by conjugate gradients from x = 0.
-
-    Args:
-        product: multiplies a symmetric positive definite matrix with a tensor shaped as `target`.
-        target: the right-hand side; overwritten.
-        steps: largest number of iterations; it stops early when the residual vanishes.
-    """
-    found = torch.zeros_like(target)
-    rest = target
-    direction = rest.clone()
-    size = start = _dot(rest, rest)
-    for _ in range(steps):
-        if size <= 1e-30 * start:
-            break
-        curved = product(direction)
-        length = size / _dot(direction, curved)
-        found.add_(direction, alpha=length)
-        rest.sub_(curved, alpha=length)
-        last, size = size, _dot(rest, rest)
-        direction.mul_(size / last).add_(rest)
-    return found
-
-
-def _solved(root: Tensor, right: Matrix, *, upper: bool) -> Matrix:
-    """Returns right root^-1; solves by blocks of rows."""
-    found = torch.empty_like(right)
-    for start in range(0, len(right), BLOCK):
-        part = slice(start, start + BLOCK)
-        found[part] = torch.linalg.solve_triangular(root, right[part], upper=upper, left=False)
-    return found
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    """The inner product, summed in float64 over blocks of rows."""
-    pairs = zip(first.split(BLOCK), second.split(BLOCK), strict=True)
-    return sum((a * b).sum(dtype=torch.float64).item() for a, b in pairs)

@@ -104,7 +104,7 @@ def select_units_jointly(
         solves: whether the allocation includes the solutions for the kept units of both kinds.
 
     Returns:
-        The kept units; shares are those of the kept MLP channels.
+        The kept units, `span.unit_counts` of each kind; shares are those of the kept MLP channels.
     """
     targets, adapter, align = span.targets, span.stream.adapter, span.refit.align
     ratio = joint_lambda(span.refit)
@@ -124,6 +124,7 @@ def select_units_jointly(
                 for layer, change in zip(layers, changes, strict=True)
             ]
         count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
+        keep = span.unit_counts[unit]
         last = unit == UNITS[-1]
         dtype = torch.float64  # the attention's solution is used, not only the selection
         if last:
@@ -133,7 +134,7 @@ def select_units_jointly(
         sums = stacked_equations(read, dtype)
         penalty = ratio * sums.mean_diagonal()
         initial = StackedMap(targets, unit)
-        units, found = rule.choose(sums, initial, penalty, count, size, solves or not last)
+        units, found = rule.choose(sums, initial, penalty, keep, size, solves or not last)
         kept[unit] = by_layer(units, count, span.size)
         if found is not None:
             solved[unit] = UnitSolution(changes, found)
@@ -141,7 +142,7 @@ def select_units_jointly(
             assert found is not None
             columns = [unit_columns(chosen, size) for chosen in kept[unit]]
             middle = after_attention(read, found, columns)
-    total = adapter.unit_counts["channel"]
+    total = span.unit_counts["channel"]
     shares = [len(layer) / total for layer in kept["channel"]]
     return UnitAllocation(shares, kept, solved if solves else {})
 

@@ -86,7 +86,8 @@ def compress(
     )
     if method.schedule.restarts:
         plan = replace(plan, steps=[])
-    if plan.num_layers > target_layers:
+    finished = method.schedule.finished
+    if not finished(plan, target_layers):
         plan = replace(plan, downstream=SolvedTensors({}))  # valid at that depth only
     spent = float(plan.provenance.get("layer_passes", 0.0))
     with LayerStream(
@@ -99,7 +100,7 @@ def compress(
         block=method.block,
         processes=processes,
     ) as stream:
-        if method.needs_dense and plan.steps and plan.num_layers > target_layers:
+        if method.needs_dense and plan.steps and not finished(plan, target_layers):
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
@@ -108,13 +109,13 @@ def compress(
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan
-        while chosen.num_layers > target_layers:
+        while not finished(chosen, target_layers):
             search.measure(chosen)
             step, span = _next_step(search)
             step = processes.broadcast(step)
             chosen = chosen.with_step(step)
             waiting.append((step, span))
-            if not method.schedule.remeasures and chosen.num_layers > target_layers:
+            if not method.schedule.remeasures and not finished(chosen, target_layers):
                 continue
             while waiting:
                 step = processes.broadcast(_refitted(stream, method, plan, *waiting.pop(0)))
@@ -122,14 +123,14 @@ def compress(
                 passes = spent + round(processes.reduced(stream.layer_passes), 1)
                 plan = plan.with_step(step, layer_passes=passes)
                 search.outdated_from(_changed_from(stream, plan))
-                last, saved = plan.num_layers == target_layers, plan.num_layers in stops
+                last, saved = finished(plan, target_layers), plan.num_layers in stops
                 solved = _downstream(stream, method, plan) if last or saved else plan.downstream
-                finished = replace(plan, downstream=processes.broadcast(solved))
-                before = write_downstream(adapter, finished)
+                complete = replace(plan, downstream=processes.broadcast(solved))
+                before = write_downstream(adapter, complete)
                 if on_step:
-                    on_step(finished)
+                    on_step(complete)
                 if last:
-                    return finished
+                    return complete
                 for index, state in before.items():
                     adapter.write(index, state)
     return plan

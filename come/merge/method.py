@@ -97,7 +97,9 @@ class Method(HasSettings):
         ["attention", "ffn"], "what is merged: both are whole layers", choices=SUBLAYERS
     )
     groups: list[list[int]] = setting(
-        [], "spans of original layers to merge, in this order, in place of a choice"
+        [],
+        "spans of original layers to merge, in this order, in place of a choice; a single layer "
+        "is refitted",
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +115,13 @@ class Method(HasSettings):
 
     def _check_groups(self) -> None:
         """Sets the schedule to `Fixed`; raises ValueError for settings that have no effect."""
+        single = next((list(group) for group in self.groups if len(group) == 1), None)
+        if single and not (self.refit.active and self.refit.target == "dense"):
+            raise ValueError(
+                f"merge.groups has {single}: a single layer is refitted to the dense model, which "
+                f"merge.refit={self.refit.name} with merge.refit.target={self.refit.target} does "
+                "not do; choose merge.refit=ridge or gauss_newton with merge.refit.target=dense"
+            )
         for key in ("protect_first", "protect_last"):
             if getattr(self, key):
                 raise ValueError(
@@ -209,15 +218,24 @@ def groups_target(groups: Sequence[Sequence[int]], num_layers: int) -> int:
 
 
 def check_groups(groups: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError unless each group is two or more adjacent layers and none overlap."""
+    """Raises ValueError unless each group is one or more adjacent layers and none overlap.
+
+    At least one group has several layers: a single layer is refitted to what it should give after
+    the merges before it.
+    """
     seen: set[int] = set()
     for group in groups:
         adjacent = list(group) == list(range(group[0], group[0] + len(group))) if group else False
-        if len(group) < 2 or not adjacent or group[0] < 0:
+        if not adjacent or group[0] < 0:
             raise ValueError(
-                f"merge.groups has {list(group)}: a group is two or more adjacent layers, counted "
-                "from 0, such as [3,4]"
+                f"merge.groups has {list(group)}: a group is adjacent layers, counted from 0, such "
+                "as [3,4], or one layer to refit"
             )
         if seen & set(group):
             raise ValueError(f"merge.groups: layer {min(seen & set(group))} is in two groups")
         seen |= set(group)
+    if groups and max(map(len, groups)) == 1:
+        raise ValueError(
+            f"merge.groups={[list(group) for group in groups]} merges nothing: give at least one "
+            "group of several layers, such as [3,4]"
+        )

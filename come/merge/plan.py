@@ -194,7 +194,7 @@ class Plan:
         )
 
     def truncated(self, depth: int) -> Plan:
-        """The plan's first steps, down to `depth` layers.
+        """The plan's first steps, down to `depth` layers, with the refits at that depth.
 
         Above the plan's own depth the downstream refit is left out, because it was solved at the
         plan's own depth. Each depth of `merge.save_at` has its own plan with its own refit.
@@ -202,16 +202,19 @@ class Plan:
         Raises:
             ValueError: the plan does not pass through this depth.
         """
+        if self.steps and depth == self.num_layers:
+            return self
         plan = replace(self, steps=[])
-        depths = []
+        depths, found = [], None
         for step in self.steps:
             plan = plan.with_step(step)
             depths.append(plan.num_layers)
-            if plan.num_layers == depth:
-                return self if depth == self.num_layers else plan
+            found = plan if plan.num_layers == depth else found
+        if found:
+            return found
         raise ValueError(
             f"merge.target_layers={depth}: the plan passes through "
-            f"{', '.join(map(str, depths)) or 'no merge'}"
+            f"{', '.join(map(str, dict.fromkeys(depths))) or 'no merge'}"
         )
 
     def save(self, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -54,6 +54,7 @@ class LayerSpan:
         norms: how their norms are merged, "mean" or "fold".
         refit: how the merged layer is fitted to them.
         sensitivity: how their channels are scored.
+        narrower: units that the new layer has, by kind, where these are fewer than a layer has.
     """
 
     stream: LayerStream
@@ -64,6 +65,12 @@ class LayerSpan:
     norms: str
     refit: Refit
     sensitivity: SensitivityMetric
+    narrower: Mapping[Unit, int] = field(default_factory=dict)
+
+    @property
+    def unit_counts(self) -> dict[Unit, int]:
+        """Units of the new layer, by kind."""
+        return {**self.stream.adapter.unit_counts, **self.narrower}
 
     @property
     def first(self) -> int:

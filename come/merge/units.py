@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ def allocate_units(count: int, shares: Sequence[float]) -> list[int]:
     layer keeps floor(count * rho_i). A layer may keep none.
 
     Args:
-        count: units of one layer (KV groups or MLP channels).
+        count: units of the new layer (KV groups or MLP channels).
         shares: rho of every layer, >= 0, summing to 1.
 
     Returns:
@@ -40,18 +40,21 @@ def top_units(scores: Float[Tensor, " units"], count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def choose_units(scores: UnitScores, shares: Sequence[float]) -> dict[Unit, list[list[int]]]:
+def choose_units(
+    scores: UnitScores, shares: Sequence[float], counts: Mapping[Unit, int]
+) -> dict[Unit, list[list[int]]]:
     """The most sensitive units of every layer of a span, as many as its share allows.
 
     Args:
         scores: for each kind of unit, one vector per layer, in depth order.
         shares: rho of every layer.
+        counts: units of the new layer, by kind.
 
     Returns:
         For each kind of unit, one ascending list of indices per layer.
     """
     kept: dict[Unit, list[list[int]]] = {}
     for unit, layers in scores.items():
-        counts = allocate_units(len(layers[0]), shares)
-        kept[unit] = [top_units(layer, count) for layer, count in zip(layers, counts, strict=True)]
+        own = allocate_units(counts[unit], shares)
+        kept[unit] = [top_units(layer, count) for layer, count in zip(layers, own, strict=True)]
     return kept

@@ -231,15 +231,18 @@ class ModelAdapter:
         return self.model.get_output_embeddings()
 
     def copy_layer(self, index: int, state: LayerState) -> nn.Module:
-        """A layer like `index` that is not part of the model and holds the tensors `state`."""
-        layer = self.layers[index]
+        """A layer like `index` that is not part of the model and holds the tensors `state`.
+
+        The tensors may have fewer units than the layer's own.
+        """
+        layer, tensors = self.layers[index], dict(state)
         blank: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-            for p in layer.parameters()
+            id(p): nn.Parameter(torch.empty_like(tensors[name], device="meta"), p.requires_grad)
+            for name, p in layer.named_parameters()
         }
         blank[id(layer._forward_pre_hooks)] = OrderedDict()  # hooks that load weights from disk
         copied = copy.deepcopy(layer, blank)
-        copied.load_state_dict(dict(state), assign=True)
+        copied.load_state_dict(tensors, assign=True)
         return copied
 
     def copy_norm(self, unit: Unit, state: LayerState) -> nn.Module:
@@ -257,10 +260,11 @@ class ModelAdapter:
 
     def replace(self, first: int, last: int, state: LayerState) -> None:
         """Replaces layers first..last (inclusive) by one layer with the tensors `state`."""
-        assert first < last
+        assert first <= last
         assert state.keys() == self.layer_state(first).keys()
         self.write(first, state)
-        remove_layers(self.layers, self.config, first + 1, last)
+        if last > first:
+            remove_layers(self.layers, self.config, first + 1, last)
 
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:

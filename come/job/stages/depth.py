@@ -65,5 +65,5 @@ def check_reachable(merge: MergeSettings, num_layers: int, target: int) -> None:
         if depth not in passed:
             raise ValueError(
                 f"merge.save_at has {depth}, and merge.groups passes through "
-                f"{', '.join(map(str, passed))}"
+                f"{', '.join(map(str, dict.fromkeys(passed)))}"
             )

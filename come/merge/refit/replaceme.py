@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from come.linalg.gram import Gram
 from come.merge.combination import Combination
 from come.merge.reconstruction import ReconstructionTargets, Target
 from come.merge.refit.base import REFITS, Refit, check_drops
@@ -24,8 +25,8 @@ class ReplaceMe(Refit):
 
         T = argmin || M T - (M + h_b - h_{a-1}) ||^2,   W_down <- T^T W_down,   bias <- T^T bias
 
-    M: [tokens, hidden], the MLP output of layer a - 1. T = I is the plain drop. Both products
-    accumulate batch by batch in float64. If M does not span all channels, T - I is the minimum-norm
+    M: [tokens, hidden], the MLP output of layer a - 1. T = I is the plain drop. Products are in
+    float64. If M does not span all channels, T - I is the minimum-norm
     solution.
 
     Source: arXiv 2505.02819, the least-squares variant.
@@ -53,8 +54,7 @@ class ReplaceMe(Refit):
         stream, adapter = targets.stream, targets.stream.adapter
         linear = adapter.output_map(targets.first, "channel")
         hidden = linear.out_features
-        gram = torch.zeros(hidden, hidden, dtype=torch.float64)
-        moment = torch.zeros(hidden, hidden, dtype=torch.float64)
+        sums = Gram(hidden, hidden, bias=False)
         outputs: list[Tensor] = []
         kept = stream.route(targets.first, targets.first)
         pairs = stream.pairs(targets.first + 1, targets.last + 1)
@@ -62,10 +62,8 @@ class ReplaceMe(Refit):
             for _, (before, after) in zip(stream.through(targets.first, kept), pairs, strict=True):
                 m = outputs.pop().reshape(-1, hidden).double()
                 gap = after.flatten(0, 1).double() - before.flatten(0, 1).double()
-                gram += (m.T @ m).cpu()
-                moment += (m.T @ gap).cpu()
-        change = torch.linalg.lstsq(gram, moment, driver="gelsd").solution
-        transform = (torch.eye(hidden, dtype=torch.float64) + change).T
+                sums.add(m, gap, m.new_ones(len(m)))
+        transform = torch.eye(hidden, dtype=torch.float64) + sums.minimum_norm().weight
         state = sources.state
         return {
             name: (transform @ state[name].double().cpu()).to(state[name])

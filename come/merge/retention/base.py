@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from come.merge.combination import Combination
 from come.merge.span import LayerSpan, UnitAllocation
-from come.merge.unit_scores import UnitScores
 from come.merge.units import choose_units
 from come.merge.work import SpanSize, Work
 from come.registry import Registry
@@ -76,16 +75,17 @@ class RetentionRule(HasSettings, ABC):
 
         Rules that rank the units of several layers together override this.
         """
-        return with_units(self.shares(span), span.scores)
+        return with_units(self.shares(span), span)
 
     def trial_split(self, span: LayerSpan) -> UnitAllocation:
         """The unit allocation of a trial merge; may approximate `split`."""
         return self.split(span)
 
 
-def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:
+def with_units(shares: Sequence[float], span: LayerSpan) -> UnitAllocation:
     """The allocation by shares, with each layer's most sensitive units; no units without scores."""
-    return UnitAllocation(list(shares), choose_units(scores, shares) if scores else {})
+    kept = choose_units(span.scores, shares, span.unit_counts) if span.scores else {}
+    return UnitAllocation(list(shares), kept)
 
 
 RETENTION: Registry[RetentionRule] = Registry(

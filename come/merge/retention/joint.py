@@ -41,7 +41,7 @@ class Joint(RetentionRule):
         for unit, layers in span.scores.items():
             count = len(layers[0])
             ranked = torch.cat([layer / layer.abs().sum().clamp_min(1e-300) for layer in layers])
-            best = top_units(ranked, count)
+            best = top_units(ranked, span.unit_counts[unit])
             kept[unit] = [
                 [i - count * layer for i in best if i // count == layer]
                 for layer in range(len(layers))

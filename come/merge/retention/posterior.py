@@ -40,12 +40,11 @@ class Posterior(RetentionRule):
 
     def split(self, span: LayerSpan) -> UnitAllocation:
         """The best allocation found."""
-        scores = span.scores
         losses: dict[str, float] = {}
 
         def tried(counts: Sequence[tuple[int, ...]]) -> list[float]:
             """The losses of allocations; those that keep the same units are evaluated once."""
-            splits = [with_units([n / self.granularity for n in given], scores) for given in counts]
+            splits = [with_units([n / self.granularity for n in given], span) for given in counts]
             keys = [str(split.kept or split.shares) for split in splits]
             new = {key: split for key, split in zip(keys, splits, strict=True) if key not in losses}
             for key, found in zip(new, span.losses(list(new.values())), strict=True):
@@ -71,7 +70,7 @@ class Posterior(RetentionRule):
                 "merge.retention=posterior: the loss of every split that was tried is not finite; "
                 "try model.dtype=float32 or bfloat16"
             )
-        return with_units([count / self.granularity for count in best], scores)
+        return with_units([count / self.granularity for count in best], span)
 
     def _start(self, size: int) -> tuple[int, ...]:
         """The most equal counts; the first layers get the remainder."""

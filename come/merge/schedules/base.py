@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from come.merge.combination import Combination
+from come.merge.plan import Plan
 from come.merge.search import Choice, Search
 from come.registry import Registry
 from come.setting import HasSettings
@@ -58,6 +59,10 @@ class Schedule(HasSettings, ABC):
                 f"merge.schedule={self.name} weighs sizes of merged spans, and merge.operator="
                 f"{method.operator.name} drops layers; choose merge.schedule=progressive"
             )
+
+    def finished(self, plan: Plan, target: int) -> bool:
+        """Whether no step follows."""
+        return plan.num_layers <= target
 
     @abstractmethod
     def choose(self, search: Search) -> Choice:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from come.merge.combination import Combination
-from come.merge.plan import SpanCandidate
+from come.merge.plan import Plan, SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Schedule
 from come.merge.search import Choice, Search
 
@@ -16,7 +16,8 @@ from come.merge.search import Choice, Search
 class Fixed(Schedule):
     """Takes the spans of `merge.groups` in their order; a drop keeps the first layer of each.
 
-    The model is measured again after every merge, as with the progressive schedule.
+    The model is measured again after every merge, as with the progressive schedule. A span of one
+    layer is only refitted; it has no score (0).
 
     Attributes:
         groups: original layers of each span, from `merge.groups`.
@@ -34,12 +35,15 @@ class Fixed(Schedule):
         if not method.groups:
             raise ValueError("merge.schedule=fixed needs merge.groups, such as [[3,4],[10,11,12]]")
 
+    def finished(self, plan: Plan, target: int) -> bool:
+        """Whether all spans are merged or refitted."""
+        return len(plan.steps) == len(self.groups)
+
     def choose(self, search: Search) -> Choice:
         """The first span that has not been merged; its score is only recorded."""
-        merged = [span for span in search.history if len(span) > 1]
-        group = next(group for group in self.groups if list(group) not in merged)
+        group = self.groups[len(search.plan.steps)]
         first = [span[0] for span in search.history].index(group[0])
         last = first + len(group) - 1
-        score = search.score(first, last)
+        score = search.score(first, last) if last > first else 0.0
         kept = 0 if search.rules.drops else None
         return Choice(first, last, kept, score, [SpanCandidate(first, last, score)])
