@@ -23,7 +23,7 @@ _BINARY = {
 }  # fmt: skip
 _SHOWN = ("print", "say", "warn", "warning", "info", "update", "set_postfix_str", "ProgressBar")
 """Calls without effect other than output."""
-_SKIPPED = ("progress", "desc", "unit", "shown", "help", "total", "strict")
+_SKIPPED = ("progress", "desc", "unit", "shown", "help", "total", "repr", "indent", "strict")
 """Keyword arguments that only affect output, and the assertion that zip's lengths are equal."""
 
 

@@ -200,6 +200,7 @@ def test_task_intervals_cover_95_percent():
     found = _task_metrics("a", {"acc,none": 0.5, "acc_stderr,none": 0.1}, samples)["zero_shot/a"]
     assert (found.low, found.high) == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-4)
     assert found.samples == [0.0, 1.0, 0.0, 1.0]
+    assert found.data == "4 documents"
 
 
 def test_gpu_timings_wait_for_the_gpu(monkeypatch):
@@ -307,6 +308,19 @@ def test_timed_generation_has_the_given_size(monkeypatch):
         progress=False,
     )  # fmt: skip
     assert calls == [(4, 4), *[(4, 6)] * 3]  # warm-up, its memory, two repetitions
+
+
+@pytest.mark.parametrize(("new_tokens", "works"), [(9, 2), (8, 1)])
+def test_memory_of_a_short_generation_is_not_measured(new_tokens, works, monkeypatch):
+    """A prompt of 24 tokens needs as much as 16 + 8 tokens of a generation."""
+    measured = []
+    monkeypatch.setattr(speed, "_generate", lambda *sizes: None)
+    monkeypatch.setattr(speed, "_peak_bytes", lambda model, work: measured.append(work) or 0)
+    compare_speed(
+        {"model": pico("llama_gqa")}, prompt_tokens=24, new_tokens=new_tokens, batch=1, repeats=1,
+        progress=False,
+    )  # fmt: skip
+    assert len(measured) == works
 
 
 def test_least_number_of_generated_tokens():

@@ -67,6 +67,25 @@ def test_cache_check_detects_stale_layer_indices(windows):
         assert check_cache(model) < 1e-3
 
 
+def test_cache_check_is_relative_to_the_logits(monkeypatch):
+    """The logits with a cache are larger by a tenth of the largest logit."""
+    model = pico("llama_gqa")
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if kwargs["use_cache"]:
+            output.logits = output.logits + 0.1 * largest
+        return output
+
+    monkeypatch.setattr(model, "forward", changed)
+    largest = 0.0
+    with torch.no_grad():
+        probe = (torch.arange(24) * 37 % model.config.vocab_size)[None]
+        largest = forward(input_ids=probe).logits.abs().max()
+        assert check_cache(model, length=24) == pytest.approx(0.1, rel=1e-3)
+
+
 def test_load_and_fingerprint(pico_folder, tmp_path):
     model, tokenizer = load_model(pico_folder)
     assert model.dtype == torch.float32
