@@ -166,6 +166,19 @@ def test_merge_of_the_first_layers_does_not_embed_again(windows, monkeypatch):
     assert len(calls) == 1
 
 
+def test_blocks_before_a_merged_block_stay_valid(windows, monkeypatch):
+    changed, invalidate = [], LayerStream.invalidate_from
+
+    def counted(stream, index):
+        changed.append(index)
+        invalidate(stream, index)
+
+    monkeypatch.setattr(LayerStream, "invalidate_from", counted)
+    method = paper(operator="drop", sublayers=["ffn"], groups=[[0, 1], [3, 4]])
+    compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 2, progress=False)
+    assert changed == [0, 3]
+
+
 def test_random_sensitivity_depends_only_on_its_seed(windows):
     plans = [
         compress(

@@ -202,6 +202,15 @@ def test_parameters_without_mlps(base, tmp_path):
     assert job.target == LAYERS - 3
 
 
+def test_a_merge_removes_the_changed_layers_of_a_killed_run(base, tmp_path):
+    words = ("merge.target_layers=5", *QUICK)
+    job = prepare_job(base, tmp_path / "out", *words)
+    left = job.folder / "weights-abc.partial"
+    left.mkdir(parents=True)
+    run_job(base, tmp_path / "out", *words)
+    assert not left.exists()
+
+
 def test_cost_of_a_resumed_merge(base, tmp_path):
     words, path = ("merge.target_layers=4", *QUICK), tmp_path / "out" / "plan.partial.json"
     interrupted_job(base, tmp_path / "out", *words)
