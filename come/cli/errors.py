@@ -17,11 +17,11 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from come.cli.overrides import RENAMED
 from come.errors import one_line
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import Registry
+from come.renamed import RENAMED
 from come.schema import Settings
 
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
