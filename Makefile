@@ -21,7 +21,7 @@ $(VENV)/transformers4: $(READY) tests/transformers4.txt
 	$(BIN)/pip install --quiet --no-deps --target $@ -r tests/transformers4.txt
 	touch $@
 
-run: $(READY)   ## compress SmolLM2-135M and report (ARGS="model=... merge=..." for anything else)
+run: $(READY)   ## compress SmolLM2-135M-Instruct and report (ARGS="model=... merge=..." for anything else)
 	$(BIN)/python run.py $(ARGS)
 
 test: $(READY)  ## the fast tests

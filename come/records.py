@@ -120,7 +120,8 @@ class Result(TypedDict):
         computed on; None if it is unknown.
     distillation: None if the job has none.
     settings: the resolved settings.
-    versions: versions of Python, of this package and of the packages that affect the numbers.
+    versions: versions of Python, of this package and of the packages that affect the numbers;
+        "code" is a hash of this package's code, and "commit", in a git clone, its commit.
     machine: description of the machine, and the dtype of the computation.
     command: the command line; "" from Python.
     """

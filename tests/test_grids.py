@@ -14,11 +14,11 @@ import pytest
 
 from come.evaluate.base import Metric, Relative
 from come.evaluate.paired import mean_difference
-from come.report.grid import read_grid
+from come.report.grid import read_grid, write_grid
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, points
 from come.report.tables import metric_table
-from tests.commands import ROOT, communicate
+from tests.commands import ROOT, communicate, load_script
 
 TWELVE_JOBS = [
     "merge/sensitivity=come,random",
@@ -249,6 +249,51 @@ def test_grid_rows_have_no_samples(tmp_path):
     assert found["metrics"]["zero_shot/a"] == Metric(0.5, details={"metric": "acc"}).record() | {
         "samples": []
     }
+
+
+def test_former_keys_have_their_current_names(tmp_path):
+    """Also where the same jobs ran again with the current key."""
+    metric = Metric(2.0, data="text", comparison="ratio", relative=Relative(1.5, 1.4, 1.6))
+    dense = {"layers": 3, "parameters": 9, "metrics": {"perplexity": Metric(1.0).record()}}
+    depth = {"layers": 2, "parameters": 6, "stage": "merged"}
+    depth["metrics"] = {"perplexity": metric.record()}
+    rows = [
+        {"method": "come", "depths": [dense, depth], "overrides": {key: value}}
+        for key in ("merge.p", "merge.retention.p")
+        for value in ("1", "2")
+    ]
+    former = tmp_path / "former.jsonl"
+    former.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    write_grid(tmp_path / "new", rows[2:], x="merge.retention.p")
+    write_grid(tmp_path / "former", read_grid(tmp_path, [former])[0], x="merge.p")
+    table = (tmp_path / "former" / "table.md").read_text()
+    assert table == (tmp_path / "new" / "table.md").read_text()
+    assert table.splitlines()[0] == "|  | merge.retention.p | 2 layers |"
+    assert (tmp_path / "former" / "results.jsonl").read_text() == former.read_text()
+    listed = {"overrides": ["merge.retention.p=1"], "folder": str(tmp_path / "unfinished")}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(listed) + "\n")
+    found, missing = read_grid(tmp_path, [former])
+    assert [row["overrides"] for row in found] == [{"merge.p": "2"}]
+    assert missing == [{"merge.retention.p": "1"}]
+
+
+def test_picture_of_the_readme_is_made_from_committed_results(tmp_path, monkeypatch):
+    frontier = load_script("beyond/frontier")
+    monkeypatch.setattr(sys, "argv", ["frontier.py", "--out", str(tmp_path)])
+    frontier.main()
+    beyond = ROOT / "experiments" / "beyond"
+    assert (tmp_path / "frontier.md").read_text() == (beyond / "frontier.md").read_text()
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "folder", ["beyond", "beyond/tokens_32768", "beyond/group_sizes", "compare", "main_table"]
+)
+def test_tables_are_made_from_committed_results(tmp_path, folder):
+    committed = ROOT / "experiments" / folder
+    write_grid(tmp_path, read_grid(committed, [committed / "results.jsonl"])[0])
+    for path in committed.glob("table.*"):
+        assert (tmp_path / path.name).read_text() == path.read_text()
 
 
 def test_significance_stars():

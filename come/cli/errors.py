@@ -17,11 +17,15 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
+<<<<<<< HEAD
 from come.cli.overrides import renamed
+=======
+>>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
 from come.errors import one_line
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import Registry
+from come.renamed import RENAMED
 from come.schema import Settings
 
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import load_plugin
+<<<<<<< HEAD
 
 RENAMED = {
     "merge.refit_lambda": "merge.refit.lambda",
@@ -72,6 +73,9 @@ RENAMED = {
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
 """Former keys of settings, with their current keys."""
+=======
+from come.renamed import RENAMED
+>>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
 
 _OPTIONS = "merge.options"  # held the settings of all components
 _LISTED = ("eval.perplexity", "eval.speed")  # former switches that hold settings now

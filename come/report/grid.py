@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from come.files import LISTING, RESULT, write_text
+from come.renamed import current_key, current_keys
 from come.report.grid_figure import draw_grid
 from come.report.points import PARAMETERS, Point, Row, label, points, varying_keys
 from come.report.tables import depth_table, long_table, metric_table
@@ -42,14 +43,14 @@ def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[
     rows, missing, seen = [], [], []
     for overrides, job in jobs.values():
         shown = {key: short.get(value, value) for key, value in overrides.items()}
-        seen.append(shown)
+        seen.append(current_keys(shown))
         if (job / RESULT).is_file():
             rows.append(_row(shown, json.loads((job / RESULT).read_text())))
         else:
             missing.append(shown)
     for path in also:
         others = [json.loads(line) for line in path.read_text().splitlines()]
-        rows += [row for row in others if row["overrides"] not in seen]
+        rows += [row for row in others if current_keys(row["overrides"]) not in seen]
     return rows, missing
 
 
@@ -65,7 +66,7 @@ def write_grid(
 
     In the perplexity and accuracy tables, jobs that differ only in a seed share a row: means over
     the seeds, for perplexity ratios also [lowest, highest]. In the CSV, every model has its own
-    lines.
+    lines. Former keys of settings have their current names everywhere but in `results.jsonl`.
 
     Args:
         folder: the output folder.
@@ -77,6 +78,7 @@ def write_grid(
     Returns:
         The tables with their notes, as Markdown.
     """
+    x, missing = current_key(x), [current_keys(job) for job in missing]
     varying = varying_keys([*(row["overrides"] for row in rows), *missing])
     found = [point for row in rows for point in points(row, varying, x)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ def _note(points: Sequence[Point]) -> str:
 
 def _shared(rows: Sequence[Row], varying: Sequence[str]) -> str:
     """Sentence with the overrides that all jobs share; empty if there are none."""
-    first = rows[0]["overrides"] if rows else {}
+    first = current_keys(rows[0]["overrides"]) if rows else {}
     shared = [f"{k}={v}" for k, v in first.items() if k not in (*varying, "experiment")]
     if not shared:
         return ""

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from come.report.numbers import label as plain_label
 from come.report.points import PARAMETERS, Point
@@ -21,16 +21,21 @@ from come.report.points import PARAMETERS, Point
 _DPI = 110
 _INSIDE = 16  # longer legends are drawn outside the axes
 _MOST = 8  # most labels in a figure
+_FEW = 5  # lines up to which the legend has a larger font
+_NARROW = 4  # ratio of the ends of the vertical axis, below which its ticks are evenly spaced
 _TAB10 = 10  # number of colours in matplotlib's tab10
-_CUT = 15  # the y axis ends at this ratio to dense, so that smaller ratios stay distinguishable
+_CUT = 15.0  # the y axis ends at this ratio to dense: smaller ones stay distinguishable
 
 
-def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
+def draw_grid(
+    points: Sequence[Point], path: Path, x: str, title: str, *, cut: float = _CUT
+) -> None:
     """Draws perplexity over `x`, with one line per label (and per depth, if `x` is a key).
 
     Of more than eight labels, those with the lowest perplexities are drawn.
 
-    If the jobs were evaluated on different texts, the ratio to dense is drawn instead.
+    If the jobs were evaluated on different texts, the ratio to dense is drawn instead. If a ratio
+    is above `cut`, the vertical axis ends there.
     """
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     several = x != PARAMETERS and len({point.layers for point in points}) > 1
@@ -69,9 +74,13 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("perplexity" if len(texts) == 1 else "perplexity, x dense")
-    if max(ratios) > _CUT:
-        axis.set_ylim(level * 0.9, level * _CUT)
-        axis.set_ylabel(f"{axis.get_ylabel()} (cut at {_CUT} x)")
+    if max(ratios) > cut:
+        axis.set_ylim(level * 0.95, level * cut)
+        axis.set_ylabel(f"{axis.get_ylabel()} (cut at {cut:g} x)")
+    bottom, top = axis.get_ylim()
+    if top < bottom * _NARROW:  # a logarithmic axis would have too few ticks
+        axis.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("parameters, millions" if x == PARAMETERS else plain_label(x))
     if x == PARAMETERS:
         axis.invert_xaxis()
@@ -84,7 +93,8 @@ def draw_grid(points: Sequence[Point], path: Path, x: str, title: str) -> None:
         figure.set_figwidth(12)
         figure.legend(fontsize=7, loc="outside right upper")
     else:
-        axis.legend(fontsize=7, ncols=2 if len(lines) > _INSIDE // 2 else 1)
+        size = 9 if len(lines) <= _FEW else 7
+        axis.legend(fontsize=size, ncols=2 if len(lines) > _INSIDE // 2 else 1)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 

@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """Title of a result, from its model and method: "SmolLM2-135M, come_plus with refit=ridge"."""
+    """Title of a result, from its model and method: "smollm2_135m, come_plus with refit=ridge"."""
     changes = result.get("changes") or []
     return f"{result['model']}, {result['method']}" + (
         f" with {', '.join(changes)}" if changes else ""

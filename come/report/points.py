@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from come.evaluate.base import Metric, Metrics, read_metrics
+from come.renamed import current_keys
 
 PARAMETERS = "parameters"
 _SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # the x axis shows the size
-_SILENT = ("merge.save_weights", "merge.keep")  # have no effect on the measurements
+_SILENT = ("merge.save_weights",)  # has no effect on the measurements
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (of its command line, key to value), and from its
@@ -53,7 +54,11 @@ class Point:
 
 
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Override keys whose values differ between the jobs, in order of first appearance."""
+    """Override keys whose values differ between the jobs, in order of first appearance.
+
+    Former keys of settings are replaced by the current ones, here and in `points`.
+    """
+    jobs = [current_keys(job) for job in jobs]
     keys = dict.fromkeys(key for job in jobs for key in job)
     return [key for key in keys if len({job.get(key) for job in jobs}) > 1]
 
@@ -78,7 +83,7 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
         varying: override keys that vary over the jobs of the sweep.
         x: horizontal axis: "parameters", or an override key.
     """
-    overrides, (dense, *depths) = row["overrides"], row["depths"]
+    overrides, (dense, *depths) = current_keys(row["overrides"]), row["depths"]
     distilled = "distillation" in row
     depths = depths or [dense]  # merge=none
     unseen = {x, *_SILENT, *(_SIZES if x == PARAMETERS else ())}

@@ -1,0 +1,80 @@
+"""The picture and table of the README: come_plus and other methods, from the committed results.
+
+    python experiments/beyond/frontier.py
+
+Same model (SmolLM2-135M-Instruct, expanded from 4-bit weights), calibration text, 32768 calibration
+tokens, and evaluation windows. Reads trial_solutions/results.jsonl, tokens_32768/results.jsonl and,
+for ShortGPT (first draw, 27 and 24 layers), zero_shot.jsonl; runs no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from come.evaluate.base import Metric, Relative
+from come.files import write_text
+from come.report.grid_figure import draw_grid
+from come.report.points import PARAMETERS, Point, points
+from come.report.tables import depth_table
+
+HERE = Path(__file__).parent
+TEXT = "wikitext2_valid.txt"
+TITLE = "SmolLM2-135M-Instruct from 4-bit weights, 32768 calibration tokens, WikiText-2"
+CUT = 2.5  # ReplaceMe at 21 layers is at 23 x dense
+NAMES = {
+    ("trial_solutions", None): "come_plus",
+    ("tokens_32768", "replaceme"): "ReplaceMe",
+    ("tokens_32768", "shortgpt"): "drops with the same refit (ShortGPT's choice)",
+}
+NOTE = f"""
+Perplexity, its ratio to the dense model's, and [lowest, highest] of three draws; of ShortGPT one
+draw, with the 95% interval. The lowest ratio is bold.
+{TITLE}.
+Made by `python experiments/beyond/frontier.py`.
+"""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main_points() -> Iterator[Point]:
+    """The models of all jobs that are calibrated on TEXT and named in NAMES."""
+    for (folder, merge), name in NAMES.items():
+        for row in read(HERE / folder / "results.jsonl"):
+            overrides = row["overrides"]
+            if overrides.get("merge") == merge and overrides.get("calibration.path") == TEXT:
+                for point in points(row, [], PARAMETERS):
+                    yield replace(point, line=name, metrics={"perplexity": point.perplexity})
+
+
+def shortgpt(dense: dict[str, Metric]) -> Iterator[Point]:
+    """ShortGPT without a refit, which was measured beside zero-shot accuracy."""
+    for row in read(HERE / "zero_shot.jsonl"):
+        if row["method"] == "shortgpt":
+            found = row["perplexity"]
+            ratio = Relative(found["ratio"], found["ratio_low"], found["ratio_high"])
+            metric = Metric(found["value"], found["low"], found["high"], relative=ratio)
+            yield Point(
+                "ShortGPT", str(row["parameters"]), row["layers"], row["parameters"], "",
+                {"perplexity": metric}, dense,
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of both files")
+    out = parser.parse_args().out
+    found = list(main_points())
+    found += shortgpt(found[0].dense)
+    write_text(out / "frontier.md", depth_table(found, PARAMETERS).markdown() + NOTE)
+    draw_grid(found, out / "frontier.png", PARAMETERS, TITLE, cut=CUT)
+
+
+if __name__ == "__main__":
+    main()
