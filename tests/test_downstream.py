@@ -60,13 +60,13 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(weighting, family,
         now = Reference(merged, windows)
         channels, states = now.inputs[index, "channel"], dense.h[index + 2].flatten(0, 1)
         old = now.output(index, "channel")
-        middle = now.h[index + 1].flatten(0, 1) - old(channels)
+        post_attention = now.h[index + 1].flatten(0, 1) - old(channels)
         weights = 1 / states.square().mean(dim=1)
         if weighting == "equal":
             weights = torch.ones_like(weights)
         penalty = 0.5 * (weights[:, None] * channels.square()).sum(dim=0).mean()
         weight, _ = plain_ridge(
-            channels, states - middle, weights, old.weight, old.bias, float(penalty)
+            channels, states - post_attention, weights, old.weight, old.bias, float(penalty)
         )
         layer = decoder_layers(refitted)[index]
         found = layer.fc2 if dense.is_opt else layer.mlp.down_proj

@@ -151,11 +151,11 @@ def test_sublayers_compose_to_the_layer(family, windows):
     layer = adapter.layers[0]
     with torch.no_grad():
         expected = layer(states, **keywords[0])
-    heads, middle = run_attention(adapter, layer, states, keywords[0])
-    channels = hidden_activations(adapter, layer, middle, keywords[0])
+    heads, post_attention = run_attention(adapter, layer, states, keywords[0])
+    channels = hidden_activations(adapter, layer, post_attention, keywords[0])
     output = layer.get_submodule(adapter.architecture.ffn_output)
     with torch.no_grad():
-        torch.testing.assert_close(middle + output(channels), expected)
+        torch.testing.assert_close(post_attention + output(channels), expected)
     assert torch.equal(head_outputs(adapter, layer, states, keywords[0]), heads)
     for features, unit in ((heads, "kv_group"), (channels, "channel")):
         torch.testing.assert_close(
@@ -163,11 +163,11 @@ def test_sublayers_compose_to_the_layer(family, windows):
         )
 
 
-def activations(layer, middle):
+def activations(layer, post_attention):
     """FFN activations of a LLaMA or OPT layer."""
     if hasattr(layer, "fc1"):
-        return torch.relu(layer.fc1(layer.final_layer_norm(middle)))
-    mlp, normed = layer.mlp, layer.post_attention_layernorm(middle)
+        return torch.relu(layer.fc1(layer.final_layer_norm(post_attention)))
+    mlp, normed = layer.mlp, layer.post_attention_layernorm(post_attention)
     return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
 
 
@@ -195,12 +195,12 @@ def test_refit_of_a_drop_equals_the_formula(family, weighting, windows):
     weight, bias = plain_ridge(heads, target, weights, old.weight, old.bias, float(penalty))
     found = new.self_attn.out_proj if reference.is_opt else new.self_attn.o_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
-    middle = x + heads @ weight.T + (0 if bias is None else bias)
-    channels = activations(layer, middle)
+    post_attention = x + heads @ weight.T + (0 if bias is None else bias)
+    channels = activations(layer, post_attention)
     old = reference.output(3, "channel")
     penalty = 0.2 * (weights[:, None] * channels.square()).sum(dim=0).mean()
     weight, bias = plain_ridge(
-        channels, output - middle, weights, old.weight, old.bias, float(penalty)
+        channels, output - post_attention, weights, old.weight, old.bias, float(penalty)
     )
     found = new.fc2 if reference.is_opt else new.mlp.down_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)

@@ -9,7 +9,7 @@ from come.linalg.equations import eliminate, unit_columns
 from come.merge.joint_selection import (
     Features,
     SourceLayer,
-    after_attention,
+    post_attention_states,
     stacked_equations,
 )
 from come.merge.loop import compress
@@ -74,16 +74,17 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
 
     columns = unit_columns([0], targets.stream.adapter.columns_per_unit("kv_group"))
     chosen = type(initial)(initial.weight[:, columns], initial.bias)
-    middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
-    middle = middle if chosen.bias is None else middle + chosen.bias
-    found = after_attention(held, chosen, [columns, columns[:0]])
-    torch.testing.assert_close(found.double(), middle.view(found.shape), rtol=1e-3, atol=1e-4)
-    channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
+    post_attention = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
+    post_attention = post_attention if chosen.bias is None else post_attention + chosen.bias
+    found = post_attention_states(held, chosen, [columns, columns[:0]])
+    expected = post_attention.view(found.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    channels = torch.cat([activations(dense.layers[i], post_attention) for i in (2, 3)], dim=1)
     sums = stacked_equations(Features(targets, "channel", layers, found))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
-    expected = (channels * weights[:, None]).T @ (dense.h[4].flatten(0, 1) - middle)
+    expected = (channels * weights[:, None]).T @ (dense.h[4].flatten(0, 1) - post_attention)
     torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -106,10 +107,10 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
         features, targets, weights = [], [], []
         for batch in span.targets:
             keywords = stream.keywords(len(batch.states), 2)
-            middle = run_attention(adapter, layer, batch.states, keywords)[1]
-            read, target = (batch.states, batch.middle - batch.states)
+            post_attention = run_attention(adapter, layer, batch.states, keywords)[1]
+            read, target = (batch.states, batch.post_attention - batch.states)
             if unit == "channel":
-                read, target = middle, batch.output - middle
+                read, target = post_attention, batch.output - post_attention
             features.append(run(adapter, layer, read, keywords).flatten(0, 1).double())
             targets.append(target.flatten(0, 1).double())
             weights.append(batch.weights.double())
@@ -120,7 +121,7 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
             SourceLayer(state, {unit: inputs[i]} if align else {})
             for i, state in enumerate(sources.layers)
         ]
-        before = middles(span.targets, layer) if unit == "channel" else None
+        before = attention_outputs(span.targets, layer) if unit == "channel" else None
         penalty = (
             0.1 * stacked_equations(Features(span.targets, unit, layers, before)).mean_diagonal()
         )
@@ -135,7 +136,7 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
     assert solved == 2
 
 
-def middles(targets, layer):
+def attention_outputs(targets, layer):
     """The residual stream after a layer's attention for all windows."""
     stream = targets.stream
     return torch.cat(
