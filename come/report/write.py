@@ -23,7 +23,7 @@ _BOLD = (
 _SHORT = 40  # characters; a longer description of the data is below the table
 CAPTIONS = {
     "puzzle": "Which original layers, and how many units of each, make up every new layer.",
-    "influence": "Score of every eligible group and block influence of every layer, step by step.",
+    "influence": "Score of every eligible span and block influence of every layer, step by step.",
     "perplexity": "Perplexity against depth.",
     "training": "Loss during the distillation.",
 }
