@@ -26,7 +26,7 @@ from come.schema import Settings
 
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
-_WANTED = {
+_EXPECTED = {
     "converted to Integer": "a whole number",
     "converted to Float": "a number",
     "a valid bool": "true or false",
@@ -154,5 +154,5 @@ def _wrong_setting(text: str) -> str:
         r"Value '(.*?)' .*?(converted to Integer|converted to Float|a valid bool)", text
     )
     if wrong is not None:
-        return f"{name}={wrong[1]}: must be {_WANTED[wrong[2]]}"
+        return f"{name}={wrong[1]}: must be {_EXPECTED[wrong[2]]}"
     return text
