@@ -51,7 +51,7 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(weighting, family,
     merged, refitted = pico(family), pico(family)
     groups = ((2, 3),)
     compress(merged, windows, paper(groups=groups), target_layers=5, progress=False)
-    method = paper(groups=groups, downstream=0.5, refit_weights=weighting)
+    method = paper(groups=groups, downstream=0.5, refit__weights=weighting)
     plan = compress(refitted, windows, method, target_layers=5, progress=False)
     assert {key.split("/")[0] for key in plan.downstream.hashes} == {"3", "4"}
     dense = Reference(pico(family), windows)

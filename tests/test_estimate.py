@@ -114,7 +114,7 @@ def test_cost_grows_with_tokens_depth_and_trials(shape):
 
 
 def test_small_penalty_needs_float64(shape):
-    small = cost(shape, method=recipe("come_plus", refit_lambda=1e-6)).work
+    small = cost(shape, method=recipe("come_plus", refit__lambda=1e-6)).work
     assert small.double > cost(shape).work.double
     assert small.single < cost(shape).work.single
 

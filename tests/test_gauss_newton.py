@@ -217,7 +217,7 @@ def test_gauss_newton_is_better_than_ridge(family, operator, windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refit_sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
+        ({"refit__sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
         (
             {"options": {"input_lambda": 0.0}},
             "merge.refit.input_lambda=0.0: must be a number above 0",

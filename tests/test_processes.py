@@ -30,7 +30,7 @@ from tests.methods import come_plus, paper, recipe
 CASES = {
     "come_plus": ("llama_gqa", come_plus, {}),
     "biases": ("opt", come_plus, {}),
-    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit_lambda="auto"), {}),
+    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit__lambda="auto"), {}),
     "downstream": ("qwen3_gqa", lambda: come_plus(downstream=0.1), {}),
     "adam": ("llama_gqa", lambda: come_plus(refit={"name": "adam", "steps": 5}), {}),
     "replaceme": ("llama_gqa", lambda: recipe("replaceme"), {}),

@@ -178,7 +178,11 @@ def test_refit_of_a_drop_equals_the_formula(family, weighting, windows):
     """Layer 3 is refitted to the output of layers 3 and 4, in float64 from the dense states."""
     model, reference = pico(family), Reference(pico(family), windows)
     method = paper(
-        operator="drop", groups=((3, 4),), refit="ridge", refit_lambda=0.2, refit_weights=weighting
+        operator="drop",
+        groups=((3, 4),),
+        refit="ridge",
+        refit__lambda=0.2,
+        refit__weights=weighting,
     )
     compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     layer, new = reference.layers[3], decoder_layers(model)[3]
@@ -253,7 +257,7 @@ def test_refit_improves_every_operator(family, parts, target, windows):
 def test_large_penalty_keeps_the_output_maps(windows):
     plain, penalised = pico("llama_bias"), pico("llama_bias")
     compress(plain, windows, paper(), target_layers=4, progress=False)
-    method = paper(refit="ridge", refit_lambda=1e12)
+    method = paper(refit="ridge", refit__lambda=1e12)
     compress(penalised, windows, method, target_layers=4, progress=False)
     for layer, other in zip(decoder_layers(plain), decoder_layers(penalised), strict=True):
         torch.testing.assert_close(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
@@ -282,7 +286,7 @@ def test_refit_of_selected_sublayers(windows):
     plan = compress(
         pico("llama_bias"),
         windows,
-        paper(refit="ridge", refit_sublayers=["ffn"]),
+        paper(refit="ridge", refit__sublayers=["ffn"]),
         target_layers=5,
         progress=False,
     )
@@ -293,7 +297,7 @@ def test_weights_reach_a_refit_that_is_computed_after_all_choices(windows):
     found = {
         compress(
             pico("llama_gqa"), windows,
-            paper(schedule="one_shot", refit="ridge", refit_weights=weights),
+            paper(schedule="one_shot", refit="ridge", refit__weights=weights),
             target_layers=4, progress=False,
         ).hash
         for weights in ("relative", "equal")
@@ -343,17 +347,17 @@ def test_refit_error_score_is_the_error_after_the_merge(operator, windows):
     ("settings", "message"),
     [
         ({"refit": "rigde"}, "merge.refit='rigde': unknown refit; did you mean 'ridge'"),
-        ({"refit": "ridge", "refit_lambda": 0}, "merge.refit.lambda=0: must be a number above 0"),
-        ({"refit": "ridge", "refit_lambda": "best"}, "must be a number above 0, or auto"),
+        ({"refit": "ridge", "refit__lambda": 0}, "merge.refit.lambda=0: must be a number above 0"),
+        ({"refit": "ridge", "refit__lambda": "best"}, "must be a number above 0, or auto"),
         (
-            {"refit": "ridge", "refit_sublayers": ["mlp"]},
+            {"refit": "ridge", "refit__sublayers": ["mlp"]},
             r"merge.refit.sublayers=\['mlp'\]: must be",
         ),
         (
             {"refit": "ridge", "target": "teacher"},
             "merge.refit.target='teacher': must be one of dense",
         ),
-        ({"refit_weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
+        ({"refit__weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
         ({"downstream": -1.0}, "merge.refit.downstream=-1.0: must be a number above 0, or null"),
         ({"refit": "adam", "options": {"steps": 0}}, "merge.refit.steps=0: must be"),
         (

@@ -94,7 +94,7 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
 def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
     """Its output maps are ridge regressions on the activations of the trial layer."""
     stream = streamed(family)
-    adapter, method = stream.adapter, recipe("come_plus", refit_align=align)
+    adapter, method = stream.adapter, recipe("come_plus", refit__align=align)
     span = LayerSpan(
         stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
     )
@@ -167,7 +167,7 @@ def test_trials_eliminate_in_fewer_rounds(rate, trial_rate, streamed, monkeypatc
     assert rates == [0.0, trial_rate, 0.0, rate]
 
 
-@pytest.mark.parametrize("changes", [{"refit_lambda": "auto"}, {"refit_sublayers": ["ffn"]}])
+@pytest.mark.parametrize("changes", [{"refit__lambda": "auto"}, {"refit__sublayers": ["ffn"]}])
 def test_refit_with_other_settings_does_not_reuse_the_solution(changes, streamed):
     stream, method = streamed("llama_gqa"), recipe("come_plus", refit="ridge", **changes)
     span = LayerSpan(
@@ -215,7 +215,7 @@ def test_drop_of_the_first_layer_refits_the_second(family, windows):
     model, dense = pico(family), Reference(pico(family), windows)
     shortened = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
     method = paper(
-        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_sublayers=["attention"]
+        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit__sublayers=["attention"]
     )
     plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].kept_layer) == (0, 1, 1)
@@ -235,7 +235,7 @@ def test_auto_lambda_does_not_depend_on_the_batch_size(windows):
     found = []
     for batch_size in (1, 2, 5):
         model = pico("llama_bias")
-        method = paper(groups=((2, 3),), refit="ridge", refit_lambda="auto")
+        method = paper(groups=((2, 3),), refit="ridge", refit__lambda="auto")
         compress(model, windows, method, target_layers=5, batch_size=batch_size, progress=False)
         found.append(decoder_layers(model)[2].mlp.down_proj.weight)
     for other in found[1:]:
@@ -267,7 +267,7 @@ def test_only_channels_are_chosen_in_float32(family, ratio, expected, windows, m
         pass
 
     monkeypatch.setattr(Spy, "choose", choose)
-    method = paper(retention="adaptive", refit="ridge", refit_lambda=ratio)
+    method = paper(retention="adaptive", refit="ridge", refit__lambda=ratio)
     method.retention = Spy()
     compress(pico(family), windows, method, target_layers=LAYERS - 1, progress=False)
     assert dtypes == expected
