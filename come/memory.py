@@ -75,11 +75,11 @@ class PeakMemory:
         else:
             self._stop.set()
             self._thread.join()
-            self._look()
+            self._update()
 
     def _watch(self) -> None:
         while not self._stop.wait(_INTERVAL):
-            self._look()
+            self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss - self._start)

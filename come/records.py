@@ -69,7 +69,7 @@ class CalibrationResult(TypedDict):
 class DistillationResult(TypedDict):
     """The distillation after the merge.
 
-    Layer-wise training (`apart`) trains every merged layer separately.
+    Layer-wise training trains every merged layer separately.
 
     method, source: registry name of the method, and description of the training text.
     tokens: training tokens, with repetitions.

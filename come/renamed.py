@@ -59,6 +59,7 @@ RENAMED = {
     "eval.continuation_tokens": "eval.continuations.tokens",
     "merge.operator=replaceme": "merge.operator=drop merge.refit=replaceme",
     "merge.operator=prune_comp": "merge.operator=drop merge.refit=prune_comp",
+    "eval.name": "eval=NAME, or a list of several such as eval=[perplexity,speed]",
     "ablation": "overrides of its own, such as merge.refit=ridge",
 }
 """Former keys of settings, with their current keys, or in words what replaces them."""

@@ -147,8 +147,9 @@ class HasSettings:
 
     def counted(self) -> dict[str, Any]:
         """The values of `record` that can change a result and are part of the job hash."""
-        silent = {k for k, entry in self.settings().items() if not entry.metadata["setting"].counts}
-        return {key: value for key, value in self.record().items() if key not in silent}
+        own = self.settings().items()
+        ignored = {key for key, entry in own if not entry.metadata["setting"].counts}
+        return {key: value for key, value in self.record().items() if key not in ignored}
 
 
 def _shown(value: Any) -> str:

@@ -134,8 +134,8 @@ class Seconds:
         return cls(time.perf_counter(), time.process_time())
 
     @property
-    def since(self) -> Seconds:
-        """The time that has passed since this one."""
+    def elapsed(self) -> Seconds:
+        """The time from this one until now."""
         now = Seconds.now()
         return Seconds(now.clock - self.clock, now.processor - self.processor)
 
@@ -153,7 +153,7 @@ def forward_seconds(
     for _ in normed_states(adapter, windows, batch_size):
         pass
     _wait(adapter.device)
-    return began.since
+    return began.elapsed
 
 
 def measure(
@@ -200,7 +200,7 @@ def measure(
             processes=processes,
         )  # fmt: skip
         _wait(device)
-        took = began.since
+        took = began.elapsed
     after, more = forward_seconds(model, windows, batch_size), layers / target
     forward = (before.clock + more * after.clock) / 2
     processor = (before.processor + more * after.processor) / 2

@@ -35,7 +35,7 @@ def sections() -> dict[str, list]:
             bar(title="prompt speed, x dense", metrics=["eval/speed/prompt_dense_ratio_value"]),
         ],
         "Merge, step by step": [
-            line(title="score of the group", x="merge/step", y=["merge/score"]),
+            line(title="score of the span", x="merge/step", y=["merge/score"]),
             line(title="layers", x="merge/step", y=["merge/layers"]),
             line(title="share of the first layer", x="merge/step", y=["merge/share_first"]),
             line(title="block influence", x="layer_idx", y=["layer/bi"]),

@@ -1,9 +1,9 @@
 """Checks that need a GPU: `make gpu-check`, or a part of it with `make gpu-check PART=main`.
 
 tests    the tests marked gpu
-main     the main job on the GPU and on the CPU: the same groups, and perplexity
+main     the main job on the GPU and on the CPU: the same spans, and perplexity
 bench    the default method on random weights of Mistral-7B's layer shape
-distill  training throughput, and the loss of the GPU beside that of the CPU
+distill  training throughput, and the losses of the GPU and of the CPU
 shared   the merge of the main job shared by two processes, if there are two GPUs
 
 Every part replaces its entry in gpu_check.json and writes the table gpu_check.md again. Without a
@@ -57,10 +57,10 @@ def run_tests(arguments: argparse.Namespace) -> Results:
 
 
 def run_main(arguments: argparse.Namespace) -> Results:
-    """Runs the main job on each device: seconds, peak memory, groups and perplexity."""
+    """Runs the main job on each device: seconds, peak memory, merged spans and perplexity."""
     found = {device: _job(arguments, device) for device in dict.fromkeys([arguments.device, "cpu"])}
-    groups = [result["groups"] for result in found.values()]
-    return {"same_groups": all(g == groups[0] for g in groups), **found}
+    spans = [result["spans"] for result in found.values()]
+    return {"same_spans": all(own == spans[0] for own in spans), **found}
 
 
 def run_distill(arguments: argparse.Namespace) -> Results:
@@ -76,12 +76,12 @@ def run_distill(arguments: argparse.Namespace) -> Results:
 
 
 def run_shared(arguments: argparse.Namespace) -> Results:
-    """Merges in one process and in two, each with a GPU: groups, perplexity, and the speedup."""
+    """Merges in one process and in two, each with a GPU: spans, perplexity, and the speedup."""
     if arguments.device == "cuda" and torch.cuda.device_count() < 2:
         return {"skipped": "one GPU"}
     one, two = (_job(arguments, arguments.device, "eval=perplexity", processes=n) for n in (1, 2))
     speedup = one["merge_seconds"] / two["merge_seconds"]
-    return {"same_groups": one["groups"] == two["groups"], "speedup": speedup, "1": one, "2": two}
+    return {"same_spans": one["spans"] == two["spans"], "speedup": speedup, "1": one, "2": two}
 
 
 def _job(arguments: argparse.Namespace, device: str, *words: str, processes: int = 1) -> Results:
@@ -99,7 +99,7 @@ def _job(arguments: argparse.Namespace, device: str, *words: str, processes: int
         "seconds": seconds,
         "merge_seconds": result["compression"]["seconds"],
         "peak_bytes": result["compression"]["peak_bytes"],
-        "groups": [span for span in result["merge_history"] if len(span) > 1],
+        "spans": [span for span in result["merge_history"] if len(span) > 1],
     }
     perplexity = result["depths"][-1].get("metrics", {}).get("perplexity")
     if perplexity:
@@ -159,12 +159,12 @@ def table(found: Results) -> str:
         counts = ", ".join(f"{n} {word}" for word, n in tests.items() if word != "seconds")
         lines += [f"Tests marked gpu: {counts} ({tests['seconds']:.0f} s).", ""]
     if main := found.get("main"):
-        lines += ["| main job | seconds | of it merging | peak MB | perplexity | groups |"]
+        lines += ["| main job | seconds | of it merging | peak MB | perplexity | spans |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
         for device, entry in main.items():
-            if device == "same_groups":
+            if device in ("same_spans", "same_groups"):
                 continue
-            spans = ", ".join(f"{s[0]} to {s[-1]}" for s in entry["groups"])
+            spans = ", ".join(f"{s[0]} to {s[-1]}" for s in _renamed(entry, "spans"))
             lines.append(
                 f"| {device} | {entry['seconds']:.0f} | {entry['merge_seconds']:.0f} | "
                 f"{entry['peak_bytes'] / 1e6:.0f} | {entry['perplexity']['value']:.3f} | {spans} |"
@@ -202,14 +202,19 @@ def table(found: Results) -> str:
     if shared := found.get("shared"):
         if reason := shared.get("skipped"):
             return "\n".join([*lines, f"A merge in two processes: not run ({reason}).", ""])
-        same = "the same" if shared["same_groups"] else "other"
+        same = "the same" if _renamed(shared, "same_spans") else "other"
         values = [shared[count]["perplexity"]["value"] for count in "12"]
         lines.append(
-            f"A merge in two processes: x {shared['speedup']:.2f}, {same} groups, perplexity "
+            f"A merge in two processes: x {shared['speedup']:.2f}, {same} spans, perplexity "
             f"{values[1]:.3f} (in one: {values[0]:.3f})."
         )
         lines.append("")
     return "\n".join(lines)
+
+
+def _renamed(entry: Results, key: str) -> Any:
+    """The value of `key`; earlier versions wrote "groups" in place of "spans"."""
+    return entry[key] if key in entry else entry[key.replace("spans", "groups")]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Cost of merging a single span of layers, for many spans, and scores that could predict it.
 
-    python experiments/group_costs.py TEXT groups.jsonl     # resumes after the last line
+    python experiments/group_costs.py TEXT spans.jsonl      # resumes after the last line
 
 Takes the spans of 2 to 4 layers whose angle is among the lowest of their size. Each is merged as by
 `merge=come_plus`, calibrated on text sampled from the model. The cost is the increase in nats per
@@ -67,7 +67,8 @@ def main() -> None:
     base = {name: loss(model, windows) for name, windows in texts.items()}
 
     lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
-    done = {tuple(json.loads(line)["group"]) for line in lines}
+    rows = [json.loads(line) for line in lines]
+    done = {tuple(row["span"] if "span" in row else row["group"]) for row in rows}  # old key
     for angle, first, last in candidates(model, calibration):
         if (first, last) in done:
             continue
@@ -75,7 +76,7 @@ def main() -> None:
         recipe = Method(groups=[list(range(first, last + 1))])
         depth = model.config.num_hidden_layers - (last - first)
         compress(merged, calibration, recipe, target_layers=depth, progress=False)
-        row = {"group": [first, last], "angle": angle}
+        row = {"span": [first, last], "angle": angle}
         row |= {name: loss(merged, windows) - base[name] for name, windows in texts.items()}
         row["kl"] = divergence(model, merged, held_out)
         row["copies"] = divergence(model, merged, twice, begin=COPIED)

@@ -111,8 +111,8 @@ def _estimates() -> list[str]:
             operations = cost.work.forward + cost.work.single + cost.work.double
             lines.append(
                 f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
-                f"| {megabytes(cost.boundary_bytes + cost.judged_bytes)} "
-                f"| {megabytes(cost.judged_bytes)} | {megabytes(cost.boundary_bytes)} "
+                f"| {megabytes(cost.boundary_bytes + cost.validation_bytes)} "
+                f"| {megabytes(cost.validation_bytes)} | {megabytes(cost.boundary_bytes)} "
                 f"| {operations:.1e} | {duration(operations / RATE)} |"
             )
     return lines

@@ -41,7 +41,7 @@ def main() -> None:
             batch_size=arguments.batch,
         )
 
-    def theirs() -> float:
+    def time_lm_eval() -> float:
         tasks = loaded()
         began = time.perf_counter()
         simple_evaluate(
@@ -53,7 +53,7 @@ def main() -> None:
         )
         return time.perf_counter() - began
 
-    def ours() -> float:
+    def time_come() -> float:
         tasks = loaded()
         began = time.perf_counter()
         zero_shot(model, tokenizer, tasks)
@@ -61,7 +61,7 @@ def main() -> None:
 
     ratios = []
     for turn in range(arguments.turns + 1):
-        pair = (theirs(), ours()) if turn % 2 else (ours(), theirs())[::-1]
+        pair = (time_lm_eval(), time_come()) if turn % 2 else (time_come(), time_lm_eval())[::-1]
         note = "" if turn else " (warm-up)"
         print(f"turn {turn}: lm-eval {pair[0]:.2f} s, ours {pair[1]:.2f} s{note}")
         if turn:

@@ -233,7 +233,7 @@ def command_line(pico_folder, tmp_path, monkeypatch, capfd):
     def run(*overrides):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("come.cli._said", set())
+        monkeypatch.setattr("come.cli._printed", set())
         words = [
             "run.py",
             f"model.path={pico_folder}",

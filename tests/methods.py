@@ -27,7 +27,7 @@ def read_recipe(name: str) -> dict:
 
 
 def build_method(base: dict, changes: dict) -> Method:
-    """A method with changes. A setting of a part has no prefix, or "refit_" to name the refit."""
+    """A method with changes; `refit__lambda` is a setting of one part, `shortlist` of any part."""
     data = {key: value for key, value in base.items() if key in Method.__dataclass_fields__}
     changes = changes | changes.pop("options", {})
     own = [key for key in changes if key in Method.__dataclass_fields__]
@@ -37,8 +37,8 @@ def build_method(base: dict, changes: dict) -> Method:
         if key in own:
             data[key] = value
             continue
-        short = key.removeprefix("refit_")
-        parts = ["refit"] if short != key else list(PARTS)
+        *parts, short = key.split("__")
+        parts = parts or list(PARTS)
         for part in parts:
             chosen = data[part] if isinstance(data[part], dict) else {"name": data[part]}
             if short in PARTS[part].get(chosen["name"]).settings():

@@ -133,7 +133,7 @@ def test_alignment_lowers_the_error_of_the_span(retention, windows):
     errors = []
     for ratio in (None, 1e-3):
         method = paper(
-            retention=retention, norms="fold", refit="ridge", refit_lambda=1e-3, m=3,
+            retention=retention, norms="fold", refit="ridge", refit__lambda=1e-3, m=3,
             align=ratio, groups=[[2, 3, 4]],
         )  # fmt: skip
         model = pico("llama_gqa")

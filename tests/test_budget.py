@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from come.job.budget import SHARE, memory_needs, memory_shortage, placed, sampling_cost
+from come.job.budget import SHARE, choose_placement, memory_needs, memory_shortage, sampling_cost
 from come.job.job import merge_cost
 from come.models.loading import inspect_model
 from tests.conftest import pico
@@ -93,10 +93,10 @@ def test_auto_placement_moves_to_disk_what_does_not_fit(
         enough = merge_cost(at(*placement), large, 28).memory_bytes
         set_free_memory(monkeypatch, enough + 1)
         monkeypatch.setattr("come.job.budget.choose_weights", lambda *given: "memory")
-        found = placed(job, large, 28)
+        found = choose_placement(job, large, 28)
         assert (found.model.weights, found.calibration.store) == placement
     set_free_memory(monkeypatch, 1)
-    found = placed(job, large, 28)
+    found = choose_placement(job, large, 28)
     assert (found.model.weights, found.calibration.store) == placements[-1]
     assert memory_shortage(found, large, 28) is not None
 
@@ -121,7 +121,7 @@ def test_auto_batch_size_shrinks_until_it_fits(
     store, size = free
     fitting = replace(job, calibration=replace(job.calibration, store=store, batch_size=size))
     set_free_memory(monkeypatch, merge_cost(fitting, large, 28).memory_bytes + 1)
-    found = placed(job, large, 28).calibration
+    found = choose_placement(job, large, 28).calibration
     assert (found.store, found.batch_size) == chosen
 
 
@@ -133,7 +133,7 @@ def test_weights_above_two_thirds_of_memory_stay_on_disk(large, pico_folder, mon
     for free, placement in ((1.45 * weights, "disk"), (2 * weights, "memory")):
         monkeypatch.setattr("psutil.virtual_memory", lambda free=free: Memory(free))
         assert merge_cost(job, large, 28).memory_bytes < SHARE * 2 * weights
-        assert placed(job, large, 28).model.weights == placement
+        assert choose_placement(job, large, 28).model.weights == placement
 
 
 def test_budget_is_the_minimum_of_setting_and_free_memory(large, pico_folder, monkeypatch):
@@ -146,13 +146,13 @@ def test_budget_is_the_minimum_of_setting_and_free_memory(large, pico_folder, mo
         assert need.budget == pytest.approx(budget)
         assert need.needed == cost.memory_bytes
     monkeypatch.setenv("WORLD_SIZE", "2")  # hidden states are shared in files
-    both = placed(job, large, 28)
+    both = choose_placement(job, large, 28)
     assert both.calibration.store == "disk"
     cost = merge_cost(both, large, 28)
     (need,) = memory_needs(both, cost)
-    assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes + cost.judged_bytes)
+    assert need.needed == 2 * (cost.weight_bytes + cost.step_bytes + cost.validation_bytes)
     least = replace(job, calibration=replace(job.calibration, memory="1MB"))
-    least = placed(least, large, 28)
+    least = choose_placement(least, large, 28)
     set_free_memory(monkeypatch, 1e12)
     message = memory_shortage(least, large, 28)
     assert "raise calibration.memory=1MB, start fewer processes" in message

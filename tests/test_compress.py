@@ -14,7 +14,7 @@ from come.merge.plan import Plan, SolvedTensors
 from come.merge.saving import check_cache
 from come.merge.schedules.optimal_partition import OptimalPartition
 from come.models.adapter import ModelAdapter
-from come.report.figures import puzzle_pieces
+from come.report.figures import unit_origins
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import paper
@@ -67,7 +67,7 @@ def test_remerging_reaches_smaller_depths(windows):
     recipe = paper(allow_remerge=True)
     plan = compress(pico("llama_gqa"), windows, recipe, target_layers=1, progress=False)
     assert plan.history == [list(range(LAYERS))]
-    sources = puzzle_pieces(plan, "channel")
+    sources = unit_origins(plan, "channel")
     assert sum(sources[0].values()) == 24
 
 
@@ -227,18 +227,18 @@ def test_truncated_and_invalid_plans(windows, tmp_path):
         Plan.load(path)
 
 
-def test_puzzle_pieces_sum_to_the_unit_count(windows):
+def test_unit_origins_sum_to_the_unit_count(windows):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=4, progress=False)
     for unit, count in plan.base.units.items():
-        sources = puzzle_pieces(plan, unit)
-        assert [sum(piece.values()) for piece in sources] == [count] * 4
-        for piece, span in zip(sources, plan.history, strict=True):
-            assert set(piece) <= set(span)
+        sources = unit_origins(plan, unit)
+        assert [sum(source.values()) for source in sources] == [count] * 4
+        for source, span in zip(sources, plan.history, strict=True):
+            assert set(source) <= set(span)
     average = compress(
         pico("llama_gqa"), windows, paper(operator="average"), target_layers=4, progress=False
     )
     step = average.steps[0]
-    total = puzzle_pieces(average.truncated(5), "channel")[step.first]
+    total = unit_origins(average.truncated(5), "channel")[step.first]
     assert total[step.first] == pytest.approx(24 * step.shares[0])
 
 

@@ -314,7 +314,7 @@ def test_release_frees_the_layer_that_was_read_ahead(windows):
     states, keywords = adapter.layer_inputs(windows)
     for index in (0, 1):
         states = adapter.layer(index)(states, **keywords[index])
-    _, reading = disk._ahead
+    _, reading = disk._prefetched
     read = weakref.ref(next(iter(reading.result().values())))
     del reading
     adapter.release()

@@ -51,7 +51,7 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(weighting, family,
     merged, refitted = pico(family), pico(family)
     groups = ((2, 3),)
     compress(merged, windows, paper(groups=groups), target_layers=5, progress=False)
-    method = paper(groups=groups, downstream=0.5, refit_weights=weighting)
+    method = paper(groups=groups, downstream=0.5, refit__weights=weighting)
     plan = compress(refitted, windows, method, target_layers=5, progress=False)
     assert {key.split("/")[0] for key in plan.downstream.hashes} == {"3", "4"}
     dense = Reference(pico(family), windows)
@@ -60,13 +60,13 @@ def test_downstream_refit_is_a_regression_to_the_dense_states(weighting, family,
         now = Reference(merged, windows)
         channels, states = now.inputs[index, "channel"], dense.h[index + 2].flatten(0, 1)
         old = now.output(index, "channel")
-        middle = now.h[index + 1].flatten(0, 1) - old(channels)
+        post_attention = now.h[index + 1].flatten(0, 1) - old(channels)
         weights = 1 / states.square().mean(dim=1)
         if weighting == "equal":
             weights = torch.ones_like(weights)
         penalty = 0.5 * (weights[:, None] * channels.square()).sum(dim=0).mean()
         weight, _ = plain_ridge(
-            channels, states - middle, weights, old.weight, old.bias, float(penalty)
+            channels, states - post_attention, weights, old.weight, old.bias, float(penalty)
         )
         layer = decoder_layers(refitted)[index]
         found = layer.fc2 if dense.is_opt else layer.mlp.down_proj

@@ -48,7 +48,7 @@ def test_cost_lines():
         "memory: weights 538 MB, 2,000 MB for a merge on the GPU; hidden states 585 MB in "
         "main memory",
     ]
-    on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk", judged_bytes=70_000_000)
+    on_disk = Cost(8192, work, [], 538_000_000, 585_000_000, "disk", validation_bytes=70_000_000)
     assert on_disk.lines(SPEED)[2] == (
         "memory: weights 538 MB, 2,000 MB for a merge, hidden states 70 MB, and 585 MB in "
         "memory-mapped files"
@@ -114,7 +114,7 @@ def test_cost_grows_with_tokens_depth_and_trials(shape):
 
 
 def test_small_penalty_needs_float64(shape):
-    small = cost(shape, method=recipe("come_plus", refit_lambda=1e-6)).work
+    small = cost(shape, method=recipe("come_plus", refit__lambda=1e-6)).work
     assert small.double > cost(shape).work.double
     assert small.single < cost(shape).work.single
 
@@ -222,9 +222,9 @@ def test_validation_windows_of_trials_count_as_memory(shape):
     method = recipe("come_plus")
     found = cost(shape, method=method, store="disk")
     _, validation_tokens = method.selection.trial_tokens(8, 32)
-    assert found.judged_bytes == validation_tokens * 13 * shape.config.hidden_size * 4 > 0
-    assert found.memory_bytes == found.weight_bytes + found.step_bytes + found.judged_bytes
-    assert cost(shape, method=recipe("come")).judged_bytes == 0
+    assert found.validation_bytes == validation_tokens * 13 * shape.config.hidden_size * 4 > 0
+    assert found.memory_bytes == found.weight_bytes + found.step_bytes + found.validation_bytes
+    assert cost(shape, method=recipe("come")).validation_bytes == 0
 
 
 def test_batch_memory(shape):

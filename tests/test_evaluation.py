@@ -17,7 +17,7 @@ from come.evaluate.paired import exp_interval
 from come.evaluate.perplexity import Perplexity, perplexity
 from come.evaluate.speed import ModelSpeed, Speed, Timing, _metrics, compare_speed
 from come.evaluate.zero_shot import _task_metrics
-from come.job.stages.evaluate import Measured
+from come.job.stages.evaluate import MetricCache
 from come.memory import PeakMemory
 from come.models.loading import load_tokenizer, load_weights
 from tests.bases import save_base
@@ -294,7 +294,7 @@ def test_partial_metrics_of_another_job_are_ignored(tmp_path):
         return {"model": {"perplexity": Metric(2.0, samples=[0.5])}}
 
     for job in ("one", "one", "other"):
-        found = Measured(path, job).get("perplexity", ["model"], measure)
+        found = MetricCache(path, job).get("perplexity", ["model"], measure)
         assert found == {"model": {"perplexity": Metric(2.0, samples=[0.5])}}
     assert len(calls) == 2
 

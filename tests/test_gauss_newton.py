@@ -43,7 +43,7 @@ class PlainProblem:
             torch.cat(parts)
             for parts in zip(*((b.states, b.output, b.weights) for b in targets), strict=True)
         )
-        self.middles = torch.cat(
+        self.post_attention = torch.cat(
             [
                 run_attention(
                     stream.adapter,
@@ -55,10 +55,10 @@ class PlainProblem:
             ]
         )
         self.layer = layer.double()
-        middle = self.middles.flatten(0, 1).double()
-        self.read = layer.get_submodule(architecture.ffn_norm)(middle).detach()
+        post_attention = self.post_attention.flatten(0, 1).double()
+        self.read = layer.get_submodule(architecture.ffn_norm)(post_attention).detach()
         self.output = layer.get_submodule(architecture.ffn_output)
-        self.residual_target = target.flatten(0, 1).double() - middle
+        self.residual_target = target.flatten(0, 1).double() - post_attention
         self.root = weights.double().sqrt()[:, None]
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ def problem(request, targets):
 def test_activation_derivative(problem):
     targets, layer, plain, names = problem
     for name in names:
-        rows, keywords = plain.middles[:2], targets.stream.keywords(2, 2)
+        rows, keywords = plain.post_attention[:2], targets.stream.keywords(2, 2)
         read, derivatives, _ = activation_derivative(
             targets.stream.adapter, layer, rows, keywords, name
         )
@@ -127,7 +127,7 @@ def test_step_is_the_least_squares_solution(problem, ratio, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 7)
     targets, layer, plain, names = problem
     for name in names:
-        found = InputMap(targets, layer, plain.middles, name).step(ratio, 200)
+        found = InputMap(targets, layer, plain.post_attention, name).step(ratio, 200)
         expected = plain.step(name, ratio)
         assert (found - expected).norm() < 3e-3 * expected.norm()
 
@@ -137,7 +137,7 @@ def test_step_lowers_the_error_for_any_penalty(problem):
     for name in names:
         weight = plain.layer.get_parameter(f"{name}.weight").detach()
         for ratio in (1e-6, 1.0):
-            least_squares = InputMap(targets, layer, plain.middles, name)
+            least_squares = InputMap(targets, layer, plain.post_attention, name)
             change = least_squares.step(ratio, 30)
             before, after = (plain.error(name, weight + z) for z in (0, change))
             assert after < before
@@ -148,10 +148,10 @@ def test_step_lowers_the_error_for_any_penalty(problem):
 def test_step_does_not_depend_on_cached_derivatives(problem, monkeypatch):
     targets, layer, plain, names = problem
     for name in names:
-        found = [InputMap(targets, layer, plain.middles, name).step(1.0, 5)]
+        found = [InputMap(targets, layer, plain.post_attention, name).step(1.0, 5)]
         with monkeypatch.context() as patch:
             patch.setattr("come.merge.input_map.HELD_BYTES", 0)
-            found.append(InputMap(targets, layer, plain.middles, name).step(1.0, 5))
+            found.append(InputMap(targets, layer, plain.post_attention, name).step(1.0, 5))
         assert torch.equal(*found)
 
 
@@ -162,7 +162,7 @@ def test_preconditioner_handles_rows_of_different_curvature(problem):
         output *= torch.logspace(-2, 1, output.shape[1])
         plain.output.weight.copy_(output)
     for name in names:
-        found = InputMap(targets, layer, plain.middles, name).step(0.01, 12)
+        found = InputMap(targets, layer, plain.post_attention, name).step(0.01, 12)
         expected = plain.step(name, 0.01)
         assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without preconditioning
 
@@ -179,10 +179,10 @@ def test_step_is_zero_if_the_target_is_the_output(targets):
     targets.last = 2  # the target is the output of layer 2
     targets.target = "current"
     layer = targets.stream.adapter.copy_layer(2, targets.stream.adapter.layer_state(2))
-    middles = PlainProblem(
+    post_attention = PlainProblem(
         targets, targets.stream.adapter.copy_layer(2, layer.state_dict())
-    ).middles
-    change = InputMap(targets, layer, middles, "mlp.up_proj").step(1.0, 5)
+    ).post_attention
+    change = InputMap(targets, layer, post_attention, "mlp.up_proj").step(1.0, 5)
     assert change.norm() < 1e-4
 
 
@@ -218,7 +218,7 @@ def test_gauss_newton_is_better_than_ridge(family, operator, windows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refit_sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
+        ({"refit__sublayers": ["attention"]}, "leaves the FFN out: choose merge.refit=ridge"),
         (
             {"options": {"input_lambda": 0.0}},
             "merge.refit.input_lambda=0.0: must be a number above 0",
@@ -239,7 +239,8 @@ def test_input_maps_are_solved_sequentially(targets):
     by_hand = Ridge().solve(found, sources)
     layer = adapter.copy_layer(2, {**sources.state, **by_hand})
     for name in ("mlp.gate_proj", "mlp.up_proj"):
-        problem = InputMap(found, layer, PlainProblem(found, copy.deepcopy(layer)).middles, name)
+        plain = PlainProblem(found, copy.deepcopy(layer))
+        problem = InputMap(found, layer, plain.post_attention, name)
         by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))
         layer.load_state_dict({**sources.state, **by_hand})
     assert solved.keys() == by_hand.keys()
@@ -251,8 +252,8 @@ def test_input_maps_are_solved_sequentially(targets):
 def test_step_is_halved_at_most_four_times(lower, targets, monkeypatch):
     found, sources = targets("llama_gqa")
     copied = found.stream.adapter.copy_layer
-    middles = PlainProblem(found, copied(2, sources.state)).middles
-    problem, tried = InputMap(found, copied(2, sources.state), middles, "mlp.up_proj"), []
+    post_attention = PlainProblem(found, copied(2, sources.state)).post_attention
+    problem, tried = InputMap(found, copied(2, sources.state), post_attention, "mlp.up_proj"), []
 
     def error(change):
         tried.append(change)

@@ -55,16 +55,18 @@ def test_main_job_on_both_devices(gpu_check, monkeypatch, tmp_path):
             "seconds": 2.0,
             "merge_seconds": 1.0,
             "peak_bytes": 3e6,
-            "groups": [[1, 2, 3]] if on_gpu else [[1, 2]],
+            "spans": [[1, 2, 3]] if on_gpu else [[1, 2]],
             "perplexity": {"value": 9.0 + on_gpu},
         }
 
     monkeypatch.setattr(gpu_check, "_job", job)
     found = {"device": "cuda", "torch": "2", "cpu": "x86_64"}
     found["main"] = gpu_check.run_main(argparse.Namespace(device="cuda"))
-    assert not found["main"]["same_groups"]
+    assert not found["main"]["same_spans"]
     assert "| cuda | 2 | 1 | 3 | 10.000 | 1 to 3 |" in gpu_check.table(found)
     assert "| cpu | 2 | 1 | 3 | 9.000 | 1 to 2 |" in gpu_check.table(found)
+    earlier = json.loads(json.dumps(found).replace("spans", "groups"))
+    assert gpu_check.table(earlier) == gpu_check.table(found)
 
 
 def test_merge_in_two_processes(gpu_check, monkeypatch, tmp_path):
@@ -96,7 +98,7 @@ def test_merge_in_two_processes(gpu_check, monkeypatch, tmp_path):
     for command in (one, two):
         assert {"merge.m=2", "eval=perplexity", "model.device=cpu"} <= set(command)
     assert found["shared"]["speedup"] == 2
-    assert "x 2.00, the same groups, perplexity 9.000 (in one: 9.000)" in table
+    assert "x 2.00, the same spans, perplexity 9.000 (in one: 9.000)" in table
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     arguments = argparse.Namespace(device="cuda")
     assert gpu_check.run_shared(arguments) == {"skipped": "one GPU"}

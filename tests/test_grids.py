@@ -16,7 +16,7 @@ from come.evaluate.base import Metric, Relative
 from come.evaluate.paired import mean_difference
 from come.report.grid import read_grid, write_grid
 from come.report.grid_figure import draw_grid
-from come.report.points import PARAMETERS, Point, points
+from come.report.records import PARAMETERS, ModelRecord, model_records
 from come.report.tables import metric_table
 from tests.commands import ROOT, communicate, load_script
 
@@ -307,7 +307,7 @@ def test_significance_stars():
     depth = {"layers": 3, "parameters": 10, "stage": "merged"}
     depth["metrics"] = {name: metric.record() for name, metric in metrics.items()}
     row = {"overrides": {}, "depths": [depth | {"metrics": {}}, depth]}
-    table = metric_table(points(row, [], PARAMETERS), "zero_shot", PARAMETERS)
+    table = metric_table(model_records(row, [], PARAMETERS), "zero_shot", PARAMETERS)
     assert table.head == ["", "layers", "zero-shot", "mmlu", "piqa"]
     assert table.rows == [["all", "3", "0.500 (-0.100*)", "0.400 (-0.100)", "0.600 (-0.100*)"]]
 
@@ -333,10 +333,10 @@ def test_grid_figure_with_identical_seeds(value, tmp_path):
     assert sum([value] * 3) / 3 != value
     found = {"perplexity": Metric(value, relative=Metric(value))}
     dense = {"perplexity": Metric(1.0, data="text")}
-    points = [Point("a", "3", 3, 10, f"seed={i}", found, dense) for i in range(3)]
+    models = [ModelRecord("a", "3", 3, 10, f"seed={i}", found, dense) for i in range(3)]
     other = {"perplexity": Metric(2.0, relative=Metric(2.0))}
-    points += [Point("a", "4", 3, 10, f"seed={i}", found, dense) for i in range(2)]
-    points += [Point("a", "5", 3, 10, "seed=0", other, dense)]
-    points += [Point("a", "5", 3, 10, "seed=1", found, dense)]
-    draw_grid(points, tmp_path / "figure.png", "merge.m", "")
+    models += [ModelRecord("a", "4", 3, 10, f"seed={i}", found, dense) for i in range(2)]
+    models += [ModelRecord("a", "5", 3, 10, "seed=0", other, dense)]
+    models += [ModelRecord("a", "5", 3, 10, "seed=1", found, dense)]
+    draw_grid(models, tmp_path / "figure.png", "merge.m", "")
     assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -116,7 +116,7 @@ def test_recipe_names_and_commands():
         {"refit": "ridge", "downstream": 0.5, "allow_remerge": True, "protect_last": 1},
         {"refit": "gauss_newton", "downstream": 0.5, "align": None},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
-        {"refit": "ridge", "target": "current", "refit_lambda": "auto", "allow_remerge": True},
+        {"refit": "ridge", "target": "current", "refit__lambda": "auto", "allow_remerge": True},
     ],
     ids=lambda parts: "-".join(map(str, parts.values())),
 )

@@ -30,7 +30,7 @@ from tests.methods import come_plus, paper, recipe
 CASES = {
     "come_plus": ("llama_gqa", come_plus, {}),
     "biases": ("opt", come_plus, {}),
-    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit_lambda="auto"), {}),
+    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit__lambda="auto"), {}),
     "downstream": ("qwen3_gqa", lambda: come_plus(downstream=0.1), {}),
     "adam": ("llama_gqa", lambda: come_plus(refit={"name": "adam", "steps": 5}), {}),
     "replaceme": ("llama_gqa", lambda: recipe("replaceme"), {}),
@@ -92,11 +92,12 @@ def error_of_a_step(processes, folder):
         stream.snapshot_dense()
         targets = ReconstructionTargets(stream, 2, 3, original=3)
         layer = adapter.copy_layer(2, adapter.layer_state(2))
-        with stream.scratch_boundary("refit") as middles:
+        with stream.scratch_boundary("refit") as post_attention:
             for batch in targets:
                 keywords = stream.keywords(len(batch.states), 2)
-                middles[batch.rows] = run_attention(adapter, layer, batch.states, keywords)[1]
-            problem = InputMap(targets, layer, middles, "mlp.up_proj")
+                _, states = run_attention(adapter, layer, batch.states, keywords)
+                post_attention[batch.rows] = states
+            problem = InputMap(targets, layer, post_attention, "mlp.up_proj")
             return problem.error(torch.full_like(problem.weight, 0.01))
 
 

@@ -151,11 +151,11 @@ def test_sublayers_compose_to_the_layer(family, windows):
     layer = adapter.layers[0]
     with torch.no_grad():
         expected = layer(states, **keywords[0])
-    heads, middle = run_attention(adapter, layer, states, keywords[0])
-    channels = hidden_activations(adapter, layer, middle, keywords[0])
+    heads, post_attention = run_attention(adapter, layer, states, keywords[0])
+    channels = hidden_activations(adapter, layer, post_attention, keywords[0])
     output = layer.get_submodule(adapter.architecture.ffn_output)
     with torch.no_grad():
-        torch.testing.assert_close(middle + output(channels), expected)
+        torch.testing.assert_close(post_attention + output(channels), expected)
     assert torch.equal(head_outputs(adapter, layer, states, keywords[0]), heads)
     for features, unit in ((heads, "kv_group"), (channels, "channel")):
         torch.testing.assert_close(
@@ -163,11 +163,11 @@ def test_sublayers_compose_to_the_layer(family, windows):
         )
 
 
-def activations(layer, middle):
+def activations(layer, post_attention):
     """FFN activations of a LLaMA or OPT layer."""
     if hasattr(layer, "fc1"):
-        return torch.relu(layer.fc1(layer.final_layer_norm(middle)))
-    mlp, normed = layer.mlp, layer.post_attention_layernorm(middle)
+        return torch.relu(layer.fc1(layer.final_layer_norm(post_attention)))
+    mlp, normed = layer.mlp, layer.post_attention_layernorm(post_attention)
     return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
 
 
@@ -178,7 +178,11 @@ def test_refit_of_a_drop_equals_the_formula(family, weighting, windows):
     """Layer 3 is refitted to the output of layers 3 and 4, in float64 from the dense states."""
     model, reference = pico(family), Reference(pico(family), windows)
     method = paper(
-        operator="drop", groups=((3, 4),), refit="ridge", refit_lambda=0.2, refit_weights=weighting
+        operator="drop",
+        groups=((3, 4),),
+        refit="ridge",
+        refit__lambda=0.2,
+        refit__weights=weighting,
     )
     compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     layer, new = reference.layers[3], decoder_layers(model)[3]
@@ -195,12 +199,12 @@ def test_refit_of_a_drop_equals_the_formula(family, weighting, windows):
     weight, bias = plain_ridge(heads, target, weights, old.weight, old.bias, float(penalty))
     found = new.self_attn.out_proj if reference.is_opt else new.self_attn.o_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-4)
-    middle = x + heads @ weight.T + (0 if bias is None else bias)
-    channels = activations(layer, middle)
+    post_attention = x + heads @ weight.T + (0 if bias is None else bias)
+    channels = activations(layer, post_attention)
     old = reference.output(3, "channel")
     penalty = 0.2 * (weights[:, None] * channels.square()).sum(dim=0).mean()
     weight, bias = plain_ridge(
-        channels, output - middle, weights, old.weight, old.bias, float(penalty)
+        channels, output - post_attention, weights, old.weight, old.bias, float(penalty)
     )
     found = new.fc2 if reference.is_opt else new.mlp.down_proj
     torch.testing.assert_close(found.weight.double(), weight, rtol=1e-2, atol=1e-3)
@@ -253,7 +257,7 @@ def test_refit_improves_every_operator(family, parts, target, windows):
 def test_large_penalty_keeps_the_output_maps(windows):
     plain, penalised = pico("llama_bias"), pico("llama_bias")
     compress(plain, windows, paper(), target_layers=4, progress=False)
-    method = paper(refit="ridge", refit_lambda=1e12)
+    method = paper(refit="ridge", refit__lambda=1e12)
     compress(penalised, windows, method, target_layers=4, progress=False)
     for layer, other in zip(decoder_layers(plain), decoder_layers(penalised), strict=True):
         torch.testing.assert_close(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
@@ -282,7 +286,7 @@ def test_refit_of_selected_sublayers(windows):
     plan = compress(
         pico("llama_bias"),
         windows,
-        paper(refit="ridge", refit_sublayers=["ffn"]),
+        paper(refit="ridge", refit__sublayers=["ffn"]),
         target_layers=5,
         progress=False,
     )
@@ -293,7 +297,7 @@ def test_weights_reach_a_refit_that_is_computed_after_all_choices(windows):
     found = {
         compress(
             pico("llama_gqa"), windows,
-            paper(schedule="one_shot", refit="ridge", refit_weights=weights),
+            paper(schedule="one_shot", refit="ridge", refit__weights=weights),
             target_layers=4, progress=False,
         ).hash
         for weights in ("relative", "equal")
@@ -343,17 +347,17 @@ def test_refit_error_score_is_the_error_after_the_merge(operator, windows):
     ("settings", "message"),
     [
         ({"refit": "rigde"}, "merge.refit='rigde': unknown refit; did you mean 'ridge'"),
-        ({"refit": "ridge", "refit_lambda": 0}, "merge.refit.lambda=0: must be a number above 0"),
-        ({"refit": "ridge", "refit_lambda": "best"}, "must be a number above 0, or auto"),
+        ({"refit": "ridge", "refit__lambda": 0}, "merge.refit.lambda=0: must be a number above 0"),
+        ({"refit": "ridge", "refit__lambda": "best"}, "must be a number above 0, or auto"),
         (
-            {"refit": "ridge", "refit_sublayers": ["mlp"]},
+            {"refit": "ridge", "refit__sublayers": ["mlp"]},
             r"merge.refit.sublayers=\['mlp'\]: must be",
         ),
         (
             {"refit": "ridge", "target": "teacher"},
             "merge.refit.target='teacher': must be one of dense",
         ),
-        ({"refit_weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
+        ({"refit__weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
         ({"downstream": -1.0}, "merge.refit.downstream=-1.0: must be a number above 0, or null"),
         ({"refit": "adam", "options": {"steps": 0}}, "merge.refit.steps=0: must be"),
         (

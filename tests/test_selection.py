@@ -112,16 +112,16 @@ def test_diffusion_map_equals_the_plain_one():
         assert torch.equal(found[:, axis], ranks) or torch.equal(found[:, axis], flipped)
 
 
-@pytest.mark.parametrize(("count", "fitted", "judged"), [(1, 1, 1), (5, 3, 2), (40, 16, 8)])
-def test_trials_are_not_fitted_to_validation_windows(count, fitted, judged):
+@pytest.mark.parametrize(("count", "fitted", "validation"), [(1, 1, 1), (5, 3, 2), (40, 16, 8)])
+def test_trials_are_not_fitted_to_validation_windows(count, fitted, validation):
     windows = torch.randint(3, VOCAB, (count, 4), generator=torch.Generator().manual_seed(0))
     score = SELECTION.create("trial_kl")
     with LayerStream(ModelAdapter(pico("llama_gqa")), windows, progress=False) as stream:
         stream.embed()
         score.prepare(stream)
         assert torch.equal(score.trial_stream(stream).windows, windows[:fitted])
-        assert torch.equal(score._windows, windows[-judged:])
-    assert score.trial_tokens(count, 4) == (4 * fitted, 4 * judged)
+        assert torch.equal(score._windows, windows[-validation:])
+    assert score.trial_tokens(count, 4) == (4 * fitted, 4 * validation)
     assert SELECTION.create("refit_error").trial_tokens(8, 32) == (256, 0)
 
 

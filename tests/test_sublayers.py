@@ -84,11 +84,11 @@ def test_dropped_sublayer_has_the_lowest_loss_increase(family, windows, part):
 def test_sublayer_scores_use_the_states_between_attention_and_ffn(family, windows, part):
     model = pico(family)
     reference = Reference(model, windows)
-    middle = []
+    post_attention = []
     norm = {"opt": "final_layer_norm"}.get(model.config.model_type, "post_attention_layernorm")
     for layer in reference.layers:
         layer.get_submodule(norm).register_forward_pre_hook(
-            lambda m, a: middle.append(a[0].reshape(*windows.shape, -1))
+            lambda m, a: post_attention.append(a[0].reshape(*windows.shape, -1))
         )
     with torch.no_grad():
         reference.model(windows, use_cache=False)
@@ -98,8 +98,8 @@ def test_sublayer_scores_use_the_states_between_attention_and_ffn(family, window
         collector = StatisticsCollector(adapter, (), "all")
         stream.advance(0, LAYERS - 1, collector)
         for first, last in SPANS:
-            x = reference.h[first] if part == "attention" else middle[first]
-            y = middle[last] if part == "attention" else reference.h[last + 1]
+            x = reference.h[first] if part == "attention" else post_attention[first]
+            y = post_attention[last] if part == "attention" else reference.h[last + 1]
             cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
             found = scorer("cosine", "all").score(stream, first, last)
             assert found == pytest.approx(float(1 - cosine.mean()), rel=1e-3, abs=1e-6)

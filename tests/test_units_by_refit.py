@@ -9,7 +9,7 @@ from come.linalg.equations import eliminate, unit_columns
 from come.merge.joint_selection import (
     Features,
     SourceLayer,
-    after_attention,
+    post_attention_states,
     stacked_equations,
 )
 from come.merge.loop import compress
@@ -74,16 +74,17 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
 
     columns = unit_columns([0], targets.stream.adapter.columns_per_unit("kv_group"))
     chosen = type(initial)(initial.weight[:, columns], initial.bias)
-    middle = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
-    middle = middle if chosen.bias is None else middle + chosen.bias
-    found = after_attention(held, chosen, [columns, columns[:0]])
-    torch.testing.assert_close(found.double(), middle.view(found.shape), rtol=1e-3, atol=1e-4)
-    channels = torch.cat([activations(dense.layers[i], middle) for i in (2, 3)], dim=1)
+    post_attention = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
+    post_attention = post_attention if chosen.bias is None else post_attention + chosen.bias
+    found = post_attention_states(held, chosen, [columns, columns[:0]])
+    expected = post_attention.view(found.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    channels = torch.cat([activations(dense.layers[i], post_attention) for i in (2, 3)], dim=1)
     sums = stacked_equations(Features(targets, "channel", layers, found))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
-    expected = (channels * weights[:, None]).T @ (dense.h[4].flatten(0, 1) - middle)
+    expected = (channels * weights[:, None]).T @ (dense.h[4].flatten(0, 1) - post_attention)
     torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -93,7 +94,7 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
 def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
     """Its output maps are ridge regressions on the activations of the trial layer."""
     stream = streamed(family)
-    adapter, method = stream.adapter, recipe("come_plus", refit_align=align)
+    adapter, method = stream.adapter, recipe("come_plus", refit__align=align)
     span = LayerSpan(
         stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
     )
@@ -106,10 +107,10 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
         features, targets, weights = [], [], []
         for batch in span.targets:
             keywords = stream.keywords(len(batch.states), 2)
-            middle = run_attention(adapter, layer, batch.states, keywords)[1]
-            read, target = (batch.states, batch.middle - batch.states)
+            post_attention = run_attention(adapter, layer, batch.states, keywords)[1]
+            read, target = (batch.states, batch.post_attention - batch.states)
             if unit == "channel":
-                read, target = middle, batch.output - middle
+                read, target = post_attention, batch.output - post_attention
             features.append(run(adapter, layer, read, keywords).flatten(0, 1).double())
             targets.append(target.flatten(0, 1).double())
             weights.append(batch.weights.double())
@@ -120,7 +121,7 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
             SourceLayer(state, {unit: inputs[i]} if align else {})
             for i, state in enumerate(sources.layers)
         ]
-        before = middles(span.targets, layer) if unit == "channel" else None
+        before = attention_outputs(span.targets, layer) if unit == "channel" else None
         penalty = (
             0.1 * stacked_equations(Features(span.targets, unit, layers, before)).mean_diagonal()
         )
@@ -135,7 +136,7 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
     assert solved == 2
 
 
-def middles(targets, layer):
+def attention_outputs(targets, layer):
     """The residual stream after a layer's attention for all windows."""
     stream = targets.stream
     return torch.cat(
@@ -166,7 +167,7 @@ def test_trials_eliminate_in_fewer_rounds(rate, trial_rate, streamed, monkeypatc
     assert rates == [0.0, trial_rate, 0.0, rate]
 
 
-@pytest.mark.parametrize("changes", [{"refit_lambda": "auto"}, {"refit_sublayers": ["ffn"]}])
+@pytest.mark.parametrize("changes", [{"refit__lambda": "auto"}, {"refit__sublayers": ["ffn"]}])
 def test_refit_with_other_settings_does_not_reuse_the_solution(changes, streamed):
     stream, method = streamed("llama_gqa"), recipe("come_plus", refit="ridge", **changes)
     span = LayerSpan(
@@ -214,7 +215,7 @@ def test_drop_of_the_first_layer_refits_the_second(family, windows):
     model, dense = pico(family), Reference(pico(family), windows)
     shortened = Reference(without(pico(family), {0}), windows)  # layer 1 reads h_0
     method = paper(
-        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit_sublayers=["attention"]
+        operator="drop", protect_last=LAYERS - 1, refit="ridge", refit__sublayers=["attention"]
     )
     plan = compress(model, windows, method, target_layers=LAYERS - 1, progress=False)
     assert (plan.steps[0].first, plan.steps[0].last, plan.steps[0].kept_layer) == (0, 1, 1)
@@ -234,7 +235,7 @@ def test_auto_lambda_does_not_depend_on_the_batch_size(windows):
     found = []
     for batch_size in (1, 2, 5):
         model = pico("llama_bias")
-        method = paper(groups=((2, 3),), refit="ridge", refit_lambda="auto")
+        method = paper(groups=((2, 3),), refit="ridge", refit__lambda="auto")
         compress(model, windows, method, target_layers=5, batch_size=batch_size, progress=False)
         found.append(decoder_layers(model)[2].mlp.down_proj.weight)
     for other in found[1:]:
@@ -266,7 +267,7 @@ def test_only_channels_are_chosen_in_float32(family, ratio, expected, windows, m
         pass
 
     monkeypatch.setattr(Spy, "choose", choose)
-    method = paper(retention="adaptive", refit="ridge", refit_lambda=ratio)
+    method = paper(retention="adaptive", refit="ridge", refit__lambda=ratio)
     method.retention = Spy()
     compress(pico(family), windows, method, target_layers=LAYERS - 1, progress=False)
     assert dtypes == expected

@@ -46,10 +46,10 @@ from come.report.listing import make_report
 from come.schema import Settings
 from come.schema.explicit import check_explicit, method_changes
 
-_HERE = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
-CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, or clone
+CONF = next(p for p in (_ROOT / "conf", _ROOT.parent / "conf") if p.is_dir())  # wheel, or clone
 INVALID = "invalid"  # used in place of the job hash if the settings are invalid
 
 
@@ -138,13 +138,13 @@ def main() -> int:
             if hydra_config.mode == RunMode.MULTIRUN:
                 _keep_traceback(folder, f"{hydra_config.job.name}.log", error)
                 if isinstance(error, USER_ERRORS):
-                    line = _say(f"job {hydra_config.job.num}: {user_line(error)}")
+                    line = _print_error(f"job {hydra_config.job.num}: {user_line(error)}")
                     raise JobFailedError(line) from error
                 raise
             if not isinstance(error, USER_ERRORS):
                 raise
             _remove_if_empty(folder)
-            _say(user_line(error))
+            _print_error(user_line(error))
             raise SystemExit(1) from None
 
     def start() -> None:
@@ -187,15 +187,17 @@ def _guarded(job: Callable[[], Any]) -> int:
     try:
         job()
     except JobFailedError as error:
-        _say(str(error))  # prints nothing if this process already printed it when the job failed
+        _print_error(
+            str(error)
+        )  # prints nothing if this process already printed it when the job failed
         return 1
     except USER_ERRORS as error:
-        _say(user_line(error))
+        _print_error(user_line(error))
         return 1
     except OSError as error:
         if error.filename is None:
             raise
-        _say(
+        _print_error(
             f"{error.filename}: {error.strerror}; hydra.run.dir=FOLDER chooses the output folder, "
             "COME_CACHE=FOLDER the cache"
         )
@@ -206,14 +208,14 @@ def _guarded(job: Callable[[], Any]) -> int:
     return 0
 
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
-def _say(line: str) -> str:
+def _print_error(line: str) -> str:
     """Prints an error line to stderr, unless it was printed before; returns the line."""
-    if line not in _said:
+    if line not in _printed:
         print(f"error: {line}", file=sys.stderr)
-    _said.add(line)
+    _printed.add(line)
     return line
 
 

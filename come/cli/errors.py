@@ -17,20 +17,16 @@ from hydra.errors import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-<<<<<<< HEAD
 from come.cli.overrides import renamed
-=======
->>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
 from come.errors import one_line
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import Registry
-from come.renamed import RENAMED
 from come.schema import Settings
 
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
-_WANTED = {
+_EXPECTED = {
     "converted to Integer": "a whole number",
     "converted to Float": "a number",
     "a valid bool": "true or false",
@@ -161,5 +157,5 @@ def _wrong_setting(text: str) -> str:
         r"Value '(.*?)' .*?(converted to Integer|converted to Float|a valid bool)", text
     )
     if wrong is not None:
-        return f"{name}={wrong[1]}: must be {_WANTED[wrong[2]]}"
+        return f"{name}={wrong[1]}: must be {_EXPECTED[wrong[2]]}"
     return text

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from come.files import AXES, LISTING, write_text
 from come.report.listing import list_job, make_report
-from come.report.points import PARAMETERS
+from come.report.records import PARAMETERS
 
 DRY_RUN = "COME_DRY_RUN"  # set in the environment by --dry-run
 

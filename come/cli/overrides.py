@@ -12,70 +12,7 @@ from hydra.core.config_store import ConfigStore
 from come.evaluate.base import EVALUATIONS
 from come.merge.method import PARTS
 from come.registry import load_plugin
-<<<<<<< HEAD
-
-RENAMED = {
-    "merge.refit_lambda": "merge.refit.lambda",
-    "merge.refit_parts": "merge.refit.sublayers",
-    "merge.refit_weights": "merge.refit.weights",
-    "merge.align_lambda": "merge.refit.align",
-    "merge.finish_lambda": "merge.refit.downstream",
-    "merge.target": "merge.refit.target",
-    "merge.p": "merge.retention.p",
-    "merge.seed": "merge.selection.seed or merge.sensitivity.seed",
-    "merge.parts": "merge.sublayers",
-    "merge.keep": "merge.save_weights",
-    "merge.options.shortlist": "merge.selection.shortlist",
-    "merge.options.trial_windows": "merge.selection.trial_windows or merge.schedule.trial_windows",
-    "merge.options.judge_windows": "merge.selection.validation_windows",
-    "merge.options.copying": "merge.selection.repeat_weight",
-    "merge.options.granularity": "merge.retention.granularity",
-    "merge.options.rate": "merge.retention.rate",
-    "merge.options.input_lambda": "merge.refit.input_lambda",
-    "merge.options.steps": "merge.refit.steps",
-    "merge.options.learning_rate": "merge.refit.learning_rate",
-    "merge.options.threshold": "merge.schedule.threshold",
-    "merge.options.interval": "merge.schedule.interval",
-    "merge.options.relax": "merge.schedule.relax",
-    "calibration.keep": "calibration.keep_likeliest",
-    "calibration.continued": "calibration.num_continuations",
-    "calibration.begin": "calibration.prefix_tokens",
-    "eval.also": "eval.perplexity.extra_texts",
-    "eval.part": "eval.perplexity.text_range",
-    "eval.perplexity": "eval=none, or a list without it such as eval=[speed]",
-    "eval.speed": "a list with or without it, such as eval=[perplexity,speed]",
-    **{
-        f"eval.{key}": f"eval.perplexity.{key}"
-        for key in (
-            "source",
-            "path",
-            "dataset",
-            "subset",
-            "split",
-            "revision",
-            "field",
-            "data_files",
-            "max_tokens",
-            "text_range",
-            "extra_texts",
-            "seq_len",
-            "batch_tokens",
-        )
-    },
-    **{f"eval.{key}": f"eval.speed.{key}" for key in ("prompt_tokens", "new_tokens", "repeats")},
-    **{f"eval.{key}": f"eval.zero_shot.{key}" for key in ("tasks", "include_path", "limit")},
-    "eval.speed_batch": "eval.speed.batch_size",
-    "eval.task_batch": "eval.zero_shot.batch_size",
-    "eval.continuation_tokens": "eval.continuations.tokens",
-    "merge.operator=replaceme": "merge.operator=drop merge.refit=replaceme",
-    "merge.operator=prune_comp": "merge.operator=drop merge.refit=prune_comp",
-    "eval.name": "eval=NAME, or a list of several such as eval=[perplexity,speed]",
-    "ablation": "overrides of its own, such as merge.refit=ridge",
-}
-"""Former keys of settings, with their current keys."""
-=======
 from come.renamed import RENAMED
->>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
 
 _OPTIONS = "merge.options"  # held the settings of all components
 _LISTED = ("eval.perplexity", "eval.speed")  # former switches that hold settings now

@@ -48,7 +48,7 @@ class TrainConfig:
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
-        return self.learning_rate * _falling((step - rise) / max(1, self.steps - rise))
+        return self.learning_rate * _cosine_decay((step - rise) / max(1, self.steps - rise))
 
     def rows(self, step: int, windows: int) -> Int[Tensor, " batch"]:
         """The indices of a step's windows; every epoch visits all windows in a new random order.
@@ -63,7 +63,7 @@ class TrainConfig:
         return torch.stack(chosen)
 
 
-def _falling(share: float) -> float:
+def _cosine_decay(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 

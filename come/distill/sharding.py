@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from come.distill.objectives.base import Objective, Pair
 
 
-def wants_sharding(accelerator: Accelerator) -> bool:
+def uses_sharding(accelerator: Accelerator) -> bool:
     """Whether several processes were launched with sharding enabled.
 
     An accelerate config with `distributed_type: FSDP` enables it, through ACCELERATE_USE_FSDP.

@@ -67,7 +67,7 @@ def train(
     """
     share = config.batch_size // accelerator.num_processes
     assert share * accelerator.num_processes == config.batch_size
-    trained, parted = objective.trained, bool(sharded_layers(objective))
+    trained, sharded = objective.trained, bool(sharded_layers(objective))
     main = accelerator.is_main_process
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -78,7 +78,7 @@ def train(
         _restore(trained, best)
         return progress
     objective.eval()  # no dropout, as in the teacher
-    model = objective if parted else accelerator.prepare_model(objective)
+    model = objective if sharded else accelerator.prepare_model(objective)
     bar = ProgressBar(
         total=config.steps, initial=progress.step, desc=name, unit="step",
         shown=progress_bar and main,
@@ -99,7 +99,7 @@ def train(
             best.update({key: whole(p.detach()).cpu().clone() for key, p in trained.items()})
         log({"step": progress.step, **{f"validation_{k}": v for k, v in found.items()}})
 
-    def goes_on() -> bool:
+    def should_continue() -> bool:
         """Whether steps are left and patience is not exhausted."""
         since = [v for v in progress.validation if v["step"] > progress.best_step]
         patient = not config.patience or len(since) < config.patience
@@ -108,7 +108,7 @@ def train(
     with bar:
         if not progress.validation:
             validate()
-        while goes_on():
+        while should_continue():
             began = time.perf_counter()
             rows = config.rows(progress.step, count)
             own = rows[accelerator.process_index * share :][:share]
@@ -126,11 +126,11 @@ def train(
             bar.set_postfix(loss=f"{losses['loss']:.4g}")
             if progress.step % config.validate_every == 0 or progress.step == config.steps:
                 validate()
-            if progress.step % config.checkpoint_every == 0 and (main or parted):
+            if progress.step % config.checkpoint_every == 0 and (main or sharded):
                 save_progress(folder, job, progress, trained, best, optimizer, write=main)
     progress.done = True
     _restore(trained, best)
-    if main or parted:
+    if main or sharded:
         save_progress(folder, job, progress, trained, best, None, write=main)
     return progress
 

@@ -82,9 +82,9 @@ def _contents(path: Path, seen: tuple[Path, ...] = ()) -> list[str]:
         if os.path.isabs(os.path.expanduser(word)):
             found.append(local_hash(word) or word)
             continue
-        beside = [path.parent / name for name in (word, f"{word}.yaml")]
+        nearby = [path.parent / name for name in (word, f"{word}.yaml")]
         # os.path and not Path: a word may be a whole prompt, which is not a valid file name
-        named = next((p for p in beside if os.path.isfile(p) and p not in (path, *seen)), None)
+        named = next((p for p in nearby if os.path.isfile(p) and p not in (path, *seen)), None)
         if named is None:
             found.append(word)
         elif named.suffix in ("", ".yaml", ".yml"):

@@ -21,7 +21,7 @@ from come.schema.calibration import WINDOWS
 
 SHARE = 0.9  # share of the free memory that a merge may use
 FEWER_TOKENS = (8192, 4096, 2048, 1024)
-PLACES = ("memory", "disk")
+PLACEMENTS = ("memory", "disk")
 BATCHES = (WINDOWS, WINDOWS // 2, 1)
 
 
@@ -40,7 +40,7 @@ class Need:
         return f"{megabytes(self.needed)} of {self.kind}, and may use {megabytes(self.budget)}"
 
 
-def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
+def choose_placement(settings: Settings, shape: ModelShape, target: int) -> Settings:
     """The settings with "auto" replaced: the batch size, and memory or disk for each store.
 
     If a merge does not fit, the batch size is reduced first, then hidden states go to disk, then
@@ -52,9 +52,9 @@ def placed(settings: Settings, shape: ModelShape, target: int) -> Settings:
     stores: tuple[str, ...] = (settings.calibration.store,)
     if settings.weights == "auto":
         most = choose_weights("auto", shape, choose_device(settings.model.device))
-        weights = PLACES[PLACES.index(most) :]
+        weights = PLACEMENTS[PLACEMENTS.index(most) :]
     if settings.calibration.store == "auto":
-        stores = PLACES if process_count() == 1 else ("disk",)
+        stores = PLACEMENTS if process_count() == 1 else ("disk",)
     batches: tuple[int, ...] = (settings.calibration.batch,)
     if settings.calibration.batch_size == "auto" and not settings.merge.refit.batchwise:
         batches = BATCHES
@@ -81,14 +81,14 @@ def memory_needs(settings: Settings, cost: Cost) -> list[Need]:
     device, processes = choose_device(settings.model.device), process_count()
     main = SHARE * psutil.virtual_memory().available
     given = settings.calibration.memory_bytes or math.inf
-    own, judged = cost.weight_bytes + cost.step_bytes, processes * cost.judged_bytes
+    own, validation = cost.weight_bytes + cost.step_bytes, processes * cost.validation_bytes
     if device.type != "cuda":
-        needed = processes * own + judged + cost.states_bytes
+        needed = processes * own + validation + cost.states_bytes
         return [Need("memory", needed, min(given, main), given < main)]
     free = SHARE * torch.cuda.mem_get_info(device)[0]
     return [
         Need("device memory", own, min(given, free), given < free),
-        Need("main memory", judged + cost.states_bytes, main),
+        Need("main memory", validation + cost.states_bytes, main),
     ]
 
 

@@ -80,7 +80,7 @@ class Cost:
             include.
         weights: where the decoder layers are, "memory" or "disk".
         batch_bytes: bytes of one layer's activations for a batch of windows.
-        judged_bytes: bytes of the hidden states of the validation windows of trial merges.
+        validation_bytes: bytes of the hidden states of the validation windows of trial merges.
         layer_bytes: bytes of the layers on disk that are in memory during a forward pass.
     """
 
@@ -94,7 +94,7 @@ class Cost:
     extra: list[str] = field(default_factory=list)
     weights: str = "memory"
     batch_bytes: int = 0
-    judged_bytes: int = 0
+    validation_bytes: int = 0
     layer_bytes: int = 0
 
     def lines(self, speed: Speed) -> list[str]:
@@ -108,13 +108,13 @@ class Cost:
         solving = f"{megabytes(self.step_bytes)} for a merge"
         own = f"weights {megabytes(self.weight_bytes)}"
         if self.weights == "disk":
-            own += " beside the layers on disk"
+            own += " in addition to the layers on disk"
         parts = [own, solving]
         if self.store == "disk":
             files = f"{megabytes(self.boundary_bytes)} in memory-mapped files"
-            parts.append(f"hidden states {megabytes(self.judged_bytes)}, and {files}")
+            parts.append(f"hidden states {megabytes(self.validation_bytes)}, and {files}")
             return [*lines, f"memory: {', '.join(parts)}"]
-        states = f"hidden states {megabytes(self.boundary_bytes + self.judged_bytes)}"
+        states = f"hidden states {megabytes(self.boundary_bytes + self.validation_bytes)}"
         if self.device == "cuda":
             return [*lines, f"memory: {', '.join(parts)} on the GPU; {states} in main memory"]
         return [*lines, f"memory: {', '.join([*parts, states])}"]
@@ -122,7 +122,7 @@ class Cost:
     @property
     def memory_bytes(self) -> float:
         """Bytes of weights, one step of the merge, and hidden states that are not on disk."""
-        return self.weight_bytes + self.step_bytes + self.states_bytes + self.judged_bytes
+        return self.weight_bytes + self.step_bytes + self.states_bytes + self.validation_bytes
 
     @property
     def step_bytes(self) -> float:
@@ -159,13 +159,13 @@ def compression_cost(
     for size in merges:
         span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
-    fitted, judged = selection.trial_tokens(num_samples, seq_len)
+    fitted, validation = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
-        work += _span(shape, 1, judged).passes * (layers / 2)
-        work += Work(forward=2.0 * judged * shape.vocabulary * shape.config.hidden_size)
+        work += _span(shape, 1, validation).passes * (layers / 2)
+        work += Work(forward=2.0 * validation * shape.vocabulary * shape.config.hidden_size)
     extra = {
         f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
@@ -187,7 +187,7 @@ def compression_cost(
         trials=trials,
         weight_bytes=shape.weight_bytes - (0 if weights == "memory" else layers * layer),
         layer_bytes=0 if weights == "memory" else 2 * layer,  # the second one is read ahead
-        judged_bytes=judged * shape.config.hidden_size * shape.dtype.itemsize * (layers + 1)
+        validation_bytes=validation * shape.config.hidden_size * shape.dtype.itemsize * (layers + 1)
         if trials
         else 0,
         batch_bytes=batch_size * seq_len * (3 * shape.channels + 6 * shape.config.hidden_size) * 4,

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 PARTIAL_PLAN = "plan.partial.json"
 TRIALS = "trials.partial.json"
-MEASURED = "metrics.partial.json"
+PARTIAL_METRICS = "metrics.partial.json"
 STATES = "distill"  # the folder of training checkpoints
 
 

@@ -33,7 +33,7 @@ def processes(settings: Settings) -> Accelerator:
         torch.cuda.set_device(device)
     accelerator = make_accelerator(device.type, distill.train_config(device.type).precision)
     count = accelerator.num_processes
-    if count > 1 and distill.active and distill.distillation().apart:
+    if count > 1 and distill.active and distill.distillation().layerwise:
         raise ValueError(
             f"{count} processes were launched, and distill={distill.method} is for one; "
             "start python run.py without accelerate launch"

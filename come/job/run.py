@@ -16,7 +16,7 @@ from come.files import write_text
 from come.job.budget import memory_shortage
 from come.job.environment import machine, versions
 from come.job.folder import (
-    MEASURED,
+    PARTIAL_METRICS,
     PARTIAL_PLAN,
     STATES,
     TRIALS,
@@ -170,7 +170,7 @@ STAGES = (_merge, _distill, _evaluate, _report)
 def _clean_up(folder: Path, result: Result) -> None:
     """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
-    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, MEASURED, COST)]
+    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, PARTIAL_METRICS, COST)]
     for leftover in (*leftovers, tensors_path(partial)):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
@@ -183,8 +183,8 @@ def _clean_up(folder: Path, result: Result) -> None:
 
 def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
     """Runs a worker process, which takes part in the main process's merge and training."""
-    (goes_on,) = broadcast_object_list([None])
-    if not goes_on:
+    (should_continue,) = broadcast_object_list([None])
+    if not should_continue:
         return cast(Result, {})
     job = prepare(settings, folder, name)
     merging, model, calibration = broadcast_object_list([None, None, None])

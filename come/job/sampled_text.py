@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-APART = 1_000_003  # offset of the sampling seed, so that training text differs from calibration's
+SEED_OFFSET = 1_000_003  # of training text, so that it differs from calibration text
 
 
 def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
@@ -75,7 +75,7 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
 def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
     """Training text sampled from the dense model; cached, and different from calibration text."""
     settings, how = job.settings.distill, job.settings.calibration
-    seed = settings.seed + APART
+    seed = settings.seed + SEED_OFFSET
     count = windows + settings.validation_samples
     sizes = [count, settings.seq_len, seed, how.keep_likeliest]
     return cached(

@@ -65,12 +65,12 @@ def _refitted(
     for rows in stream.own_batches:
         before = states[rows].to(adapter.device)
         keywords = stream.keywords(len(before), index)
-        _, middle = run_attention(adapter, layer, before, keywords)
-        features = hidden_activations(adapter, layer, middle, keywords)
+        _, post_attention = run_attention(adapter, layer, before, keywords)
+        features = hidden_activations(adapter, layer, post_attention, keywords)
         output = stream.dense(original + 1, rows)
         sums.add(
             features.flatten(0, 1),
-            (output - middle).flatten(0, 1),
+            (output - post_attention).flatten(0, 1),
             token_weights(output, weighting),
         )
     sums.all_reduce(stream.processes)

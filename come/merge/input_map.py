@@ -41,17 +41,17 @@ class InputMap:
     Args:
         targets: reconstruction targets of the layer.
         layer: a copy of the layer outside the model; `error` changes its W and restores it.
-        middles: the residual stream after the layer's attention, [windows, seq, hidden].
+        post_attention: the residual stream after the layer's attention, [windows, seq, hidden].
         name: name of W in the layer.
     """
 
     def __init__(
-        self, targets: ReconstructionTargets, layer: nn.Module, middles: States, name: str
+        self, targets: ReconstructionTargets, layer: nn.Module, post_attention: States, name: str
     ) -> None:
         self.targets = targets
         self.adapter = targets.stream.adapter
         self.layer = layer
-        self.middles = middles
+        self.post_attention = post_attention
         self.name = name
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # n, D and w of every block
         output = layer.get_parameter(f"{self.adapter.architecture.ffn_output}.weight").detach()
@@ -119,8 +119,8 @@ class InputMap:
             accumulate(*block)
         if not self._held:
             blocks = TokenBlocks(accumulate)
-            for middle, _, weights, keywords in self._batches():
-                blocks.add(*self._slopes(middle, keywords)[:2], weights)
+            for after, _, weights, keywords in self._batches():
+                blocks.add(*self._slopes(after, keywords)[:2], weights)
             blocks.finish()
         self._processes.all_reduce(total)
         return total
@@ -139,9 +139,9 @@ class InputMap:
             total += (gap.square().sum(dim=1) * weights).sum().item()
 
         blocks = TokenBlocks(accumulate)
-        for middle, target, weights, keywords in self._batches():
-            features = hidden_activations(self.adapter, self.layer, middle, keywords)
-            blocks.add(self._gap(middle, target, features), weights)
+        for after, target, weights, keywords in self._batches():
+            features = hidden_activations(self.adapter, self.layer, after, keywords)
+            blocks.add(self._gap(after, target, features), weights)
         blocks.finish()
         self._put(self.weight)
         return self._processes.reduced(total)
@@ -174,23 +174,23 @@ class InputMap:
                 self._held.append((read.clone(), slopes.clone(), weights))
 
         blocks = TokenBlocks(accumulate)
-        for middle, target, weights, keywords in self._batches():
-            read, slopes, features = self._slopes(middle, keywords)
-            blocks.add(read, slopes, self._gap(middle, target, features), weights)
+        for after, target, weights, keywords in self._batches():
+            read, slopes, features = self._slopes(after, keywords)
+            blocks.add(read, slopes, self._gap(after, target, features), weights)
         blocks.finish()
         self._processes.all_reduce(gram, rhs, squares)
         sizes = self.output.double().square().sum(dim=0)
         return gram / stream.tokens, rhs, squares * sizes, self._processes.reduced(error)
 
-    def _gap(self, middle: States, target: States, features: Features) -> Tensor:
+    def _gap(self, after: States, target: States, features: Features) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
         output = self.layer.get_submodule(self.adapter.architecture.ffn_output)
-        return (target - (middle + output(features))).flatten(0, 1).to(self.output)
+        return (target - (after + output(features))).flatten(0, 1).to(self.output)
 
-    def _slopes(self, middle: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
+    def _slopes(self, after: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
         """The input n of W, [tokens, hidden], the derivatives D, [tokens, channels], and f."""
         read, slopes, features = activation_derivative(
-            self.adapter, self.layer, middle, keywords, self.name
+            self.adapter, self.layer, after, keywords, self.name
         )
         flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
         return flat[0], flat[1], features
@@ -201,6 +201,6 @@ class InputMap:
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
         for batch in self.targets:
-            middle = self.middles[batch.rows].to(self.adapter.device)
-            keywords = stream.keywords(len(middle), self.targets.first)
-            yield middle, batch.output, batch.weights.to(self.output), keywords
+            after = self.post_attention[batch.rows].to(self.adapter.device)
+            keywords = stream.keywords(len(after), self.targets.first)
+            yield after, batch.output, batch.weights.to(self.output), keywords

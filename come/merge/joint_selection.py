@@ -113,12 +113,14 @@ def select_units_jointly(
     layers = [SourceLayer(state) for state in span.sources(undecided).layers]
     kept: dict[Unit, list[list[int]]] = {}
     solved: dict[Unit, UnitSolution] = {}
-    middle: Tensor | None = None
+    post_attention: Tensor | None = None
     for unit in UNITS:
         changes: list[Tensor] = []
         if align is not None:
             norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
-            changes = input_maps(targets, unit, norms[0], norms, partial(_read, middle), align)
+            changes = input_maps(
+                targets, unit, norms[0], norms, partial(_read, post_attention), align
+            )
             layers = [
                 SourceLayer(layer.state, {unit: change})
                 for layer, change in zip(layers, changes, strict=True)
@@ -130,7 +132,7 @@ def select_units_jointly(
         if last:
             bias = len(adapter.output_tensors(unit)) > 1
             dtype = choice_dtype(span.size * count, ratio, bias=bias)
-        read = Features(targets, unit, layers, middle, hold=not last)
+        read = Features(targets, unit, layers, post_attention, hold=not last)
         sums = stacked_equations(read, dtype)
         penalty = ratio * sums.mean_diagonal()
         initial = StackedMap(targets, unit)
@@ -141,7 +143,7 @@ def select_units_jointly(
         if not last:
             assert found is not None
             columns = [unit_columns(chosen, size) for chosen in kept[unit]]
-            middle = after_attention(read, found, columns)
+            post_attention = post_attention_states(read, found, columns)
     total = span.unit_counts["channel"]
     shares = [len(layer) / total for layer in kept["channel"]]
     return UnitAllocation(shares, kept, solved if solves else {})
@@ -165,7 +167,7 @@ class Features:
         targets: reconstruction targets of the span.
         unit: kv_group for head outputs, channel for hidden activations.
         layers: the layers of the span.
-        middle: for MLP channels, the residual stream after the kept attention.
+        post_attention: for MLP channels, the residual stream after the kept attention.
         hold: whether the features are cached in main memory, for a second read.
     """
 
@@ -174,13 +176,13 @@ class Features:
         targets: ReconstructionTargets,
         unit: Unit,
         layers: Sequence[SourceLayer],
-        middle: Float[Tensor, "windows seq hidden"] | None = None,
+        post_attention: Float[Tensor, "windows seq hidden"] | None = None,
         hold: bool = False,
     ) -> None:
         self.targets = targets
         self.unit: Unit = unit
         self.layers = layers
-        self.middle = middle
+        self.post_attention = post_attention
         self._hold = hold
         self._held: dict[tuple[int, int], Tensor] = {}
 
@@ -192,7 +194,7 @@ class Features:
         assert module is not None
         keywords = stream.keywords(len(batch.states), self.targets.first)
         run = head_outputs if self.unit == "kv_group" else hidden_activations
-        found = run(stream.adapter, module, _read(self.middle, batch), keywords)
+        found = run(stream.adapter, module, _read(self.post_attention, batch), keywords)
         if self._hold:
             self._held[number, batch.number] = found.cpu()
         return found
@@ -200,8 +202,8 @@ class Features:
     def missing(self, batch: TargetBatch) -> Tensor:
         """The target update of the residual stream by the sublayer, [batch, seq, hidden]."""
         if self.unit == "kv_group":
-            return batch.middle - batch.states
-        return batch.output - _read(self.middle, batch)
+            return batch.post_attention - batch.states
+        return batch.output - _read(self.post_attention, batch)
 
 
 @torch.no_grad()
@@ -247,7 +249,7 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
 
 
 @torch.no_grad()
-def after_attention(
+def post_attention_states(
     features: Features, found: Map, columns: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, "windows seq hidden"]:
     """The residual stream after the kept attention, in main memory.
@@ -262,7 +264,7 @@ def after_attention(
     """
     targets, stream = features.targets, features.targets.stream
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
-    middle = torch.empty(shape, dtype=stream.adapter.model.dtype)
+    post_attention = torch.empty(shape, dtype=stream.adapter.model.dtype)
     weights = found.weight.split([len(chosen) for chosen in columns], dim=1)
     for batch in targets:
         after = batch.states.cpu()
@@ -270,15 +272,15 @@ def after_attention(
             if len(chosen):
                 read = features.of(number, None, batch)[..., chosen.to(weight.device)]
                 after = after + (read @ weight.to(read).T).cpu()
-        middle[batch.rows] = after
-    return middle if found.bias is None else middle + found.bias.to(middle)
+        post_attention[batch.rows] = after
+    return post_attention if found.bias is None else post_attention + found.bias.to(post_attention)
 
 
-def _read(middle: Tensor | None, batch: TargetBatch) -> States:
+def _read(post_attention: Tensor | None, batch: TargetBatch) -> States:
     """The residual stream before the sublayer."""
-    if middle is None:
+    if post_attention is None:
         return batch.states
-    return middle[batch.rows].to(batch.states.device)
+    return post_attention[batch.rows].to(batch.states.device)
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

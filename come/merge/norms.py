@@ -55,7 +55,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             continue
         for weight, bias in zip(weights, biases, strict=True):
             if moves_shift and shift is not None:
-                folded[bias] = partial(_moved, state, weight, bias, shift)
+                folded[bias] = partial(_shifted_bias, state, weight, bias, shift)
             folded[weight] = partial(_scaled, state, weight, scale)
         folded[f"{norm}.weight"] = partial(torch.ones_like, own)
         if shift is not None:
@@ -71,7 +71,7 @@ def _scaled(state: LayerState, weight: str, scale: Tensor) -> Tensor:
     return (rows.to(wide) * scale.to(wide)).to(rows.dtype)
 
 
-def _moved(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:
+def _shifted_bias(state: LayerState, weight: str, bias: str, shift: Tensor) -> Tensor:
     """The new bias, c + W b, computed in float64."""
     own = state[bias]
     return (own.double() + state[weight].double() @ shift.double()).to(own.dtype)

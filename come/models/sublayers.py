@@ -16,7 +16,7 @@ States = Float[Tensor, "batch seq hidden"]
 Features = Float[Tensor, "batch seq width"]
 
 
-class _EnoughError(Exception):
+class _StopForwardError(Exception):
     """Raised to end a layer's forward pass early."""
 
 
@@ -40,14 +40,14 @@ def run_attention(
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise _EnoughError
+        raise _StopForwardError
 
     output = layer.get_submodule(adapter.architecture.attention_output)
-    middle = layer.get_submodule(adapter.architecture.ffn_norm)
+    mlp_norm = layer.get_submodule(adapter.architecture.ffn_norm)
     with (
         _before(output, lambda module, inputs: seen.append(inputs[0])),
-        _before(middle, stop),
-        suppress(_EnoughError),
+        _before(mlp_norm, stop),
+        suppress(_StopForwardError),
     ):
         layer(states, **keywords)
     features, residual = seen
@@ -64,21 +64,21 @@ def head_outputs(
 
 @torch.no_grad()
 def hidden_activations(
-    adapter: ModelAdapter, layer: nn.Module, middle: States, keywords: Mapping[str, Any]
+    adapter: ModelAdapter, layer: nn.Module, post_attention: States, keywords: Mapping[str, Any]
 ) -> Features:
     """Runs a layer's MLP on a residual stream, without its attention.
 
     Args:
         adapter: the model.
         layer: a layer of the model, or a modified copy of one.
-        middle: the residual stream before the MLP.
+        post_attention: the residual stream after attention, which the MLP's norm reads.
         keywords: the layer's keyword arguments for a batch of this size.
 
     Returns:
         The input of the MLP's output projection, [batch, seq, channels].
     """
     with _without_attention(adapter, layer):
-        return _input_of(layer, adapter.architecture.ffn_output, middle, keywords)
+        return _input_of(layer, adapter.architecture.ffn_output, post_attention, keywords)
 
 
 def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str, Any]) -> Features:
@@ -87,9 +87,9 @@ def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise _EnoughError
+        raise _StopForwardError
 
-    with _before(layer.get_submodule(name), stop), suppress(_EnoughError):
+    with _before(layer.get_submodule(name), stop), suppress(_StopForwardError):
         layer(states, **keywords)
     return seen[0].view(*states.shape[:2], -1)
 
@@ -97,7 +97,7 @@ def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str
 def activation_derivative(
     adapter: ModelAdapter,
     layer: nn.Module,
-    middle: States,
+    post_attention: States,
     keywords: Mapping[str, Any],
     name: str,
 ) -> tuple[States, Features, Features]:
@@ -111,7 +111,7 @@ def activation_derivative(
     Args:
         adapter: the model.
         layer: a layer of the model, or a modified copy of one.
-        middle: the residual stream before the MLP.
+        post_attention: the residual stream after attention, which the MLP's norm reads.
         keywords: the layer's keyword arguments for a batch of this size.
         name: the input projection W, one of the family's `ffn_inputs`.
 
@@ -127,13 +127,13 @@ def activation_derivative(
     handle = layer.get_submodule(name).register_forward_hook(cut)
     try:
         with torch.enable_grad(), _without_attention(adapter, layer):
-            features = _input_of(layer, adapter.architecture.ffn_output, middle, keywords)
+            features = _input_of(layer, adapter.architecture.ffn_output, post_attention, keywords)
     finally:
         handle.remove()
     read, given = seen
     (slopes,) = torch.autograd.grad(features, given, torch.ones_like(features))
-    shape = *middle.shape[:2], -1
-    return read.view(middle.shape), slopes.view(shape), features.detach()
+    shape = *post_attention.shape[:2], -1
+    return read.view(post_attention.shape), slopes.view(shape), features.detach()
 
 
 @contextmanager
@@ -141,11 +141,11 @@ def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None
     """Replaces the attention of `layer` by one that returns 0 and computes nothing, while open."""
     attention = layer.get_submodule(adapter.architecture.attention)
 
-    def silent(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
+    def zero_attention(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
     own = vars(attention).get("forward")  # set by hooks of other libraries
-    attention.forward = silent
+    attention.forward = zero_attention
     try:
         yield
     finally:

@@ -92,7 +92,7 @@ class LayersOnDisk:
         self._folder: Path | None = None
         self._written = 0
         self._loaded: nn.Module | None = None
-        self._ahead: tuple[nn.Module, Future[dict[str, Tensor]]] | None = None
+        self._prefetched: tuple[nn.Module, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer reader")
         before = weak_method(self._before_forward)
         for layer in layers:
@@ -115,15 +115,16 @@ class LayersOnDisk:
         order = list(self.layers)
         place = order.index(layer)
         in_turn = place > 0 and order[place - 1] is self._loaded
-        ahead, self._ahead = self._ahead, None
+        prefetched, self._prefetched = self._prefetched, None
         self.free()
-        found = ahead[1].result() if ahead and ahead[0] is layer else self._read(layer)
+        is_prefetched = prefetched is not None and prefetched[0] is layer
+        found = prefetched[1].result() if prefetched and is_prefetched else self._read(layer)
         if in_turn and place + 1 < len(order):
             following = order[place + 1]
-            self._ahead = following, self._reader.submit(self._read, following)
+            self._prefetched = following, self._reader.submit(self._read, following)
         tensors: dict[str, Tensor] = {}
         for name in list(found):
-            tensors[name] = self._moved(found.pop(name))
+            tensors[name] = self._to_device(found.pop(name))
             low, high = torch.aminmax(tensors[name])
             if not (math.isfinite(low) and math.isfinite(high)):
                 stored = self._tensors[layer][name].name
@@ -135,8 +136,8 @@ class LayersOnDisk:
         self._loaded = layer
 
     def free(self) -> None:
-        """Frees the weights of the loaded layer, and of the one read ahead."""
-        layer, self._loaded, self._ahead = self._loaded, None, None
+        """Frees the weights of the loaded layer, and of the prefetched one."""
+        layer, self._loaded, self._prefetched = self._loaded, None, None
         if layer is not None:
             state = layer.state_dict()
             blank = {name: torch.empty_like(state[name], device="meta") for name in state}
@@ -154,7 +155,7 @@ class LayersOnDisk:
         save_file(tensors, path)
         if layer is self._loaded:
             self.free()
-        self._ahead = None
+        self._prefetched = None
         self._tensors[layer] = {
             name: StoredTensor(path, name, tuple(tensor.shape)) for name, tensor in tensors.items()
         }
@@ -168,13 +169,13 @@ class LayersOnDisk:
     def _tensor(self, layer: nn.Module, name: str) -> Tensor:
         if layer is self._loaded:
             return layer.state_dict()[name]
-        return self._moved(self._tensors[layer][name].read())
+        return self._to_device(self._tensors[layer][name].read())
 
     def _before_forward(self, layer: nn.Module, inputs: object) -> None:
         if "forward" not in vars(layer):  # a recorder that replaces the layer needs no weights
             self.load(layer)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _read(self, layer: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from come.files import AXES, LISTING
 from come.report.grid import read_grid, write_grid
-from come.report.points import PARAMETERS
+from come.report.records import PARAMETERS
 
 
 def main() -> int:

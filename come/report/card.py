@@ -128,7 +128,7 @@ base model, its biases included, holds here too. The licence is that of the base
 
 
 def _quality(result: Result, depth: DepthResult) -> str:
-    """Table of the headline metrics beside those of the dense model."""
+    """Table of the headline metrics next to those of the dense model."""
     dense = read_metrics(result["depths"][0]["metrics"])
     own = {name: m for name, m in read_metrics(depth["metrics"]).items() if m.headline}
     if not own:

@@ -24,7 +24,7 @@ _DPI = 110
 _DARK = 1.2  # labels are white if the colour's red + green + blue is below this
 
 
-def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
+def unit_origins(plan: Plan, unit: Unit) -> list[dict[int, float]]:
     """The original layers that every merged layer consists of, with the units of each.
 
     Args:
@@ -41,26 +41,26 @@ def puzzle_pieces(plan: Plan, unit: Unit) -> list[dict[int, float]]:
         [{layer: 1.0} for _ in range(count)] for layer in range(plan.base.num_layers)
     ]
     for step in steps:
-        group = origins[step.first : step.last + 1]
+        span = origins[step.first : step.last + 1]
         if step.kept:
             merged = [
-                layer[i] for layer, kept in zip(group, step.kept[unit], strict=True) for i in kept
+                layer[i] for layer, kept in zip(span, step.kept[unit], strict=True) for i in kept
             ]
         else:
             merged = []
-            for parts in zip(*group, strict=True):
+            for parts in zip(*span, strict=True):
                 mix: dict[int, float] = {}
-                for piece, share in zip(parts, step.shares, strict=True):
-                    for layer, weight in piece.items():
+                for origin, share in zip(parts, step.shares, strict=True):
+                    for layer, weight in origin.items():
                         if share > 0:
                             mix[layer] = mix.get(layer, 0.0) + share * weight
                 merged.append(mix)
         origins[step.first : step.last + 1] = [merged]
     totals = []
-    for pieces in origins:
+    for units in origins:
         total: dict[int, float] = {}
-        for piece in pieces:
-            for layer, weight in piece.items():
+        for origin in units:
+            for layer, weight in origin.items():
                 total[layer] = total.get(layer, 0.0) + weight
         totals.append(dict(sorted(total.items())))
     return totals
@@ -75,15 +75,15 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
     )
     colours = plt.get_cmap("turbo")
     for axis, unit in zip(axes, UNITS, strict=True):
-        for layer, pieces in enumerate(puzzle_pieces(plan, unit)):
+        for layer, merged in enumerate(unit_origins(plan, unit)):
             left = 0.0
-            for original, units in pieces.items():
+            for original, units in merged.items():
                 colour = colours((original + 0.5) / plan.base.num_layers)
                 dark = sum(colour[:3]) < _DARK
                 ink = "white" if dark else "black"
                 axis.barh(layer, units, left=left, color=colour, edgecolor="white", linewidth=0.8)
                 if units >= 0.12 * plan.base.units[unit]:
-                    label = f"{original}" if len(pieces) == 1 else f"{original}: {units:.4g}"
+                    label = f"{original}" if len(merged) == 1 else f"{original}: {units:.4g}"
                     axis.text(
                         left + units / 2,
                         layer,

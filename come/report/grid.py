@@ -11,7 +11,7 @@ from typing import Any
 from come.files import LISTING, RESULT, write_text
 from come.renamed import current_key, current_keys
 from come.report.grid_figure import draw_grid
-from come.report.points import PARAMETERS, Point, Row, label, points, varying_keys
+from come.report.records import PARAMETERS, ModelRecord, Row, label, model_records, varying_keys
 from come.report.tables import depth_table, long_table, metric_table
 
 
@@ -80,16 +80,16 @@ def write_grid(
     """
     x, missing = current_key(x), [current_keys(job) for job in missing]
     varying = varying_keys([*(row["overrides"] for row in rows), *missing])
-    found = [point for row in rows for point in points(row, varying, x)]
+    found = [model for row in rows for model in model_records(row, varying, x)]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     tables, notes = [], []
-    measured = [point for point in found if point.perplexity is not None]
+    measured = [model for model in found if model.perplexity is not None]
     if measured:
         tables.append(depth_table(measured, x))
         notes.append(_note(measured))
         draw_grid(measured, folder / "figure.png", x, title)
-    names = dict.fromkeys(name.partition("/")[0] for point in found for name in point.metrics)
+    names = dict.fromkeys(name.partition("/")[0] for model in found for name in model.metrics)
     for name in names:
         if name != "perplexity":
             tables.append(metric_table(found, name, x))
@@ -109,8 +109,8 @@ star where it is significant: the 95% interval (paired bootstrap) leaves out zer
 test agrees."""
 
 
-def _note(points: Sequence[Point]) -> str:
-    dense = {point.text for point in points}
+def _note(models: Sequence[ModelRecord]) -> str:
+    dense = {model.text for model in models}
     texts = "".join(f"- {value:.2f}, {data}\n" for value, data in sorted(dense))
     return (
         "Perplexity, followed by its ratio to the dense model's, with the 95% interval; of several"

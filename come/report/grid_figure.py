@@ -16,19 +16,19 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from come.report.numbers import label as plain_label
-from come.report.points import PARAMETERS, Point
+from come.report.records import PARAMETERS, ModelRecord
 
 _DPI = 110
-_INSIDE = 16  # longer legends are drawn outside the axes
-_MOST = 8  # most labels in a figure
-_FEW = 5  # lines up to which the legend has a larger font
+_MAX_INSIDE = 16  # longer legends are drawn outside the axes
+_MAX_LABELS = 8  # most labels in a figure
+_LARGE_LEGEND = 5  # lines up to which the legend has a larger font
 _NARROW = 4  # ratio of the ends of the vertical axis, below which its ticks are evenly spaced
 _TAB10 = 10  # number of colours in matplotlib's tab10
-_CUT = 15.0  # the y axis ends at this ratio to dense: smaller ones stay distinguishable
+_MAX_RATIO = 15.0  # the y axis ends at this ratio to dense, to tell smaller ones apart
 
 
 def draw_grid(
-    points: Sequence[Point], path: Path, x: str, title: str, *, cut: float = _CUT
+    models: Sequence[ModelRecord], path: Path, x: str, title: str, *, cut: float = _MAX_RATIO
 ) -> None:
     """Draws perplexity over `x`, with one line per label (and per depth, if `x` is a key).
 
@@ -38,19 +38,19 @@ def draw_grid(
     is above `cut`, the vertical axis ends there.
     """
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
-    several = x != PARAMETERS and len({point.layers for point in points}) > 1
+    several = x != PARAMETERS and len({model.layers for model in models}) > 1
     lines: dict[str, dict[str, list[float]]] = {}
-    texts = {point.text for point in points}
+    texts = {model.text for model in models}
     ratios = []
-    points, left_out = _best(points)
-    for point in points:
-        if point.perplexity is None:
+    models, left_out = _best(models)
+    for model in models:
+        if model.perplexity is None:
             continue
-        ratio = point.perplexity.relative.value if point.perplexity.relative else 1.0
-        value = point.perplexity.value if len(texts) == 1 else ratio
+        ratio = model.perplexity.relative.value if model.perplexity.relative else 1.0
+        value = model.perplexity.value if len(texts) == 1 else ratio
         ratios.append(ratio)
-        name = f"{point.line}, {point.layers} layers" if several else point.line
-        lines.setdefault(name, {}).setdefault(point.x, []).append(value)
+        name = f"{model.line}, {model.layers} layers" if several else model.line
+        lines.setdefault(name, {}).setdefault(model.x, []).append(value)
     numeric = all(_is_number(place) for places in lines.values() for place in places)
     colours = plt.get_cmap("tab10" if len(lines) <= _TAB10 else "tab20")
     for number, (name, places) in enumerate(lines.items()):
@@ -68,7 +68,7 @@ def draw_grid(
             across, mean, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=3,
             color=colours(number % colours.N), label=plain_label(name),
         )  # fmt: skip
-    level = points[0].text[0] if len(texts) == 1 else 1.0
+    level = models[0].text[0] if len(texts) == 1 else 1.0
     axis.axhline(level, color="black", lw=0.8, ls=":", label="dense")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
@@ -86,29 +86,31 @@ def draw_grid(
         axis.invert_xaxis()
     elif numeric:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    more = f"\nthe best {_MOST}; {left_out} more in the table" if left_out else ""
+    more = f"\nthe best {_MAX_LABELS}; {left_out} more in the table" if left_out else ""
     axis.set_title(plain_label(title) + more, fontsize=10)
     axis.grid(alpha=0.3, which="both")
-    if len(lines) > _INSIDE:
+    if len(lines) > _MAX_INSIDE:
         figure.set_figwidth(12)
         figure.legend(fontsize=7, loc="outside right upper")
     else:
-        size = 9 if len(lines) <= _FEW else 7
-        axis.legend(fontsize=size, ncols=2 if len(lines) > _INSIDE // 2 else 1)
+        size = 9 if len(lines) <= _LARGE_LEGEND else 7
+        axis.legend(fontsize=size, ncols=2 if len(lines) > _MAX_INSIDE // 2 else 1)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
 
-def _best(points: Sequence[Point]) -> tuple[list[Point], int]:
-    """The points of the labels with the lowest mean log ratio, and the number of other labels."""
+def _best(models: Sequence[ModelRecord]) -> tuple[list[ModelRecord], int]:
+    """The models of the labels with the lowest mean log ratio, and the number of other labels."""
     ratios: dict[str, list[float]] = {}
-    for point in points:
-        found = point.perplexity
+    for model in models:
+        found = model.perplexity
         if found is not None:
             ratio = found.relative.value if found.relative else 1.0
-            ratios.setdefault(point.line, []).append(math.log(ratio))
+            ratios.setdefault(model.line, []).append(math.log(ratio))
     order = sorted(ratios, key=lambda line: fmean(ratios[line]))
-    return [point for point in points if point.line in order[:_MOST]], max(0, len(order) - _MOST)
+    return [model for model in models if model.line in order[:_MAX_LABELS]], max(
+        0, len(order) - _MAX_LABELS
+    )
 
 
 def _is_number(text: str) -> bool:

@@ -42,8 +42,8 @@ def compare(run: Result, other: Result) -> Table:
                 rows.append([str(layers), key, *shown, "" if p is None else f"{p:.3f}"])
     if not rows:
         raise ValueError(
-            f"nothing to compare: the runs have {_told(mine)} and {_told(theirs)} layers, and at "
-            "no common depth did both measure perplexity, or both accuracy"
+            f"nothing to compare: the runs have {_depths(mine)} and {_depths(theirs)} layers, and "
+            "at no common depth did both measure perplexity, or both accuracy"
         )
     return Table(HEAD, rows, labels=2)
 
@@ -53,7 +53,8 @@ def _models(result: Result) -> dict[int, Metrics]:
     return {depth["layers"]: read_metrics(depth["metrics"]) for depth in result["depths"][1:]}
 
 
-def _told(models: dict[int, Metrics]) -> str:
+def _depths(models: dict[int, Metrics]) -> str:
+    """The depths of the models as text."""
     return ", ".join(map(str, models)) or "no"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from come.evaluate.base import Metric, Relative
 from come.report.numbers import heading, number, plain_value, relative
-from come.report.points import PARAMETERS, Point
+from come.report.records import PARAMETERS, ModelRecord
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Table:
         return frame.to_latex(index=False, escape=True, column_format=columns)
 
 
-def depth_table(points: Sequence[Point], x: str) -> Table:
+def depth_table(models: Sequence[ModelRecord], x: str) -> Table:
     """Perplexity and its ratio to dense: a row per label, `x` and text, and a column per depth.
 
     A single model's ratio has its 95% interval; several seeds have the mean ratio and [lowest,
     highest]. The lowest ratio of a column is bold, if a column has several.
     """
     by_x = x != PARAMETERS
-    texts = _names(points, "perplexity")
-    depths = sorted({point.layers for point in points}, reverse=True)
+    texts = _names(models, "perplexity")
+    depths = sorted({model.layers for model in models}, reverse=True)
     head = ["", *([x] if by_x else []), *(["text"] if len(texts) > 1 else [])]
     rows, ratios = [], []
-    for line, place in dict.fromkeys((p.line, p.x if by_x else "") for p in points):
+    for line, place in dict.fromkeys((p.line, p.x if by_x else "") for p in models):
         for text in texts:
             name = text.partition("/")[2] or "-"
             row = [line, *([place] if by_x else []), *([name] if len(texts) > 1 else [])]
             found = [
                 [
                     p.metrics[text]
-                    for p in points
+                    for p in models
                     if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
                     and text in p.metrics
                 ]
@@ -89,24 +89,24 @@ def depth_table(points: Sequence[Point], x: str) -> Table:
     return Table([*head, *(f"{depth} layers" for depth in depths)], rows, labels)
 
 
-def metric_table(points: Sequence[Point], evaluation: str, x: str) -> Table:
+def metric_table(models: Sequence[ModelRecord], evaluation: str, x: str) -> Table:
     """The metrics of an evaluation with their comparison to dense: one row per model.
 
     A star marks a significant difference. Models that differ only in a seed share a row of means,
     without stars.
     """
     by_x = x != PARAMETERS
-    names = _names(points, evaluation)
+    names = _names(models, evaluation)
     head = ["", *([x] if by_x else []), "layers"]
     rows = []
     heads: dict[str, str] = {}
-    keys = dict.fromkeys((p.line, p.x if by_x else "", p.layers) for p in points)
+    keys = dict.fromkeys((p.line, p.x if by_x else "", p.layers) for p in models)
     for line, place, depth in keys:
         cells = [line, *([place] if by_x else []), str(depth)]
         for name in names:
             here = [
                 p.metrics[name]
-                for p in points
+                for p in models
                 if (p.line, p.x if by_x else "", p.layers) == (line, place, depth)
                 and name in p.metrics
             ]
@@ -118,17 +118,17 @@ def metric_table(points: Sequence[Point], evaluation: str, x: str) -> Table:
     return Table([*head, *(heads.get(name, name) for name in names)], rows, 1 + by_x)
 
 
-def long_table(points: Sequence[Point], x: str) -> str:
+def long_table(models: Sequence[ModelRecord], x: str) -> str:
     """A CSV with one line for every model and metric.
 
     `ratio` or `difference` is the comparison with the dense model; `low` and `high` are the ends of
     its 95% confidence interval, if there is one.
     """
     records = []
-    for point in points:
-        place: dict[str, Any] = {"line": point.line} | ({} if x == PARAMETERS else {x: point.x})
-        place |= {"seed": point.seed, "layers": point.layers, "parameters": point.parameters}
-        for name, metric in point.metrics.items():
+    for model in models:
+        place: dict[str, Any] = {"line": model.line} | ({} if x == PARAMETERS else {x: model.x})
+        place |= {"seed": model.seed, "layers": model.layers, "parameters": model.parameters}
+        for name, metric in model.metrics.items():
             record = place | {"metric": name, "unit": metric.unit, "value": metric.value}
             if metric.relative is not None:
                 record[metric.comparison] = metric.relative.value
@@ -139,9 +139,9 @@ def long_table(points: Sequence[Point], x: str) -> str:
     return pd.DataFrame(records).to_csv(index=False)
 
 
-def _names(points: Sequence[Point], evaluation: str) -> list[str]:
+def _names(models: Sequence[ModelRecord], evaluation: str) -> list[str]:
     """Names of the evaluation's metrics, in order of first appearance."""
-    names = dict.fromkeys(name for point in points for name in point.metrics)
+    names = dict.fromkeys(name for model in models for name in model.metrics)
     return [name for name in names if name.partition("/")[0] == evaluation]
 
 

@@ -96,7 +96,7 @@ class DistillSettings(TextSettings):
         if not self.active:
             return
         self.distillation()
-        if self.workers > 1 and not DISTILL.get(self.method).apart:
+        if self.workers > 1 and not DISTILL.get(self.method).layerwise:
             raise ValueError(
                 f"distill.workers={self.workers} is for distill=come_mp; several processes of "
                 f"distill={self.method} are started by accelerate launch"

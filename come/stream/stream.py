@@ -17,7 +17,7 @@ from come.progress import ProgressBar
 from come.stream.boundaries import make_store, mapped_zeros
 from come.stream.observer import LayerObserver, Meter
 from come.stream.processes import SINGLE, Processes
-from come.stream.sublayers import MiddleStates
+from come.stream.sublayers import PostAttentionStates
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -37,8 +37,8 @@ class LayerStream:
         folder: folder for the files of the disk store; None for the system's temporary folder.
         progress: whether to show a progress bar.
         block: what a span consists of: whole layers, or only their attention or MLP. For
-            "attention" and "ffn" the states between attention and MLP are stored too, which
-            doubles the storage.
+            "attention" and "ffn" the states after attention are stored too, which doubles the
+            storage.
         name: name of the disk store's folder.
         meter: counts the layer passes of this process; a new one if None.
         processes: the processes that share the windows.
@@ -76,10 +76,10 @@ class LayerStream:
         dtype = adapter.model.dtype
         pinned = adapter.device.type == "cuda"
         self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
-        self._middles: MiddleStates | None = None
+        self._post_attention: PostAttentionStates | None = None
         if block != "layer":
-            middles = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
-            self._middles = MiddleStates(adapter, middles)
+            states = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
+            self._post_attention = PostAttentionStates(adapter, states)
         self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
@@ -90,8 +90,8 @@ class LayerStream:
 
     def __exit__(self, *error: object) -> None:
         self._store.close()
-        if self._middles:
-            self._middles.close()
+        if self._post_attention:
+            self._post_attention.close()
         self._dense = None
 
     @property
@@ -167,21 +167,21 @@ class LayerStream:
         assert 0 <= first <= self._valid
         assert last < self.num_layers
         self.processes.barrier()  # others may still read what this overwrites
-        own = self.own_batches
+        own, post_attention = self.own_batches, self._post_attention
         total = (last - first + 1) * len(own)
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
-                if self._middles:
-                    self._middles.allocate(index)
+                if post_attention:
+                    post_attention.allocate(index)
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
-                        with self._middles.watch(index, rows) if self._middles else nullcontext():
+                        with post_attention.watch(index, rows) if post_attention else nullcontext():
                             after = self.run(index, before)
                         following[rows] = after
-                        ends = self._ends(index, index, rows) if self._middles else (before, after)
+                        ends = self._ends(index, index, rows) if post_attention else (before, after)
                         update(*ends)
                         bar.update()
                 self._valid = index + 1
@@ -192,20 +192,21 @@ class LayerStream:
     ) -> Iterator[tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq hidden"]]]:
         """Batches of (input, output) of the span of layers, attentions or MLPs first..last.
 
-        For whole layers these are boundaries first and last + 1. A span of attentions ends, and a
-        span of MLPs begins, at the state between attention and MLP of its layer.
+        For whole layers these are boundaries first and last + 1. A span of attentions ends at the
+        state after its last attention; a span of MLPs starts at the state after attention of its
+        first layer.
         """
         assert 0 <= first <= last < self._valid
         for rows in self.batches:
             yield self._ends(first, last, rows)
 
     def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
-        begin, end = self._store[first], self._store[last + 1]
-        if self._middles and self.block == "ffn":
-            begin = self._middles.of_layer(first)
-        if self._middles and self.block == "attention":
-            end = self._middles.of_layer(last)
-        return begin[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
+        start, end = self._store[first], self._store[last + 1]
+        if self._post_attention and self.block == "ffn":
+            start = self._post_attention.of_layer(first)
+        if self._post_attention and self.block == "attention":
+            end = self._post_attention.of_layer(last)
+        return start[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
 
     def pairs(
         self, start: int, stop: int

@@ -1,4 +1,4 @@
-"""The states between attention and MLP of every layer, for spans that consist of one of them."""
+"""The residual stream after the attention of every layer, for spans of one kind of sublayer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from come.models.adapter import ModelAdapter
 from come.stream.boundaries import BoundaryStore
 
 
-class MiddleStates:
-    """Stores the states that enter the norm before the MLP of each layer.
+class PostAttentionStates:
+    """Stores the input of every layer's MLP norm: the residual stream after attention.
 
     Args:
         adapter: the model.
@@ -36,11 +36,11 @@ class MiddleStates:
     def watch(self, index: int, rows: slice) -> Iterator[None]:
         """Stores the states of windows `rows` while layer `index` runs on them."""
 
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def store(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             slot = self._store[index][rows]
             slot.copy_(inputs[0].view(slot.shape))
 
-        handle = self._adapter.mlp_norm_module(index).register_forward_pre_hook(keep)
+        handle = self._adapter.mlp_norm_module(index).register_forward_pre_hook(store)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from typing import Any
 from come.evaluate.base import Metric, Relative
 from come.files import write_text
 from come.report.grid_figure import draw_grid
-from come.report.points import PARAMETERS, Point, points
+from come.report.records import PARAMETERS, ModelRecord
 from come.report.tables import depth_table
 
 HERE = Path(__file__).parent
@@ -43,24 +43,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def main_points() -> Iterator[Point]:
+def main_records() -> Iterator[ModelRecord]:
     """The models of all jobs that are calibrated on TEXT and named in NAMES."""
     for (folder, merge), name in NAMES.items():
         for row in read(HERE / folder / "results.jsonl"):
             overrides = row["overrides"]
             if overrides.get("merge") == merge and overrides.get("calibration.path") == TEXT:
-                for point in points(row, [], PARAMETERS):
-                    yield replace(point, line=name, metrics={"perplexity": point.perplexity})
+                for record in model_records(row, [], PARAMETERS):
+                    yield replace(record, line=name, metrics={"perplexity": record.perplexity})
 
 
-def shortgpt(dense: dict[str, Metric]) -> Iterator[Point]:
+def shortgpt(dense: dict[str, Metric]) -> Iterator[ModelRecord]:
     """ShortGPT without a refit, which was measured beside zero-shot accuracy."""
     for row in read(HERE / "zero_shot.jsonl"):
         if row["method"] == "shortgpt":
             found = row["perplexity"]
             ratio = Relative(found["ratio"], found["ratio_low"], found["ratio_high"])
             metric = Metric(found["value"], found["low"], found["high"], relative=ratio)
-            yield Point(
+            yield ModelRecord(
                 "ShortGPT", str(row["parameters"]), row["layers"], row["parameters"], "",
                 {"perplexity": metric}, dense,
             )  # fmt: skip
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder of both files")
     out = parser.parse_args().out
-    found = list(main_points())
+    found = list(main_records())
     found += shortgpt(found[0].dense)
     write_text(out / "frontier.md", depth_table(found, PARAMETERS).markdown() + NOTE)
     draw_grid(found, out / "frontier.png", PARAMETERS, TITLE, cut=CUT)

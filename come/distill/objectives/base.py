@@ -60,7 +60,7 @@ class Distillation(ABC):
         source: where the procedure is described, in words.
         active: whether the method trains anything.
         uses_teacher: whether training runs the dense model.
-        apart: whether every merged layer is trained separately, on the teacher's hidden states.
+        layerwise: whether every merged layer is trained separately, on the teacher's hidden states.
     """
 
     name: ClassVar[str]
@@ -68,7 +68,7 @@ class Distillation(ABC):
     source: ClassVar[str]
     active: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = True
-    apart: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     @abstractmethod
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
@@ -76,7 +76,7 @@ class Distillation(ABC):
 
         Args:
             pair: student and teacher.
-            layer: the merged layer to train, if `apart`; None otherwise.
+            layer: the merged layer to train, if `layerwise`; None otherwise.
         """
 
     def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:  # noqa: B027

@@ -69,7 +69,7 @@ class ComeMP(Distillation):
     name = "come_mp"
     paper = "2510.15304"
     source = "CoMe, multi-process distillation"
-    apart = True
+    layerwise = True
 
     def __init__(
         self,

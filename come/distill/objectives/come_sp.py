@@ -42,7 +42,7 @@ class MatchedStates(Objective):
         self._pair = pair
         self._loss, self._logit_weight, self._temperature = loss, logit_weight, temperature
         self._recompute = recompute
-        self._first = pair.merged[0] if _same_front(pair) else 0
+        self._first = pair.merged[0] if _layers_before_merge_equal(pair) else 0
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         """The losses on windows [batch, seq]: "loss", "layer_K" per merged layer K, "logits"."""
@@ -64,11 +64,11 @@ class MatchedStates(Objective):
         depth = len(history) if whole else merged[-1] + 1
         logits = whole and self._logit_weight > 0
         ends = {history[k][-1] for k in merged} if self._loss else set()
-        front = history[self._first][0]  # the teacher's layer at which the student starts
-        last = teacher.num_layers - 1 if logits else max(ends, default=front - 1)
+        start_layer = history[self._first][0]  # the teacher's layer at which the student starts
+        last = teacher.num_layers - 1 if logits else max(ends, default=start_layer - 1)
         with torch.no_grad():
-            dense = states_after(teacher, ids, last, {*ends, front - 1, last})
-            start = dense[front - 1].to(student.model.dtype) if self._first else None
+            dense = states_after(teacher, ids, last, {*ends, start_layer - 1, last})
+            start = dense[start_layer - 1].to(student.model.dtype) if self._first else None
         found = states_after(
             student,
             ids,
@@ -96,7 +96,7 @@ class MatchedStates(Objective):
         return {"loss": total, **losses}, states
 
 
-def _same_front(pair: Pair) -> bool:
+def _layers_before_merge_equal(pair: Pair) -> bool:
     """Whether embeddings and layers before the first merged layer equal the teacher's.
 
     They are compared in the teacher's dtype, because a half-precision student trains in float32.

@@ -15,7 +15,7 @@ from come.distill.layerwise import train_layerwise
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.objectives.base import Pair
 from come.distill.progress import Progress
-from come.distill.sharding import export_to_student, shard, wants_sharding
+from come.distill.sharding import export_to_student, shard, uses_sharding
 from come.distill.trainer import train
 from come.job.folder import STATES
 from come.job.job import Job
@@ -46,10 +46,10 @@ def distill(
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
     model.float()  # in half precision, small AdamW updates would be rounded away
-    parted = wants_sharding(accelerator)
-    if parted:
+    sharded = uses_sharding(accelerator)
+    if sharded:
         model.cpu()  # sharded training: no device holds the whole model
-    teacher = job.load(device="cpu" if parted else str(accelerator.device)).requires_grad_(False)
+    teacher = job.load(device="cpu" if sharded else str(accelerator.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
         raise ValueError(
@@ -71,7 +71,7 @@ def distill(
     def record(prefix: str, losses: Mapping[str, float | int]) -> None:
         trackers.log({f"distill/{prefix}{key}": value for key, value in losses.items()})
 
-    if method.apart:
+    if method.layerwise:
         found, memory = train_layerwise(
             method,
             pair,
@@ -89,7 +89,7 @@ def distill(
     else:
         objective = method.objective(pair)
         memory = training_memory(objective, [teacher] if method.uses_teacher else [])
-        working = shard(objective, pair, accelerator) if parted else objective
+        working = shard(objective, pair, accelerator) if sharded else objective
         progress = train(
             working,
             lambda rows: (training[rows],),
@@ -102,7 +102,7 @@ def distill(
             job=job.hash,
             log=lambda losses: record("", losses),
         )
-        if parted:
+        if sharded:
             export_to_student(objective, working)
         method.write_back(objective, pair)
         model.to(accelerator.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from come.evaluate.base import Evaluation, Metrics, read_metrics
 from come.evaluate.dense import evaluate_dense
 from come.files import write_text
-from come.job.folder import MEASURED
+from come.job.folder import PARTIAL_METRICS
 from come.job.job import Job
 from come.merge.plan import Plan
 from come.models.checkpoint import identity
@@ -24,7 +24,7 @@ Found = dict[str, Metrics]
 """Metrics of every model, by its folder in the job folder; "" is the dense model."""
 
 
-class Measured:
+class MetricCache:
     """A job's metrics so far, so that a resumed job does not measure them again.
 
     Args:
@@ -67,10 +67,10 @@ def evaluate_depths(
     """
     saved = _saved(job)
     found: Found = {folder: {} for folder in ("", *(name for _, _, name in saved))}
-    measured = Measured(job.folder / MEASURED, job.hash)
-    _measure_dense(job, model, found, measured)
+    cache = MetricCache(job.folder / PARTIAL_METRICS, job.hash)
+    _measure_dense(job, model, found, cache)
     for _, _, folder in saved:
-        found[folder] |= _measure_saved(job, model, folder, measured)
+        found[folder] |= _measure_saved(job, model, folder, cache)
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
     results += [_depth(job, depth, stage, folder, found) for depth, stage, folder in saved]
     for result in results:
@@ -90,7 +90,7 @@ def evaluate_depths(
     return results
 
 
-def _measure_dense(job: Job, model: PreTrainedModel, found: Found, measured: Measured) -> None:
+def _measure_dense(job: Job, model: PreTrainedModel, found: Found, cache: MetricCache) -> None:
     """Measures the dense model, alternating with the last model if an evaluation needs it."""
     compressed = job.settings.merge.enabled
     loaded = [] if compressed else [model]
@@ -108,7 +108,7 @@ def _measure_dense(job: Job, model: PreTrainedModel, found: Found, measured: Mea
                 models = {"": load(), "model": model} if compressed else {"": model}
                 return chosen.measure_together(models, job.tokenizer, data)
 
-            for folder, metrics in measured.get(name, folders, alternate).items():
+            for folder, metrics in cache.get(name, folders, alternate).items():
                 found[folder] |= metrics
         else:
             found[""] |= evaluate_dense(
@@ -122,7 +122,7 @@ def _measure_dense(job: Job, model: PreTrainedModel, found: Found, measured: Mea
             )
 
 
-def _measure_saved(job: Job, model: PreTrainedModel, folder: str, measured: Measured) -> Metrics:
+def _measure_saved(job: Job, model: PreTrainedModel, folder: str, cache: MetricCache) -> Metrics:
     """Measures a saved model; the job's last model is in memory."""
     found: Metrics = {}
     loaded = [model] if folder == "model" else []
@@ -135,7 +135,7 @@ def _measure_saved(job: Job, model: PreTrainedModel, folder: str, measured: Meas
                 loaded.append(job.load(job.folder / folder, str(model.device)))
             return {folder: chosen.measure(loaded[0], job.tokenizer, data)}
 
-        found |= measured.get(name, [folder], measure)[folder]
+        found |= cache.get(name, [folder], measure)[folder]
     return found
 
 
@@ -155,10 +155,10 @@ def _saved(job: Job) -> list[tuple[int, str, str]]:
 
 
 def _depth(job: Job, layers: int, stage: str, folder: str, found: Found) -> DepthResult:
-    gone, removed = job.shape.num_layers - layers, 0
-    if gone:
+    removed_layers, removed = job.shape.num_layers - layers, 0
+    if removed_layers:
         block = job.plan.block if job.plan else job.settings.merge.block
-        removed = gone * job.shape.block_parameters[block]
+        removed = removed_layers * job.shape.block_parameters[block]
     metrics, dense = found[folder], found[""]
     if folder:
         share = removed / (job.shape.num_layers * job.shape.block_parameters["layer"])

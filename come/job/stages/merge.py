@@ -48,7 +48,9 @@ def compresses(job: Job) -> bool:
     """Whether the job computes merges itself; several processes can share this work."""
     settings = job.settings
     given = not settings.merge.enabled or job.plan is not None or job.start is not None
-    return not given and not (settings.distill.active and _made_by(job, job.folder / job.merged))
+    return not given and not (
+        settings.distill.active and _saved_by_job(job, job.folder / job.merged)
+    )
 
 
 def merge(
@@ -63,7 +65,7 @@ def merge(
     merged = job.folder / job.merged
     if not job.settings.merge.enabled:
         return _unmerged(job)
-    if job.start is not None or (job.settings.distill.active and _made_by(job, merged)):
+    if job.start is not None or (job.settings.distill.active and _saved_by_job(job, merged)):
         return _load_merged(job, job.start or merged)
     settings, method = job.settings, job.settings.merge
     cost = job.cost
@@ -113,7 +115,7 @@ def merge(
             log.info(job.disk_line)
             plan = _compress(job, model, earlier or _empty_plan(job, model), on_step)
             if not method.schedule.nested:
-                _compress_apart(job)
+                _compress_separately(job)
         elapsed = seconds()
     _check_cache(model)
     plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "seconds"})
@@ -216,13 +218,13 @@ def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, Co
     return model, plan, job, compression
 
 
-def _compress_apart(job: Job) -> None:
+def _compress_separately(job: Job) -> None:
     """Compresses the dense model separately to every other depth, for schedules not `nested`."""
     settings = job.settings
     assert job.calibration is not None
     for depth in settings.merge.save_at:
         folder = job.folder / f"model-{depth}"
-        if depth == job.target or _made_by(job, folder):
+        if depth == job.target or _saved_by_job(job, folder):
             continue
         model = job.load()
         plan = compress(
@@ -239,7 +241,7 @@ def _compress_apart(job: Job) -> None:
         del model
 
 
-def _made_by(job: Job, folder: Path) -> bool:
+def _saved_by_job(job: Job, folder: Path) -> bool:
     """Whether an earlier session of this job has saved the complete model in this folder."""
     path = plan_path(folder)
     return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
@@ -316,8 +318,8 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 def _described(step: MergeStep) -> str:
     """Describes a merge step in words."""
     if step.kept_layer is not None:
-        gone = [_span(span) for i, span in enumerate(step.spans) if i != step.kept_layer]
-        return f"dropped {'+'.join(gone)} beside {_span(step.spans[step.kept_layer])}"
+        dropped = [_span(span) for i, span in enumerate(step.spans) if i != step.kept_layer]
+        return f"dropped {'+'.join(dropped)}, kept {_span(step.spans[step.kept_layer])}"
     return f"merged layers {'+'.join(_span(span) for span in step.spans)} into one"
 
 

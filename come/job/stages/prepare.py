@@ -15,7 +15,7 @@ from come.data.windows import (
 )
 from come.evaluate.base import Evaluation, Subject
 from come.files import check_replaceable
-from come.job.budget import placed
+from come.job.budget import choose_placement
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
 from come.job.stages.depth import check_reachable, stated_target, target_layers
@@ -84,7 +84,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         target = target_layers(merge, shape)
         check_reachable(merge, shape.num_layers, target)
     if plan is None:
-        settings = placed(settings, shape, target)
+        settings = choose_placement(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
     needed = shape.weight_bytes * copies
     calibrating = settings.calibration

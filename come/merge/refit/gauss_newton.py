@@ -64,12 +64,13 @@ class GaussNewton(Ridge):
         found = dict(super().solve(targets, sources))
         targets.release()
         layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
-        with stream.scratch_boundary("refit") as middles:
+        with stream.scratch_boundary("refit") as post_attention:
             for batch in targets:
                 keywords = stream.keywords(len(batch.states), targets.first)
-                middles[batch.rows] = run_attention(adapter, layer, batch.states, keywords)[1]
+                _, states = run_attention(adapter, layer, batch.states, keywords)
+                post_attention[batch.rows] = states
             for name in adapter.architecture.ffn_inputs:
-                problem = InputMap(targets, layer, middles, name)
+                problem = InputMap(targets, layer, post_attention, name)
                 change = problem.step(self.input_lambda, self.steps)
                 found[f"{name}.weight"] = problem.changed(change)
                 adapter.assign(layer, found)

@@ -38,16 +38,17 @@ HELD_OUT = 5  # with lambda "auto", every fifth window is held out
 class Ridge(Refit):
     """Solves for the layer's output projections, first of the attention, then of the MLP.
 
-        W_o = argmin sum_t w_t | (middle - x) - W a |^2 + mu |W - W_o0|^2
+        W_o = argmin sum_t w_t | (post_attention - x) - W a |^2 + mu |W - W_o0|^2
         W_d = argmin sum_t w_t | (output - h') - W f |^2 + mu |W - W_d0|^2
         mu  = lambda * mean diagonal of sum_t w_t a a^T   (f f^T)
 
     x: the layer's input in the current model; a: its head outputs; h' = x + W_o a; f: its hidden
-    MLP activations on h'; middle, output: the targets (see `come.merge.reconstruction`). W_o0 and
-    W_d0 are the projections of the merged layer before the refit. Output biases are solved together
-    with their projections. With `align`, the input projections of each sublayer are aligned first
-    (see `come.merge.alignment`). In a trial merge, unit selection may already have solved for W_o
-    and W_d (`sources.solved`), with the mean diagonal over all units in mu; that solution is used.
+    MLP activations on h'; post_attention, output: the targets (see `come.merge.reconstruction`).
+    W_o0 and W_d0 are the projections of the merged layer before the refit. Output biases are solved
+    together with their projections. With `align`, the input projections of each sublayer are
+    aligned first (see `come.merge.alignment`). In a trial merge, unit selection may already have
+    solved for W_o and W_d (`sources.solved`), with the mean diagonal over all units in mu; that
+    solution is used.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -114,17 +115,17 @@ class Ridge(Refit):
                 keywords = targets.stream.keywords(len(batch.states), index)
                 if unit == "kv_group":
                     features = head_outputs(adapter, layer, batch.states, keywords)
-                    target = batch.middle - batch.states
+                    target = batch.post_attention - batch.states
                 else:
-                    middle = run_attention(adapter, layer, batch.states, keywords)[1]
-                    features = hidden_activations(adapter, layer, middle, keywords)
-                    target = batch.output - middle
+                    post_attention = run_attention(adapter, layer, batch.states, keywords)[1]
+                    features = hidden_activations(adapter, layer, post_attention, keywords)
+                    target = batch.output - post_attention
                 weights = batch.weights.view(target.shape[:2])
                 if held_out is None:
                     fit.add(features.flatten(0, 1), target.flatten(0, 1), weights.flatten())
                     continue
-                apart = batch.windows % HELD_OUT == HELD_OUT - 1
-                for sums, chosen in ((fit, ~apart), (held_out, apart)):
+                is_held_out = batch.windows % HELD_OUT == HELD_OUT - 1
+                for sums, chosen in ((fit, ~is_held_out), (held_out, is_held_out)):
                     sums.add(
                         features[chosen].flatten(0, 1),
                         target[chosen].flatten(0, 1),

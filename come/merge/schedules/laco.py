@@ -40,7 +40,7 @@ class LaCo(Schedule):
     threshold: float = setting(0.65, "similarity above which a merge is kept")
     interval: int = setting(2, "layers that the walk goes down after a merge", least=1)
     relax: float = setting(0.05, "how much the threshold falls between walks", above=0)
-    trial_windows: int = setting(4, "calibration windows that a trial is judged by", least=1)
+    trial_windows: int = setting(4, "calibration windows that score a trial", least=1)
     _dense: torch.Tensor | None = field(init=False, repr=False, default=None)
     _batches: int = field(init=False, repr=False, default=0)
     _position: int | None = field(init=False, repr=False, default=None)

@@ -52,7 +52,7 @@ class TrialKL(SpanScore):
     )
     validation_windows: int = setting(
         8,
-        "calibration windows, from the last, that it is judged on; a quarter of all at most",
+        "calibration windows, from the last, that score a trial; at most a quarter of all",
         least=1,
     )
     repeat_weight: float = setting(
@@ -62,26 +62,26 @@ class TrialKL(SpanScore):
         init=False, repr=False, default_factory=lambda: torch.empty(0, 0, dtype=torch.int64)
     )
     _once: int = field(init=False, repr=False, default=0)
-    _judge: LayerStream | None = field(init=False, repr=False, default=None)
+    _validation: LayerStream | None = field(init=False, repr=False, default=None)
     _reference: list[Predictions] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, stream: LayerStream) -> None:
         """Takes the last windows as validation windows."""
-        windows = stream.windows[-self._judging(stream) :]
+        windows = stream.windows[-self._num_validation(stream) :]
         self._once = windows.shape[1] // 2 if self.repeat_weight else windows.shape[1]
         self._windows = repeat_windows(windows) if self.repeat_weight else windows
         self.release()
 
     def release(self) -> None:
         """Frees the hidden states of the validation windows."""
-        self._judge, self._reference = None, []
+        self._validation, self._reference = None, []
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The first windows, without the validation windows."""
-        rest = len(stream.windows) - self._judging(stream)
+        rest = len(stream.windows) - self._num_validation(stream)
         return stream.head(max(1, min(self.trial_windows, rest)))
 
-    def _judging(self, stream: LayerStream) -> int:
+    def _num_validation(self, stream: LayerStream) -> int:
         return min(self.validation_windows, -(-len(stream.windows) // 4))
 
     @property
@@ -91,8 +91,8 @@ class TrialKL(SpanScore):
 
     def trial_tokens(self, windows: int, seq_len: int) -> tuple[int, int]:
         """Number of tokens that a trial merge is fitted to, and that it is evaluated on."""
-        judging = min(self.validation_windows, -(-windows // 4))
-        return max(1, min(self.trial_windows, windows - judging)) * seq_len, judging * seq_len
+        held_out = min(self.validation_windows, -(-windows // 4))
+        return max(1, min(self.trial_windows, windows - held_out)) * seq_len, held_out * seq_len
 
     def score(self, stream: LayerStream, first: int, last: int) -> float:
         """Mean angle over pi, in [0, 1], which ranks spans for the shortlist."""
@@ -103,32 +103,34 @@ class TrialKL(SpanScore):
         self, trials: Iterable[tuple[LayerSpan, UnitAllocation]], refit: Refit
     ) -> list[float]:
         """The divergences, nats per token, >= 0."""
-        judged: list[Candidate] = []
-        judge: LayerStream | None = None
+        candidates: list[Candidate] = []
+        validation: LayerStream | None = None
         for span, split in trials:
             fitted = fitted_trial(span, split, refit)
-            judge = self._judging_stream(span.stream)
-            states = [states for _, states in judge.through(span.first, fitted)]
-            judged.append(Candidate(span.first, [], span.last + 1, states))
+            validation = self._validation_stream(span.stream)
+            states = [states for _, states in validation.through(span.first, fitted)]
+            candidates.append(Candidate(span.first, [], span.last + 1, states))
             del span, split, fitted  # frees them before the next trial
-        assert judge is not None
-        return [self._divergence(judge, states) for states in final_states(judge, judged)]
+        assert validation is not None
+        batches = final_states(validation, candidates)
+        return [self._divergence(validation, states) for states in batches]
 
-    def _judging_stream(self, stream: LayerStream) -> LayerStream:
+    def _validation_stream(self, stream: LayerStream) -> LayerStream:
         """The validation windows in the current model, whose predictions are the reference."""
-        if self._judge is None:
+        if self._validation is None:
             adapter, last = stream.adapter, stream.num_layers - 1
-            self._judge = stream.fork(self._windows, store="memory")
-            self._judge.embed()
-            self._judge.advance(0, last)
+            stream = stream.fork(self._windows, store="memory")
+            stream.embed()
+            stream.advance(0, last)
+            self._validation = stream
             self._reference = [
-                predictions(adapter.head, adapter.final_norm(self._judge.boundary(last + 1, rows)))
-                for rows in self._judge.batches
+                predictions(adapter.head, adapter.final_norm(stream.boundary(last + 1, rows)))
+                for rows in stream.batches
             ]
-        return self._judge
+        return self._validation
 
-    def _divergence(self, judge: LayerStream, batches: Sequence[Tensor]) -> float:
-        adapter, once, gaps_of = judge.adapter, self._once, []
+    def _divergence(self, validation: LayerStream, batches: Sequence[Tensor]) -> float:
+        adapter, once, gaps_of = validation.adapter, self._once, []
         for reference, states in zip(self._reference, batches, strict=True):
             gaps = token_divergence(adapter.head, reference, adapter.final_norm(states))
             new, again = gaps[:, :once].mean(dim=1), gaps[:, once:].mean(dim=1)

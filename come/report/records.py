@@ -11,7 +11,7 @@ from come.renamed import current_keys
 
 PARAMETERS = "parameters"
 _SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # the x axis shows the size
-_SILENT = ("merge.save_weights",)  # has no effect on the measurements
+_NO_EFFECT = ("merge.save_weights",)  # has no effect on the measurements
 
 Row = dict[str, Any]
 """One finished job: `job` (its hash), `overrides` (of its command line, key to value), and from its
@@ -20,7 +20,7 @@ result `method`, `depths` (dense first), `compression`, `merge_history` and, if 
 
 
 @dataclass(frozen=True)
-class Point:
+class ModelRecord:
     """One model of one job: its position in tables and figure, and its measurements.
 
     Attributes:
@@ -73,10 +73,10 @@ def label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
     return ", ".join(parts) or "all"
 
 
-def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
-    """One point for every compressed model of a job that was measured.
+def model_records(row: Row, varying: Sequence[str], x: str) -> list[ModelRecord]:
+    """One record for every measured model of a job.
 
-    With `merge=none`, the only point is the dense model.
+    Dense models have one only with `merge=none`.
 
     Args:
         row: the job.
@@ -86,7 +86,7 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
     overrides, (dense, *depths) = current_keys(row["overrides"]), row["depths"]
     distilled = "distillation" in row
     depths = depths or [dense]  # merge=none
-    unseen = {x, *_SILENT, *(_SIZES if x == PARAMETERS else ())}
+    unseen = {x, *_NO_EFFECT, *(_SIZES if x == PARAMETERS else ())}
     if "merge" in varying and "method" in row:
         overrides = {"merge": row["method"]} | overrides
     line = label(overrides, [k for k in varying if k not in unseen and not k.endswith("seed")])
@@ -97,7 +97,7 @@ def points(row: Row, varying: Sequence[str], x: str) -> list[Point]:
             continue
         merged = distilled and depth["stage"] == "merged"
         found.append(
-            Point(
+            ModelRecord(
                 line=line + (", merged" if merged else ""),
                 x=str(depth["parameters"]) if x == PARAMETERS else _place(overrides.get(x, "")),
                 layers=depth["layers"],
