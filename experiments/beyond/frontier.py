@@ -19,7 +19,7 @@ from typing import Any
 from come.evaluate.base import Metric, Relative
 from come.files import write_text
 from come.report.grid_figure import draw_grid
-from come.report.records import PARAMETERS, ModelRecord
+from come.report.records import PARAMETERS, ModelRecord, model_records
 from come.report.tables import depth_table
 
 HERE = Path(__file__).parent
