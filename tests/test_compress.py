@@ -209,6 +209,14 @@ def test_plan_hash_covers_every_decision(windows):
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("changes", [{"sublayers": ["ffn"]}, {"norms": "fold"}])
+def test_loaded_plan_equals_the_saved_one(changes, windows, tmp_path):
+    method = paper(operator="drop", **changes)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=4, progress=False)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
 def test_truncated_and_invalid_plans(windows, tmp_path):
     plan = compress(pico("llama_gqa"), windows, paper(), target_layers=3, progress=False)
     assert plan.truncated(4).num_layers == 4

@@ -13,6 +13,10 @@ from come.merge.constraints import (
     smallest_depth,
     span_size,
 )
+from come.merge.loop import compress
+from come.merge.schedules.base import SCHEDULES
+from tests.conftest import LAYERS, pico
+from tests.methods import paper
 
 
 @cache
@@ -189,3 +193,15 @@ def test_what_remerging_can_reach():
         check_target(8, 4, rules)
     with pytest.raises(ValueError, match=r"cannot be reached with merge.protect_first=3.* is 6$"):
         check_target(8, 3, rules)
+
+
+def test_schedules_that_search_every_depth_from_the_dense_model():
+    nested = {name: SCHEDULES.get(name).nested for name in SCHEDULES.names()}
+    assert [name for name, value in nested.items() if not value] == ["block", "laco"]
+
+
+def test_laco_merges_spans_of_m_layers_after_protected_ones(windows):
+    method = paper(schedule="laco", operator="laco", allow_remerge=True, m=2, protect_first=1)
+    plan = compress(pico("llama_gqa"), windows, method, target_layers=LAYERS - 2, progress=False)
+    assert [step.last - step.first for step in plan.steps] == [1, 1]
+    assert plan.history[0] == [0]

@@ -18,7 +18,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.stream.boundaries import mapped_zeros
 from come.stream.stream import LayerStream
-from tests.conftest import LAYERS, pico
+from tests.conftest import LAYERS, SEQ, WINDOWS, pico
 from tests.methods import recipe
 from tests.test_refit import plain_ridge
 
@@ -366,3 +366,12 @@ def test_memory_of_the_normal_equations(windows, monkeypatch):
         equations(24, stream, bias=False)
         equations(24, stream, bias=False, eliminates=True, dtype=torch.float32)
     assert needs == [8 * 24 * (24 + 3 * 32), 4 * 24 * (2 * 24 + 3 * 32)]
+
+
+@pytest.mark.parametrize(("width", "eliminates", "form"), [
+    (WINDOWS * SEQ - 1, False, Gram), (WINDOWS * SEQ, False, Dual),
+    (2 * WINDOWS * SEQ - 1, True, Gram), (2 * WINDOWS * SEQ, True, Dual),
+])  # fmt: skip
+def test_form_by_columns_per_token(width, eliminates, form, windows):
+    with LayerStream(ModelAdapter(pico("llama_gqa")), windows, progress=False) as stream:
+        assert isinstance(equations(width, stream, bias=False, eliminates=eliminates), form)

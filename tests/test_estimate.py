@@ -192,6 +192,9 @@ def test_dry_run_reports_errors(command_line):
     code, output = command_line("--dry-run", "merge.target_layers=44")
     assert (code, output.count("\n")) == (1, 2)
     assert "error: merge.target_layers=44: the model has 24 layers" in output
+    code, output = command_line("--dry-run", "merge=none", "distill=come_sp")
+    assert code == 1
+    assert "error: distill=come_sp trains merged layers, and merge=none makes none" in output
 
 
 def test_dry_run_of_a_sweep(command_line, tmp_path):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from come.data.windows import TokenWindows
 from come.evaluate import speed
-from come.evaluate.base import EVALUATIONS, Metric, Relative, Subject
+from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Relative, Subject
 from come.evaluate.continuations import Continuations, generate_greedily
 from come.evaluate.dense import evaluate_dense
 from come.evaluate.paired import exp_interval
@@ -337,3 +337,16 @@ def test_metric_that_is_no_mean_of_its_scores():
 
 def test_prompt_predicts_one_token():
     assert speed._prompt(pico("llama_gqa"), 8).logits.shape[:2] == (1, 1)
+
+
+def test_models_are_measured_with_tokenizer_and_data():
+    class Sizes(Evaluation):
+        name = "sizes"
+
+        def measure(self, model, tokenizer, data):
+            return {"sizes": Metric(model + len(tokenizer) * len(data))}
+
+    found = Sizes().measure_together({"dense": 1.0, "merged": 2.0}, "abc", [0, 0])
+    assert {label: metrics["sizes"].value for label, metrics in found.items()} == {
+        "dense": 7.0, "merged": 8.0,
+    }  # fmt: skip

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from come.distill.accelerator import make_accelerator
 from come.distill.hidden_states import states_after
 from come.evaluate.perplexity import HeldOutText
+from come.job.processes import processes
 from come.job.run import _trackers
 from come.job.run import run as run_settings
 from come.merge.method import check_groups, groups_target
 from come.models.adapter import ModelAdapter
-from tests.conftest import pico
+from tests.conftest import LAYERS, pico
 from tests.jobs import QUICK, job_settings, prepare_job, run_job
 from tests.test_estimate import SMALL
 
@@ -139,3 +142,31 @@ def test_hidden_states_from_a_later_layer(windows):
     later = states_after(model, windows, last=4, keep=[4], first=3, states=every[2])
     assert torch.equal(later[4], every[4])
     assert torch.equal(later[2], every[2])
+
+
+def test_mixed_precision_by_the_setting():
+    assert make_accelerator("cpu", "bfloat16").mixed_precision == "bf16"
+    assert make_accelerator("cpu", "float32").mixed_precision == "no"
+
+
+def test_one_process_trains_layers(pico_folder):
+    assert processes(job_settings(pico_folder, "distill=come_mp")).num_processes == 1
+
+
+def test_worker_checks_memory_with_the_placement_of_the_main_process(base, tmp_path, monkeypatch):
+    settings = job_settings(base, "merge.target_layers=5", *QUICK)
+    model = replace(settings.model, weights="disk")
+    calibration = replace(settings.calibration, batch_size=2)
+    sent, given = iter([[True], [True, model, calibration]]), []
+
+    def shortage(*arguments):
+        given.append(arguments)
+        return "too little"
+
+    monkeypatch.setattr(RUN, "broadcast_object_list", lambda values: next(sent))
+    monkeypatch.setattr(RUN, "memory_shortage", shortage)
+    with pytest.raises(ValueError, match="too little"):
+        RUN._run_worker(settings, tmp_path / "out", "sweep", Accelerator(cpu=True))
+    ((placed, shape, target),) = given
+    assert (placed.model, placed.calibration) == (model, calibration)
+    assert (shape.num_layers, target) == (LAYERS, 5)

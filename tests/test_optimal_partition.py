@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from come.merge.loop import compress
-from come.merge.schedules.optimal_partition import OptimalPartition, estimate, optimal_partition
+from come.merge.plan import MergeStep, SpanCandidate
+from come.merge.schedules.optimal_partition import (
+    OptimalPartition,
+    estimate,
+    known_costs,
+    optimal_partition,
+)
 from come.merge.selection import trial_kl
 from come.merge.selection.trial_kl import repeat_windows
 from come.merge.trial_scores import TrialScores
@@ -334,3 +340,14 @@ def test_pairs_with_the_smallest_angles_are_tried_once(windows):
     begun = compress(model(), windows, method, target_layers=9, progress=False)
     more = compress(model(), windows, method, target_layers=8, plan=begun, progress=False)
     assert [len(step.candidates) for step in more.steps] == [2, 2]
+
+
+def test_known_costs_are_of_spans_of_unmerged_layers():
+    """A candidate next to a merged layer counts, one with a merged layer in it does not."""
+    first = [SpanCandidate(2, 3, 0.1), SpanCandidate(3, 4, 0.2)]
+    second = [SpanCandidate(1, 2, 0.3), SpanCandidate(2, 3, 0.4), SpanCandidate(4, 5, 0.5)]
+    steps = [
+        MergeStep(3, 4, [[3], [4]], [0.5, 0.5], {}, 0.2, first, []),
+        MergeStep(4, 5, [[5], [6]], [0.5, 0.5], {}, 0.5, second, []),
+    ]
+    assert known_costs(steps, 7) == {(2, 3): 0.1, (3, 4): 0.2, (1, 2): 0.3, (5, 6): 0.5}

@@ -162,3 +162,18 @@ def test_scores_of_the_weights_of_sublayers(part, windows):
         assert magnitude.score(stream, 1, 2) == pytest.approx(expected, rel=1e-5)
         expected = sum(float((p * p.grad).detach().abs().sum()) for p in own)
         assert taylor.score(stream, 1, 2) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SELECTION.names())
+@torch.no_grad()
+def test_local_scores_do_not_depend_on_later_layers(name, stream):
+    """Scores of other selections are computed again after a merge of later layers."""
+    found = []
+    for change in (1.0, 3.0):
+        stream.adapter.scale_outputs(LAYERS - 1, change)
+        stream.invalidate_from(LAYERS - 1)
+        stream.advance(LAYERS - 1, LAYERS - 1)
+        selection = scorer(name, "all")
+        selection.prepare(stream)
+        found.append(selection.score(stream, 1, 2))
+    assert (found[0] == found[1]) == selection.local
