@@ -84,7 +84,7 @@ class RetentionRule(HasSettings, ABC):
 
 
 def with_units(shares: Sequence[float], scores: UnitScores | None) -> UnitAllocation:
-    """The allocation by shares, with each layer's most sensitive units; no units without scores."""
+    """The shares, with the most sensitive units of every layer if there are scores."""
     return UnitAllocation(list(shares), choose_units(scores, shares) if scores else {})
 
 

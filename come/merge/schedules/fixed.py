@@ -37,9 +37,9 @@ class Fixed(Schedule):
     def choose(self, search: Search) -> Choice:
         """The first span that has not been merged; its score is only recorded."""
         merged = [span for span in search.history if len(span) > 1]
-        group = next(group for group in self.groups if list(group) not in merged)
-        first = [span[0] for span in search.history].index(group[0])
-        last = first + len(group) - 1
+        span = next(span for span in self.groups if list(span) not in merged)
+        first = [layers[0] for layers in search.history].index(span[0])
+        last = first + len(span) - 1
         score = search.score(first, last)
         kept = 0 if search.rules.drops else None
         return Choice(first, last, kept, score, [SpanCandidate(first, last, score)])
