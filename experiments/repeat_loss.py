@@ -1,7 +1,7 @@
 """Where a merge increases the loss: on new tokens, on tokens seen before, or on repeated passages.
 
-    python experiments/repeat_loss.py TEXT runs/JOB/plan.json ...  # of the model of each plan
-    python experiments/repeat_loss.py TEXT --layers                # with one attention zeroed
+    python experiments/repeat_loss.py TEXT runs/JOB/plan.json ...  # model of each plan
+    python experiments/repeat_loss.py TEXT --layers                # attention of one layer zeroed
 
 Prints how many nats per predicted token a model loses against the dense model, in windows of 256
 tokens from one part of the text (`--part`; by default the 20% that is used for choices). Means are

@@ -28,7 +28,7 @@ RATE = 1.9e13
 """Operations a second of the measured run: 2.1e15 in 111 s on an H200 (experiments/gpu)."""
 
 
-class Point(NamedTuple):
+class Measurement(NamedTuple):
     """A measured compression."""
 
     layers: int
@@ -38,10 +38,10 @@ class Point(NamedTuple):
     peak_bytes: int
 
 
-def measure_point(shape: str, layers: int, tokens: int) -> Point:
+def measure(shape: str, layers: int, tokens: int) -> Measurement:
     """Time and memory of the default method on random weights, in a new process.
 
-    In the same process, memory kept from an earlier point would hide the needs of a later one.
+    In the same process, memory kept from an earlier run would hide the needs of a later one.
     """
     bench = Path(__file__).with_name("bench.py")
     words = f"--shape {shape} --layers {layers} --target {layers - REMOVED} --tokens {tokens}"
@@ -53,7 +53,7 @@ def measure_point(shape: str, layers: int, tokens: int) -> Point:
     )
     found = json.loads(ran.stdout.splitlines()[-1])
     names = ("seconds", "forward_seconds", "peak_bytes")
-    return Point(layers, tokens, *(found[name] for name in names))
+    return Measurement(layers, tokens, *(found[name] for name in names))
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -83,16 +83,16 @@ def arithmetic(shape: str, *, removed: int, tokens: int) -> Cost:
     )
 
 
-def _series(shape: str, name: str, points: list[Point]) -> list[str]:
-    """Lines for the points of one series, and the exponents of time and memory."""
-    sizes = [getattr(point, name) for point in points]
+def _series(shape: str, name: str, measured: list[Measurement]) -> list[str]:
+    """Lines for the measurements of one series, and the exponents of time and memory."""
+    sizes = [getattr(m, name) for m in measured]
     lines = [
-        f"| {p.layers} | {p.tokens} | {p.seconds:.1f} | {p.seconds / p.forward_seconds:.1f} "
-        f"| {megabytes(p.peak_bytes)} |"
-        for p in points
+        f"| {m.layers} | {m.tokens} | {m.seconds:.1f} | {m.seconds / m.forward_seconds:.1f} "
+        f"| {megabytes(m.peak_bytes)} |"
+        for m in measured
     ]
-    time = exponent(sizes, [p.seconds for p in points])
-    memory = exponent(sizes, [float(p.peak_bytes) for p in points])
+    time = exponent(sizes, [m.seconds for m in measured])
+    memory = exponent(sizes, [float(m.peak_bytes) for m in measured])
     return [*lines, f"exponent over {name} ({shape}): time {time:.2f}, memory {memory:.2f}"]
 
 
@@ -132,16 +132,17 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |", flush=True)
     layers, tokens = sorted(arguments.layers), sorted(arguments.tokens)
     middle = (layers[len(layers) // 2], tokens[len(tokens) // 2])
-    points = {middle: measure_point(arguments.shape, *middle)}
+    measured = {middle: measure(arguments.shape, *middle)}
     for name, sizes in (
         ("layers", [(count, middle[1]) for count in layers]),
         ("tokens", [(middle[0], count) for count in tokens]),
     ):
         for size in sizes:
-            if size not in points:
-                points[size] = measure_point(arguments.shape, *size)
+            if size not in measured:
+                measured[size] = measure(arguments.shape, *size)
         print(
-            "\n".join(_series(arguments.shape, name, [points[size] for size in sizes])), flush=True
+            "\n".join(_series(arguments.shape, name, [measured[size] for size in sizes])),
+            flush=True,
         )
 
 

@@ -116,9 +116,9 @@ def dropped_layers(plan):
     own, removed = list(range(plan.base.num_layers)), []
     for step in plan.steps:
         kept_layer = step.kept_layer
-        group = own[step.first : step.last + 1]
-        removed += [layer for i, layer in enumerate(group) if i != kept_layer]
-        own[step.first : step.last + 1] = [group[kept_layer]]
+        span = own[step.first : step.last + 1]
+        removed += [layer for i, layer in enumerate(span) if i != kept_layer]
+        own[step.first : step.last + 1] = [span[kept_layer]]
     return removed
 
 

@@ -121,7 +121,9 @@ def test_sparsity_takes_the_nearest_depth():
     assert layers_for_sparsity(0.1, config, 134_515_008, 3_540_096) == 26
     with pytest.raises(ValueError, match="less than half a layer; one layer .* is 0.0263"):
         layers_for_sparsity(0.01, config, 134_515_008, 3_540_096)
-    with pytest.raises(ValueError, match="with one layer left, 0.7632 of the parameters are gone"):
+    with pytest.raises(
+        ValueError, match="with one layer left, 0.7632 of the parameters are removed"
+    ):
         layers_for_sparsity(0.9, config, 134_515_008, 3_540_096)
 
 

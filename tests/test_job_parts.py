@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 class Tracker:
-    """Stands for a tracker; keeps what it is made with and what it is sent."""
+    """Fake tracker that records its arguments and all that it is sent."""
 
     def __init__(self, *folder, **settings):
         self.settings, self.logged = settings, []

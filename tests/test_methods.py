@@ -227,7 +227,7 @@ def test_block_method_plans_each_depth_separately(windows):
             "merge.selection=trial_kl merges on trial without the factor of merge.refit=prune_comp",
         ),
         ({"schedule": "fixed"}, "merge.schedule=fixed needs merge.groups"),
-        ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is two or more adjacent"),
+        ({"groups": [[3, 5]]}, r"merge.groups has \[3, 5\]: a group is adjacent layers"),
         ({"groups": [[3, 4], [4, 5]]}, "merge.groups: layer 4 is in two groups"),
         ({"sublayers": ("mlp",)}, r"merge.sublayers=\['mlp'\]: must be a list of attention, ffn"),
         (

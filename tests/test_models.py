@@ -119,7 +119,7 @@ def test_fast_dtype(able, dtype, pico_folder, monkeypatch):
 
 
 def test_fast_is_the_job_of_its_dtype(pico_folder):
-    """The same machine has one hash for `fast` and for the dtype that it stands for."""
+    """The same machine has one hash for `fast` and for the dtype that it resolves to."""
     device = torch.device("cpu")
     fast, same = (
         job_hash(job_settings(pico_folder, f"model.dtype={dtype}", "model.device=cpu"))

@@ -1,6 +1,6 @@
 """The real model through the command line: quality, exact checkpoints, memory.
 
-Uses WikiText-2 validation if there is a copy beside the repository, and otherwise Python's
+Uses WikiText-2 validation if there is a copy next to the repository, and otherwise Python's
 documentation with another bound.
 """
 

@@ -70,7 +70,7 @@ def test_job_hash_covers_every_file_of_the_checkpoint(base, name):
     assert job_hash(job_settings(base)) != before
 
 
-def test_stale_shard_index_beside_a_single_weights_file(base, tmp_path):
+def test_stale_shard_index_next_to_a_single_weights_file(base, tmp_path):
     sharded = save_base(tmp_path / "sharded", "llama_gqa", shard="20KB")
     shutil.copy(sharded / "model.safetensors.index.json", base)
     before = job_hash(job_settings(base))

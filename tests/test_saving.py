@@ -194,7 +194,7 @@ def test_save_a_model_without_a_base_folder(tmp_path):
 
 
 def test_runs_of_earlier_versions_are_loaded(tmp_path):
-    """Their plan is beside the weights, and config.json refers to it."""
+    """Their plan is next to the weights, and config.json refers to it."""
     base = save_base(tmp_path / "base", "llama_gqa")
     run_job(base, tmp_path / "old", "merge.refit=ridge", *QUICK)
     model = tmp_path / "old" / "model"

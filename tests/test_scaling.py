@@ -23,11 +23,11 @@ def test_exponent_of_a_power_law(scaling):
 def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
     measured_sizes = []
 
-    def fake_measure_point(shape, layers, tokens):
+    def fake_measure(shape, layers, tokens):
         measured_sizes.append((layers, tokens))
-        return scaling.Point(layers, tokens, layers * tokens / 100, 2.0, tokens**2)
+        return scaling.Measurement(layers, tokens, layers * tokens / 100, 2.0, tokens**2)
 
-    monkeypatch.setattr(scaling, "measure_point", fake_measure_point)
+    monkeypatch.setattr(scaling, "measure", fake_measure)
     words = "scaling --shape pico --layers 8 4 6 --tokens 256 512 1024".split()
     monkeypatch.setattr("sys.argv", words)
     scaling.main()
@@ -45,11 +45,11 @@ def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_measure_a_point(scaling):
-    point = scaling.measure_point("pico", 4, 256)
-    assert point[:2] == (4, 256)
-    assert point.seconds > point.forward_seconds > 0
-    assert point.peak_bytes > 0
+def test_measure_one_size(scaling):
+    measured = scaling.measure("pico", 4, 256)
+    assert measured[:2] == (4, 256)
+    assert measured.seconds > point.forward_seconds > 0
+    assert measured.peak_bytes > 0
 
 
 def test_estimate_for_llama_70b_fits_on_one_gpu(scaling):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("private_caches")
 
 
 class Interrupt(Exception):
-    """Stands for the end of a process."""
+    """Raised in place of the end of a process."""
 
 
 def interrupted_job(*arguments):

@@ -296,10 +296,10 @@ def test_lambda_is_chosen_on_held_out_windows(targets, monkeypatch):
     whole, seen = ridge.best_lambda, []
 
     def recorded(fit, held_out, initial, grid):
-        seen.append((energy(fit), energy(held_out)))
+        seen.append((trace(fit), trace(held_out)))
         return whole(fit, held_out, initial, grid)
 
-    def energy(sums: Gram):
+    def trace(sums: Gram):
         return float(sums.gram.trace())
 
     monkeypatch.setattr(ridge, "best_lambda", recorded)

@@ -40,7 +40,7 @@ class TaskSet:
         batch_size: sequences per forward pass.
         loaded: the harness's task and group objects.
         tasks: the tasks, including those of groups, by name.
-        members: names of the tasks that each requested name stands for.
+        members: names of the tasks that each requested name refers to.
         manager: the harness's task manager.
         identity: hash of everything that determines the documents and prompts.
     """

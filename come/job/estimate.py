@@ -215,7 +215,7 @@ def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> Sp
 def _merged_spans(method: Method, layers: int, target: int) -> list[int]:
     """Sizes of the merged spans, if all are as large as allowed."""
     if method.groups:
-        return [len(group) for group in method.groups]
+        return [len(span) for span in method.groups]
     passed = [layers, *depths(layers, target, method.constraints(layers, target).m)]
     return [above - below + 1 for above, below in pairwise(passed)]
 

@@ -220,11 +220,11 @@ def check_target(
 
 def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
     """Layers in the fewest spans of at most `m` layers that reach all depths, in order."""
-    groups, depth = 0, num_layers
+    spans, depth = 0, num_layers
     for stop in stops:
-        groups += -(-(depth - stop) // (m - 1))
+        spans += -(-(depth - stop) // (m - 1))
         depth = stop
-    return num_layers - stops[-1] + groups
+    return num_layers - stops[-1] + spans
 
 
 def layers_for_sparsity(
@@ -254,6 +254,6 @@ def layers_for_sparsity(
     if removed >= layers:
         raise ValueError(
             f"merge.sparsity={sparsity} is more than merging can reach: with one layer left, "
-            f"{(layers - 1) * per_layer / total:.4f} of the parameters are gone"
+            f"{(layers - 1) * per_layer / total:.4f} of the parameters are removed"
         )
     return layers - removed

@@ -156,8 +156,8 @@ def joint_work(size: SpanSize) -> Work:
     ffn = size.sums(size.width, size.hidden, DUAL, size.itemsize)
     held = 4.0 * size.tokens * heads
     copies = size.layer_bytes * (1 if size.dual(size.width, DUAL) else size.layers)
-    beside = Work(bytes=max(attention.bytes + held, ffn.bytes) + copies)
-    return attention + ffn + beside + size.inverse(heads) + size.passes * (2 * size.layers)
+    memory = Work(bytes=max(attention.bytes + held, ffn.bytes) + copies)
+    return attention + ffn + memory + size.inverse(heads) + size.passes * (2 * size.layers)
 
 
 class Features:

@@ -17,11 +17,11 @@ KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class UnitSolution:
-    """A sublayer's solution of the least-squares problem that its units were selected by.
+    """The solution of the least-squares problem that unit selection solved for a sublayer.
 
     Attributes:
-        inputs: for every layer of the span the map P_i that its input projections are multiplied
-            by (see `come.merge.alignment`); empty without alignment.
+        inputs: for every layer of the span the map P_i that multiplies its input projections
+            (see `come.merge.alignment`); empty without alignment.
         output: output projection of the kept units.
     """
 

@@ -13,7 +13,7 @@ from come.models.adapter import Unit
 class StackedMap:
     """The output projections of a span side by side, W = [W_1 ... W_m]; biases are summed.
 
-    W is not held: it is read from the layers one by one, and is column-major, which is the layout
+    W is not stored: it is read layer by layer and is column-major, which is the layout
     of the dual form.
 
     Args:

@@ -115,7 +115,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
             "merged: put it into the weights first, with peft's "
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(OTHER) and the tokenizer beside it, or move the adapter's files away"
+            ".save_pretrained(OTHER) and the tokenizer next to it, or move the adapter's files away"
         )
     for path in weight_files(folder):
         if not path.is_file():

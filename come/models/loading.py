@@ -119,7 +119,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def resolve_fast(dtype: str, device: torch.device) -> str:
-    """The given dtype, but for "fast": bfloat16 where the device computes in it, else float32.
+    """Resolves "fast" to bfloat16 if the device computes in it, else to float32.
 
     A processor without instructions for bfloat16 converts every number, and takes several times as
     long as in float32.

@@ -68,8 +68,8 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     action = f"dropping {what}" if operator.drops else f"merging adjacent {what}"
     if plan.block != "layer":
         action += (
-            f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are gone and "
-            "stay in the file as blocks that add nothing, so that any loader takes it"
+            f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are removed "
+            "and stay in the file as blocks that add nothing, so that any loader takes it"
         )
     healing, files = _healing(plan)
     rebuilt = "the merged" if "distillation" in plan.provenance else "these"

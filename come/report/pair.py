@@ -30,10 +30,10 @@ def compare(run: Result, other: Result) -> Table:
     Raises:
         ValueError: the runs share no metric, or used different windows or documents.
     """
-    mine, theirs = _models(run), _models(other)
+    models, other_models = _models(run), _models(other)
     rows = []
-    for layers in sorted(set(mine) & set(theirs), reverse=True):
-        own, its = mine[layers], theirs[layers]
+    for layers in sorted(set(models) & set(other_models), reverse=True):
+        own, its = models[layers], other_models[layers]
         for name, (first, second) in _shared(own, its).items():
             _check_samples(name, first, second, run, other)
             for key, metric in _evaluation(name).compare(first, second).items():
@@ -42,7 +42,7 @@ def compare(run: Result, other: Result) -> Table:
                 rows.append([str(layers), key, *shown, "" if p is None else f"{p:.3f}"])
     if not rows:
         raise ValueError(
-            f"nothing to compare: the runs have {_depths(mine)} and {_depths(theirs)} layers, and "
+            f"nothing to compare: the runs have {_depths(models)} and {_depths(other_models)} layers, and "
             "at no common depth did both measure perplexity, or both accuracy"
         )
     return Table(HEAD, rows, labels=2)

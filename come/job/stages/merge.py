@@ -147,7 +147,7 @@ def _compress(
     plan: Plan | None = None,
     on_step: Callable[[Plan], None] | None = None,
 ) -> Plan:
-    """Compresses the model together with all processes, which get the first one's plan."""
+    """Compresses the model with all processes; all of them use the plan of the first."""
     settings, processes = job.settings, Processes.launched()
     plan, calibration = processes.broadcast((plan, job.calibration))
     trials = TrialScores(job.folder / TRIALS, job.hash)

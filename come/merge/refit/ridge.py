@@ -155,7 +155,7 @@ class Ridge(Refit):
         return [unit for part, unit in UNITS_OF.items() if part in self.sublayers]
 
     def trial_work(self, size: SpanSize, solved: bool) -> Work:
-        """The alignment; also the rest, unless unit selection already gives the solution."""
+        """The work of the alignment, and of the solve unless unit selection has the solution."""
         if solved and self._same_as_selection:
             copies = Work(bytes=2 * size.layer_bytes)
             return copies if self.align is None else size.aligned() + size.folded() + copies

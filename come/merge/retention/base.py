@@ -83,7 +83,7 @@ class RetentionRule(HasSettings, ABC):
 
 
 def with_units(shares: Sequence[float], span: LayerSpan) -> UnitAllocation:
-    """The allocation by shares, with each layer's most sensitive units; no units without scores."""
+    """The shares, with the most sensitive units of every layer if there are scores."""
     kept = choose_units(span.scores, shares, span.unit_counts) if span.scores else {}
     return UnitAllocation(list(shares), kept)
 

@@ -17,7 +17,7 @@ class MKA(RetentionRule):
         rho_a = sigmoid( s_a / (s_a + s_b) ),   rho_b = 1 - rho_a,
         s_l = mean_k S(l, k),   S the normalised pairwise information of the layers' outputs
 
-    Source: arXiv 2406.16330; the sigmoid is its published code's. Differs from the paper in the
+    Source: arXiv 2406.16330; the sigmoid follows the published code. Differs from the paper in the
     normalisation of S (see `come.statistics.manifold`).
     """
 

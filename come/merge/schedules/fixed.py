@@ -41,9 +41,9 @@ class Fixed(Schedule):
 
     def choose(self, search: Search) -> Choice:
         """The first span that has not been merged; its score is only recorded."""
-        group = self.groups[len(search.plan.steps)]
-        first = [span[0] for span in search.history].index(group[0])
-        last = first + len(group) - 1
+        span = self.groups[len(search.plan.steps)]
+        first = [layers[0] for layers in search.history].index(span[0])
+        last = first + len(span) - 1
         score = search.score(first, last) if last > first else 0.0
         kept = 0 if search.rules.drops else None
         return Choice(first, last, kept, score, [SpanCandidate(first, last, score)])

@@ -33,9 +33,9 @@ class SkipLoss(SpanScore):
     def scores(self, stream: LayerStream, spans: Sequence[tuple[int, int]]) -> list[float]:
         """The losses, nats per token, >= 0."""
         found: list[float] = []
-        for group in together(stream, spans):
+        for batch in together(stream, spans):
             candidates = [
-                Candidate(first, _without(stream, first, last), last + 1) for first, last in group
+                Candidate(first, _without(stream, first, last), last + 1) for first, last in batch
             ]
             found += losses(stream, candidates)
         return found
