@@ -48,7 +48,7 @@ def test_every_point_is_measured_once(scaling, monkeypatch, capsys):
 def test_measure_one_size(scaling):
     measured = scaling.measure("pico", 4, 256)
     assert measured[:2] == (4, 256)
-    assert measured.seconds > point.forward_seconds > 0
+    assert measured.seconds > measured.forward_seconds > 0
     assert measured.peak_bytes > 0
 
 

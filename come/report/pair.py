@@ -42,8 +42,8 @@ def compare(run: Result, other: Result) -> Table:
                 rows.append([str(layers), key, *shown, "" if p is None else f"{p:.3f}"])
     if not rows:
         raise ValueError(
-            f"nothing to compare: the runs have {_depths(models)} and {_depths(other_models)} layers, and "
-            "at no common depth did both measure perplexity, or both accuracy"
+            f"nothing to compare: the runs have {_depths(models)} and {_depths(other_models)} "
+            "layers, and at no common depth did both measure perplexity, or both accuracy"
         )
     return Table(HEAD, rows, labels=2)
 
