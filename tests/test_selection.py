@@ -164,6 +164,7 @@ def test_scores_of_the_weights_of_sublayers(part, windows):
         assert taylor.score(stream, 1, 2) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama_gqa"])
 @pytest.mark.parametrize("name", SELECTION.names())
 @torch.no_grad()
 def test_local_scores_do_not_depend_on_later_layers(name, stream):
