@@ -202,13 +202,19 @@ def test_parameters_without_mlps(base, tmp_path):
     assert job.target == LAYERS - 3
 
 
-def test_a_merge_removes_the_changed_layers_of_a_killed_run(base, tmp_path):
+def test_a_merge_first_removes_the_changed_layers_of_a_killed_run(base, tmp_path, monkeypatch):
     words = ("merge.target_layers=5", *QUICK)
-    job = prepare_job(base, tmp_path / "out", *words)
-    left = job.folder / "weights-abc.partial"
+    left = tmp_path / "out" / "weights-abc.partial"
     left.mkdir(parents=True)
+    compress, seen = STAGE.compress, []
+
+    def watched(*arguments, **others):
+        seen.append(left.exists())
+        return compress(*arguments, **others)
+
+    monkeypatch.setattr(STAGE, "compress", watched)
     run_job(base, tmp_path / "out", *words)
-    assert not left.exists()
+    assert seen == [False]
 
 
 def test_cost_of_a_resumed_merge(base, tmp_path):
