@@ -7,6 +7,7 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
+from come.job.dry_run import dry_run
 from come.job.estimate import Cost, Speed, _merged_spans, compression_cost
 from come.merge.joint_selection import joint_work
 from come.merge.refit.gauss_newton import GaussNewton
@@ -16,6 +17,7 @@ from come.merge.work import SpanSize, Work
 from come.models.loading import inspect_model
 from come.report.numbers import duration
 from tests.conftest import pico
+from tests.jobs import job_settings
 from tests.methods import recipe
 from tests.test_methods import RECIPES
 
@@ -195,6 +197,12 @@ def test_dry_run_reports_errors(command_line):
     code, output = command_line("--dry-run", "merge=none", "distill=come_sp")
     assert code == 1
     assert "error: distill=come_sp trains merged layers, and merge=none makes none" in output
+
+
+def test_dry_run_checks_the_settings(pico_folder, tmp_path):
+    settings = job_settings(pico_folder, "merge=none", "distill=come_sp")
+    with pytest.raises(ValueError, match="distill=come_sp trains merged layers, and merge=none"):
+        dry_run(settings, tmp_path / "out")
 
 
 def test_dry_run_of_a_sweep(command_line, tmp_path):
