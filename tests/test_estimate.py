@@ -200,8 +200,9 @@ def test_dry_run_reports_errors(command_line):
 
 
 def test_dry_run_checks_the_settings(pico_folder, tmp_path):
-    settings = job_settings(pico_folder, "merge=none", "distill=come_sp")
-    with pytest.raises(ValueError, match="distill=come_sp trains merged layers, and merge=none"):
+    settings = job_settings(pico_folder, "distill=come_sp")
+    settings = replace(settings, model=replace(settings.model, weights="disk"))
+    with pytest.raises(ValueError, match="model.weights=disk: distill=come_sp trains a model in"):
         dry_run(settings, tmp_path / "out")
 
 
