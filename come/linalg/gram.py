@@ -49,7 +49,7 @@ class Gram:
         self._upper = torch.zeros(size, size, dtype=dtype, device=device)
         self._mirrored = True
         self._moment = torch.zeros(size, out, dtype=dtype, device=device)
-        self._energy = 0.0
+        self._yty = 0.0
         self._blocks = TokenBlocks(weak_method(self._accumulate))
 
     @property
@@ -68,10 +68,10 @@ class Gram:
         return self._moment
 
     @property
-    def energy(self) -> float:
+    def yty(self) -> float:
         """Y."""
         self._blocks.finish()
-        return self._energy
+        return self._yty
 
     def add(
         self,
@@ -94,13 +94,13 @@ class Gram:
             _add_product(upper[:, start:], own, features[:, start:])
         self._mirrored = False
         _add_product(self._moment, features.T, targets)
-        self._energy += targets.double().square().sum().item()
+        self._yty += targets.double().square().sum().item()
 
     def all_reduce(self, processes: Processes) -> None:
         """Adds the tokens of the other processes."""
         self._blocks.finish()
         processes.all_reduce(self._upper, self._moment)
-        self._energy = processes.reduced(self._energy)
+        self._yty = processes.reduced(self._yty)
         self._mirrored = False
 
     def __add__(self, other: Gram) -> Gram:
@@ -108,7 +108,7 @@ class Gram:
         total = self._empty(self.width)
         total._upper = self.gram + other.gram
         total._moment = self.moment + other.moment
-        total._energy = self.energy + other.energy
+        total._yty = self.yty + other.yty
         return total
 
     def _empty(self, width: int) -> Gram:
@@ -131,7 +131,7 @@ class Gram:
         chosen = self._empty(len(kept))
         chosen._upper = self.gram[rows][:, rows]
         chosen._moment = self.moment[rows]
-        chosen._energy = self.energy
+        chosen._yty = self.yty
         return chosen
 
     def solve(self, initial: Map, penalty: float, *, consume: bool = False) -> Map:
@@ -191,7 +191,7 @@ class Gram:
         """sum_t w_t |y_t - W f_t - b|^2."""
         rows = stacked(found).to(self.gram)
         fit = (rows * (self.gram @ rows)).sum() - 2 * (rows * self.moment).sum()
-        return self.energy + fit.item()
+        return self.yty + fit.item()
 
 
 class DenseElimination:

@@ -73,8 +73,8 @@ def input_maps(
     initial = targets.stream.windows[:, 0]
     first_weight = targets.stream.windows.shape[1] - 1 if (initial != initial[0]).any() else 1
     for batch in targets:
-        entering = batch.entering(unit)[known:]
-        normed = [n(states) for n, states in zip(norms, entering, strict=True)]
+        sublayer_inputs = batch.sublayer_inputs(unit)[known:]
+        normed = [n(states) for n, states in zip(norms, sublayer_inputs, strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first_weight

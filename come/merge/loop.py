@@ -122,7 +122,7 @@ def compress(
                 apply_step(adapter, plan, step, method.operator)
                 passes = spent + round(processes.reduced(stream.layer_passes), 1)
                 plan = plan.with_step(step, layer_passes=passes)
-                search.outdated_from(_changed_from(stream, plan))
+                search.invalidate_from(_changed_from(stream, plan))
                 last, saved = finished(plan, target_layers), plan.num_layers in stops
                 solved = _downstream(stream, method, plan) if last or saved else plan.downstream
                 complete = replace(plan, downstream=processes.broadcast(solved))

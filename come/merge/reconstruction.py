@@ -55,12 +55,12 @@ class TargetBatch:
     def post_attention(self) -> States:
         """The target after attention."""
         found = self.states.clone()
-        pairs = zip(self.entering("kv_group"), self.entering("channel"), strict=True)
+        pairs = zip(self.sublayer_inputs("kv_group"), self.sublayer_inputs("channel"), strict=True)
         for before, after in pairs:
             found += after - before
         return found
 
-    def entering(self, unit: Unit) -> list[States]:
+    def sublayer_inputs(self, unit: Unit) -> list[States]:
         """The input of every layer's attention (kv_group) or MLP (channel) in the current model."""
         targets, stream = self.targets, self.targets.stream
         if unit == "kv_group":

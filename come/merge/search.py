@@ -159,7 +159,7 @@ class Search:
         self.method.selection.prepare(self.stream)
         self._ready = True
 
-    def outdated_from(self, layer: int) -> None:
+    def invalidate_from(self, layer: int) -> None:
         """Records that the stream's model has changed from this layer on."""
         self._start = min(self._start, layer)
         del self.statistics[layer:]

@@ -206,7 +206,7 @@ class Ridge(Refit):
             return fit.solve(initial, self.lambda_ * fit.mean_diagonal(), consume=True)
         assert isinstance(fit, Gram)
         both = fit + held_out
-        ratio = best_lambda(fit, held_out, initial, GRID) if held_out.energy else 0.1
+        ratio = best_lambda(fit, held_out, initial, GRID) if held_out.yty else 0.1
         return both.solve(initial, ratio * both.mean_diagonal(), consume=True)
 
 
