@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.commands import ROOT, communicate, same_checkpoint, small_job_overrides
+from tests.commands import (
+    ROOT,
+    communicate,
+    same_checkpoint,
+    small_job_overrides,
+    without_repeated,
+)
 
 TRAIN = [
     "distill.tokens=2560",
@@ -120,12 +126,14 @@ def test_killed_distillation_resumes(method, command, tmp_path):
 )
 def test_two_processes_train_like_one(method, sharded, command, pico_folder, tmp_path):
     single, double = tmp_path / "single", tmp_path / "double"
-    settings = ["merge=come", f"distill={method}", *TRAIN, "distill.micro_batch=1", "eval=none"]
+    own_words = ["merge=come", f"distill={method}", "distill.micro_batch=1", "eval=none"]
+    settings = [*own_words, *without_repeated(TRAIN, own_words)]
     code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--standalone"]
-    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
+    small = without_repeated(small_job_overrides(*settings), settings)
+    words = [f"model.path={pico_folder}", "model=local", *small, *settings]
     own = {"COME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     own |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
 

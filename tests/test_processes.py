@@ -21,7 +21,7 @@ from come.models.loading import load_weights
 from come.models.sublayers import run_attention
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
-from tests.commands import ROOT, communicate, small_job_overrides
+from tests.commands import ROOT, communicate, small_job_overrides, without_repeated
 from tests.conftest import LAYERS, SEQ, VOCAB, pico
 from tests.forkserver import FORKSERVER
 from tests.jobs import job_settings
@@ -241,7 +241,8 @@ def test_killed_distributed_run_resumes(command, pico_folder, tmp_path):
     code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    words = [f"model.path={pico_folder}", "model=local", *small_job_overrides(*settings), *settings]
+    small = without_repeated(small_job_overrides(*settings), settings)
+    words = [f"model.path={pico_folder}", "model=local", *small, *settings]
 
     def start():
         return subprocess.Popen(
