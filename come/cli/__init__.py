@@ -136,7 +136,7 @@ def main() -> int:
         except Exception as error:
             hydra_config = HydraConfig.get()
             if hydra_config.mode == RunMode.MULTIRUN:
-                _keep_traceback(folder, f"{hydra_config.job.name}.log", error)
+                _close_failed_job(folder, f"{hydra_config.job.name}.log", error)
                 if isinstance(error, USER_ERRORS):
                     line = _print_error(f"job {hydra_config.job.num}: {user_line(error)}")
                     raise JobFailedError(line) from error
@@ -187,9 +187,8 @@ def _guarded(job: Callable[[], Any]) -> int:
     try:
         job()
     except JobFailedError as error:
-        _print_error(
-            str(error)
-        )  # prints nothing if this process already printed it when the job failed
+        # prints nothing if this process already printed it when the job failed
+        _print_error(str(error))
         return 1
     except USER_ERRORS as error:
         _print_error(user_line(error))
@@ -227,7 +226,7 @@ def _stop_log_file() -> None:
             handler.close()
 
 
-def _keep_traceback(folder: Path, name: str, error: Exception) -> None:
+def _close_failed_job(folder: Path, name: str, error: Exception) -> None:
     """Appends the traceback to the failed job's log; removes a refused job, which wrote nothing."""
     if isinstance(error, USER_ERRORS) and {p.name for p in folder.glob("*")} <= {".lock", name}:
         _stop_log_file()  # launchers log the error again

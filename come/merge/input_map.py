@@ -119,8 +119,8 @@ class InputMap:
             accumulate(*block)
         if not self._held:
             blocks = TokenBlocks(accumulate)
-            for after, _, weights, keywords in self._batches():
-                blocks.add(*self._slopes(after, keywords)[:2], weights)
+            for post_attention, _, weights, keywords in self._batches():
+                blocks.add(*self._slopes(post_attention, keywords)[:2], weights)
             blocks.finish()
         self._processes.all_reduce(total)
         return total
@@ -139,9 +139,9 @@ class InputMap:
             total += (gap.square().sum(dim=1) * weights).sum().item()
 
         blocks = TokenBlocks(accumulate)
-        for after, target, weights, keywords in self._batches():
-            features = hidden_activations(self.adapter, self.layer, after, keywords)
-            blocks.add(self._gap(after, target, features), weights)
+        for post_attention, target, weights, keywords in self._batches():
+            features = hidden_activations(self.adapter, self.layer, post_attention, keywords)
+            blocks.add(self._gap(post_attention, target, features), weights)
         blocks.finish()
         self._put(self.weight)
         return self._processes.reduced(total)
@@ -174,23 +174,25 @@ class InputMap:
                 self._held.append((read.clone(), slopes.clone(), weights))
 
         blocks = TokenBlocks(accumulate)
-        for after, target, weights, keywords in self._batches():
-            read, slopes, features = self._slopes(after, keywords)
-            blocks.add(read, slopes, self._gap(after, target, features), weights)
+        for post_attention, target, weights, keywords in self._batches():
+            read, slopes, features = self._slopes(post_attention, keywords)
+            blocks.add(read, slopes, self._gap(post_attention, target, features), weights)
         blocks.finish()
         self._processes.all_reduce(gram, rhs, squares)
         sizes = self.output.double().square().sum(dim=0)
         return gram / stream.tokens, rhs, squares * sizes, self._processes.reduced(error)
 
-    def _gap(self, after: States, target: States, features: Features) -> Tensor:
+    def _gap(self, post_attention: States, target: States, features: Features) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
         output = self.layer.get_submodule(self.adapter.architecture.ffn_output)
-        return (target - (after + output(features))).flatten(0, 1).to(self.output)
+        return (target - (post_attention + output(features))).flatten(0, 1).to(self.output)
 
-    def _slopes(self, after: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
+    def _slopes(
+        self, post_attention: States, keywords: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Features]:
         """The input n of W, [tokens, hidden], the derivatives D, [tokens, channels], and f."""
         read, slopes, features = activation_derivative(
-            self.adapter, self.layer, after, keywords, self.name
+            self.adapter, self.layer, post_attention, keywords, self.name
         )
         flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
         return flat[0], flat[1], features
@@ -201,6 +203,6 @@ class InputMap:
     def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
         stream = self.targets.stream
         for batch in self.targets:
-            after = self.post_attention[batch.rows].to(self.adapter.device)
-            keywords = stream.keywords(len(after), self.targets.first)
-            yield after, batch.output, batch.weights.to(self.output), keywords
+            post_attention = self.post_attention[batch.rows].to(self.adapter.device)
+            keywords = stream.keywords(len(post_attention), self.targets.first)
+            yield post_attention, batch.output, batch.weights.to(self.output), keywords

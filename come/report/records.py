@@ -56,7 +56,7 @@ class ModelRecord:
 def varying_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
     """Override keys whose values differ between the jobs, in order of first appearance.
 
-    Former keys of settings are replaced by the current ones, here and in `points`.
+    Former keys of settings are replaced by the current ones, here and in `model_records`.
     """
     jobs = [current_keys(job) for job in jobs]
     keys = dict.fromkeys(key for job in jobs for key in job)
@@ -76,7 +76,7 @@ def label(overrides: Mapping[str, str], keys: Iterable[str]) -> str:
 def model_records(row: Row, varying: Sequence[str], x: str) -> list[ModelRecord]:
     """One record for every measured model of a job.
 
-    Dense models have one only with `merge=none`.
+    The dense model has a record only with `merge=none`.
 
     Args:
         row: the job.

@@ -26,8 +26,7 @@ class ReplaceMe(Refit):
         T = argmin || M T - (M + h_b - h_{a-1}) ||^2,   W_down <- T^T W_down,   bias <- T^T bias
 
     M: [tokens, hidden], the MLP output of layer a - 1. T = I is the plain drop. Products are in
-    float64. If M does not span all channels, T - I is the minimum-norm
-    solution.
+    float64. If M does not span all channels, T - I is the minimum-norm solution.
 
     Source: arXiv 2505.02819, the least-squares variant.
     """

@@ -40,7 +40,7 @@ class Fixed(Schedule):
         return len(plan.steps) == len(self.groups)
 
     def choose(self, search: Search) -> Choice:
-        """The first span that has not been merged; its score is only recorded."""
+        """The next span; its score is only recorded."""
         span = self.groups[len(search.plan.steps)]
         first = [layers[0] for layers in search.history].index(span[0])
         last = first + len(span) - 1
