@@ -28,7 +28,7 @@ def rewrite_layers(model):
 def all_tensors(model):
     """All tensors of a model by name, including those of layers on disk."""
     adapter = ModelAdapter(model)
-    name = adapter.architecture.layers
+    name = adapter.layout.stack
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{name}.")}
     for index in range(adapter.num_layers):
         state = dict(adapter.layer_state(index))

@@ -9,9 +9,9 @@ import yaml
 
 from come.merge.method import PARTS, Method
 from come.merge.selection.base import SELECTION, SpanScore
-from come.models.adapter import UNITS, ModelAdapter
+from come.models.adapter import ModelAdapter
 from tests.conftest import pico
-from tests.reference import Reference
+from tests.reference import UNITS, Reference
 
 SELECTED_FAMILIES = ["llama_mha", "llama_bias", "qwen3_gqa", "opt"]  # for slow tests
 CONF = Path(__file__).parents[1] / "conf" / "merge"
@@ -108,7 +108,7 @@ def states(model, *indices):
 
 def output_names(model, part):
     adapter = ModelAdapter(model)
-    return adapter.output_tensors("kv_group" if part == "attention" else "channel")
+    return adapter.output_tensors(0, adapter.layer_layout(0).sublayer(part))
 
 
 def dropped_layers(plan):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+UNITS = ("kv_group", "channel")
+
 
 class Reference:
     """All statistics of one model on given windows, in float64."""

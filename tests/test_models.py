@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from come.models.architectures import architecture_of
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
 from come.job.identity import job_hash
 from come.merge.plan import BaseModel, Plan
 from come.merge.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
-from come.models.architectures import architecture_of
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
 from come.models.loading import inspect_model, load_model, load_weights, resolve_fast
 from come.models.surgery import check_layer_config, reindex_config

@@ -15,10 +15,11 @@ from come.merge.retention.mka import MKA
 from come.merge.sensitivity.come import Come
 from come.merge.span import LayerSpan
 from come.merge.units import allocate_units, top_units
-from come.models.adapter import UNITS, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import LayerStatistics
 from come.stream.stream import LayerStream
 from tests.conftest import pico
+from tests.reference import UNITS
 
 ALL = {"kv_group": 0, "channel": 0}
 
@@ -33,7 +34,7 @@ def layer_output(adapter, index, state, windows):
 def test_folding_norms_preserves_the_layer_output(family, windows):
     adapter = ModelAdapter(pico(family))
     state = {k: v.clone() for k, v in adapter.layer_state(1).items()}
-    folded = fold_norms(state, adapter.roles)
+    folded = fold_norms(state, adapter.roles())
     scale = f"{adapter.architecture.attention_norm}.weight"
     assert torch.equal(folded[scale], torch.ones_like(folded[scale]))
     before = layer_output(adapter, 1, state, windows)
@@ -45,7 +46,7 @@ def test_layernorm_with_a_zero_scale_is_not_folded():
     adapter = ModelAdapter(pico("opt", enable_bias=False))
     state = {k: v.clone() for k, v in adapter.layer_state(1).items()}
     state["final_layer_norm.weight"][3] = 0
-    folded = fold_norms(state, adapter.roles)
+    folded = fold_norms(state, adapter.roles())
     assert torch.equal(folded["final_layer_norm.weight"], state["final_layer_norm.weight"])
     assert torch.equal(folded["fc1.weight"], state["fc1.weight"])
 
@@ -59,8 +60,8 @@ def test_one_hot_shares_with_folded_norms_reproduce_that_layer(family, windows, 
     everything = {u: list(range(n)) for u, n in adapter.unit_counts.items()}
     kept = {u: [everything[u] if i == which else [] for i in range(2)] for u in UNITS}
     shares = [float(i == which) for i in range(2)]
-    folded = [fold_norms(layer, adapter.roles) for layer in layers]
-    merged = Concat().merge(folded, adapter.roles, shares, kept)
+    folded = [fold_norms(layer, adapter.roles()) for layer in layers]
+    merged = Concat().merge(folded, adapter.roles(), shares, kept)
     expected = layer_output(adapter, 1, layers[which], windows)
     found = layer_output(adapter, 1, merged, windows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -69,7 +70,7 @@ def test_one_hot_shares_with_folded_norms_reproduce_that_layer(family, windows, 
 def test_averaging_identical_layers_gives_that_layer(family):
     adapter = ModelAdapter(pico(family))
     layer = adapter.layer_state(2)
-    merged = Average().merge([layer, layer], adapter.roles, [0.25, 0.75], {})
+    merged = Average().merge([layer, layer], adapter.roles(), [0.25, 0.75], {})
     for name, tensor in layer.items():
         torch.testing.assert_close(merged[name], tensor)
 
@@ -78,7 +79,7 @@ def test_complementary_units_of_identical_layers_give_that_layer(family, windows
     adapter = ModelAdapter(pico(family))
     layer = {k: v.clone() for k, v in adapter.layer_state(2).items()}
     kept = {u: [list(range(1, n)), [0]] for u, n in adapter.unit_counts.items()}
-    merged = Concat().merge([layer, layer], adapter.roles, [0.5, 0.5], kept)
+    merged = Concat().merge([layer, layer], adapter.roles(), [0.5, 0.5], kept)
     expected = layer_output(adapter, 2, layer, windows)
     found = layer_output(adapter, 2, merged, windows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -87,12 +88,12 @@ def test_complementary_units_of_identical_layers_give_that_layer(family, windows
 
 def test_merged_tensors_keep_shape_and_dtype(family):
     adapter = ModelAdapter(pico(family).bfloat16())
-    layers = [fold_norms(adapter.layer_state(i), adapter.roles) for i in (0, 1)]
+    layers = [fold_norms(adapter.layer_state(i), adapter.roles()) for i in (0, 1)]
     kept = {
         u: [list(range(n // 2)), list(range(n // 2, n))] for u, n in adapter.unit_counts.items()
     }
     for operator in (Concat(), Average()):
-        merged = operator.merge(layers, adapter.roles, [0.4, 0.6], kept)
+        merged = operator.merge(layers, adapter.roles(), [0.4, 0.6], kept)
         for name, tensor in adapter.layer_state(0).items():
             assert merged[name].shape == tensor.shape
             assert merged[name].dtype == tensor.dtype == torch.bfloat16

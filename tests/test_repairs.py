@@ -26,8 +26,8 @@ from tests.reference import Reference
 def test_laco_sums_parameter_differences(family):
     adapter = ModelAdapter(pico(family))
     layers = [adapter.layer_state(i) for i in (1, 2, 3)]
-    merged = OPERATORS.create("laco").merge(layers, adapter.roles, [1 / 3] * 3, {})
-    released = OPERATORS.create("laco_released").merge(layers, adapter.roles, [1 / 3] * 3, {})
+    merged = OPERATORS.create("laco").merge(layers, adapter.roles(), [1 / 3] * 3, {})
+    released = OPERATORS.create("laco_released").merge(layers, adapter.roles(), [1 / 3] * 3, {})
     for name in merged:
         a, b, c = (layer[name].double() for layer in layers)
         expected = a + (b - a) + (c - a)
@@ -37,7 +37,7 @@ def test_laco_sums_parameter_differences(family):
             adapter.architecture.ffn_norm,
         )
         assert torch.equal(released[name], layers[0 if is_norm else 2][name])
-    pair = OPERATORS.create("laco").merge(layers[:2], adapter.roles, [0.5, 0.5], {})
+    pair = OPERATORS.create("laco").merge(layers[:2], adapter.roles(), [0.5, 0.5], {})
     for name, tensor in pair.items():
         torch.testing.assert_close(tensor, layers[1][name])
 

@@ -10,7 +10,6 @@ import torch
 from come.merge.apply import apply
 from come.merge.loop import compress
 from come.merge.retention.posterior import _moves
-from come.models.adapter import UNITS
 from come.statistics.layer_statistics import StatisticsCollector
 from come.statistics.manifold import diffusion_map, shared_information
 from tests.conftest import LAYERS, pico
@@ -20,7 +19,7 @@ from tests.methods import (
     paper,
     plain_units,
 )
-from tests.reference import Reference
+from tests.reference import UNITS, Reference
 
 
 @pytest.mark.parametrize("m", [2, 3])

@@ -9,12 +9,12 @@ import torch
 
 from come.merge.sensitivity.base import SENSITIVITY
 from come.merge.unit_scores import unit_scores
-from come.models.adapter import UNITS, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.statistics.gradients import path_gradients
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
 from tests.methods import SELECTED_FAMILIES, loss
-from tests.reference import Reference
+from tests.reference import UNITS, Reference
 
 
 def columns(reference: Reference, index: int, unit: str) -> dict[str, torch.Tensor]:

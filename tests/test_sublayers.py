@@ -8,7 +8,7 @@ import torch
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
 from come.merge.saving import check_cache
-from come.models.adapter import UNITS, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
@@ -22,7 +22,7 @@ from tests.methods import (
     scorer,
     states,
 )
-from tests.reference import Reference
+from tests.reference import UNITS, Reference
 
 
 def test_remerged_sublayers_use_the_scores_of_their_own_layers(windows):
@@ -114,7 +114,7 @@ def test_merged_sublayer_is_in_the_first_layer_of_its_span(family, windows):
         model, whole = pico(family), pico(family)
         plan = compress(model, windows, method, target_layers=4, progress=False)
         assert plan.history == [[0], [1, 2], [3], [4, 5]]
-        adapter, roles = ModelAdapter(model), ModelAdapter(whole).roles
+        adapter, roles = ModelAdapter(model), ModelAdapter(whole).roles()
         step = plan.steps[0]
         merged = OPERATORS.create("concat").merge(
             states(whole, 1, 2), roles, step.shares, step.kept

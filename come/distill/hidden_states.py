@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from come.models.adapter import ModelAdapter
-from come.models.sublayers import States
+from come.models.sublayers import States, run_layer
 
 
 def states_after(
@@ -42,9 +42,9 @@ def states_after(
     for index in range(first, last + 1):
         layer = model.layers[index]
         if recompute and states.requires_grad:
-            states = checkpoint(layer, states, use_reentrant=False, **keywords[index])
+            states = checkpoint(run_layer, layer, states, keywords[index], use_reentrant=False)
         else:
-            states = layer(states, **keywords[index])
+            states = run_layer(layer, states, keywords[index])
         if index in keep:
             kept[index] = states
     return kept

@@ -43,7 +43,7 @@ def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objecti
     kept = {id(module): module for module in teacher.model.modules()}
     own = copy.deepcopy(objective, kept)
     layers = list(teacher.layers)
-    path = pair.student.architecture.layers
+    path = pair.student.layout.stack
     layers += list(cast(nn.ModuleList, own.get_submodule(f"student.{path}")))
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in layers:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from come.models.adapter import ModelAdapter, Part
+from come.models.adapter import ModelAdapter
+from come.models.layout import Part
 
 TRAIN = ("layers", "norms", "outputs", "lora")
 
@@ -53,16 +54,17 @@ def choose_parameters(
         add_lora(student, layers, equal_rank(student, layers, len(layers), lora_rank), seed)
         return
     for index in layers:
-        choose_in_layer(student, student.layers[index], train)
+        choose_in_layer(student, index, student.layers[index], train)
 
 
-def choose_in_layer(student: ModelAdapter, layer: nn.Module, train: str) -> None:
-    """Sets which weights of one layer train: "layers" for all, "norms" or "outputs"."""
+def choose_in_layer(student: ModelAdapter, index: int, layer: nn.Module, train: str) -> None:
+    """Sets which weights of a copy of layer `index` train: all ("layers"), "norms" or "outputs"."""
+    roles, outputs = student.roles(index), student.output_tensors(index)
     for name, parameter in layer.named_parameters():
         trains = {
             "layers": True,
-            "norms": student.roles[name].part is Part.NORM,
-            "outputs": name in student.output_tensors(),
+            "norms": roles[name].part is Part.NORM,
+            "outputs": name in outputs,
         }
         parameter.requires_grad_(trains[train])
 
@@ -89,7 +91,7 @@ def equal_rank(
 def linear_maps(student: ModelAdapter, layers: Iterable[int]) -> list[tuple[str, nn.Linear]]:
     """All linear layers in the given decoder layers, with their full names."""
     return [
-        (f"{student.architecture.layers}.{index}.{name}", module)
+        (f"{student.layout.stack}.{index}.{name}", module)
         for index in layers
         for name, module in student.layers[index].named_modules()
         if isinstance(module, nn.Linear)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from come.linalg.cholesky import cholesky_solve
 from come.linalg.gram import Gram
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
-from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState, changed
+from come.models.layout import Part, Role, Sublayer
 from come.models.sublayers import States
 
 BLOCK = 2048  # rows transformed at a time
@@ -22,7 +22,7 @@ BLOCK = 2048  # rows transformed at a time
 @torch.no_grad()
 def input_maps(
     targets: ReconstructionTargets,
-    unit: Unit,
+    sublayer: Sublayer,
     merged: nn.Module,
     norms: Sequence[nn.Module],
     reads: Callable[[TargetBatch], States],
@@ -44,16 +44,16 @@ def input_maps(
     with the same token, its weight is 1, because a fit to that token says nothing about texts that
     begin with another one (experiments/LOG.md).
 
-    The merged layer's attention has the same input as the attention of the span's first layer, so
-    that layer's map is I. The other attention maps depend only on the targets and are cached.
+    A sublayer that reads the layer's input, such as attention, has the same input as that of the
+    span's first layer, whose map is I. The other maps depend only on the targets and are cached.
 
     Source: this project.
 
     Args:
         targets: reconstruction targets of the span.
-        unit: kv_group for the input of the attention, channel for the input of the MLP.
-        merged: the merged layer's norm before these units.
-        norms: the norms before these units in every source layer, as the operator reads them.
+        sublayer: the sublayer whose input is meant.
+        merged: the merged layer's norm before it.
+        norms: the norms before it in every source layer, as the operator reads them.
         reads: returns x for a batch.
         ratio: lambda.
 
@@ -62,9 +62,11 @@ def input_maps(
     """
     adapter, hidden = targets.stream.adapter, targets.stream.adapter.config.hidden_size
     wide = torch.promote_types(adapter.model.dtype, torch.float32)
-    known = 1 if unit == "kv_group" else 0  # layers whose map is I
-    if known and ratio in targets.input_maps:
-        return targets.input_maps[ratio]
+    assert sublayer.norm is not None
+    known = int(targets.layout.read_after(sublayer) is None)  # layers whose map is I
+    key = sublayer.norm.module, ratio
+    if known and key in targets.input_maps:
+        return targets.input_maps[key]
     found = [torch.eye(hidden, dtype=wide, device=adapter.device)] * known
     norms = norms[known:]
     if not norms:
@@ -73,8 +75,8 @@ def input_maps(
     initial = targets.stream.windows[:, 0]
     first_weight = targets.stream.windows.shape[1] - 1 if (initial != initial[0]).any() else 1
     for batch in targets:
-        sublayer_inputs = batch.sublayer_inputs(unit)[known:]
-        normed = [n(states) for n, states in zip(norms, sublayer_inputs, strict=True)]
+        source_inputs = batch.source_inputs(sublayer)[known:]
+        normed = [n(states) for n, states in zip(norms, source_inputs, strict=True)]
         inputs = torch.cat(normed, dim=-1).flatten(0, 1)
         counts = inputs.new_ones(batch.states.shape[:2])
         counts[:, 0] = first_weight
@@ -87,35 +89,79 @@ def input_maps(
         rhs.diagonal().add_(penalty)
         found.append(cholesky_solve(factor, rhs).T.to(wide))
     if known:
-        targets.input_maps[ratio] = found
+        targets.input_maps[key] = found
     return found
 
 
+def aligns(sublayer: Sublayer) -> bool:
+    """Whether a sublayer's input projections can be aligned: they read a norm, unit by unit."""
+    return sublayer.norm is not None and not sublayer.opaque
+
+
 def fold_input_transform(
-    adapter: ModelAdapter, unit: Unit, state: LayerState, change: Float[Tensor, "hidden hidden"]
+    roles: Mapping[str, Role],
+    sublayer: Sublayer,
+    state: LayerState,
+    change: Float[Tensor, "hidden hidden"],
 ) -> LayerState:
     """The layer with `change` folded into the weights that read the norm: W P in place of W."""
-    names = input_tensors(adapter, unit)
+    names = input_tensors(roles, sublayer)
 
     def make(name: str) -> Tensor:
-        return transformed(state[name], change)
+        return transformed(state[name], change, roles[name])
 
     return changed(state, {name: partial(make, name) for name in names})
 
 
-def transformed(
-    rows: Float[Tensor, "rows hidden"], change: Float[Tensor, "hidden hidden"]
-) -> Float[Tensor, "rows hidden"]:
-    """W P, computed in float32 or wider, in blocks of rows."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    change, found = change.to(rows.device, wide), torch.empty_like(rows)
-    for start in range(0, len(rows), BLOCK):
-        part = slice(start, start + BLOCK)
-        found[part] = rows[part].to(wide) @ change
+@torch.no_grad()
+def fold_by_layer(
+    roles: Mapping[str, Role],
+    sublayer: Sublayer,
+    kept: Sequence[Sequence[int]],
+    state: LayerState,
+    maps: Sequence[Float[Tensor, "hidden hidden"]],
+) -> dict[str, Tensor]:
+    """The merged layer's weights that read the norm, the units of each layer with its own map.
+
+    Args:
+        roles: role of each tensor.
+        sublayer: the sublayer.
+        kept: kept units of every layer.
+        state: all tensors of the merged layer.
+        maps: the map of every layer.
+    """
+    found: dict[str, Tensor] = {}
+    for name in input_tensors(roles, sublayer):
+        role, weight = roles[name], state[name].clone()
+        start, total = 0, sum(map(len, kept))
+        for units, change in zip(kept, maps, strict=True):
+            own = torch.cat(role.indices(total, range(start, start + len(units))))
+            rows = weight.index_select(role.axis, own.to(weight.device))
+            weight.index_copy_(role.axis, own.to(weight.device), transformed(rows, change, role))
+            start += len(units)
+        found[name] = weight
     return found
 
 
-def input_tensors(adapter: ModelAdapter, unit: Unit) -> list[str]:
-    """Names of the weights that read the norm before a kind of unit."""
-    norm = adapter.norm(unit)
-    return [n for n, r in adapter.roles.items() if r.norm == norm and n.endswith(".weight")]
+def transformed(
+    weight: Shaped[Tensor, "*shape"], change: Float[Tensor, "hidden hidden"], role: Role
+) -> Shaped[Tensor, "*shape"]:
+    """W P, computed in float32 or wider, in blocks of rows."""
+    rows = weight.movedim(role.input_axis, -1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    change, found = change.to(rows.device, wide), torch.empty_like(flat)
+    for start in range(0, len(flat), BLOCK):
+        part = slice(start, start + BLOCK)
+        found[part] = flat[part].to(wide) @ change
+    return found.view(rows.shape).movedim(-1, role.input_axis)
+
+
+def input_tensors(roles: Mapping[str, Role], sublayer: Sublayer) -> list[str]:
+    """Names of the sublayer's weights that read its norm."""
+    return [
+        name
+        for name, role in roles.items()
+        if role.sublayer == sublayer.name and role.norm and role.part is Part.UNITS
+        if not name.endswith("bias")
+    ]

@@ -13,8 +13,9 @@ from come.merge.norms import check_norms, fold_norms
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
 from come.merge.source_layers import KeptUnits, SourceLayers
-from come.models.adapter import Block, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.models.layer_state import LayerState, overlay
+from come.models.layout import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +34,11 @@ def source_layers_of(
 
     The model is not changed.
     """
-    states = [adapter.layer_state(index) for index in layers]
+    states, roles = [adapter.layer_state(index) for index in layers], adapter.roles(layers[0])
     if check_norms(norms) == "fold":
-        states = [fold_norms(state, adapter.roles) for state in states]
+        states = [fold_norms(state, roles) for state in states]
     return SourceLayers(
-        states, lambda layers: operator.merge(layers, adapter.roles, shares, kept), shares, kept
+        states, lambda layers: operator.merge(layers, roles, shares, kept), shares, kept
     )
 
 
@@ -74,7 +75,7 @@ def block_states(
     home = places[kept_layer or 0]
     states[home] = adapter.layer_state(home)
     if kept_layer is None:
-        own = {name: merged[name] for name in adapter.block_tensors(block)}
+        own = {name: merged[name] for name in adapter.block_tensors(home, block)}
         states[home] = {**states[home], **own}
     return states
 
@@ -93,7 +94,7 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model's type, layers or units differ from those of the plan's base model.
     """
     adapter = ModelAdapter(model)
-    found = (adapter.architecture.model_type, adapter.num_layers, dict(adapter.unit_counts))
+    found = (adapter.config.model_type, adapter.num_layers, dict(adapter.unit_counts))
     expected = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
     if found != expected:
         raise ValueError(

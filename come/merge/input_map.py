@@ -1,4 +1,4 @@
-"""The least-squares problem of one input projection of a layer's MLP."""
+"""The least-squares problem of one input projection of a sublayer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from come.linalg.conjugate_gradients import conjugate_gradients, right_divided
+from come.merge.output_map import output_map
 from come.merge.reconstruction import ReconstructionTargets
-from come.models.sublayers import (
-    Features,
-    States,
-    activation_derivative,
-    hidden_activations,
-)
+from come.models.layout import Gate, Sublayer
+from come.models.sublayers import Features, States, activation_derivative, hidden_features
 from come.progress import ProgressBar
 from come.stream.processes import Processes
 from come.stream.token_blocks import TokenBlocks
@@ -33,29 +30,38 @@ class InputMap:
 
         E(Z) = sum_t w_t | r_t - W_d (D_t * Z n_t) |^2
 
-    r: target minus the layer's output; W_d: the output projection of the MLP; n and D as in
+    r: target minus the layer's output; W_d: the sublayer's output projection; n and D as in
     `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
     projection. n and D are cached if they are small; otherwise each curvature product recomputes
-    them from the MLP's input.
+    them from the sublayer's input.
 
     Args:
         targets: reconstruction targets of the layer.
         layer: a copy of the layer outside the model; `error` changes its W and restores it.
-        post_attention: the residual stream after the layer's attention, [windows, seq, hidden].
-        name: name of W in the layer.
+        sublayer: the last sublayer of the layer.
+        streams: the residual stream that the sublayer reads, and the one that its output is added
+            to, [windows, seq, hidden] each.
+        gate: W, one of the sublayer's `gates`.
     """
 
     def __init__(
-        self, targets: ReconstructionTargets, layer: nn.Module, post_attention: States, name: str
+        self,
+        targets: ReconstructionTargets,
+        layer: nn.Module,
+        sublayer: Sublayer,
+        streams: tuple[States, States],
+        gate: Gate,
     ) -> None:
         self.targets = targets
         self.adapter = targets.stream.adapter
         self.layer = layer
-        self.post_attention = post_attention
-        self.name = name
+        self.sublayer = sublayer
+        self.streams = streams
+        self.gate = gate
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # n, D and w of every block
-        output = layer.get_parameter(f"{self.adapter.architecture.ffn_output}.weight").detach()
-        self.weight = layer.get_parameter(f"{name}.weight").detach()
+        output = output_map(layer.state_dict(), sublayer).weight * sublayer.factor
+        self._module_weight = layer.get_parameter(f"{gate.name}.weight").detach()
+        self.weight = gate.rows(self._module_weight, sublayer.count)
         self.output = output.to(torch.promote_types(output.dtype, torch.float32))
 
     def step(self, ratio: float, steps: int) -> Matrix:
@@ -94,7 +100,7 @@ class InputMap:
             return curved.add_(scale * white, alpha=penalty).mul_(scale)
 
         shown = self.targets.stream.progress
-        with ProgressBar(total=steps, desc=self.name, shown=shown) as bar:
+        with ProgressBar(total=steps, desc=self.gate.name, shown=shown) as bar:
             target = whiten(rhs).mul_(scale)
             del rhs
             found = conjugate_gradients(product, target, steps)
@@ -119,15 +125,16 @@ class InputMap:
             accumulate(*block)
         if not self._held:
             blocks = TokenBlocks(accumulate)
-            for post_attention, _, weights, keywords in self._batches():
-                blocks.add(*self._slopes(post_attention, keywords)[:2], weights)
+            for read, _, weights, keywords in self._batches():
+                blocks.add(*self._slopes(read, keywords)[:2], weights)
             blocks.finish()
         self._processes.all_reduce(total)
         return total
 
     def changed(self, change: Matrix) -> Tensor:
-        """W + change, in the dtype of W."""
-        return (self.weight.to(change.dtype) + change).to(self.weight.dtype)
+        """The weight of W's module with W + change, in its dtype."""
+        rows = (self.weight.to(change.dtype) + change).to(self.weight.dtype)
+        return self.gate.with_rows(self._module_weight, rows)
 
     def error(self, change: Matrix) -> float:
         """sum_t w_t |target - output|^2 of the layer with W + change."""
@@ -139,11 +146,12 @@ class InputMap:
             total += (gap.square().sum(dim=1) * weights).sum().item()
 
         blocks = TokenBlocks(accumulate)
-        for post_attention, target, weights, keywords in self._batches():
-            features = hidden_activations(self.adapter, self.layer, post_attention, keywords)
-            blocks.add(self._gap(post_attention, target, features), weights)
+        for read, missing, weights, keywords in self._batches():
+            layout = self.targets.layout
+            features = hidden_features(self.layer, layout, self.sublayer, read, keywords)
+            blocks.add(self._gap(missing, features), weights)
         blocks.finish()
-        self._put(self.weight)
+        self._put(self._module_weight)
         return self._processes.reduced(total)
 
     @property
@@ -151,7 +159,7 @@ class InputMap:
         return self.targets.stream.processes
 
     def _put(self, weight: Tensor) -> None:
-        self.adapter.assign(self.layer, {f"{self.name}.weight": weight})
+        self.adapter.assign(self.layer, {f"{self.gate.name}.weight": weight})
 
     def _start(self) -> tuple[Tensor, Matrix, Tensor, float]:
         """mean_t n n^T, float64; minus half the gradient of E at 0; each row's curvature; E(0)."""
@@ -174,25 +182,24 @@ class InputMap:
                 self._held.append((read.clone(), slopes.clone(), weights))
 
         blocks = TokenBlocks(accumulate)
-        for post_attention, target, weights, keywords in self._batches():
-            read, slopes, features = self._slopes(post_attention, keywords)
-            blocks.add(read, slopes, self._gap(post_attention, target, features), weights)
+        for states, missing, weights, keywords in self._batches():
+            read, slopes, features = self._slopes(states, keywords)
+            blocks.add(read, slopes, self._gap(missing, features), weights)
         blocks.finish()
         self._processes.all_reduce(gram, rhs, squares)
         sizes = self.output.double().square().sum(dim=0)
         return gram / stream.tokens, rhs, squares * sizes, self._processes.reduced(error)
 
-    def _gap(self, post_attention: States, target: States, features: Features) -> Tensor:
+    def _gap(self, missing: tuple[States, States], features: Features) -> Tensor:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
-        output = self.layer.get_submodule(self.adapter.architecture.ffn_output)
-        return (target - (post_attention + output(features))).flatten(0, 1).to(self.output)
+        target, before = missing
+        added = self.layer.get_submodule(self.sublayer.output)(features)
+        return (target - (before + added * self.sublayer.factor)).flatten(0, 1).to(self.output)
 
-    def _slopes(
-        self, post_attention: States, keywords: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Features]:
+    def _slopes(self, states: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
         """The input n of W, [tokens, hidden], the derivatives D, [tokens, channels], and f."""
         read, slopes, features = activation_derivative(
-            self.adapter, self.layer, post_attention, keywords, self.name
+            self.layer, self.targets.layout, self.sublayer, states, keywords, self.gate
         )
         flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
         return flat[0], flat[1], features
@@ -200,9 +207,10 @@ class InputMap:
     def _add_back(self, total: Matrix, gap: Tensor, read: Tensor, slopes: Tensor) -> None:
         total.addmm_(((gap @ self.output) * slopes).T, read)
 
-    def _batches(self) -> Iterator[tuple[States, States, Tensor, dict[str, Any]]]:
-        stream = self.targets.stream
+    def _batches(self) -> Iterator[tuple[States, tuple[States, States], Tensor, dict[str, Any]]]:
+        """What the sublayer reads; the target and the stream before it; weights; keywords."""
+        stream, device = self.targets.stream, self.adapter.device
         for batch in self.targets:
-            post_attention = self.post_attention[batch.rows].to(self.adapter.device)
-            keywords = stream.keywords(len(post_attention), self.targets.first)
-            yield post_attention, batch.output, batch.weights.to(self.output), keywords
+            read, before = (states[batch.rows].to(device) for states in self.streams)
+            keywords = stream.keywords(len(read), self.targets.first)
+            yield read, (batch.output, before), batch.weights.to(self.output), keywords

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from come.linalg.dual import Dual
 from come.linalg.equations import DUAL, Equations, Map, choice_dtype, unit_columns
-from come.merge.alignment import input_maps
+from come.merge.alignment import aligns, input_maps
 from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
@@ -21,9 +21,9 @@ from come.merge.source_layers import UnitSolution
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.stacked_map import StackedMap
 from come.merge.work import SpanSize, Work
-from come.models.adapter import UNITS, Unit
 from come.models.layer_state import LayerState
-from come.models.sublayers import States, head_outputs, hidden_activations
+from come.models.layout import Sublayer, Unit
+from come.models.sublayers import States, hidden_features
 
 
 @runtime_checkable
@@ -58,19 +58,18 @@ class SourceLayer:
 
     Attributes:
         state: its tensors, as the operator reads them.
-        inputs: P_i by kind of unit (see `come.merge.alignment`); empty without alignment.
+        inputs: P_i by the norm's module (see `come.merge.alignment`); empty without alignment.
     """
 
     state: LayerState
-    inputs: Mapping[Unit, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def module(self, targets: ReconstructionTargets) -> nn.Module:
         """The layer as a module that is not part of the model."""
         adapter = targets.stream.adapter
         layer = adapter.copy_layer(targets.first, self.state)
-        for unit, change in self.inputs.items():
-            norm = layer.get_submodule(adapter.norm(unit))
-            layer.set_submodule(adapter.norm(unit), AlignedNorm(norm, change))
+        for norm, change in self.inputs.items():
+            layer.set_submodule(norm, AlignedNorm(layer.get_submodule(norm), change))
         return layer
 
 
@@ -93,59 +92,57 @@ class AlignedNorm(nn.Module):
 def select_units_jointly(
     span: LayerSpan, rule: UnitRule, *, solves: bool = False
 ) -> UnitAllocation:
-    """Selects a span's units: first KV groups, then MLP channels given the kept attention.
+    """Selects a span's units sublayer by sublayer, each given the kept units of those before it.
 
-    MLP channels read the residual stream after the kept attention. If the refit aligns input
-    projections, units are selected with aligned ones.
+    If the refit aligns input projections, units are selected with aligned ones.
 
     Args:
         span: a span with reconstruction targets.
-        rule: selects the kept units of one kind.
-        solves: whether the allocation includes the solutions for the kept units of both kinds.
+        rule: selects the kept units of one sublayer.
+        solves: whether the allocation includes the solutions for the kept units.
 
     Returns:
-        The kept units, `span.unit_counts` of each kind; shares are those of the kept MLP channels.
+        The kept units, `span.unit_counts` of each kind; shares are those of the kept units of the
+        last sublayer.
     """
     targets, adapter, align = span.targets, span.stream.adapter, span.refit.align
-    ratio = joint_lambda(span.refit)
+    ratio, layout = joint_lambda(span.refit), span.layout
     # Any allocation works: only the source layers are read.
     undecided = UnitAllocation([1 / span.size] * span.size)
     layers = [SourceLayer(state) for state in span.sources(undecided).layers]
     kept: dict[Unit, list[list[int]]] = {}
     solved: dict[Unit, UnitSolution] = {}
-    post_attention: Tensor | None = None
-    for unit in UNITS:
+    residual = Residual(span)
+    for sublayer in layout:
         changes: list[Tensor] = []
-        if align is not None:
-            norms = [adapter.copy_norm(unit, layer.state) for layer in layers]
-            changes = input_maps(
-                targets, unit, norms[0], norms, partial(_read, post_attention), align
-            )
+        if align is not None and sublayer.norm and aligns(sublayer):
+            norms = [adapter.copy_norm(span.first, sublayer, layer.state) for layer in layers]
+            read = partial(residual.read, sublayer)
+            changes = input_maps(targets, sublayer, norms[0], norms, read, align)
             layers = [
-                SourceLayer(layer.state, {unit: change})
+                SourceLayer(layer.state, {sublayer.norm.module: change})
                 for layer, change in zip(layers, changes, strict=True)
             ]
-        count, size = adapter.unit_counts[unit], adapter.columns_per_unit(unit)
-        keep = span.unit_counts[unit]
-        last = unit == UNITS[-1]
-        dtype = torch.float64  # the attention's solution is used, not only the selection
+        size, keep = sublayer.columns, span.unit_counts[sublayer.unit]
+        last = sublayer == layout.last
+        dtype = torch.float64  # the solution is used, not only the selection
         if last:
-            bias = len(adapter.output_tensors(unit)) > 1
-            dtype = choice_dtype(span.size * count, ratio, bias=bias)
-        read = Features(targets, unit, layers, post_attention, hold=not last)
-        sums = stacked_equations(read, dtype)
+            bias = f"{sublayer.output}.bias" in adapter.roles(span.first)
+            dtype = choice_dtype(span.size * sublayer.count, ratio, bias=bias)
+        features = Features(targets, sublayer, layers, residual, hold=not last)
+        sums = stacked_equations(features, dtype)
         penalty = ratio * sums.mean_diagonal()
-        initial = StackedMap(targets, unit)
+        initial = StackedMap(targets, sublayer)
         units, found = rule.choose(sums, initial, penalty, keep, size, solves or not last)
-        kept[unit] = by_layer(units, count, span.size)
+        kept[sublayer.unit] = by_layer(units, sublayer.count, span.size)
         if found is not None:
-            solved[unit] = UnitSolution(changes, found)
+            solved[sublayer.unit] = UnitSolution(changes, found)
         if not last:
             assert found is not None
-            columns = [unit_columns(chosen, size) for chosen in kept[unit]]
-            post_attention = post_attention_states(read, found, columns)
-    total = span.unit_counts["channel"]
-    shares = [len(layer) / total for layer in kept["channel"]]
+            columns = [unit_columns(chosen, size) for chosen in kept[sublayer.unit]]
+            residual.after[sublayer.name] = states_after_kept(features, found, columns)
+    counts = [len(layer) for layer in kept[layout.last.unit]]
+    shares = [count / sum(counts) for count in counts]
     return UnitAllocation(shares, kept, solved if solves else {})
 
 
@@ -160,29 +157,55 @@ def joint_work(size: SpanSize) -> Work:
     return attention + ffn + memory + size.inverse(heads) + size.passes * (2 * size.layers)
 
 
+class Residual:
+    """The residual stream inside the merged layer, as far as its units are selected.
+
+    Attributes:
+        after: the stream after each sublayer, [windows, seq, hidden], in main memory.
+    """
+
+    def __init__(self, span: LayerSpan) -> None:
+        self._layout = span.layout
+        self.after: dict[str, Float[Tensor, "windows seq hidden"]] = {}
+
+    def read(self, sublayer: Sublayer, batch: TargetBatch) -> States:
+        """The stream that a sublayer reads."""
+        return self._at(self._layout.read_after(sublayer), batch)
+
+    def before(self, sublayer: Sublayer, batch: TargetBatch) -> States:
+        """The stream that a sublayer's output is added to."""
+        earlier = self._layout.before(sublayer)
+        return self._at(earlier[-1] if earlier else None, batch)
+
+    def _at(self, sublayer: Sublayer | None, batch: TargetBatch) -> States:
+        if sublayer is None:
+            return batch.states
+        return self.after[sublayer.name][batch.rows].to(batch.states.device)
+
+
 class Features:
-    """Head outputs, or hidden activations of the MLP, of all layers on the span's input.
+    """The inputs of a sublayer's output projection, in all layers on the span's input.
 
     Args:
         targets: reconstruction targets of the span.
-        unit: kv_group for head outputs, channel for hidden activations.
+        sublayer: the sublayer.
         layers: the layers of the span.
-        post_attention: for MLP channels, the residual stream after the kept attention.
+        residual: the residual stream inside the merged layer, up to this sublayer.
         hold: whether the features are cached in main memory, for a second read.
     """
 
     def __init__(
         self,
         targets: ReconstructionTargets,
-        unit: Unit,
+        sublayer: Sublayer,
         layers: Sequence[SourceLayer],
-        post_attention: Float[Tensor, "windows seq hidden"] | None = None,
+        residual: Residual,
         hold: bool = False,
     ) -> None:
         self.targets = targets
-        self.unit: Unit = unit
+        self.sublayer = sublayer
         self.layers = layers
-        self.post_attention = post_attention
+        self.residual = residual
         self._hold = hold
         self._held: dict[tuple[int, int], Tensor] = {}
 
@@ -193,22 +216,20 @@ class Features:
             return self._held[number, batch.number].to(stream.adapter.device)
         assert module is not None
         keywords = stream.keywords(len(batch.states), self.targets.first)
-        run = head_outputs if self.unit == "kv_group" else hidden_activations
-        found = run(stream.adapter, module, _read(self.post_attention, batch), keywords)
+        read = self.residual.read(self.sublayer, batch)
+        found = hidden_features(module, self.targets.layout, self.sublayer, read, keywords)
         if self._hold:
             self._held[number, batch.number] = found.cpu()
         return found
 
     def missing(self, batch: TargetBatch) -> Tensor:
-        """The target update of the residual stream by the sublayer, [batch, seq, hidden]."""
-        if self.unit == "kv_group":
-            return batch.post_attention - batch.states
-        return batch.output - _read(self.post_attention, batch)
+        """What the output projection should give, [batch, seq, hidden]."""
+        return batch.missing(self.sublayer, self.residual.before(self.sublayer, batch))
 
 
 @torch.no_grad()
 def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) -> Equations:
-    """The least-squares problem of all units of one kind, with all layers on the span's input.
+    """The least-squares problem of all units of a sublayer, with all layers on the span's input.
 
     In the dual form, only one of the layers is in memory at a time.
 
@@ -217,14 +238,13 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
         dtype: dtype of the normal equations.
 
     Returns:
-        For KV groups, the equations from head outputs to what the span's attention adds. For MLP
-        channels, the equations from hidden activations, on the residual stream after the kept
-        attention, to the remaining difference from the target output.
+        The equations from the features to what the sublayer should add. For the last sublayer that
+        is the remaining difference from the target output, for the others what the sublayers of
+        all layers add.
     """
-    targets, unit, layers = features.targets, features.unit, features.layers
-    stream, adapter = targets.stream, targets.stream.adapter
-    width = len(layers) * adapter.unit_counts[unit] * adapter.columns_per_unit(unit)
-    bias = len(adapter.output_tensors(unit)) > 1
+    targets, sublayer, layers = features.targets, features.sublayer, features.layers
+    stream, width = targets.stream, len(layers) * sublayer.width
+    bias = f"{sublayer.output}.bias" in stream.adapter.roles(targets.first)
     sums = equations(width, stream, bias=bias, eliminates=True, dtype=dtype)
     module: nn.Module | None = None
     if isinstance(sums, Dual):
@@ -249,38 +269,32 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
 
 
 @torch.no_grad()
-def post_attention_states(
+def states_after_kept(
     features: Features, found: Map, columns: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, "windows seq hidden"]:
-    """The residual stream after the kept attention, in main memory.
+    """The residual stream after a sublayer with its kept units, in main memory.
 
     Args:
-        features: head outputs of the span's layers, cached.
-        found: the output projection of the kept head outputs.
-        columns: kept head outputs of every layer.
+        features: the features of all layers, cached.
+        found: the output projection of the kept features.
+        columns: kept features of every layer.
 
     Returns:
         The states; only the rows of this process's windows are set.
     """
     targets, stream = features.targets, features.targets.stream
     shape = (*stream.windows.shape, stream.adapter.config.hidden_size)
-    post_attention = torch.empty(shape, dtype=stream.adapter.model.dtype)
+    states = torch.empty(shape, dtype=stream.adapter.model.dtype)
     weights = found.weight.split([len(chosen) for chosen in columns], dim=1)
+    factor = features.sublayer.factor
     for batch in targets:
-        after = batch.states.cpu()
+        after = features.residual.before(features.sublayer, batch).cpu()
         for number, (weight, chosen) in enumerate(zip(weights, columns, strict=True)):
             if len(chosen):
                 read = features.of(number, None, batch)[..., chosen.to(weight.device)]
-                after = after + (read @ weight.to(read).T).cpu()
-        post_attention[batch.rows] = after
-    return post_attention if found.bias is None else post_attention + found.bias.to(post_attention)
-
-
-def _read(post_attention: Tensor | None, batch: TargetBatch) -> States:
-    """The residual stream before the sublayer."""
-    if post_attention is None:
-        return batch.states
-    return post_attention[batch.rows].to(batch.states.device)
+                after = after + (read @ (factor * weight).to(read).T).cpu()
+        states[batch.rows] = after
+    return states if found.bias is None else states + (factor * found.bias).to(states)
 
 
 def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:

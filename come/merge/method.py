@@ -17,7 +17,7 @@ from come.merge.schedules.base import SCHEDULES
 from come.merge.schedules.fixed import Fixed
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
-from come.models.adapter import Block
+from come.models.layout import SUBLAYERS, Block
 from come.registry import Registry
 from come.setting import HasSettings, setting
 from come.statistics.influence import TOKENS, check_tokens
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 else:  # a composed configuration holds names and plain data
     MergeOperator = SensitivityMetric = SpanScore = RetentionRule = Schedule = Refit = Any
 
-SUBLAYERS = ("attention", "ffn")
 PARTS: dict[str, Registry[Any]] = {
     "operator": OPERATORS,
     "sensitivity": SENSITIVITY,

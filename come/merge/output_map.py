@@ -1,24 +1,24 @@
-"""A layer's output projection as a least-squares problem: its map, Gram matrix and tensors."""
+"""A sublayer's output projection as a least-squares problem: its map, equations and tensors."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from come.linalg.dual import COLUMNS, Dual
 from come.linalg.equations import DUAL, Equations, Map, outputs_read
 from come.linalg.gram import Gram
 from come.linalg.placement import fits, solving_device
-from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
+from come.models.layout import Sublayer
 from come.stream.stream import LayerStream
 
 
-def output_map(adapter: ModelAdapter, layer: nn.Module, unit: Unit) -> Map:
-    """The output projection (o_proj or down_proj) of a layer, also of a copy."""
-    tensors = dict(layer.state_dict())
-    weight, *bias = (tensors[name] for name in adapter.output_tensors(unit))
-    return Map(weight, bias[0] if bias else None)
+def output_map(state: LayerState, sublayer: Sublayer) -> Map:
+    """The output projection of a sublayer of a layer with these tensors."""
+    weight = state[f"{sublayer.output}.weight"]
+    columns = weight if sublayer.output_axis == 1 else weight.T
+    return Map(columns, state.get(f"{sublayer.output}.bias"))
 
 
 def equations(
@@ -59,10 +59,9 @@ def equations(
     return Dual(width, out, tokens, bias=bias, device=device, rows=rows, first=first)
 
 
-def as_tensors(adapter: ModelAdapter, unit: Unit, found: Map, state: LayerState) -> LayerState:
-    """A map as named tensors of a layer, in the dtypes of `state`."""
-    values = [found.weight] if found.bias is None else [found.weight, found.bias]
-    names = adapter.output_tensors(unit)
-    return {
-        name: value.to(state[name]).contiguous() for name, value in zip(names, values, strict=True)
-    }
+def as_tensors(sublayer: Sublayer, found: Map, state: LayerState) -> LayerState:
+    """A map as the named tensors of a sublayer's output projection, in the dtypes of `state`."""
+    weight = found.weight if sublayer.output_axis == 1 else found.weight.T
+    values = {"weight": weight} if found.bias is None else {"weight": weight, "bias": found.bias}
+    names = {f"{sublayer.output}.{key}": value for key, value in values.items()}
+    return {name: value.to(state[name]).contiguous() for name, value in names.items()}

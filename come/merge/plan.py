@@ -15,7 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from come.files import write_bytes, write_text
-from come.models.adapter import Block, ModelAdapter, Unit
+from come.models.adapter import ModelAdapter
+from come.models.layout import Block, Unit
 from come.models.surgery import Span
 
 FORMAT = 1
@@ -117,7 +118,7 @@ class BaseModel:
         return cls(
             name=name or str(adapter.config.name_or_path),
             fingerprint=fingerprint,
-            model_type=adapter.architecture.model_type,
+            model_type=adapter.config.model_type,
             num_layers=adapter.num_layers,
             units=adapter.unit_counts,
         )

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from come.models.adapter import Unit
-from come.models.sublayers import States, run_attention
+from come.models.layout import LayerLayout, Sublayer
+from come.models.sublayers import States, states_after
 from come.stream.stream import LayerStream
 
 Target = Literal["dense", "current"]
@@ -43,7 +43,7 @@ class TargetBatch:
 
     @cached_property
     def output(self) -> States:
-        """The target after the MLP."""
+        """The target after the last sublayer."""
         return self.targets.output(self.rows)
 
     @property
@@ -51,23 +51,39 @@ class TargetBatch:
         """Token weights, [batch * seq]."""
         return token_weights(self.output, self.targets.weighting)
 
-    @property
-    def post_attention(self) -> States:
-        """The target after attention."""
-        found = self.states.clone()
-        pairs = zip(self.sublayer_inputs("kv_group"), self.sublayer_inputs("channel"), strict=True)
-        for before, after in pairs:
-            found += after - before
-        return found
+    def missing(self, sublayer: Sublayer, before: States) -> States:
+        """What a sublayer's output projection should give, [batch, seq, hidden].
 
-    def sublayer_inputs(self, unit: Unit) -> list[States]:
-        """The input of every layer's attention (kv_group) or MLP (channel) in the current model."""
+        Args:
+            sublayer: the sublayer.
+            before: the residual stream that its output is added to, times its factor.
+        """
+        return self._update(sublayer, before) / sublayer.factor
+
+    def _update(self, sublayer: Sublayer, before: States) -> States:
+        """What a sublayer should add to the residual stream."""
+        layout = self.targets.layout
+        if sublayer == layout.last:
+            return self.output - before
+        found = before.clone()
+        earlier = layout.before(sublayer)
+        starts = self._source_states(earlier[-1] if earlier else None)
+        for start, end in zip(starts, self._source_states(sublayer), strict=True):
+            found += end - start
+        return found - before
+
+    def source_inputs(self, sublayer: Sublayer) -> list[States]:
+        """The residual stream that a sublayer reads in every layer of the current model."""
+        return self._source_states(self.targets.layout.read_after(sublayer))
+
+    def _source_states(self, sublayer: Sublayer | None) -> list[States]:
+        """The residual stream of every layer after a sublayer; None for the layer's input."""
         targets, stream = self.targets, self.targets.stream
-        if unit == "kv_group":
+        if sublayer is None:
             layers = range(targets.first, targets.last + 1)
             return [stream.boundary(index, self.rows) for index in layers]
         device = stream.adapter.device
-        return [states[self.number].to(device) for states in targets.source_post_attention]
+        return [states[self.number].to(device) for states in targets.source_states(sublayer)]
 
     @property
     def rows(self) -> slice:
@@ -78,11 +94,11 @@ class TargetBatch:
 class ReconstructionTargets:
     """Reconstruction targets of a span of layers a..b of the current model.
 
-        post_attention = h_{a-1} + sum_i Attention_i(h_{i-1})
-        output         = h_b, of the current or of the dense model
+        after a sublayer s:     h + sum_i s_i(h_{i-1}),    h the merged layer's stream before it
+        after the last one:     h_b, of the current or of the dense model
 
-    h_{a-1} always comes from the current model. With h_b of the dense model, the fit also corrects
-    the errors of earlier merges.
+    s_i is what sublayer s of layer i adds to its residual stream in the current model. With h_b of
+    the dense model, the fit also corrects the errors of earlier merges.
 
     Args:
         stream: has boundaries a .. b + 1; for dense targets also a snapshot of the dense model's.
@@ -109,7 +125,8 @@ class ReconstructionTargets:
         self.original = original
         self.target: Target = target
         self.weighting: Weighting = weighting
-        self.input_maps: dict[float, list[Tensor]] = {}  # cached, of attention, by lambda
+        self.input_maps: dict[tuple[str, float], list[Tensor]] = {}  # cached, by norm and lambda
+        self._source_states: dict[str, list[dict[int, States]]] = {}  # by sublayer
 
     def __iter__(self) -> Iterator[TargetBatch]:
         """Batches of this process's windows, in order; sums over them need `all_reduce`."""
@@ -120,24 +137,32 @@ class ReconstructionTargets:
         """The numbers of this process's batches."""
         return self.stream.processes.shard(range(len(self.stream.batches)))
 
-    @cached_property
-    def source_post_attention(self) -> list[dict[int, States]]:
-        """The residual stream after every layer's attention, by batch number, in main memory."""
+    @property
+    def layout(self) -> LayerLayout:
+        """The sublayers of the merged layer."""
+        return self.stream.adapter.layer_layout(self.first)
+
+    def source_states(self, sublayer: Sublayer) -> list[dict[int, States]]:
+        """The residual stream of every layer after a sublayer, by batch number, in main memory."""
+        if sublayer.name in self._source_states:
+            return self._source_states[sublayer.name]
         stream, adapter = self.stream, self.stream.adapter
         found: list[dict[int, States]] = []
         for index in range(self.first, self.last + 1):
-            layer, after = adapter.layer(index), dict[int, States]()
+            layer, layout, after = adapter.layer(index), adapter.layer_layout(index), {}
+            own = layout.sublayer(sublayer.name)
             for number in self._numbers:
                 states = stream.boundary(index, stream.batches[number])
                 keywords = stream.keywords(len(states), index)
-                after[number] = run_attention(adapter, layer, states, keywords)[1].cpu()
+                after[number] = states_after(layer, layout, own, states, keywords).cpu()
             found.append(after)
         adapter.release()
+        self._source_states[sublayer.name] = found
         return found
 
     def release(self) -> None:
-        """Frees what only the fit of the attention reads; it is recomputed on access."""
-        vars(self).pop("source_post_attention", None)
+        """Frees the states inside the source layers; they are recomputed on access."""
+        self._source_states.clear()
         self.input_maps.clear()
 
     def output(self, rows: slice) -> States:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from come.linalg.equations import Map
-from come.models.adapter import Unit
 from come.models.layer_state import LayerState
+from come.models.layout import Unit
 
 KeptUnits = Mapping[Unit, Sequence[Sequence[int]]]
 """For each kind of unit, the kept indices of every layer of the span, ascending."""

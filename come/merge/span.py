@@ -13,8 +13,8 @@ from come.merge.refit.base import Refit
 from come.merge.sensitivity.base import SensitivityMetric
 from come.merge.source_layers import SourceLayers, UnitSolution
 from come.merge.unit_scores import UnitScores, unit_scores
-from come.models.adapter import Unit
 from come.models.layer_state import LayerState
+from come.models.layout import LayerLayout, Unit
 from come.models.surgery import Span
 from come.statistics.layer_statistics import LayerStatistics
 from come.stream.candidates import Candidate, losses, together
@@ -70,7 +70,12 @@ class LayerSpan:
     @property
     def unit_counts(self) -> dict[Unit, int]:
         """Units of the new layer, by kind."""
-        return {**self.stream.adapter.unit_counts, **self.narrower}
+        return {**self.layout.unit_counts, **self.narrower}
+
+    @property
+    def layout(self) -> LayerLayout:
+        """The sublayers of the new layer."""
+        return self.stream.adapter.layer_layout(self.first)
 
     @property
     def first(self) -> int:

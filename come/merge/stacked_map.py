@@ -7,7 +7,7 @@ from torch import Tensor
 
 from come.linalg.equations import Map
 from come.merge.reconstruction import ReconstructionTargets
-from come.models.adapter import Unit
+from come.models.layout import Sublayer
 
 
 class StackedMap:
@@ -18,12 +18,12 @@ class StackedMap:
 
     Args:
         targets: reconstruction targets of the span.
-        unit: the units whose outputs the projections read.
+        sublayer: the sublayer whose projections they are.
     """
 
-    def __init__(self, targets: ReconstructionTargets, unit: Unit) -> None:
+    def __init__(self, targets: ReconstructionTargets, sublayer: Sublayer) -> None:
         self._targets = targets
-        self._names = targets.stream.adapter.output_tensors(unit)
+        self._sublayer = sublayer
 
     def read(self) -> Map:
         """W of all columns."""
@@ -31,14 +31,15 @@ class StackedMap:
 
     def columns(self, chosen: Int[Tensor, " kept"] | None) -> Map:
         """W of the chosen columns, ascending; None for all."""
-        targets, (name, *bias) = self._targets, self._names
+        targets, output = self._targets, self._sublayer.output
         layers = range(targets.first, targets.last + 1)
         weight: Tensor | None = None
         total: Tensor | None = None
         filled = 0
         for number, index in enumerate(layers):
             state = targets.stream.adapter.layer_state(index)
-            rows = state[name].T
+            rows = state[f"{output}.weight"]
+            rows = rows.T if self._sublayer.output_axis == 1 else rows
             width = len(rows)
             if weight is None:
                 size = len(layers) * width if chosen is None else len(chosen)
@@ -48,8 +49,8 @@ class StackedMap:
                 rows = rows[own.to(rows.device)]
             weight[filled : filled + len(rows)] = rows
             filled += len(rows)
-            if bias:
-                added = state[bias[0]].double()
+            if f"{output}.bias" in state:
+                added = state[f"{output}.bias"].double()
                 total = added if total is None else total + added
         assert weight is not None
         return Map(weight.T, total)

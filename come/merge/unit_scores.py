@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.merge.sensitivity.base import MapStatistics, SensitivityMetric
-from come.models.adapter import UNITS, Unit
+from come.models.layout import Unit
 from come.models.surgery import Span
 from come.statistics.gradients import path_gradients, weight_gradients
 from come.statistics.layer_statistics import LayerStatistics
@@ -49,13 +49,15 @@ def unit_scores(
         weight_gradient = weight_gradients(stream, layers)
     elif metric.gradient == "path":
         path = path_gradients(stream, layers)
-    scores: dict[Unit, list[Tensor]] = {unit: [] for unit in UNITS}
-    for index, layer, span in zip(layers, statistics, spans, strict=True):
-        for unit in UNITS:
+    layouts = [adapter.layer_layout(index) for index in layers]
+    scores: dict[Unit, list[Tensor]] = {unit: [] for unit in layouts[0].unit_counts}
+    for index, layout, layer, span in zip(layers, layouts, statistics, spans, strict=True):
+        for sublayer in layout:
+            unit = sublayer.unit
             moments = layer.moments[unit]
             columns = metric.score(
                 MapStatistics(
-                    weight=adapter.output_map(index, unit).weight.detach(),
+                    weight=adapter.output_weight(index, sublayer).detach(),
                     tokens=moments.tokens,
                     key=f"{span[0]}-{span[-1]}/{unit}",
                     abs_mean=moments.mean("abs"),
@@ -70,6 +72,6 @@ def unit_scores(
                     f"merge.sensitivity={metric.name} gives no number for some channels of layers "
                     f"{span[0]} to {span[-1]}; try model.dtype=float32 or bfloat16"
                 )
-            per_unit = columns.cpu().double().view(-1, adapter.columns_per_unit(unit))
+            per_unit = columns.cpu().double().view(-1, sublayer.columns)
             scores[unit].append(per_unit.mean(dim=1))
     return scores

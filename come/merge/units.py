@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from come.merge.unit_scores import UnitScores
-from come.models.adapter import Unit
+from come.models.layout import Unit
 
 
 def allocate_units(count: int, shares: Sequence[float]) -> list[int]:

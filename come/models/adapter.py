@@ -3,69 +3,31 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from come.models.architectures import architecture_of
+from come.models.families import layout_of
 from come.models.layer_state import LayerState, changed
+from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
 from come.models.surgery import check_layer_config, remove_layers
 from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-
-Unit = Literal["kv_group", "channel"]
-UNITS: tuple[Unit, ...] = ("kv_group", "channel")
-Block = Literal["layer", "attention", "ffn"]
-"""What is merged or dropped: whole layers, or only their attention or MLP ("ffn")."""
-UNITS_OF: dict[Block, tuple[Unit, ...]] = {
-    "layer": UNITS,
-    "attention": ("kv_group",),
-    "ffn": ("channel",),
-}
-
-
-class Part(Enum):
-    """How a merge treats a tensor of a layer."""
-
-    UNITS = "units"  # split along one axis into units; each unit is kept or dropped as a whole
-    NORM = "norm"  # scale or bias of the norm before attention or MLP
-    SHARED = "shared"  # belongs to no unit: output biases, per-head norms
-
-
-@dataclass(frozen=True)
-class Role:
-    """How one tensor of a layer is split into units.
-
-    Attributes:
-        part: how a merge treats the tensor.
-        unit: kind of the units (`Part.UNITS` only).
-        axis: 0 if a unit is a set of rows, 1 if it is a set of columns.
-        size: number of rows or columns per unit; they are adjacent.
-        norm: name of the norm module whose output the rows read (`axis` 0 only).
-    """
-
-    part: Part
-    unit: Unit | None = None
-    axis: int = 0
-    size: int = 1
-    norm: str | None = None
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "use_cache")
 
 
 class ModelAdapter:
     """A causal language model of a supported family, as a stack of layers that consist of units.
-
-    A layer has `K` KV groups (a KV head with its query heads) and `F` MLP channels.
 
     Raises:
         ValueError: the family, a variant of it, or a tensor of its layers is not supported.
@@ -73,9 +35,12 @@ class ModelAdapter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.architecture = architecture_of(model.config)
+        self._layout = layout_of(model.config)
         check_layer_config(model.config)
-        self.roles = self._roles()
+        self._roles: dict[LayerLayout, dict[str, Role]] = {}
+        for layer, layout in zip(self.layers, self._layout.layers, strict=True):
+            if layout not in self._roles:
+                self._roles[layout] = layout.roles(layer.state_dict())
 
     @property
     def config(self) -> PretrainedConfig:
@@ -85,9 +50,24 @@ class ModelAdapter:
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, from first to last."""
-        layers = self.model.get_submodule(self.architecture.layers)
+        layers = self.model.get_submodule(self._layout.stack)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The layout of the current model."""
+        if len(self._layout.layers) != self.num_layers:
+            self._layout = layout_of(self.config)
+        return self._layout
+
+    def layer_layout(self, index: int) -> LayerLayout:
+        """The sublayers of layer `index`."""
+        return self.layout.layers[index]
+
+    def roles(self, index: int = 0) -> dict[str, Role]:
+        """The role of every tensor of layer `index`."""
+        return self._roles[self.layer_layout(index)]
 
     @property
     def on_disk(self) -> LayersOnDisk | None:
@@ -118,69 +98,50 @@ class ModelAdapter:
 
     @property
     def unit_counts(self) -> dict[Unit, int]:
-        """Number of units of each kind per layer: `{"kv_group": K, "channel": F}`."""
-        config = self.config
-        heads = config.num_attention_heads
-        return {
-            "kv_group": getattr(config, "num_key_value_heads", None) or heads,
-            "channel": getattr(config, self.architecture.ffn_size_key),
-        }
-
-    @property
-    def head_dim(self) -> int:
-        """Number of channels of one attention head."""
-        config = self.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        """Number of units of a layer, by kind, of all kinds in the model."""
+        return {unit: n for layer in self.layout.layers for unit, n in layer.unit_counts.items()}
 
     def layer_state(self, index: int) -> LayerState:
         """The tensors of layer `index`, without copying them; those on disk are read on access."""
         layer = self.layers[index]
         return dict(layer.state_dict()) if self.on_disk is None else self.on_disk.state(layer)
 
-    def output_map(self, index: int, unit: Unit) -> nn.Linear:
-        """The output projection of layer `index` whose input channels are the units' outputs."""
-        linear = self.layer(index).get_submodule(self._output_module(unit))
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def output_map(self, index: int, sublayer: Sublayer) -> nn.Module:
+        """The output projection of a sublayer, whose input channels are the units' outputs."""
+        return self.layer(index).get_submodule(sublayer.output)
 
-    def output_tensors(self, *units: Unit) -> list[str]:
-        """Names of the output projections' weights and biases, for `units`, or for all if none."""
-        modules = [self._output_module(unit) for unit in units or UNITS]
-        return [name for name in self.roles if name.rpartition(".")[0] in modules]
+    def output_weight(self, index: int, sublayer: Sublayer) -> Float[Tensor, "out in"]:
+        """The weight of the output projection of a sublayer, without its gradient."""
+        weight: Tensor = self.output_map(index, sublayer).get_parameter("weight")
+        return weight if sublayer.output_axis == 1 else weight.T
+
+    def output_tensors(self, index: int, *sublayers: Sublayer) -> list[str]:
+        """Names of the output projections' weights and biases, of all if none is given."""
+        modules = [sublayer.output for sublayer in sublayers or self.layer_layout(index)]
+        return [name for name in self.roles(index) if name.rpartition(".")[0] in modules]
 
     @property
     def block_parameters(self) -> dict[Block, int]:
-        """Parameters of one decoder layer, and of its attention and its MLP with their norms."""
+        """Parameters of the first layer, and of its sublayers of each kind with their norms."""
         sizes = {name: p.numel() for name, p in self.layers[0].named_parameters()}
-        return {block: sum(sizes[name] for name in self.block_tensors(block)) for block in UNITS_OF}
+        blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
+        return {block: sum(sizes[n] for n in self.block_tensors(0, block)) for block in blocks}
 
-    def block_tensors(self, block: Block) -> list[str]:
-        """Names of the tensors of a layer that belong to a block, including its norm."""
-        arch = self.architecture
-        ffn = {arch.ffn_norm, *arch.ffn_inputs, arch.ffn_output}
-        own = {
-            name: "ffn" if name.rpartition(".")[0] in ffn else "attention" for name in self.roles
-        }
-        return [name for name in self.roles if block in ("layer", own[name])]
+    def block_tensors(self, index: int, block: Block) -> list[str]:
+        """Names of the tensors of layer `index` that belong to a block, including its norms."""
+        own = {sublayer.name for sublayer in self.layer_layout(index).of(block)}
+        return [name for name, role in self.roles(index).items() if role.sublayer in own]
 
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
-        """The weights of all linear maps of a block of layer `index`, [d_out, d_in] each."""
+        """The weights of all linear maps of a block of layer `index`, two-dimensional."""
         tensors = dict(self.layer(index).named_parameters())
-        return [tensors[name] for name in self.block_tensors(block) if tensors[name].dim() == 2]
-
-    def mlp_norm_module(self, index: int) -> nn.Module:
-        """The norm of layer `index` before the MLP; its input is the state after attention."""
-        return self.layers[index].get_submodule(self.architecture.ffn_norm)
-
-    def norm(self, unit: Unit) -> str:
-        """Name, relative to a layer, of the norm whose output the units of a kind read."""
-        arch = self.architecture
-        return arch.attention_norm if unit == "kv_group" else arch.ffn_norm
+        names = self.block_tensors(index, block)
+        return [tensors[name] for name in names if tensors[name].dim() == 2]
 
     def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
         state = self.layer_state(index)
-        silenced = self.output_tensors(*UNITS_OF[block])
+        silenced = self.output_tensors(index, *self.layer_layout(index).of(block))
         return {**state, **{name: torch.zeros_like(state[name]) for name in silenced}}
 
     @torch.no_grad()
@@ -194,10 +155,6 @@ class ModelAdapter:
         for name, tensor in state.items():
             assert not tensors[name].is_meta, "weights on the meta device cannot be changed"
             tensors[name].copy_(tensor)
-
-    def columns_per_unit(self, unit: Unit) -> int:
-        """Number of input columns of `output_map` per unit."""
-        return self.roles[f"{self._output_module(unit)}.weight"].size
 
     @torch.no_grad()
     def layer_inputs(
@@ -214,8 +171,8 @@ class ModelAdapter:
             layer.
         """
         calls: list[tuple[Tensor, dict[str, Any]]] = []
-        decoder = self.model.get_submodule(self.architecture.decoder)
-        with _recording(self.layers, calls):
+        decoder = self.model.get_submodule(self.layout.decoder)
+        with _recording(self.layers, self.layout.returns, calls):
             decoder(input_ids=tokens.to(self.device), use_cache=False)
         assert len(calls) == self.num_layers
         return calls[0][0], [kwargs for _, kwargs in calls]
@@ -223,7 +180,7 @@ class ModelAdapter:
     @property
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the LM head."""
-        return self.model.get_submodule(self.architecture.final_norm)
+        return self.model.get_submodule(self.layout.final_norm)
 
     @property
     def head(self) -> nn.Module:
@@ -245,10 +202,11 @@ class ModelAdapter:
         copied.load_state_dict(tensors, assign=True)
         return copied
 
-    def copy_norm(self, unit: Unit, state: LayerState) -> nn.Module:
-        """The norm before a kind of unit, as a module of its own with the tensors of `state`."""
-        name = self.norm(unit)
-        norm = copy.deepcopy(self.layers[0].get_submodule(name))
+    def copy_norm(self, index: int, sublayer: Sublayer, state: LayerState) -> nn.Module:
+        """The norm before a sublayer, as a module of its own with the tensors of `state`."""
+        assert sublayer.norm is not None
+        name = sublayer.norm.module
+        norm = copy.deepcopy(self.layers[index].get_submodule(name))
         own = {key: state[f"{name}.{key}"] for key in norm.state_dict()}
         norm.load_state_dict(own, assign=True)
         return norm
@@ -270,67 +228,38 @@ class ModelAdapter:
     def scale_outputs(self, index: int, factor: float) -> None:
         """Multiplies the output projections of layer `index`, weights and biases, by `factor`."""
         state = self.layer_state(index)
-        self.write(index, {name: state[name] * factor for name in self.output_tensors()})
-
-    def _output_module(self, unit: Unit) -> str:
-        arch = self.architecture
-        return arch.attention_output if unit == "kv_group" else arch.ffn_output
-
-    def _roles(self) -> dict[str, Role]:
-        """The role of every tensor of a layer.
-
-        Query head h reads KV head h // (n_heads / n_kv_heads), so the query rows of one KV group
-        are adjacent. A unit is therefore a block of rows in every input projection.
-        """
-        arch, head_dim = self.architecture, self.head_dim
-        queries = self.config.num_attention_heads // self.unit_counts["kv_group"] * head_dim
-        rows: dict[str, Role] = {
-            arch.queries: Role(Part.UNITS, "kv_group", 0, queries, arch.attention_norm),
-            arch.keys: Role(Part.UNITS, "kv_group", 0, head_dim, arch.attention_norm),
-            arch.values: Role(Part.UNITS, "kv_group", 0, head_dim, arch.attention_norm),
-        }
-        for name in arch.ffn_inputs:
-            rows[name] = Role(Part.UNITS, "channel", 0, 1, arch.ffn_norm)
-        columns = {
-            arch.attention_output: Role(Part.UNITS, "kv_group", 1, queries),
-            arch.ffn_output: Role(Part.UNITS, "channel", 1, 1),
-        }
-        roles: dict[str, Role] = {}
-        for module, role in rows.items():
-            roles |= {f"{module}.weight": role, f"{module}.bias": role}
-        for module, role in columns.items():
-            roles |= {f"{module}.weight": role, f"{module}.bias": Role(Part.SHARED)}
-        for module in (arch.attention_norm, arch.ffn_norm):
-            roles |= {f"{module}.{kind}": Role(Part.NORM) for kind in ("weight", "bias")}
-        for module in arch.head_norms:
-            roles[f"{module}.weight"] = Role(Part.SHARED)
-        tensors = self.layers[0].state_dict()
-        for name in tensors:
-            if name not in roles:
-                raise ValueError(
-                    f"layer tensor {name!r} of model type {arch.model_type!r} is not known, so "
-                    "this model cannot be merged safely"
-                )
-        return {name: roles[name] for name in tensors}
+        self.write(index, {name: state[name] * factor for name in self.output_tensors(index)})
 
 
 @contextmanager
-def _recording(layers: nn.ModuleList, calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
-    """Makes every layer record its input and keyword arguments and return its input, while open."""
+def _recording(
+    layers: nn.ModuleList, returns: int, calls: list[tuple[Tensor, dict[str, Any]]]
+) -> Iterator[None]:
+    """Makes every layer record its input and arguments and return its input, while open."""
 
-    def recorder() -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            for cache in ("past_key_values", "use_cache"):
-                kwargs.pop(cache, None)
-            calls.append((hidden_states, kwargs))
-            return hidden_states
+    def recorder(layer: nn.Module) -> Callable[..., Any]:
+        signature = inspect.signature(type(layer).forward)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            (_, states), *given = _arguments(signature, layer, *args, **kwargs)
+            calls.append((states, {name: value for name, value in given if name not in _CACHES}))
+            return (states, *[None] * (returns - 1)) if returns else states
 
         return forward
 
     try:
         for layer in layers:
-            layer.forward = recorder()
+            layer.forward = recorder(layer)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def _arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> list[tuple[str, Any]]:
+    """The arguments of a method's call by name, without the object itself."""
+    bound = signature.bind(*args, **kwargs).arguments
+    _, *named = bound.items()
+    open_ended = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    found = [(name, value) for name, value in named if name not in open_ended]
+    return found + [pair for name in open_ended for pair in bound.get(name, {}).items()]

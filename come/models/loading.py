@@ -12,14 +12,15 @@ import psutil
 import torch
 
 from come.errors import one_line
-from come.models.adapter import Block, ModelAdapter
-from come.models.architectures import architecture_of, check_model_type
+from come.models.adapter import ModelAdapter
 from come.models.checkpoint import (
     check_checkpoint,
     find_checkpoint,
     stored_tensor,
     weights_dtype,
 )
+from come.models.families import check_model_type, layout_of
+from come.models.layout import Block
 from come.models.weights import open_weights
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ class ModelShape:
     Attributes:
         config: the model's configuration.
         parameters: number of parameters of the model; tied parameters count once.
-        block_parameters: number of parameters of one decoder layer, and of its attention and its
-            MLP, including their norms.
+        block_parameters: number of parameters of one decoder layer, and of its sublayers of each
+            kind, including their norms.
         dtype: dtype that the model is loaded in.
-        heads: width of the head outputs of one layer.
-        channels: MLP channels of one layer.
-        input_maps: number of input projections of one layer's MLP.
+        heads: inputs of the output projections of one layer, without the last.
+        channels: inputs of the last output projection of one layer.
+        input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
     """
 
     config: PretrainedConfig
@@ -57,15 +58,15 @@ class ModelShape:
     def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
         """The shape of a model, also of one on the meta device."""
         adapter = ModelAdapter(model)
-        counts = adapter.unit_counts
+        *others, last = adapter.layer_layout(0)
         return cls(
             model.config,
             sum(p.numel() for p in model.parameters()),
             adapter.block_parameters,
             dtype,
-            heads=counts["kv_group"] * adapter.columns_per_unit("kv_group"),
-            channels=counts["channel"],
-            input_maps=len(adapter.architecture.ffn_inputs),
+            heads=sum(sublayer.width for sublayer in others),
+            channels=last.width,
+            input_maps=len(last.gates),
         )
 
     @property
@@ -250,7 +251,7 @@ def load_weights(
     )
     if choose_weights(weights, shape, chosen) == "disk":
         model = open_weights(
-            folder, shape.config, architecture_of(shape.config).layers,
+            folder, shape.config, layout_of(shape.config).stack,
             dtype=shape.dtype, device=chosen, scratch=scratch, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         _check_finite(folder, model)

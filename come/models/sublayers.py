@@ -1,16 +1,17 @@
-"""Runs the two sublayers of a decoder layer, attention and MLP, separately."""
+"""Runs the sublayers of a decoder layer one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.models.adapter import ModelAdapter
+from come.models.layout import Gate, LayerLayout, Sublayer
 
 States = Float[Tensor, "batch seq hidden"]
 Features = Float[Tensor, "batch seq width"]
@@ -20,88 +21,64 @@ class _StopForwardError(Exception):
     """Raised to end a layer's forward pass early."""
 
 
+def run_layer(layer: nn.Module, states: States, keywords: Mapping[str, Any]) -> States:
+    """The output of a layer, which may be the first of several values that it returns."""
+    found = layer(states, **keywords)
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output
+
+
 @torch.no_grad()
-def run_attention(
-    adapter: ModelAdapter, layer: nn.Module, states: States, keywords: Mapping[str, Any]
-) -> tuple[Features, States]:
-    """Runs a layer's attention, without its MLP.
+def states_after(
+    layer: nn.Module,
+    layout: LayerLayout,
+    sublayer: Sublayer,
+    states: States,
+    keywords: Mapping[str, Any],
+) -> States:
+    """The residual stream after a sublayer.
 
     Args:
-        adapter: the model.
-        layer: a layer of the model, or a modified copy of one.
+        layer: a layer of a model, or a modified copy of one.
+        layout: its description.
+        sublayer: the last sublayer to run.
         states: the layer's input.
         keywords: the layer's keyword arguments for a batch of this size.
-
-    Returns:
-        The input of the attention's output projection, [batch, seq, heads * head_dim], and the
-        residual stream after attention.
     """
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _StopForwardError
-
-    output = layer.get_submodule(adapter.architecture.attention_output)
-    mlp_norm = layer.get_submodule(adapter.architecture.ffn_norm)
-    with (
-        _before(output, lambda module, inputs: seen.append(inputs[0])),
-        _before(mlp_norm, stop),
-        suppress(_StopForwardError),
-    ):
-        layer(states, **keywords)
-    features, residual = seen
-    return features.view(*states.shape[:2], -1), residual.view(states.shape)
+    with _silenced(layer, layout.after(sublayer)):
+        return run_layer(layer, states, keywords).view(states.shape)
 
 
 @torch.no_grad()
-def head_outputs(
-    adapter: ModelAdapter, layer: nn.Module, states: States, keywords: Mapping[str, Any]
+def hidden_features(
+    layer: nn.Module,
+    layout: LayerLayout,
+    sublayer: Sublayer,
+    states: States,
+    keywords: Mapping[str, Any],
 ) -> Features:
-    """The input of the attention's output projection; arguments as for `run_attention`."""
-    return _input_of(layer, adapter.architecture.attention_output, states, keywords)
-
-
-@torch.no_grad()
-def hidden_activations(
-    adapter: ModelAdapter, layer: nn.Module, post_attention: States, keywords: Mapping[str, Any]
-) -> Features:
-    """Runs a layer's MLP on a residual stream, without its attention.
+    """The input of a sublayer's output projection: head outputs, or hidden activations of an MLP.
 
     Args:
-        adapter: the model.
-        layer: a layer of the model, or a modified copy of one.
-        post_attention: the residual stream after attention, which the MLP's norm reads.
+        layer: a layer of a model, or a modified copy of one.
+        layout: its description.
+        sublayer: the sublayer to run; those before it are left out.
+        states: the residual stream that the sublayer reads.
         keywords: the layer's keyword arguments for a batch of this size.
-
-    Returns:
-        The input of the MLP's output projection, [batch, seq, channels].
     """
-    with _without_attention(adapter, layer):
-        return _input_of(layer, adapter.architecture.ffn_output, post_attention, keywords)
-
-
-def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str, Any]) -> Features:
-    """The input of a module of the layer, whose forward pass ends there; [batch, seq, width]."""
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _StopForwardError
-
-    with _before(layer.get_submodule(name), stop), suppress(_StopForwardError):
-        layer(states, **keywords)
-    return seen[0].view(*states.shape[:2], -1)
+    with _silenced(layer, layout.before(sublayer)):
+        return _input_of(layer, sublayer.output, states, keywords)
 
 
 def activation_derivative(
-    adapter: ModelAdapter,
     layer: nn.Module,
-    post_attention: States,
+    layout: LayerLayout,
+    sublayer: Sublayer,
+    states: States,
     keywords: Mapping[str, Any],
-    name: str,
+    gate: Gate,
 ) -> tuple[States, Features, Features]:
-    """Derivative of the MLP's hidden activations by the output of one input projection.
+    """Derivative of the hidden activations by the output of one input projection.
 
     Each hidden activation f_tj depends on one row of each input projection, so its derivative is a
     scalar:
@@ -109,11 +86,12 @@ def activation_derivative(
         D_tj = d f_tj / d (W n_t)_j
 
     Args:
-        adapter: the model.
-        layer: a layer of the model, or a modified copy of one.
-        post_attention: the residual stream after attention, which the MLP's norm reads.
+        layer: a layer of a model, or a modified copy of one.
+        layout: its description.
+        sublayer: the sublayer; those before it are left out.
+        states: the residual stream that the sublayer reads.
         keywords: the layer's keyword arguments for a batch of this size.
-        name: the input projection W, one of the family's `ffn_inputs`.
+        gate: the input projection W, one of the sublayer's `gates`.
 
     Returns:
         n, the input of W, [batch, seq, hidden], D and f, [batch, seq, channels] each.
@@ -124,43 +102,61 @@ def activation_derivative(
         seen.extend([inputs[0].detach(), out.detach().requires_grad_(True)])
         return seen[-1]
 
-    handle = layer.get_submodule(name).register_forward_hook(cut)
+    handle = layer.get_submodule(gate.name).register_forward_hook(cut)
     try:
-        with torch.enable_grad(), _without_attention(adapter, layer):
-            features = _input_of(layer, adapter.architecture.ffn_output, post_attention, keywords)
+        with torch.enable_grad(), _silenced(layer, layout.before(sublayer)):
+            features = _input_of(layer, sublayer.output, states, keywords)
     finally:
         handle.remove()
     read, given = seen
     (slopes,) = torch.autograd.grad(features, given, torch.ones_like(features))
-    shape = *post_attention.shape[:2], -1
-    return read.view(post_attention.shape), slopes.view(shape), features.detach()
+    shape = *states.shape[:2], -1
+    slopes = slopes.view(shape)[..., gate.slice(features.shape[-1])]
+    return read.view(states.shape), slopes, features.detach()
 
 
-@contextmanager
-def _without_attention(adapter: ModelAdapter, layer: nn.Module) -> Iterator[None]:
-    """Replaces the attention of `layer` by one that returns 0 and computes nothing, while open."""
-    attention = layer.get_submodule(adapter.architecture.attention)
+def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str, Any]) -> Features:
+    """The input of a module of the layer, whose forward pass ends there; [batch, seq, width]."""
+    seen: list[Tensor] = []
 
-    def zero_attention(hidden_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _StopForwardError
 
-    own = vars(attention).get("forward")  # set by hooks of other libraries
-    attention.forward = zero_attention
+    handle = layer.get_submodule(name).register_forward_pre_hook(stop)
     try:
-        yield
-    finally:
-        del attention.forward
-        if own is not None:
-            attention.forward = own
-
-
-@contextmanager
-def _before(
-    module: nn.Module, see: Callable[[nn.Module, tuple[Tensor, ...]], None]
-) -> Iterator[None]:
-    """Calls `see` before every forward pass of `module`, while open."""
-    handle = module.register_forward_pre_hook(see)
-    try:
-        yield
+        with suppress(_StopForwardError):
+            layer(states, **keywords)
     finally:
         handle.remove()
+    return seen[0].view(*states.shape[:2], -1)
+
+
+@contextmanager
+def _silenced(layer: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[None]:
+    """Leaves out sublayers of a layer while open: their modules return 0 and compute nothing."""
+    with ExitStack() as stack:
+        for sublayer in sublayers:
+            for name, returns in sublayer.silenced:
+                stack.enter_context(_replaced(layer.get_submodule(name), partial(_zeros, returns)))
+        yield
+
+
+def _zeros(returns: int, *inputs: Any, **keywords: Any) -> Any:
+    """Zeros like the first tensor that a module is called with, alone or first of a tuple."""
+    first = next(value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor))
+    zeros = torch.zeros_like(first)
+    return (zeros, *[None] * (returns - 1)) if returns else zeros
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the forward function of a module while open."""
+    own = vars(module).get("forward")  # set by hooks of other libraries
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from come.merge.plan import Plan
-from come.models.adapter import UNITS, UNITS_OF, Unit
+from come.models.layout import Unit
 from come.records import Result
 from come.report.numbers import label, title
 
 TITLES: dict[Unit, str] = {"kv_group": "attention: KV groups", "channel": "FFN: channels"}
+_BLOCKS: dict[Unit, str] = {"kv_group": "attention", "channel": "ffn"}
 _DPI = 110
 _DARK = 1.2  # labels are white if the colour's red + green + blue is below this
 
@@ -36,7 +37,7 @@ def unit_origins(plan: Plan, unit: Unit) -> list[dict[int, float]]:
         by original layer. Operators that mix layers contribute fractions of units, by their shares.
     """
     count = plan.base.units[unit]
-    steps = plan.steps if unit in UNITS_OF[plan.block] else []
+    steps = plan.steps if plan.block in ("layer", _BLOCKS.get(unit)) else []
     origins: list[list[dict[int, float]]] = [
         [{layer: 1.0} for _ in range(count)] for layer in range(plan.base.num_layers)
     ]
@@ -70,11 +71,17 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
     """Draws every merged layer as a stacked bar of its units, coloured by original layer."""
     depth = plan.num_layers
     whole = plan.block == "layer"
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 0.22 * depth + 1.4), sharey=whole, layout="constrained"
+    figure, grid = plt.subplots(
+        1,
+        len(plan.base.units),
+        figsize=(10, 0.22 * depth + 1.4),
+        sharey=whole,
+        squeeze=False,
+        layout="constrained",
     )
+    axes = grid[0]
     colours = plt.get_cmap("turbo")
-    for axis, unit in zip(axes, UNITS, strict=True):
+    for axis, unit in zip(axes, plan.base.units, strict=True):
         for layer, merged in enumerate(unit_origins(plan, unit)):
             left = 0.0
             for original, units in merged.items():
@@ -94,13 +101,13 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
                         color=ink,
                     )
                 left += units
-        axis.set_title(f"{TITLES[unit]} ({plan.base.units[unit]} a layer)", fontsize=10)
+        axis.set_title(f"{TITLES.get(unit, unit)} ({plan.base.units[unit]} a layer)", fontsize=10)
         axis.set_xlabel("units, labelled with the original layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(-0.6, depth - 0.4)
     axes[0].set_ylabel("layer of the merged model" if whole else f"{plan.block} blocks left")
     axes[0].set_yticks(range(0, depth, max(1, depth // 15)))
-    for axis in axes[: 1 if whole else 2]:
+    for axis in axes[: 1 if whole else None]:
         axis.invert_yaxis()
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.models.adapter import UNITS, ModelAdapter, Unit
+from come.models.adapter import ModelAdapter
+from come.models.layout import Unit
 from come.models.loss import BLOCK, window_nll
+from come.models.sublayers import run_layer
 from come.stream.stream import LayerStream
 
 PATH_STEPS = 10
@@ -43,7 +45,8 @@ def backward(
         for rows, before in stream.through(index, []):
             with torch.enable_grad():
                 inputs = before.detach().requires_grad_()
-                after = adapter.layer(index)(inputs, **stream.keywords(len(inputs), index))
+                keywords = stream.keywords(len(inputs), index)
+                after = run_layer(adapter.layer(index), inputs, keywords)
                 found = torch.autograd.grad(
                     after, [inputs, *tensors], gradient[rows].to(after.device)
                 )
@@ -76,24 +79,29 @@ def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
     return torch.cat(found)
 
 
-def output_maps(adapter: ModelAdapter, index: int) -> list[Tensor]:
-    """Weights of a layer's two output projections (attention, MLP), in the order of `UNITS`."""
-    return [adapter.output_map(index, unit).weight for unit in UNITS]
+def output_weights(adapter: ModelAdapter, index: int) -> list[Tensor]:
+    """The stored weights of a layer's output projections, in the order of its sublayers."""
+    return [
+        adapter.output_map(index, each).get_parameter("weight")
+        for each in adapter.layer_layout(index)
+    ]
 
 
 def weight_gradients(
     stream: LayerStream, layers: Sequence[int]
 ) -> dict[tuple[int, Unit], Float[Tensor, "out in"]]:
-    """dL/dW of both output projections of the given layers, float32 or wider."""
+    """dL/dW of the output projections of the given layers, float32 or wider."""
     found: dict[tuple[int, Unit], Tensor] = {}
 
     def leaves(index: int) -> list[Tensor]:
-        return output_maps(stream.adapter, index) if index in layers else []
+        return output_weights(stream.adapter, index) if index in layers else []
 
     with trainable(stream.adapter, layers):
         for index, gradients in backward(stream, min(layers), leaves):
-            for unit, gradient in zip(UNITS, gradients, strict=False):
-                found[index, unit] = gradient.cpu()
+            layout = stream.adapter.layer_layout(index)
+            for each, gradient in zip(layout, gradients, strict=False):
+                own = gradient if each.output_axis == 1 else gradient.T
+                found[index, each.unit] = own.cpu()
     return found
 
 
@@ -113,23 +121,25 @@ def path_gradients(
         A of each output projection of `layers`, [d_in], float64, nats, signed.
     """
     adapter = stream.adapter
-    keys = [(index, unit) for index in range(adapter.num_layers) for unit in UNITS]
+    layouts = [adapter.layer_layout(index) for index in range(adapter.num_layers)]
     total: dict[tuple[int, Unit], Tensor] = {}
     for step in range(steps):
         scales: dict[tuple[int, Unit], Tensor] = {}
-        for index, unit in keys:
-            weight = adapter.output_map(index, unit).weight
-            scales[index, unit] = torch.full_like(weight[0], (step + 0.5) / steps)
-            scales[index, unit].requires_grad_()
+        for index, layout in enumerate(layouts):
+            for each in layout:
+                weight = adapter.output_weight(index, each).detach()
+                scale = torch.full_like(weight[0], (step + 0.5) / steps)
+                scales[index, each.unit] = scale.requires_grad_()
 
         def leaves(index: int, scales: dict[tuple[int, Unit], Tensor] = scales) -> list[Tensor]:
-            return [scales[index, unit] for unit in UNITS] if index in layers else []
+            units = layouts[index].unit_counts if index in layers else ()
+            return [scales[index, unit] for unit in units]
 
         with _scaled(adapter, scales), stream.fork() as scaled:
             scaled.embed()
             scaled.advance(0, adapter.num_layers - 1)
             for index, gradients in backward(scaled, min(layers), leaves):
-                for unit, gradient in zip(UNITS, gradients, strict=False):
+                for unit, gradient in zip(layouts[index].unit_counts, gradients, strict=False):
                     part = gradient.double().cpu() / steps
                     total[index, unit] = total.get((index, unit), 0) + part
     return total
@@ -161,8 +171,9 @@ def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> It
         return lambda module, inputs: inputs[0] * scale
 
     handles = [
-        adapter.output_map(index, unit).register_forward_pre_hook(hook(scale))
-        for (index, unit), scale in scales.items()
+        adapter.output_map(index, each).register_forward_pre_hook(hook(scales[index, each.unit]))
+        for index in range(adapter.num_layers)
+        for each in adapter.layer_layout(index)
     ]
     try:
         yield

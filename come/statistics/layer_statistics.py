@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from come.models.adapter import UNITS, ModelAdapter, Unit
+from come.models.adapter import ModelAdapter
+from come.models.layout import Unit
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.observer import Update
 from come.stream.processes import SINGLE, Processes
@@ -62,7 +63,7 @@ class LayerStatistics:
 
     Attributes:
         bi: block influence, mean_tokens(1 - clamp(cos(input, output), 0, 1)), in [0, 1].
-        moments: moments of the inputs of the two output projections, by kind of unit.
+        moments: moments of the inputs of the sublayers' output projections, by kind of unit.
     """
 
     bi: float
@@ -96,8 +97,8 @@ class StatisticsCollector:
     @contextmanager
     def layer(self, index: int) -> Iterator[Update]:
         """Accumulates the statistics of layer `index` while open."""
-        maps = {unit: self.adapter.output_map(index, unit) for unit in UNITS}
-        moments = {unit: InputMoments(self.kinds, maps[unit].in_features) for unit in UNITS}
+        layout, layer = self.adapter.layer_layout(index), self.adapter.layer(index)
+        moments = {each.unit: InputMoments(self.kinds, each.width) for each in layout}
         influence, count = 0.0, 0
 
         def accumulate(values: Tensor) -> None:
@@ -116,8 +117,9 @@ class StatisticsCollector:
 
         with ExitStack() as hooks:
             if self.kinds:
-                for unit, linear in maps.items():
-                    hooks.enter_context(watch_inputs(linear, moments[unit].update))
+                for each in layout:
+                    output = layer.get_submodule(each.output)
+                    hooks.enter_context(watch_inputs(output, moments[each.unit].update))
             yield update
         blocks.finish()
         for of_unit in moments.values():

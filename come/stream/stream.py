@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from come.models.adapter import Block, ModelAdapter
+from come.models.adapter import ModelAdapter
+from come.models.layout import Block
+from come.models.sublayers import run_layer
 from come.progress import ProgressBar
 from come.stream.boundaries import make_store, mapped_zeros
 from come.stream.observer import LayerObserver, Meter
 from come.stream.processes import SINGLE, Processes
-from come.stream.sublayers import PostAttentionStates
+from come.stream.sublayers import MiddleStates
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -36,7 +38,7 @@ class LayerStream:
         store: "memory", or "disk" for memory-mapped files.
         folder: folder for the files of the disk store; None for the system's temporary folder.
         progress: whether to show a progress bar.
-        block: what a span consists of: whole layers, or only their attention or MLP. For
+        block: what a span consists of: whole layers, or only their sublayers of one kind. For
             "attention" and "ffn" the states after attention are stored too, which doubles the
             storage.
         name: name of the disk store's folder.
@@ -76,10 +78,10 @@ class LayerStream:
         dtype = adapter.model.dtype
         pinned = adapter.device.type == "cuda"
         self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
-        self._post_attention: PostAttentionStates | None = None
+        self._middle: MiddleStates | None = None
         if block != "layer":
             states = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
-            self._post_attention = PostAttentionStates(adapter, states)
+            self._middle = MiddleStates(adapter, states)
         self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
@@ -90,8 +92,8 @@ class LayerStream:
 
     def __exit__(self, *error: object) -> None:
         self._store.close()
-        if self._post_attention:
-            self._post_attention.close()
+        if self._middle:
+            self._middle.close()
         self._dense = None
 
     @property
@@ -167,21 +169,23 @@ class LayerStream:
         assert 0 <= first <= self._valid
         assert last < self.num_layers
         self.processes.barrier()  # others may still read what this overwrites
-        own, post_attention = self.own_batches, self._post_attention
+        own, middle = self.own_batches, self._middle
         total = (last - first + 1) * len(own)
         with ProgressBar(total=total, desc="layers", unit="batch", shown=self.progress) as bar:
             for index in range(first, last + 1):
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
-                if post_attention:
-                    post_attention.allocate(index)
+                if middle:
+                    middle.allocate(index)
+                    for rows in own:
+                        states = self._store[index][rows].to(self.adapter.device)
+                        middle.fill(index, rows, states, self.keywords(len(states), index))
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
-                        with post_attention.watch(index, rows) if post_attention else nullcontext():
-                            after = self.run(index, before)
+                        after = self.run(index, before)
                         following[rows] = after
-                        ends = self._ends(index, index, rows) if post_attention else (before, after)
+                        ends = self._ends(index, index, rows) if middle else (before, after)
                         update(*ends)
                         bar.update()
                 self._valid = index + 1
@@ -202,10 +206,10 @@ class LayerStream:
 
     def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
         start, end = self._store[first], self._store[last + 1]
-        if self._post_attention and self.block == "ffn":
-            start = self._post_attention.of_layer(first)
-        if self._post_attention and self.block == "attention":
-            end = self._post_attention.of_layer(last)
+        if self._middle and self.block == "ffn":
+            start = self._middle.of_layer(first)
+        if self._middle and self.block == "attention":
+            end = self._middle.of_layer(last)
         return start[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
 
     def pairs(
@@ -297,8 +301,7 @@ class LayerStream:
     ) -> Float[Tensor, "batch seq hidden"]:
         """One batch through layer `index` of the model."""
         self._meter.tokens += states.shape[:2].numel()
-        found: Tensor = self.adapter.layer(index)(states, **self.keywords(len(states), index))
-        return found
+        return run_layer(self.adapter.layer(index), states, self.keywords(len(states), index))
 
     @torch.no_grad()
     def through(
@@ -324,7 +327,7 @@ class LayerStream:
             found = [self._store[start][rows].to(self.adapter.device) for rows in group]
             for index, layer in route:
                 for number, states in enumerate(found):
-                    found[number] = layer(states, **self.keywords(len(states), index))
+                    found[number] = run_layer(layer, states, self.keywords(len(states), index))
                     self._meter.tokens += states.shape[:2].numel()
             yield from zip(group, found, strict=True)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from come.models.adapter import ModelAdapter
+from come.models.sublayers import States, states_after
 from come.stream.boundaries import BoundaryStore
 
 
-class PostAttentionStates:
-    """Stores the input of every layer's MLP norm: the residual stream after attention.
+class MiddleStates:
+    """Stores the residual stream after the last sublayer of every layer that mixes tokens.
 
     Args:
         adapter: the model.
@@ -32,19 +33,11 @@ class PostAttentionStates:
         """The states of layer `index`."""
         return self._store[index]
 
-    @contextmanager
-    def watch(self, index: int, rows: slice) -> Iterator[None]:
-        """Stores the states of windows `rows` while layer `index` runs on them."""
-
-        def store(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            slot = self._store[index][rows]
-            slot.copy_(inputs[0].view(slot.shape))
-
-        handle = self._adapter.mlp_norm_module(index).register_forward_pre_hook(store)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def fill(self, index: int, rows: slice, states: States, keywords: Mapping[str, Any]) -> None:
+        """Computes the states of windows `rows` from the input of layer `index`."""
+        layer, layout = self._adapter.layer(index), self._adapter.layer_layout(index)
+        last = layout.of("attention")[-1]
+        self._store[index][rows] = states_after(layer, layout, last, states, keywords)
 
     def close(self) -> None:
         """Frees the states."""

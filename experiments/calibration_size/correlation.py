@@ -22,7 +22,7 @@ from come.files import write_text
 from come.merge.sensitivity.come import Come
 from come.merge.unit_scores import unit_scores
 from come.merge.units import top_units
-from come.models.adapter import UNITS, ModelAdapter
+from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
 from come.models.loading import load_tokenizer, load_weights
 from come.statistics.layer_statistics import StatisticsCollector

@@ -13,6 +13,7 @@ from come.distill.losses import Loss, hidden_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import check_train, choose_in_layer
 from come.models.adapter import ModelAdapter
+from come.models.sublayers import run_layer
 
 
 class OneLayer(Objective):
@@ -29,7 +30,7 @@ class OneLayer(Objective):
         super().__init__()
         adapter = pair.student
         self.layer = copy.deepcopy(adapter.layers[index])
-        choose_in_layer(adapter, self.layer, train)
+        choose_in_layer(adapter, index, self.layer, train)
         self.index = index
         self._loss = loss
         self._keywords: dict[int, dict[str, Any]] = {}
@@ -43,7 +44,9 @@ class OneLayer(Objective):
         before, after = batch
         parameter = next(self.layer.parameters())
         keywords = send_to_device(self._keywords[len(before)], parameter.device)
-        return {"loss": self._loss(self.layer(before.to(parameter.dtype), **keywords), after)}
+        return {
+            "loss": self._loss(run_layer(self.layer, before.to(parameter.dtype), keywords), after)
+        }
 
 
 @DISTILL.register

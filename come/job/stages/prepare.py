@@ -22,8 +22,8 @@ from come.job.stages.depth import check_reachable, stated_target, target_layers
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
-from come.models.architectures import check_model_type
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
+from come.models.families import check_model_type
 from come.models.loading import (
     ModelShape,
     inspect_model,

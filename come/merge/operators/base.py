@@ -14,8 +14,8 @@ from torch import Tensor
 
 from come.merge.combination import Combination
 from come.merge.source_layers import KeptUnits
-from come.models.adapter import Role
 from come.models.layer_state import LayerState, LazyState
+from come.models.layout import Role
 from come.registry import Registry
 from come.setting import HasSettings
 

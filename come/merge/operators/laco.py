@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from come.merge.operators.base import OPERATORS, MergeOperator, summed
 from come.merge.source_layers import KeptUnits
-from come.models.adapter import Role
 from come.models.layer_state import LayerState
+from come.models.layout import Role
 
 
 @OPERATORS.register

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.source_layers import KeptUnits
-from come.models.adapter import Part, Role
 from come.models.layer_state import LayerState
+from come.models.layout import Part, Role
 
 
 @OPERATORS.register

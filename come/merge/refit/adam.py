@@ -13,6 +13,7 @@ from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState, overlay
+from come.models.sublayers import run_layer
 from come.progress import ProgressBar
 from come.setting import setting
 
@@ -53,7 +54,7 @@ class Adam(Ridge):
             for step in steps:
                 batch = TargetBatch(targets, step % len(stream.batches))
                 keywords = as_float(stream.keywords(len(batch.states), index))
-                output = layer(batch.states.float(), **keywords)
+                output = run_layer(layer, batch.states.float(), keywords)
                 gap = (batch.output.float() - output).flatten(0, 1)
                 size, weights = batch.output.float().flatten(0, 1), batch.weights
                 loss = (weights * gap.square().sum(dim=1)).sum()

@@ -1,26 +1,27 @@
-"""Gauss-Newton refit of the MLP's input projections, after the ridge refit."""
+"""Gauss-Newton refit of the last sublayer's input projections, after the ridge refit."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from come.merge.input_map import HELD_BYTES, InputMap
+from come.merge.inside_layer import InsideLayer
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
 from come.models.layer_state import LayerState, overlay
-from come.models.sublayers import run_attention
 from come.setting import setting
 
 
 @REFITS.register
 @dataclass(eq=False)
 class GaussNewton(Ridge):
-    """Solves by ridge regression, then refits each MLP input projection by one Gauss-Newton step.
+    """Solves by ridge regression, then refits the MLP's input projections by Gauss-Newton steps.
 
         W <- W + argmin_Z sum_t w_t | r_t - W_d (D_t * Z n_t) |^2 + mu mean_t |Z n_t|^2
 
@@ -63,16 +64,22 @@ class GaussNewton(Ridge):
         stream, adapter = targets.stream, targets.stream.adapter
         found = dict(super().solve(targets, sources))
         targets.release()
+        sublayer = targets.layout.last
+        if not sublayer.gates or sublayer.kind not in self.sublayers:
+            return found
         layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
-        with stream.scratch_boundary("refit") as post_attention:
+        inside = InsideLayer(targets, layer, sublayer)
+        with ExitStack() as stack:
+            read = before = stack.enter_context(stream.scratch_boundary("refit"))
+            if not inside.reads_sum:
+                read = stack.enter_context(stream.scratch_boundary("refit-read"))
             for batch in targets:
-                keywords = stream.keywords(len(batch.states), targets.first)
-                _, states = run_attention(adapter, layer, batch.states, keywords)
-                post_attention[batch.rows] = states
-            for name in adapter.architecture.ffn_inputs:
-                problem = InputMap(targets, layer, post_attention, name)
+                states = inside.streams(batch)
+                read[batch.rows], before[batch.rows] = states
+            for gate in sublayer.gates:
+                problem = InputMap(targets, layer, sublayer, (read, before), gate)
                 change = problem.step(self.input_lambda, self.steps)
-                found[f"{name}.weight"] = problem.changed(change)
+                found[f"{gate.name}.weight"] = problem.changed(change)
                 adapter.assign(layer, found)
         return found
 

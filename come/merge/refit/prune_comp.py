@@ -67,7 +67,8 @@ class PruneComp(Refit):
         if sources.kept_layer == 0:
             return {}
         scale, state = self.output_scale(targets, sources), sources.state
-        return {name: state[name] * scale for name in targets.stream.adapter.output_tensors()}
+        names = targets.stream.adapter.output_tensors(targets.first)
+        return {name: state[name] * scale for name in names}
 
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """1 / alpha."""

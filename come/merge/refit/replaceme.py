@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from come.linalg.equations import Map
 from come.linalg.gram import Gram
 from come.merge.combination import Combination
+from come.merge.output_map import as_tensors, output_map
 from come.merge.reconstruction import ReconstructionTargets, Target
 from come.merge.refit.base import REFITS, Refit, check_drops
 from come.merge.source_layers import SourceLayers
@@ -51,8 +53,9 @@ class ReplaceMe(Refit):
         """The kept layer's down projection with T folded in."""
         assert sources.kept_layer == 0
         stream, adapter = targets.stream, targets.stream.adapter
-        linear = adapter.output_map(targets.first, "channel")
-        hidden = linear.out_features
+        sublayer = targets.layout.last
+        linear = adapter.output_map(targets.first, sublayer)
+        hidden = adapter.config.hidden_size
         sums = Gram(hidden, hidden, bias=False)
         outputs: list[Tensor] = []
         kept = stream.route(targets.first, targets.first)
@@ -64,10 +67,10 @@ class ReplaceMe(Refit):
                 sums.add(m, gap, m.new_ones(len(m)))
         transform = torch.eye(hidden, dtype=torch.float64) + sums.minimum_norm().weight
         state = sources.state
-        return {
-            name: (transform @ state[name].double().cpu()).to(state[name])
-            for name in adapter.output_tensors("channel")
-        }
+        initial = output_map(state, sublayer)
+        bias = None if initial.bias is None else transform @ initial.bias.double().cpu()
+        solved = Map(transform @ initial.weight.double().cpu(), bias)
+        return as_tensors(sublayer, solved, state)
 
 
 @contextmanager

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from come.linalg.equations import Equations, Map
 from come.linalg.gram import Gram, best_lambda
 from come.merge.alignment import (
+    aligns,
+    fold_by_layer,
     fold_input_transform,
     input_maps,
     input_tensors,
-    transformed,
 )
 from come.merge.combination import Combination
+from come.merge.inside_layer import InsideLayer
 from come.merge.output_map import as_tensors, equations, output_map
-from come.merge.reconstruction import ReconstructionTargets, TargetBatch
+from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
-from come.models.adapter import ModelAdapter, Unit
 from come.models.layer_state import LayerState
-from come.models.sublayers import States, head_outputs, hidden_activations, run_attention
+from come.models.layout import SUBLAYERS, Sublayer
 from come.setting import setting
 
-UNITS_OF: dict[str, Unit] = {"attention": "kv_group", "ffn": "channel"}
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 5  # with lambda "auto", every fifth window is held out
 
@@ -36,19 +34,18 @@ HELD_OUT = 5  # with lambda "auto", every fifth window is held out
 @REFITS.register
 @dataclass(eq=False)
 class Ridge(Refit):
-    """Solves for the layer's output projections, first of the attention, then of the MLP.
+    """Solves for the layer's output projections, sublayer by sublayer.
 
-        W_o = argmin sum_t w_t | (post_attention - x) - W a |^2 + mu |W - W_o0|^2
-        W_d = argmin sum_t w_t | (output - h') - W f |^2 + mu |W - W_d0|^2
-        mu  = lambda * mean diagonal of sum_t w_t a a^T   (f f^T)
+        W_s = argmin sum_t w_t | (target_s - h_s) - W f_s |^2 + mu |W - W_s0|^2
+        mu  = lambda * mean diagonal of sum_t w_t f_s f_s^T
 
-    x: the layer's input in the current model; a: its head outputs; h' = x + W_o a; f: its hidden
-    MLP activations on h'; post_attention, output: the targets (see `come.merge.reconstruction`).
-    W_o0 and W_d0 are the projections of the merged layer before the refit. Output biases are solved
-    together with their projections. With `align`, the input projections of each sublayer are
-    aligned first (see `come.merge.alignment`). In a trial merge, unit selection may already have
-    solved for W_o and W_d (`sources.solved`), with the mean diagonal over all units in mu; that
-    solution is used.
+    h_s: the residual stream before sublayer s, with the solutions of the sublayers before it; f_s:
+    the input of its output projection, the head outputs of attention or the hidden activations of
+    an MLP; target_s: the target after it (see `come.merge.reconstruction`). W_s0 is the projection
+    of the merged layer before the refit. Output biases are solved together with their projections.
+    With `align`, the input projections of each sublayer are aligned first (see
+    `come.merge.alignment`). In a trial merge, unit selection may already have solved for all W_s
+    (`sources.solved`), with the mean diagonal over all units in mu; that solution is used.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -65,7 +62,7 @@ class Ridge(Refit):
         words=("auto",),
     )
     sublayers: list[str] = setting(
-        ["attention", "ffn"], "whose output maps are refitted", choices=tuple(UNITS_OF)
+        ["attention", "ffn"], "whose output maps are refitted", choices=SUBLAYERS
     )
     align: float | None = setting(
         None,
@@ -94,14 +91,17 @@ class Ridge(Refit):
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.first, sources.state
         if self._same_as_selection and sources.solved:
-            return _selection_solution(adapter, sources)
-        layer = adapter.copy_layer(index, state)
+            return _selection_solution(targets, sources)
+        layer, layout = adapter.copy_layer(index, state), targets.layout
         found: dict[str, Tensor] = {}
-        for unit in self._units:
-            if self.align is not None:
-                found |= self._aligned(targets, sources, layer, unit)
+        for sublayer in layout:
+            if sublayer.kind not in self.sublayers:
+                continue
+            if self.align is not None and aligns(sublayer):
+                found |= self._aligned(targets, sources, layer, sublayer)
                 adapter.assign(layer, found)
-            initial = output_map(adapter, layer, unit)
+            inside = InsideLayer(targets, layer, sublayer)
+            initial = output_map(layer.state_dict(), sublayer)
             (out, width), bias = initial.weight.shape, initial.bias is not None
             fit: Equations
             held_out: Gram | None = None
@@ -112,14 +112,9 @@ class Ridge(Refit):
             else:
                 fit = equations(width, targets.stream, bias=bias)
             for batch in targets:
-                keywords = targets.stream.keywords(len(batch.states), index)
-                if unit == "kv_group":
-                    features = head_outputs(adapter, layer, batch.states, keywords)
-                    target = batch.post_attention - batch.states
-                else:
-                    post_attention = run_attention(adapter, layer, batch.states, keywords)[1]
-                    features = hidden_activations(adapter, layer, post_attention, keywords)
-                    target = batch.output - post_attention
+                read, before = inside.streams(batch)
+                features = inside.features(batch, read)
+                target = batch.missing(sublayer, before)
                 weights = batch.weights.view(target.shape[:2])
                 if held_out is None:
                     fit.add(features.flatten(0, 1), target.flatten(0, 1), weights.flatten())
@@ -135,8 +130,7 @@ class Ridge(Refit):
             if held_out is not None:
                 held_out.all_reduce(targets.stream.processes)
             solved = self._solve(fit, held_out, initial)
-            tensors = as_tensors(adapter, unit, solved, dict(layer.named_parameters()))
-            found |= tensors
+            found |= as_tensors(sublayer, solved, dict(layer.named_parameters()))
             adapter.assign(layer, found)
         return found
 
@@ -149,11 +143,6 @@ class Ridge(Refit):
         aligned = Work() if self.align is None else size.aligned() + size.folded()
         return heads + ffn + reads + copies + aligned
 
-    @property
-    def _units(self) -> list[Unit]:
-        """The units whose output projections are solved for, in order."""
-        return [unit for part, unit in UNITS_OF.items() if part in self.sublayers]
-
     def trial_work(self, size: SpanSize, solved: bool) -> Work:
         """The work of the alignment, and of the solve unless unit selection has the solution."""
         if solved and self._same_as_selection:
@@ -164,7 +153,7 @@ class Ridge(Refit):
     @property
     def _same_as_selection(self) -> bool:
         """Whether unit selection solves the same problem."""
-        return len(self._units) == len(UNITS_OF) and self.lambda_ != "auto"
+        return len(set(self.sublayers)) == len(SUBLAYERS) and self.lambda_ != "auto"
 
     def plain(self) -> Ridge:
         """This refit's ridge regression alone, for subclasses."""
@@ -177,29 +166,32 @@ class Ridge(Refit):
         )
 
     def _aligned(
-        self, targets: ReconstructionTargets, sources: SourceLayers, layer: nn.Module, unit: Unit
+        self,
+        targets: ReconstructionTargets,
+        sources: SourceLayers,
+        layer: nn.Module,
+        sublayer: Sublayer,
     ) -> LayerState:
-        """The aligned input projections of one kind of unit; each layer's rows use its own map."""
+        """The aligned input projections of a sublayer; each layer's rows use its own map."""
         adapter, index = targets.stream.adapter, targets.first
         assert self.align is not None
-
-        def reads(batch: TargetBatch) -> States:
-            if unit == "kv_group":
-                return batch.states
-            keywords = targets.stream.keywords(len(batch.states), index)
-            return run_attention(adapter, layer, batch.states, keywords)[1]
-
-        norms = [adapter.copy_norm(unit, state) for state in sources.layers]
-        own = layer.get_submodule(adapter.norm(unit))
-        maps = input_maps(targets, unit, own, norms, reads, self.align)
-        if unit in sources.kept:
-            return _folded(adapter, unit, sources, dict(layer.named_parameters()), maps)
+        assert sublayer.norm is not None
+        norms = [adapter.copy_norm(index, sublayer, state) for state in sources.layers]
+        own = layer.get_submodule(sublayer.norm.module)
+        inside = InsideLayer(targets, layer, sublayer)
+        maps = input_maps(
+            targets, sublayer, own, norms, lambda batch: inside.streams(batch)[0], self.align
+        )
+        roles = adapter.roles(index)
+        if sublayer.unit in sources.kept:
+            state = dict(layer.named_parameters())
+            return fold_by_layer(roles, sublayer, sources.kept[sublayer.unit], state, maps)
         folded = [  # the operator mixes rows of several layers
-            fold_input_transform(adapter, unit, state, change)
+            fold_input_transform(roles, sublayer, state, change)
             for state, change in zip(sources.layers, maps, strict=True)
         ]
         joined = sources.join(folded)
-        return {name: joined[name] for name in input_tensors(adapter, unit)}
+        return {name: joined[name] for name in input_tensors(roles, sublayer)}
 
     def _solve(self, fit: Equations, held_out: Gram | None, initial: Map) -> Map:
         if held_out is None:
@@ -210,27 +202,14 @@ class Ridge(Refit):
         return both.solve(initial, ratio * both.mean_diagonal(), consume=True)
 
 
-def _selection_solution(adapter: ModelAdapter, sources: SourceLayers) -> LayerState:
+def _selection_solution(targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
     """The tensors of unit selection's solution."""
     state, found = sources.state, dict[str, Tensor]()
-    for unit, solved in sources.solved.items():
+    roles = targets.stream.adapter.roles(targets.first)
+    for sublayer in targets.layout:
+        solved = sources.solved[sublayer.unit]
         if solved.inputs:
-            found |= _folded(adapter, unit, sources, state, solved.inputs)
-        found |= as_tensors(adapter, unit, solved.output, state)
-    return found
-
-
-def _folded(
-    adapter: ModelAdapter,
-    unit: Unit,
-    sources: SourceLayers,
-    state: LayerState,
-    maps: Sequence[Tensor],
-) -> dict[str, Tensor]:
-    """The merged layer's aligned input projections of one kind of unit, for kept units."""
-    found = {}
-    for name in input_tensors(adapter, unit):
-        counts = [len(units) * adapter.roles[name].size for units in sources.kept[unit]]
-        rows = state[name].split(counts)
-        found[name] = torch.cat([transformed(*pair) for pair in zip(rows, maps, strict=True)])
+            kept = sources.kept[sublayer.unit]
+            found |= fold_by_layer(roles, sublayer, kept, state, solved.inputs)
+        found |= as_tensors(sublayer, solved.output, state)
     return found

@@ -7,7 +7,7 @@ import torch
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.units import top_units
-from come.models.adapter import Unit
+from come.models.layout import Unit
 
 
 @RETENTION.register
@@ -17,10 +17,9 @@ class Joint(RetentionRule):
         kept = the K highest of S_lj / sum_k |S_lk| over all layers l of the span
 
     Scores are divided by their layer's total, so that layers with larger hidden states do not win
-    by magnitude alone. KV groups and MLP channels are ranked separately, so their allocations may
-    differ. The reported share of a layer (which weights output biases and per-head norms) is its
-    share of the kept MLP channels, or of the KV groups if only attention is merged. Ties go to the
-    shallower layer, then to the lower index.
+    by magnitude alone. Each kind of unit is ranked separately, so their allocations may differ. The
+    reported share of a layer (which weights output biases and per-head norms) is its share of the
+    kept units of the last merged sublayer. Ties go to the shallower layer, then to the lower index.
 
     Source: this project.
     """
@@ -46,6 +45,6 @@ class Joint(RetentionRule):
                 [i - count * layer for i in best if i // count == layer]
                 for layer in range(len(layers))
             ]
-        counted = kept["kv_group" if span.stream.block == "attention" else "channel"]
+        counted = kept[span.layout.of(span.stream.block)[-1].unit]
         total = sum(map(len, counted))
         return UnitAllocation([len(layer) / total for layer in counted], kept)

@@ -11,6 +11,7 @@ from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
 from come.merge.span import LayerSpan, UnitAllocation
 from come.models.layer_state import overlay
+from come.models.sublayers import run_layer
 from come.setting import setting
 from come.stream.stream import LayerStream
 
@@ -54,7 +55,8 @@ class RefitError(SpanScore):
         layer = adapter.copy_layer(span.first, fitted)
         missed, total = 0.0, 0.0
         for batch in targets:
-            output = layer(batch.states, **span.stream.keywords(len(batch.states), span.first))
+            keywords = span.stream.keywords(len(batch.states), span.first)
+            output = run_layer(layer, batch.states, keywords)
             target = batch.output.flatten(0, 1).double()
             gap = target - output.flatten(0, 1).double()
             missed += (batch.weights * gap.square().sum(dim=1)).sum().item()
