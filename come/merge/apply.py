@@ -29,14 +29,18 @@ def source_layers_of(
     norms: str,
     shares: Sequence[float],
     kept: KeptUnits,
+    slot: int = 0,
 ) -> SourceLayers:
     """The tensors of `layers` that the operator reads, and the function that merges them.
 
-    The model is not changed.
+    The model is not changed. `slot` is the index of the layer whose kind the merged layer has.
     """
-    states, roles = [adapter.layer_state(index) for index in layers], adapter.roles(layers[0])
+    states, roles = [adapter.layer_state(index) for index in layers], adapter.roles(layers[slot])
     if check_norms(norms) == "fold":
-        states = [fold_norms(state, roles) for state in states]
+        states = [
+            fold_norms(state, adapter.roles(index))
+            for index, state in zip(layers, states, strict=True)
+        ]
     return SourceLayers(
         states, lambda layers: operator.merge(layers, roles, shares, kept), shares, kept
     )
@@ -47,10 +51,12 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     """Applies `step`, the merge after the steps of `plan`, to the model in place."""
     block, places = plan.block, plan.places[step.first : step.last + 1]
     layers = range(step.first, step.last + 1) if block == "layer" else places
-    sources = source_layers_of(adapter, layers, operator, plan.norms, step.shares, step.kept)
+    sources = source_layers_of(
+        adapter, layers, operator, plan.norms, step.shares, step.kept, step.slot
+    )
     merged = overlay(sources.state, step.solved.tensors)
     if block == "layer":
-        adapter.replace(step.first, step.last, merged)
+        adapter.replace(step.first, step.last, merged, step.slot)
     else:
         for place, state in block_states(adapter, places, step.kept_layer, merged, block).items():
             adapter.write(place, state)
@@ -94,7 +100,7 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model's type, layers or units differ from those of the plan's base model.
     """
     adapter = ModelAdapter(model)
-    found = (adapter.config.model_type, adapter.num_layers, dict(adapter.unit_counts))
+    found = (adapter.model.config.model_type, adapter.num_layers, dict(adapter.unit_counts))
     expected = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
     if found != expected:
         raise ValueError(

@@ -24,6 +24,10 @@ class Combination(Protocol):
     sublayers: list[str]
     groups: list[list[int]]
 
+    def slot(self, size: int) -> int:
+        """The index in a span of the layer whose kind the merged layer has."""
+        ...
+
     @property
     def block(self) -> str:
         """What is merged: "layer", "attention" or "ffn"."""

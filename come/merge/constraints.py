@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from come.models.layout import Block, LayerLayout
 from come.models.surgery import Span
 
 if TYPE_CHECKING:
@@ -32,11 +34,26 @@ def span_size(depth: int, target: int, m: int) -> int:
     return min(m, depth - target + 1)
 
 
+def layer_kinds(layouts: Sequence[LayerLayout], rule: str, block: Block) -> tuple[Hashable, ...]:
+    """What layers must have in common to be merged; empty if all layers can be.
+
+    Args:
+        layouts: the layers of the model.
+        rule: `merge.kinds`; unless it is "same", layers only need the same tensors.
+        block: what is merged.
+    """
+    parts = [tuple(layout.of(block)) for layout in layouts]
+    kinds = [(layout.kind, own) for layout, own in zip(layouts, parts, strict=True)]
+    found: list[Hashable] = [*(kinds if rule == "same" else parts)]
+    return tuple(found) if len(set(found)) > 1 else ()
+
+
 @dataclass(frozen=True)
 class SpanConstraints:
     """Which spans are allowed.
 
     Attributes:
+        kinds: what the layers of a span must have in common, by original layer; empty if all have.
         m: layers of a span; a drop removes m - 1 of them.
         variable_size: whether a span may have fewer layers.
         remerges: whether a merged layer may be merged again.
@@ -51,6 +68,7 @@ class SpanConstraints:
     protect_first: int = 0
     protect_last: int = 0
     variable_size: bool = False
+    kinds: tuple[Hashable, ...] = ()
 
     @property
     def protected(self) -> int:
@@ -59,8 +77,28 @@ class SpanConstraints:
 
     def smallest_depth(self, num_layers: int) -> int:
         """The smallest depth that can be reached."""
-        least = smallest_depth(num_layers, self.m, self.remerges, self.protected)
-        return max(1, self.protected) if self.drops else least
+        if self.drops:
+            return max(1, self.protected)
+        if not self.kinds:
+            return smallest_depth(num_layers, self.m, self.remerges, self.protected)
+        runs = self._runs_of_a_kind(num_layers)
+        if self.remerges:
+            return self.protected + len(runs)
+        if self.variable_size:
+            return num_layers - sum(run - -(-run // self.m) for run in runs)
+        full = sum(run // self.m for run in runs)
+        rest = max(run % self.m for run in runs)
+        return num_layers - full * (self.m - 1) - max(0, rest - 1)
+
+    def _runs_of_a_kind(self, num_layers: int) -> list[int]:
+        """Lengths of the runs of unprotected layers of one kind."""
+        free = self.kinds[self.protect_first : num_layers - self.protect_last]
+        return [len(list(run)) for _, run in groupby(free)]
+
+    def alike(self, history: Sequence[Span], first: int, last: int) -> bool:
+        """Whether layers first..last of the current model are of one kind."""
+        kinds = {self.kinds[span[0]] for span in history[first : last + 1]} if self.kinds else ()
+        return len(kinds) <= 1
 
     def spans(
         self, history: Sequence[Span], target: int, stop: int | None = None
@@ -80,6 +118,7 @@ class SpanConstraints:
         if self.drops:
             return [(first, first + size - 2) for first in range(begin, end - size + 2)]
         spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
+        spans = [span for span in spans if self.alike(history, *span)]
         if self.remerges:
             return spans
         closed = [len(h) > 1 or not begin <= i < end for i, h in enumerate(history)]
@@ -88,7 +127,9 @@ class SpanConstraints:
             if any(closed[first : last + 1]):
                 continue
             after = [*closed[:first], True, *closed[last + 1 :]]
-            runs, excess = _runs(after), depth - (last - first) - target
+            rest = [*history[: first + 1], *history[last + 1 :]]
+            cuts = [not self.alike(rest, i - 1, i) for i in range(1, len(rest))]
+            runs, excess = _runs(after, cuts), depth - (last - first) - target
             if self.variable_size:
                 reachable = sum(run - -(-run // self.m) for run in runs) >= excess
             else:
@@ -110,15 +151,17 @@ class SpanConstraints:
         return first, last + 1, last + 1 - first
 
 
-def _runs(merged: Sequence[bool]) -> list[int]:
-    """Lengths of the runs of two or more layers that can still be merged."""
+def _runs(merged: Sequence[bool], cuts: Sequence[bool]) -> list[int]:
+    """Lengths of the runs of two or more layers that can still be merged.
+
+    `cuts`: whether each layer but the first is of another kind than the one before it.
+    """
     runs, length = [], 0
-    for flag in [*merged, True]:
-        if flag:
+    for flag, cut in zip([*merged, True], [False, *cuts, False], strict=True):
+        if flag or cut:
             runs.append(length)
             length = 0
-        else:
-            length += 1
+        length += not flag
     return [run for run in runs if run >= 2]
 
 
@@ -180,6 +223,13 @@ def check_target(
     if rules.protected >= num_layers:
         raise ValueError(f"{protects} leave none of the model's {num_layers} layers to merge")
     least = rules.smallest_depth(num_layers)
+    if target < least and rules.kinds:
+        raise ValueError(
+            f"{target} of {num_layers} layers cannot be reached with merge.m={rules.m}, because "
+            f"only layers of one kind are merged; the smallest depth that can is {least}. "
+            "merge.kinds=first also merges layers that differ in their kind but not in their "
+            "tensors, such as windows"
+        )
     if target < least:
         keeps = f" with {protects}" if rules.protected else ""
         message = (
@@ -257,3 +307,13 @@ def layers_for_sparsity(
             f"{(layers - 1) * per_layer / total:.4f} of the parameters are removed"
         )
     return layers - removed
+
+
+def check_groups_kinds(groups: Sequence[Sequence[int]], kinds: Sequence[Hashable]) -> None:
+    """Raises ValueError if a group of `merge.groups` has layers that cannot be merged."""
+    for group in groups:
+        if kinds and len({kinds[layer] for layer in group}) > 1:
+            raise ValueError(
+                f"merge.groups has {list(group)}, layers of several kinds; merge.kinds=first or "
+                "last merges those that differ in their kind but not in their tensors"
+            )

@@ -209,8 +209,8 @@ class InputMap:
 
     def _batches(self) -> Iterator[tuple[States, tuple[States, States], Tensor, dict[str, Any]]]:
         """What the sublayer reads; the target and the stream before it; weights; keywords."""
-        stream, device = self.targets.stream, self.adapter.device
+        device = self.adapter.device
         for batch in self.targets:
             read, before = (states[batch.rows].to(device) for states in self.streams)
-            keywords = stream.keywords(len(read), self.targets.first)
+            keywords = self.targets.keywords(len(read))
             yield read, (batch.output, before), batch.weights.to(self.output), keywords

@@ -45,11 +45,11 @@ class InsideLayer:
 
     def features(self, batch: TargetBatch, read: States) -> Tensor:
         """The input of the sublayer's output projection, [batch, seq, width]."""
-        keywords = self.targets.stream.keywords(len(read), self.targets.first)
+        keywords = self.targets.keywords(len(read))
         return hidden_features(self.layer, self._layout, self.sublayer, read, keywords)
 
     def _after(self, sublayer: Sublayer | None, batch: TargetBatch) -> States:
         if sublayer is None:
             return batch.states
-        keywords = self.targets.stream.keywords(len(batch.states), self.targets.first)
+        keywords = self.targets.keywords(len(batch.states))
         return states_after(self.layer, self._layout, sublayer, batch.states, keywords)

@@ -67,7 +67,7 @@ class SourceLayer:
     def module(self, targets: ReconstructionTargets) -> nn.Module:
         """The layer as a module that is not part of the model."""
         adapter = targets.stream.adapter
-        layer = adapter.copy_layer(targets.first, self.state)
+        layer = adapter.copy_layer(targets.place, self.state)
         for norm, change in self.inputs.items():
             layer.set_submodule(norm, AlignedNorm(layer.get_submodule(norm), change))
         return layer
@@ -116,7 +116,7 @@ def select_units_jointly(
     for sublayer in layout:
         changes: list[Tensor] = []
         if align is not None and sublayer.norm and aligns(sublayer):
-            norms = [adapter.copy_norm(span.first, sublayer, layer.state) for layer in layers]
+            norms = [adapter.copy_norm(targets.place, sublayer, layer.state) for layer in layers]
             read = partial(residual.read, sublayer)
             changes = input_maps(targets, sublayer, norms[0], norms, read, align)
             layers = [
@@ -127,7 +127,7 @@ def select_units_jointly(
         last = sublayer == layout.last
         dtype = torch.float64  # the solution is used, not only the selection
         if last:
-            bias = f"{sublayer.output}.bias" in adapter.roles(span.first)
+            bias = f"{sublayer.output}.bias" in adapter.roles(targets.place)
             dtype = choice_dtype(span.size * sublayer.count, ratio, bias=bias)
         features = Features(targets, sublayer, layers, residual, hold=not last)
         sums = stacked_equations(features, dtype)
@@ -215,7 +215,7 @@ class Features:
         if (number, batch.number) in self._held:
             return self._held[number, batch.number].to(stream.adapter.device)
         assert module is not None
-        keywords = stream.keywords(len(batch.states), self.targets.first)
+        keywords = self.targets.keywords(len(batch.states))
         read = self.residual.read(self.sublayer, batch)
         found = hidden_features(module, self.targets.layout, self.sublayer, read, keywords)
         if self._hold:
@@ -244,7 +244,7 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
     """
     targets, sublayer, layers = features.targets, features.sublayer, features.layers
     stream, width = targets.stream, len(layers) * sublayer.width
-    bias = f"{sublayer.output}.bias" in stream.adapter.roles(targets.first)
+    bias = f"{sublayer.output}.bias" in stream.adapter.roles(targets.place)
     sums = equations(width, stream, bias=bias, eliminates=True, dtype=dtype)
     module: nn.Module | None = None
     if isinstance(sums, Dual):

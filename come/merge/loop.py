@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.merge.apply import apply, apply_step, source_layers_of, write_downstream
-from come.merge.constraints import check_target
+from come.merge.constraints import check_groups_kinds, check_target, layer_kinds
 from come.merge.downstream import refit_downstream
 from come.merge.method import Method, groups_target
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
@@ -76,7 +76,8 @@ def compress(
     """
     method = (method or Method()).fresh()
     adapter = ModelAdapter(model)
-    _check(method, adapter.num_layers, target_layers, stops)
+    kinds = layer_kinds(adapter.layout.layers, method.kinds, method.block)
+    _check(method, adapter.num_layers, target_layers, stops, kinds)
     plan = plan or Plan(
         BaseModel.of(adapter),
         method.operator.name,
@@ -105,7 +106,7 @@ def compress(
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
         apply(plan, model)
-        rules = method.constraints(adapter.num_layers, target_layers)
+        rules = method.constraints(adapter.num_layers, target_layers, kinds)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan
@@ -136,14 +137,17 @@ def compress(
     return plan
 
 
-def _check(method: Method, num_layers: int, target: int, stops: Collection[int]) -> None:
+def _check(
+    method: Method, num_layers: int, target: int, stops: Collection[int], kinds: Sequence[Hashable]
+) -> None:
     """Raises ValueError if the target or a stop cannot be reached."""
     if method.groups:
         reached = groups_target(method.groups, num_layers)
+        check_groups_kinds(method.groups, method.constraints(num_layers, target, kinds).kinds)
         if target != reached:
             raise ValueError(f"merge.groups lead to {reached} layers, not to {target}")
         return
-    rules = method.constraints(num_layers, target)
+    rules = method.constraints(num_layers, target, kinds)
     check_target(num_layers, target, rules, stops, method.schedule.nested)
     method.schedule.check_depths(num_layers, [*stops, target])
 
@@ -161,6 +165,7 @@ def _next_step(search: Search) -> tuple[MergeStep, LayerSpan]:
         candidates=choice.candidates,
         bi=search.influences(span),
         kept_layer=choice.kept,
+        slot=span.slot,
     )
     return step, span
 
@@ -174,7 +179,7 @@ def _refitted(
     stream.advance(stream.valid, step.last)
     layers = range(step.first, step.last + 1)
     sources = source_layers_of(
-        stream.adapter, layers, method.operator, method.norms, step.shares, step.kept
+        stream.adapter, layers, method.operator, method.norms, step.shares, step.kept, step.slot
     )
     if method.schedule.remeasures and list(span.layers) == list(layers):
         targets = span.targets  # as read by the choice of units
@@ -184,6 +189,7 @@ def _refitted(
             step.first,
             step.last,
             original=plan.history[step.last][-1],
+            place=step.first + step.slot,
             target=method.refit.target,
             weighting=method.refit.weights,
         )
@@ -195,7 +201,7 @@ def _changed_from(stream: LayerStream, plan: Plan) -> int:
     """Tells the stream that `plan`'s last step is written; returns the first changed layer."""
     step = plan.steps[-1]
     if stream.block == "layer":
-        stream.merged(step.first, step.last)
+        stream.merged(step.first, step.last, step.slot)
         return step.first
     first = replace(plan, steps=plan.steps[:-1]).places[step.first]
     stream.invalidate_from(first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 else:  # a composed configuration holds names and plain data
     MergeOperator = SensitivityMetric = SpanScore = RetentionRule = Schedule = Refit = Any
 
+KINDS = ("same", "first", "last")
 PARTS: dict[str, Registry[Any]] = {
     "operator": OPERATORS,
     "sensitivity": SENSITIVITY,
@@ -88,6 +89,12 @@ class Method(HasSettings):
         "fold",
         "norms of a merged layer: their mean, or folded into the rows that read them",
         choices=get_args(Norms),
+    )
+    kinds: str = setting(
+        "same",
+        "which layers may be merged where kinds differ (windows, RoPE): those of the same kind, or "
+        "all, into the kind of a span's first or last layer; drops keep any layer",
+        choices=KINDS,
     )
     allow_remerge: bool = setting(False, "whether a merged layer may be merged again; drops may")
     protect_first: int = setting(0, "first layers that are neither merged nor dropped", least=0)
@@ -174,8 +181,17 @@ class Method(HasSettings):
         """Whether a layer may be part of several spans."""
         return self.allow_remerge or self.operator.drops
 
-    def constraints(self, num_layers: int, target: int) -> SpanConstraints:
-        """Which spans are allowed on the way from `num_layers` to `target` layers."""
+    def slot(self, size: int) -> int:
+        """The index in a span of the layer whose kind the merged layer has."""
+        return size - 1 if self.kinds == "last" else 0
+
+    def constraints(
+        self, num_layers: int, target: int, kinds: Sequence[Hashable] = ()
+    ) -> SpanConstraints:
+        """Which spans are allowed on the way from `num_layers` to `target` layers.
+
+        `kinds`: what merged layers must have in common (see `layer_kinds`).
+        """
         return SpanConstraints(
             m=num_layers - target + 1 if self.schedule.single_span else self.m,
             remerges=self.remerges,
@@ -183,6 +199,7 @@ class Method(HasSettings):
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             variable_size=self.schedule.variable_size,
+            kinds=tuple(kinds) if not self.operator.drops else (),
         )
 
     def fresh(self) -> Method:

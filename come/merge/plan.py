@@ -77,6 +77,8 @@ class MergeStep:
         bi: block influence of every layer of the model measured for this step. With a schedule
             that plans ahead, steps after the first have only the layers up to the span.
         kept_layer: index in the span of the layer that a drop keeps; None for a merge.
+        slot: index in the span of the layer whose kind and configuration the new layer has; for a
+            drop, the kept layer.
         solved: tensors of the merged layer that were solved on calibration data.
         output_scale: factor on the output projections of all layers after the span.
     """
@@ -90,6 +92,7 @@ class MergeStep:
     candidates: list[SpanCandidate]
     bi: list[float]
     kept_layer: int | None = None
+    slot: int = 0
     solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     output_scale: float = 1.0
 
@@ -118,7 +121,7 @@ class BaseModel:
         return cls(
             name=name or str(adapter.config.name_or_path),
             fingerprint=fingerprint,
-            model_type=adapter.config.model_type,
+            model_type=adapter.model.config.model_type,
             num_layers=adapter.num_layers,
             units=adapter.unit_counts,
         )
@@ -175,7 +178,10 @@ class Plan:
     def hash(self) -> str:
         """Hash of all that determines the weights, i.e. of everything but the provenance."""
         decisions = [
-            [s.first, s.last, s.shares, s.kept, s.kept_layer, s.solved.hashes, s.output_scale]
+            [
+                *(s.first, s.last, s.shares, s.kept, s.kept_layer, s.solved.hashes),
+                *(s.output_scale, *([s.slot] if s.slot and s.kept_layer is None else [])),
+            ]
             for s in self.steps
         ]
         base = asdict(self.base) | {"name": ""}
@@ -289,6 +295,7 @@ def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
     candidates = [SpanCandidate(**candidate) for candidate in step["candidates"]]
     if "keeper" in step:  # earlier versions
         step["kept_layer"] = step.pop("keeper")
+    step.setdefault("slot", step["kept_layer"] or 0)
     return MergeStep(**{**step, "candidates": candidates, "solved": solved})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -105,6 +105,7 @@ class ReconstructionTargets:
         first: a.
         last: b.
         original: the original layer whose output is the dense model's h_b.
+        place: the layer whose kind and arguments the merged layer has; None for a.
         target: "dense" or "current".
         weighting: token weighting, "relative" for 1 / mean_channels(output^2), or "equal".
     """
@@ -116,6 +117,7 @@ class ReconstructionTargets:
         last: int,
         *,
         original: int,
+        place: int | None = None,
         target: Target = "dense",
         weighting: Weighting = "relative",
     ) -> None:
@@ -123,6 +125,7 @@ class ReconstructionTargets:
         self.first = first
         self.last = last
         self.original = original
+        self.place = first if place is None else place
         self.target: Target = target
         self.weighting: Weighting = weighting
         self.input_maps: dict[tuple[str, float], list[Tensor]] = {}  # cached, by norm and lambda
@@ -140,7 +143,11 @@ class ReconstructionTargets:
     @property
     def layout(self) -> LayerLayout:
         """The sublayers of the merged layer."""
-        return self.stream.adapter.layer_layout(self.first)
+        return self.stream.adapter.layer_layout(self.place)
+
+    def keywords(self, batch: int) -> dict[str, Any]:
+        """Keyword arguments of the merged layer for a batch of `batch` windows."""
+        return self.stream.keywords(batch, self.place)
 
     def source_states(self, sublayer: Sublayer) -> list[dict[int, States]]:
         """The residual stream of every layer after a sublayer, by batch number, in main memory."""

@@ -168,7 +168,7 @@ class Search:
         """The schedule's choice, its span, and the span's unit allocation."""
         choice = self.method.schedule.choose(self)
         self.method.selection.release()
-        span = self.span(choice.first, choice.last)
+        span = self.span(choice.first, choice.last, choice.kept)
         split = self.split(span, choice.kept)
         self.origins[choice.first : choice.last + 1] = [
             self.origins[choice.first + (choice.kept or 0)]
@@ -179,10 +179,13 @@ class Search:
         """The selection's score of layers first..last; cached while it cannot have changed."""
         return self.scored([(first, last)])[0].score
 
-    def span(self, first: int, last: int, stream: LayerStream | None = None) -> LayerSpan:
+    def span(
+        self, first: int, last: int, kept: int | None = None, stream: LayerStream | None = None
+    ) -> LayerSpan:
         """The span of layers first..last.
 
-        `stream` holds the windows for targets, losses and gradients; by default all windows.
+        `kept` is the index of the layer that a drop keeps. `stream` holds the windows for targets,
+        losses and gradients; by default all windows.
         """
         layers = self.origins[first : last + 1]
         self._measure_through(layers[-1])
@@ -195,6 +198,7 @@ class Search:
             norms=self.method.norms,
             refit=self.method.refit,
             sensitivity=self.method.sensitivity,
+            slot=self.method.slot(last + 1 - first) if kept is None else kept,
         )
 
     def split(self, span: LayerSpan, kept: int | None, *, trial: bool = False) -> UnitAllocation:
@@ -265,7 +269,7 @@ class Search:
         """The spans of trial merges and their unit allocations, in order."""
         stream = self.method.selection.trial_stream(self.stream.unshared())
         for first, last, kept in spans:
-            span = self.span(first, last, stream)
+            span = self.span(first, last, kept, stream)
             yield span, self.split(span, kept, trial=True)
 
     def chosen(self, candidates: list[SpanCandidate]) -> Choice:

@@ -55,6 +55,7 @@ class LayerSpan:
         refit: how the merged layer is fitted to them.
         sensitivity: how their channels are scored.
         narrower: units that the new layer has, by kind, where these are fewer than a layer has.
+        slot: index in the span of the layer whose kind and configuration the new layer has.
     """
 
     stream: LayerStream
@@ -66,6 +67,7 @@ class LayerSpan:
     refit: Refit
     sensitivity: SensitivityMetric
     narrower: Mapping[Unit, int] = field(default_factory=dict)
+    slot: int = 0
 
     @property
     def unit_counts(self) -> dict[Unit, int]:
@@ -75,7 +77,12 @@ class LayerSpan:
     @property
     def layout(self) -> LayerLayout:
         """The sublayers of the new layer."""
-        return self.stream.adapter.layer_layout(self.first)
+        return self.stream.adapter.layer_layout(self.place)
+
+    @property
+    def place(self) -> int:
+        """The layer whose kind and configuration the new layer has."""
+        return self.layers[self.slot]
 
     @property
     def first(self) -> int:
@@ -112,6 +119,7 @@ class LayerSpan:
             self.first,
             self.last,
             original=self.spans[-1][-1],
+            place=self.place,
             target=self.refit.target,
             weighting=self.refit.weights,
         )
@@ -126,8 +134,9 @@ class LayerSpan:
     def sources(self, split: UnitAllocation) -> SourceLayers:
         """The layers as the operator reads them, and the function that merges them."""
         sources = source_layers_of(
-            self.stream.adapter, self.layers, self.operator, self.norms, split.shares, split.kept
-        )
+            self.stream.adapter, self.layers, self.operator, self.norms, split.shares, split.kept,
+            self.slot,
+        )  # fmt: skip
         return replace(sources, solved=split.solved)
 
     def merge(self, split: UnitAllocation) -> LayerState:
@@ -139,7 +148,7 @@ class LayerSpan:
         adapter, block = self.stream.adapter, self.stream.block
         merged = self.merge(split)
         if block == "layer":
-            return [(self.first, adapter.copy_layer(self.first, merged))]
+            return [(self.place, adapter.copy_layer(self.place, merged))]
         kept_layer = split.shares.index(1.0) if self.operator.drops else None
         states = block_states(adapter, self.layers, kept_layer, merged, block)
         copies = {place: adapter.copy_layer(place, state) for place, state in states.items()}

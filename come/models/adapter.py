@@ -36,7 +36,7 @@ class ModelAdapter:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._layout = layout_of(model.config)
-        check_layer_config(model.config)
+        check_layer_config(self.config)
         self._roles: dict[LayerLayout, dict[str, Role]] = {}
         for layer, layout in zip(self.layers, self._layout.layers, strict=True):
             if layout not in self._roles:
@@ -44,8 +44,8 @@ class ModelAdapter:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's own configuration."""
-        return self.model.config
+        """The model's own configuration, of its text model if it has others."""
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -58,7 +58,7 @@ class ModelAdapter:
     def layout(self) -> ModelLayout:
         """The layout of the current model."""
         if len(self._layout.layers) != self.num_layers:
-            self._layout = layout_of(self.config)
+            self._layout = layout_of(self.model.config)
         return self._layout
 
     def layer_layout(self, index: int) -> LayerLayout:
@@ -216,13 +216,21 @@ class ModelAdapter:
         """Sets tensors of a copied layer without overwriting the old ones, which may be shared."""
         layer.load_state_dict(dict(state), strict=False, assign=True)
 
-    def replace(self, first: int, last: int, state: LayerState) -> None:
-        """Replaces layers first..last (inclusive) by one layer with the tensors `state`."""
-        assert first <= last
-        assert state.keys() == self.layer_state(first).keys()
-        self.write(first, state)
+    def replace(self, first: int, last: int, state: LayerState, slot: int = 0) -> None:
+        """Replaces layers first..last (inclusive) by one layer with the tensors `state`.
+
+        The new layer has the kind and the configuration of layer first + slot.
+        """
+        place = first + slot
+        assert first <= place <= last
+        assert state.keys() == self.layer_state(place).keys()
+        expected = self.layout.layers[:first] + self.layout.layers[place : place + 1]
+        expected += self.layout.layers[last + 1 :]
+        self.write(place, state)
         if last > first:
-            remove_layers(self.layers, self.config, first + 1, last)
+            removed = [index for index in range(first, last + 1) if index != place]
+            remove_layers(self.layers, self.config, removed)
+            assert self.layout.layers == expected, "the configuration describes other layers"
 
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:

@@ -20,7 +20,7 @@ from come.models.checkpoint import (
     weights_dtype,
 )
 from come.models.families import check_model_type, layout_of
-from come.models.layout import Block
+from come.models.layout import Block, LayerLayout
 from come.models.weights import open_weights
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ModelShape:
         heads: inputs of the output projections of one layer, without the last.
         channels: inputs of the last output projection of one layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
+        layouts: the sublayers of every layer.
     """
 
     config: PretrainedConfig
@@ -53,6 +54,7 @@ class ModelShape:
     heads: int
     channels: int
     input_maps: int
+    layouts: tuple[LayerLayout, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
@@ -67,6 +69,7 @@ class ModelShape:
             heads=sum(sublayer.width for sublayer in others),
             channels=last.width,
             input_maps=len(last.gates),
+            layouts=adapter.layout.layers,
         )
 
     @property

@@ -15,19 +15,27 @@ Span = list[int]
 """The original layers that were merged into one layer of the current model."""
 
 # Per-layer configuration keys, by the kind of their value.
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-LAYER_INDEX_LISTS = ("mlp_only_layers",)
-LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
+PER_LAYER_LISTS = (
+    *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers"),
+    *("indexer_types", "layer_rope_theta", "num_attention_heads_per_layer", "intermediate_size"),
+    "activation_sparsity_pattern",
+)
+LAYER_INDEX_LISTS = (
+    *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids"),
+    "cross_attention_layers",
+)
+LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Other lists, whose length may equal the number of layers by coincidence.
 OTHER_LISTS = ("architectures", "eos_token_id", "bos_token_id", "suppress_tokens")
+
+_INDICES = ("layer_idx", "layer_id", "layer_number")  # of modules that know their own layer
 
 
 def check_layer_config(config: PretrainedConfig) -> None:
     """Rejects a configuration with per-layer entries that removing layers cannot update.
 
     Raises:
-        ValueError: there is an unknown list with one entry per layer, or the layers are of several
-            kinds.
+        ValueError: there is an unknown list with one entry per layer.
     """
     count = config.num_hidden_layers
     known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *OTHER_LISTS}
@@ -36,14 +44,7 @@ def check_layer_config(config: PretrainedConfig) -> None:
             raise ValueError(
                 f"config.{key} has one entry for each of the {count} layers, and it is not known "
                 f"how to keep it in step when layers are merged; known are "
-                f"{', '.join(PER_LAYER_LISTS)}"
-            )
-    for key in PER_LAYER_LISTS:
-        kinds = sorted({str(kind) for kind in getattr(config, key, None) or []})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"config.{key} mixes {', '.join(kinds)}: merging layers of different kinds is "
-                "not supported"
+                f"{', '.join((*PER_LAYER_LISTS, *LAYER_INDEX_LISTS))}"
             )
 
 
@@ -65,19 +66,20 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, first: int, last: int) -> None:
-    """Removes layers first..last (inclusive) from a model, and updates its configuration.
+def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, removed: Sequence[int]) -> None:
+    """Removes layers from a model, and updates its configuration in place.
 
     Args:
         layers: the decoder layers of the model.
-        config: the model's configuration, updated in place.
-        first: first layer to remove.
-        last: last layer to remove.
+        config: the model's configuration.
+        removed: indices of the layers to remove, ascending.
     """
-    assert 0 < first <= last < len(layers) == config.num_hidden_layers
-    reindex_config(config, [i for i in range(len(layers)) if not first <= i <= last])
-    del layers[first : last + 1]
+    assert len(layers) == config.num_hidden_layers > len(removed)
+    reindex_config(config, [i for i in range(len(layers)) if i not in removed])
+    for index in reversed(removed):
+        del layers[index]
     for index, layer in enumerate(layers):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", index)  # noqa: B010 - not declared by nn.Module
+            for name in _INDICES:
+                if hasattr(module, name):
+                    setattr(module, name, index)

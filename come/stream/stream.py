@@ -331,13 +331,14 @@ class LayerStream:
                     self._meter.tokens += states.shape[:2].numel()
             yield from zip(group, found, strict=True)
 
-    def merged(self, first: int, last: int) -> None:
+    def merged(self, first: int, last: int, slot: int = 0) -> None:
         """Records that layers first..last were merged into one layer at index `first`.
 
-        Boundary `first` stays valid. All later boundaries must be recomputed.
+        Boundary `first` stays valid. All later boundaries must be recomputed. The layer has the
+        keyword arguments of layer first + slot.
         """
         for kwargs in self._kwargs.values():
-            del kwargs[first + 1 : last + 1]
+            kwargs[first : last + 1] = [kwargs[first + slot]]
             assert len(kwargs) == self.num_layers
         self._store.trim(self.num_layers + 1)
         self._valid = first

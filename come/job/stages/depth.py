@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from come.merge.constraints import DEFAULT_SPARSITY, check_target, layers_for_sparsity
+from come.merge.constraints import (
+    DEFAULT_SPARSITY,
+    check_groups_kinds,
+    check_target,
+    layer_kinds,
+    layers_for_sparsity,
+)
 from come.merge.method import groups_target
 from come.schema.merge import MergeSettings
 
@@ -39,7 +46,7 @@ def target_layers(merge: MergeSettings, shape: ModelShape) -> int:
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
     each = shape.block_parameters[merge.block]
     target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
-    rules = merge.constraints(shape.num_layers, target)
+    rules = merge.constraints(shape.num_layers, target, kinds_of(merge, shape))
     least = rules.smallest_depth(shape.num_layers)
     if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:
         largest = (shape.num_layers - least) * each / shape.parameters
@@ -52,9 +59,17 @@ def target_layers(merge: MergeSettings, shape: ModelShape) -> int:
     return target
 
 
-def check_reachable(merge: MergeSettings, num_layers: int, target: int) -> None:
+def kinds_of(merge: MergeSettings, shape: ModelShape) -> tuple[Hashable, ...]:
+    """What merged layers must have in common; empty if all layers can be merged."""
+    return layer_kinds(shape.layouts, merge.kinds, merge.block)
+
+
+def check_reachable(
+    merge: MergeSettings, num_layers: int, target: int, kinds: Sequence[Hashable] = ()
+) -> None:
     """Raises ValueError if the target, or a depth of `merge.save_at`, cannot be reached."""
-    rules = merge.constraints(num_layers, target)
+    rules = merge.constraints(num_layers, target, kinds)
+    check_groups_kinds(merge.groups, rules.kinds)
     if not merge.groups:
         check_target(num_layers, target, rules, merge.save_at, merge.schedule.nested)
         merge.schedule.check_depths(num_layers, [*merge.save_at, target])

@@ -18,7 +18,7 @@ from come.files import check_replaceable
 from come.job.budget import choose_placement
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
-from come.job.stages.depth import check_reachable, stated_target, target_layers
+from come.job.stages.depth import check_reachable, kinds_of, stated_target, target_layers
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
@@ -82,7 +82,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             plan.truncated(depth)
     else:
         target = target_layers(merge, shape)
-        check_reachable(merge, shape.num_layers, target)
+        check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
         settings = choose_placement(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints

@@ -43,7 +43,7 @@ class Adam(Ridge):
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """All tensors of the layer, fitted."""
-        stream, index, state = targets.stream, targets.first, sources.state
+        stream, index, state = targets.stream, targets.place, sources.state
         start = overlay(state, super().solve(targets, sources))
         own = {name: tensor.float().clone() for name, tensor in start.items()}
         layer = stream.adapter.copy_layer(index, own).requires_grad_(True)

@@ -67,7 +67,7 @@ class GaussNewton(Ridge):
         sublayer = targets.layout.last
         if not sublayer.gates or sublayer.kind not in self.sublayers:
             return found
-        layer = adapter.copy_layer(targets.first, overlay(sources.state, found))
+        layer = adapter.copy_layer(targets.place, overlay(sources.state, found))
         inside = InsideLayer(targets, layer, sublayer)
         with ExitStack() as stack:
             read = before = stack.enter_context(stream.scratch_boundary("refit"))

@@ -89,7 +89,7 @@ class Ridge(Refit):
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
-        adapter, index, state = targets.stream.adapter, targets.first, sources.state
+        adapter, index, state = targets.stream.adapter, targets.place, sources.state
         if self._same_as_selection and sources.solved:
             return _selection_solution(targets, sources)
         layer, layout = adapter.copy_layer(index, state), targets.layout
@@ -173,7 +173,7 @@ class Ridge(Refit):
         sublayer: Sublayer,
     ) -> LayerState:
         """The aligned input projections of a sublayer; each layer's rows use its own map."""
-        adapter, index = targets.stream.adapter, targets.first
+        adapter, index = targets.stream.adapter, targets.place
         assert self.align is not None
         assert sublayer.norm is not None
         norms = [adapter.copy_norm(index, sublayer, state) for state in sources.layers]
@@ -205,7 +205,7 @@ class Ridge(Refit):
 def _selection_solution(targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
     """The tensors of unit selection's solution."""
     state, found = sources.state, dict[str, Tensor]()
-    roles = targets.stream.adapter.roles(targets.first)
+    roles = targets.stream.adapter.roles(targets.place)
     for sublayer in targets.layout:
         solved = sources.solved[sublayer.unit]
         if solved.inputs:

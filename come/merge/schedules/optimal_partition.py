@@ -85,7 +85,8 @@ class OptimalPartition(Schedule):
         waiting = [
             (i, i + 1)
             for i in range(depth - 1)
-            if free[i] and free[i + 1] and (own[i], own[i + 1]) not in costs
+            if free[i] and free[i + 1] and rules.alike(history, i, i + 1)
+            if (own[i], own[i + 1]) not in costs
         ]
         count = len(waiting)
         if search.shortlist:

@@ -52,10 +52,10 @@ class RefitError(SpanScore):
         targets, adapter = span.targets, span.stream.adapter
         sources = span.sources(split)
         fitted = overlay(sources.state, refit.solve(targets, sources))
-        layer = adapter.copy_layer(span.first, fitted)
+        layer = adapter.copy_layer(targets.place, fitted)
         missed, total = 0.0, 0.0
         for batch in targets:
-            keywords = span.stream.keywords(len(batch.states), span.first)
+            keywords = targets.keywords(len(batch.states))
             output = run_layer(layer, batch.states, keywords)
             target = batch.output.flatten(0, 1).double()
             gap = target - output.flatten(0, 1).double()

@@ -147,7 +147,8 @@ def fitted_trial(span: LayerSpan, split: UnitAllocation, refit: Refit) -> Route:
         return span.trial(split)
     sources = span.sources(split)
     fitted = overlay(sources.state, refit.surrogate.solve(span.targets, sources))
-    return [(span.first, span.stream.adapter.copy_layer(span.first, fitted))]
+    place = span.targets.place
+    return [(place, span.stream.adapter.copy_layer(place, fitted))]
 
 
 def repeat_windows(windows: Int[Tensor, "windows seq"]) -> Int[Tensor, "windows again"]:
