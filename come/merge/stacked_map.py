@@ -6,12 +6,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.linalg.equations import Map
+from come.merge.normed_output import scale_of
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.layout import Sublayer
 
 
 class StackedMap:
     """The output projections of a span side by side, W = [W_1 ... W_m]; biases are summed.
+
+    Where a norm follows them, each is multiplied by the norm's scale.
 
     W is not stored: it is read layer by layer and is column-major, which is the layout
     of the dual form.
@@ -40,6 +43,8 @@ class StackedMap:
             state = targets.stream.adapter.layer_state(index)
             rows = state[f"{output}.weight"]
             rows = rows.T if self._sublayer.output_axis == 1 else rows
+            if self._sublayer.post_norm:
+                rows = rows * scale_of(state, self._sublayer).to(rows)
             width = len(rows)
             if weight is None:
                 size = len(layers) * width if chosen is None else len(chosen)

@@ -185,7 +185,10 @@ class ModelAdapter:
     @property
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
-        return self.model.get_output_embeddings()
+        head, layout = self.model.get_output_embeddings(), self.layout
+        if layout.logit_scale == 1 and layout.logit_cap is None:
+            return head
+        return ScaledHead(head, layout.logit_scale, layout.logit_cap)
 
     def copy_layer(self, index: int, state: LayerState) -> nn.Module:
         """A layer like `index` that is not part of the model and holds the tensors `state`.
@@ -232,11 +235,41 @@ class ModelAdapter:
             remove_layers(self.layers, self.config, removed)
             assert self.layout.layers == expected, "the configuration describes other layers"
 
+    def scaled_outputs(self, index: int, state: LayerState, factor: float) -> LayerState:
+        """The tensors that multiply all sublayer outputs of a layer like `index` by `factor`.
+
+        These are the output projections, weights and biases, or the scales of norms after them.
+        """
+        found: dict[str, Tensor] = {}
+        for sublayer in self.layer_layout(index):
+            norm = sublayer.post_norm
+            if norm is None:
+                names = self.output_tensors(index, sublayer)
+                found |= {name: state[name] * factor for name in names}
+            else:
+                name = f"{norm.module}.weight"
+                found[name] = (state[name] + norm.offset) * factor - norm.offset
+        return found
+
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:
-        """Multiplies the output projections of layer `index`, weights and biases, by `factor`."""
-        state = self.layer_state(index)
-        self.write(index, {name: state[name] * factor for name in self.output_tensors(index)})
+        """Multiplies all sublayer outputs of layer `index` by `factor`."""
+        self.write(index, self.scaled_outputs(index, self.layer_state(index), factor))
+
+
+class ScaledHead(nn.Module):
+    """An LM head followed by a constant factor and a soft bound, z -> cap tanh(scale z / cap)."""
+
+    def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self.head = head
+        self.scale = scale
+        self.cap = cap
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The logits, [..., vocabulary]."""
+        logits: Tensor = self.head(states) * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 @contextmanager

@@ -267,12 +267,16 @@ class ModelLayout:
         stack: name of the list of decoder layers, relative to the model.
         final_norm: name of the norm between the last layer and the LM head.
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
+        logit_scale: constant that multiplies the LM head's output.
+        logit_cap: soft bound of the logits, cap * tanh(z / cap); None for none.
     """
 
     layers: tuple[LayerLayout, ...]
     stack: str = "model.layers"
     final_norm: str = "model.norm"
     returns: int = 0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
 
     @property
     def decoder(self) -> str:
@@ -282,11 +286,15 @@ class ModelLayout:
 
 def _roles(sublayer: Sublayer) -> dict[str, Role]:
     """The roles of a sublayer's modules and tensors by name."""
+    found: dict[str, Role]
     name, unit, norm = sublayer.name, sublayer.unit, sublayer.norm
     if sublayer.opaque:
         whole = Role(Part.UNITS, name, unit, sizes=())
-        return {rows.name: whole for rows in sublayer.inputs}
-    found: dict[str, Role] = {}
+        found = {rows.name: whole for rows in sublayer.inputs}
+        if sublayer.post_norm:
+            found[sublayer.post_norm.module] = Role(Part.SHARED, name)
+        return found
+    found = {}
     for rows in sublayer.inputs:
         read = norm if rows.reads else None
         found[rows.name] = Role(

