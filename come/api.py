@@ -14,7 +14,7 @@ from come.data.documents import Documents
 from come.data.sampling import self_generated_windows, unused_ids
 from come.data.sources.base import TextSource
 from come.data.sources.text_file import TextFile
-from come.data.windows import calibration_windows, check_token_ids
+from come.data.windows import begin_token, calibration_windows, check_token_ids
 from come.merge.constraints import DEFAULT_SPARSITY, layers_for_sparsity
 from come.merge.loop import compress as compress_layers
 from come.merge.method import Method, groups_target
@@ -84,7 +84,12 @@ def compress(
         ).windows
     elif (source := _as_source(text)) is not None:
         windows = calibration_windows(
-            tokenizer, source, num_samples=num_samples, seq_len=seq_len, seed=seed
+            tokenizer,
+            source,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            begin=begin_token(None, ModelAdapter(model).layout.begin_token, tokenizer),
         ).windows
     else:
         windows = _as_windows(torch.as_tensor(text), seq_len)

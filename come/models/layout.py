@@ -269,6 +269,7 @@ class ModelLayout:
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
         logit_scale: constant that multiplies the LM head's output.
         logit_cap: soft bound of the logits, cap * tanh(z / cap); None for none.
+        begin_token: whether the family predicts well only after its begin token.
     """
 
     layers: tuple[LayerLayout, ...]
@@ -277,6 +278,7 @@ class ModelLayout:
     returns: int = 0
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    begin_token: bool = False
 
     @property
     def decoder(self) -> str:

@@ -45,6 +45,7 @@ class ModelShape:
         channels: inputs of the last output projection of one layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
         layouts: the sublayers of every layer.
+        begin_token: whether the family predicts well only after its begin token.
     """
 
     config: PretrainedConfig
@@ -55,6 +56,7 @@ class ModelShape:
     channels: int
     input_maps: int
     layouts: tuple[LayerLayout, ...]
+    begin_token: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
@@ -70,6 +72,7 @@ class ModelShape:
             channels=last.width,
             input_maps=len(last.gates),
             layouts=adapter.layout.layers,
+            begin_token=adapter.layout.begin_token,
         )
 
     @property

@@ -47,7 +47,7 @@ def _sandwich(config: PretrainedConfig, shared: tuple[str, ...] = (), **others: 
             post_norm=Norm("post_feedforward_layernorm", 1.0),
         ),
     )
-    return ModelLayout(_of_kinds(config, sublayers), **others)
+    return ModelLayout(_of_kinds(config, sublayers), begin_token=True, **others)
 
 
 def glm4(config: PretrainedConfig) -> ModelLayout:
