@@ -78,17 +78,27 @@ class ModelShape:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return self.config.num_hidden_layers
+        return len(self.layouts)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The configuration of the decoder, which a model with other parts has inside its own."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.text_config.hidden_size
 
     @property
     def vocabulary(self) -> int:
         """Size of the vocabulary, as in the configuration."""
-        return self.config.vocab_size
+        return self.text_config.vocab_size
 
     @property
     def longest(self) -> int | None:
         """Most tokens of a sequence; None if the configuration does not limit them."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
     def weight_bytes(self) -> int:

@@ -317,7 +317,7 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Rebuilds the modules whose buffers are on the meta device: the rotary embeddings."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            made = type(module)(config=model.config)
+            made = type(module)(config=model.config.get_text_config(decoder=True))
             model.set_submodule(name, made.to(device))
 
 

@@ -82,6 +82,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         for depth in merge.save_at:
             plan.truncated(depth)
     else:
+        merge.check_layers(shape.layouts)
         target = target_layers(merge, shape)
         check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
