@@ -9,7 +9,7 @@ configuration (`come.models.families`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -57,12 +57,14 @@ class Rows:
             every unit, and so on: q, k and v of a fused projection are three blocks.
         axis: the dimension of the weight that the rows are; 1 if it is stored as [in, out].
         reads: whether it reads the output of the sublayer's norm.
+        parts: number of equal parts, one after another, each with all blocks of its own units.
     """
 
     name: str
     sizes: tuple[int, ...] = (1,)
     axis: int = 0
     reads: bool = True
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class Role:
         sizes: rows or columns of one unit, block by block; empty if one unit has all.
         norm: the norm whose output the tensor reads.
         input_axis: the dimension of the norm's channels, if it reads a norm.
+        parts: number of equal parts along the axis, each with all blocks of its own units.
     """
 
     part: Part
@@ -170,15 +173,17 @@ class Role:
     sizes: tuple[int, ...] = (1,)
     norm: Norm | None = None
     input_axis: int = -1
+    parts: int = 1
 
     def indices(self, count: int, units: Sequence[int]) -> list[Int[Tensor, " _"]]:
         """Positions along the axis of some of `count` units, for every block."""
-        found, start = [], 0
+        assert count % self.parts == 0
+        found, start, each = [], 0, count // self.parts
         chosen = torch.as_tensor(units, dtype=torch.long)
         for size in self.sizes:
-            first = start + chosen * size
+            first = start + chosen // each * each * sum(self.sizes) + chosen % each * size
             found.append((first[:, None] + torch.arange(size)).flatten())
-            start += count * size
+            start += each * size
         return found
 
     def count(self, tensor: Tensor) -> int:
@@ -290,7 +295,8 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
     for rows in sublayer.inputs:
         read = norm if rows.reads else None
         found[rows.name] = Role(
-            Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1
+            *(Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1),
+            parts=rows.parts,
         )
     output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
     found |= {f"{sublayer.output}.weight": output, sublayer.output: Role(Part.SHARED, name)}
@@ -314,4 +320,4 @@ def _owner(found: dict[str, Role], name: str) -> Role | None:
 
 def _of_bias(role: Role) -> Role:
     """The role of the bias beside a weight."""
-    return Role(role.part, role.sublayer, role.unit, 0, role.sizes, role.norm)
+    return replace(role, axis=0, input_axis=-1)
