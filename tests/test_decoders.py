@@ -7,15 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from come.merge.loop import compress
-from come.merge.norms import fold_norms
+from come.merge.norms import fold_norms, folded_roles
 from come.merge.operators.concat import Concat
 from come.models.adapter import ModelAdapter
 from come.models.families import FAMILIES
+from come.models.layout import Part
 from come.models.sublayers import hidden_features, run_layer, states_after
-from tests.decoders import DECODERS, pico_decoder
+from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import come_plus, paper
 
-TYPES = [model_type for model_type in FAMILIES if model_type in DECODERS]
+TYPES = [*(model_type for model_type in FAMILIES if model_type in DECODERS), *VARIANTS]
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
 
@@ -35,8 +36,12 @@ def generated(model, use_cache):
 
 
 def pairs_of_a_kind(adapter):
+    """Each layer with the next one of its kind."""
     layouts = adapter.layout.layers
-    return [(i, i + 1) for i, (a, b) in enumerate(pairwise(layouts)) if a == b]
+    later = [
+        [j for j in range(i + 1, len(layouts)) if layouts[j] == a] for i, a in enumerate(layouts)
+    ]
+    return [(i, found[0]) for i, found in enumerate(later) if found]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -93,7 +98,7 @@ def test_one_layer_is_kept(model_type):
     _, keywords = adapter.layer_inputs(tokens(model))
     states = torch.randn(4, 20, adapter.config.hidden_size, generator=torch.Generator())
     pairs = pairs_of_a_kind(adapter)
-    assert pairs, "no two adjacent layers of a kind"
+    assert pairs, "no two layers of a kind"
     for pair in pairs:
         roles, counts = adapter.roles(pair[0]), adapter.layer_layout(pair[0]).unit_counts
         folded = [fold_norms(adapter.layer_state(index), roles) for index in pair]
@@ -102,10 +107,55 @@ def test_one_layer_is_kept(model_type):
                 u: [range(n) if i == which else [] for i in range(2)] for u, n in counts.items()
             }
             shares = [float(i == which) for i in range(2)]
-            merged = dict(Concat().merge(folded, roles, shares, kept))
+            merged = dict(Concat().merge(folded, folded_roles(roles), shares, kept))
             found = run_layer(adapter.copy_layer(index, merged), states, keywords[index])
             expected = run_layer(adapter.layer(index), states, keywords[index])
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_units_are_independent(model_type):
+    """Units of two layers give the same features in their merged layer as in their own."""
+    adapter = ModelAdapter(pico_decoder(model_type))
+    _, keywords = adapter.layer_inputs(tokens(adapter.model))
+    states = torch.randn(4, 20, adapter.config.hidden_size, generator=torch.Generator())
+    for pair in pairs_of_a_kind(adapter):
+        layout, roles = adapter.layer_layout(pair[0]), adapter.roles(pair[0])
+        first, second = (adapter.layer_state(index) for index in pair)
+        common = {name: first[name] for name in first if roles[name].part is not Part.UNITS}
+        sources = [fold_norms(state | common, roles) for state in (first, second)]
+        kept = {u: [range(1, n, 2), range(0, n, 2)] for u, n in layout.unit_counts.items()}
+        merged = Concat().merge(sources, folded_roles(roles), [0.5, 0.5], kept)
+        copies = [adapter.copy_layer(pair[0], dict(state)) for state in (*sources, merged)]
+        for sublayer in layout:
+            *own, found = (
+                hidden_features(layer, layout, sublayer, states, keywords[pair[0]]).unflatten(
+                    -1, (sublayer.count, sublayer.columns)
+                )
+                for layer in copies
+            )
+            expected = [f[:, :, list(units)] for f, units in zip(own, kept[sublayer.unit])]
+            torch.testing.assert_close(found, torch.cat(expected, dim=2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_gates(model_type):
+    """A row of an input projection changes one hidden activation."""
+    adapter = ModelAdapter(pico_decoder(model_type))
+    states, keywords = adapter.layer_inputs(tokens(adapter.model))
+    layer, layout = adapter.layer(0), adapter.layer_layout(0)
+    for sublayer in layout:
+        before = hidden_features(layer, layout, sublayer, states, keywords[0])
+        for gate in sublayer.gates:
+            weight = layer.get_parameter(f"{gate.name}.weight")
+            rows = gate.rows(weight, sublayer.count)
+            rows[3] *= 2
+            after = hidden_features(layer, layout, sublayer, states, keywords[0])
+            rows[3] /= 2
+            differing = (after - before).abs().flatten(0, 1).amax(dim=0) > 1e-3
+            assert differing.nonzero().flatten().tolist() == [3], gate
 
 
 @pytest.mark.parametrize(
@@ -117,9 +167,11 @@ def test_merge_and_reload(model_type, method, tmp_path):
     """A merge of two layers keeps all shapes, loads in transformers, and generates."""
     model = pico_decoder(model_type)
     shapes = {name: p.shape for name, p in ModelAdapter(model).layers[0].named_parameters()}
-    layers = ModelAdapter(model).num_layers
+    layouts = ModelAdapter(model).layout.layers
+    layers, adjacent = len(layouts), any(a == b for a, b in pairwise(layouts))
+    chosen = method(kinds="same" if adjacent else "first")
     plan = compress(
-        model, tokens(model, 8), method(), target_layers=layers - 1, batch_size=4, progress=False
+        model, tokens(model, 8), chosen, target_layers=layers - 1, batch_size=4, progress=False
     )
     adapter = ModelAdapter(model)
     assert adapter.num_layers == plan.num_layers == layers - 1
