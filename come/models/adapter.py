@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.models.families import layout_of
+from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
 from come.models.surgery import check_layer_config, remove_layers
@@ -185,7 +186,11 @@ class ModelAdapter:
     @property
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
-        return self.model.get_output_embeddings()
+        linear, layout = self.model.get_output_embeddings(), self._layout
+        if not layout.before_head and layout.logit_scale == 1 and not layout.logit_cap:
+            return linear
+        before = self.model.get_submodule(layout.before_head) if layout.before_head else None
+        return Head(linear, before, layout.logit_scale, layout.logit_cap)
 
     def copy_layer(self, index: int, state: LayerState) -> nn.Module:
         """A layer like `index` that is not part of the model and holds the tensors `state`.

@@ -272,12 +272,18 @@ class ModelLayout:
         stack: name of the list of decoder layers, relative to the model.
         final_norm: name of the norm between the last layer and the LM head.
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
+        before_head: the module between the final norm and the LM head; empty for none.
+        logit_scale: multiplies the logits.
+        logit_cap: c of c tanh(logits / c); 0 for none.
     """
 
     layers: tuple[LayerLayout, ...]
     stack: str = "model.layers"
     final_norm: str = "model.norm"
     returns: int = 0
+    before_head: str = ""
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
 
     @property
     def decoder(self) -> str:
