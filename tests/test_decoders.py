@@ -47,16 +47,17 @@ def pairs_of_a_kind(adapter):
 @pytest.mark.parametrize("model_type", TYPES)
 @torch.no_grad()
 def test_replay(model_type):
-    """The layers one after another, with recorded arguments, give what the final norm reads."""
+    """The layers one after another, with recorded arguments, give the model's logits."""
     model = pico_decoder(model_type)
     adapter, ids, seen = ModelAdapter(model), tokens(model), []
     hook = adapter.final_norm.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
-    model(ids, use_cache=False)
+    logits = model(ids, use_cache=False).logits
     hook.remove()
     states, keywords = adapter.layer_inputs(ids)
     for index in range(adapter.num_layers):
         states = run_layer(adapter.layer(index), states, keywords[index])
     assert torch.equal(states, seen[-1].view(states.shape))
+    torch.testing.assert_close(adapter.head(adapter.final_norm(states)), logits)
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -54,7 +54,8 @@ def scaled(config: PretrainedConfig, *, sinks: bool = False) -> ModelLayout:
     mixer = attention(config, factor=factor)
     if sinks:
         mixer = with_rows(mixer, *per_head(config, "self_attn.sinks"))
-    return same_layers(config, mixer, ffn(config.intermediate_size, factor=factor))
+    mlp = ffn(config.intermediate_size, factor=factor)
+    return same_layers(config, mixer, mlp, logit_scale=1 / config.logits_scaling)
 
 
 def fused_mlp(config: PretrainedConfig) -> ModelLayout:
@@ -68,7 +69,8 @@ def side_by_side(config: PretrainedConfig) -> ModelLayout:
     if getattr(config, "use_qk_norm", False):
         keys = Rows("self_attn.k_norm", reads=False)
         mixer = with_rows(mixer, *per_head(config, "self_attn.q_norm"), keys)
-    return same_layers(config, mixer, ffn(config.intermediate_size, norm=INPUT_NORM, stage=0))
+    mlp = ffn(config.intermediate_size, norm=INPUT_NORM, stage=0)
+    return same_layers(config, mixer, mlp, logit_scale=getattr(config, "logit_scale", None) or 1.0)
 
 
 def stablelm(config: PretrainedConfig) -> ModelLayout:

@@ -53,7 +53,7 @@ def modernbert(config: PretrainedConfig) -> ModelLayout:
         return LayerLayout((mixer, mlp), layer_kind(config, index))
 
     layers = tuple(layer(index) for index in range(config.num_hidden_layers))
-    return ModelLayout(layers, final_norm="model.final_norm")
+    return ModelLayout(layers, final_norm="model.final_norm", before_head="lm_head")
 
 
 def gpt(config: PretrainedConfig, *, axis: int, stacked: bool) -> ModelLayout:

@@ -167,4 +167,6 @@ def layer_kind(config: PretrainedConfig, index: int) -> str:
 def same_layers(config: PretrainedConfig, *sublayers: Sublayer, **others: Any) -> ModelLayout:
     """A model all of whose layers have these sublayers, and differ at most by kind."""
     kinds = [layer_kind(config, index) for index in range(config.num_hidden_layers)]
-    return ModelLayout(tuple(LayerLayout(sublayers, kind) for kind in kinds), **others)
+    layers = tuple(LayerLayout(sublayers, kind) for kind in kinds)
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return ModelLayout(layers, **{"logit_cap": cap, **others})
