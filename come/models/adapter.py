@@ -126,7 +126,7 @@ class ModelAdapter:
         """Parameters of the first layer, and of its sublayers of each kind with their norms."""
         sizes = {name: p.numel() for name, p in self.layers[0].named_parameters()}
         blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
-        return {block: sum(sizes[n] for n in self.block_tensors(0, block)) for block in blocks}
+        return {b: sum(sizes.get(n, 0) for n in self.block_tensors(0, b)) for b in blocks}
 
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
@@ -136,8 +136,8 @@ class ModelAdapter:
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
         """The weights of all linear maps of a block of layer `index`, two-dimensional."""
         tensors = dict(self.layer(index).named_parameters())
-        names = self.block_tensors(index, block)
-        return [tensors[name] for name in names if tensors[name].dim() == 2]
+        own = (tensors[name] for name in self.block_tensors(index, block) if name in tensors)
+        return [tensor for tensor in own if tensor.dim() == 2]
 
     def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
