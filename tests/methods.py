@@ -106,6 +106,11 @@ def states(model, *indices):
     return [ModelAdapter(model).layer_state(i) for i in indices]
 
 
+def sublayer_of(adapter, unit):
+    """The sublayer of the model's layers that has these units."""
+    return next(each for each in adapter.layer_layout(0) if each.unit == unit)
+
+
 def output_names(model, part):
     adapter = ModelAdapter(model)
     return adapter.output_tensors(0, adapter.layer_layout(0).sublayer(part))

@@ -52,7 +52,7 @@ def main() -> None:
             for seed in range(arguments.draws)
         ]
         cells = []
-        for unit in UNITS:
+        for unit in adapter.unit_counts:
             pairs = [
                 (a, b)
                 for one, other in itertools.combinations(draws, 2)
