@@ -16,14 +16,13 @@ from come.merge.joint_selection import (
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import Adaptive
-from come.merge.span import LayerSpan
 from come.merge.stacked_map import StackedMap
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import overlay
 from come.models.sublayers import hidden_features, states_after
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, paper, recipe, sublayer_of, without
+from tests.methods import decoder_layers, paper, recipe, span_of, sublayer_of, without
 from tests.reference import Reference
 from tests.test_refit import activations, plain_ridge
 
@@ -48,14 +47,6 @@ def streamed(windows):
     yield make
     for stream in opened:
         stream.__exit__(None, None, None)
-
-
-def span_of(stream, method, layers=(2, 3)):
-    """A span of dense layers."""
-    return LayerSpan(
-        stream, layers, [[i] for i in layers], [], method.operator, "fold", method.refit,
-        method.sensitivity,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
