@@ -87,7 +87,7 @@ def test_norms_are_folded_into_tensors_that_are_not_of_a_module():
 def test_input_transforms_of_a_fused_tensor(axis):
     """The rows of each layer's units get that layer's map; nothing else changes."""
     layers, sublayer, roles = fused_layers(axis)
-    maps = torch.randn(2, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2))
+    maps = [*torch.randn(2, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2))]
     by_hand = [
         {**x, "qkv.weight": x["qkv.weight"] @ p if axis == 0 else p.T @ x["qkv.weight"]}
         for x, p in zip(layers, maps)
