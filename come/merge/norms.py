@@ -49,7 +49,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         if f"{norm}.weight" not in state:
             continue  # a norm without learned parameters
         readers = [n for n, role in roles.items() if role.norm and role.norm.module == norm]
-        weights = [name for name in readers if name.endswith(".weight")]
+        weights = [name for name in readers if not name.endswith("bias")]
         biases = [name.removesuffix("weight") + "bias" for name in weights]
         own = state[f"{norm}.weight"]
         scale, shift = own.double() + read[norm].offset, state.get(f"{norm}.bias")

@@ -252,8 +252,9 @@ class LayerLayout:
             found = _roles(sublayer) | found
         roles: dict[str, Role] = {}
         for name in names:
-            own = found.get(name) or found.get(name.rpartition(".")[0])
-            role = own or _owner(found, name)
+            module, _, kind = name.rpartition(".")
+            own = found.get(module) if kind in ("weight", "bias") else None
+            role = found.get(name) or own or _owner(found, name)
             if role is None:
                 raise ValueError(
                     f"layer tensor {name!r} is not known, so this model cannot be merged safely"
@@ -311,7 +312,8 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
             parts=rows.parts,
         )
     output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
-    found |= {f"{sublayer.output}.weight": output, sublayer.output: Role(Part.SHARED, name)}
+    bias = Role(Part.SHARED, name)
+    found |= {f"{sublayer.output}.weight": output, f"{sublayer.output}.bias": bias}
     found |= {module: Role(Part.SHARED, name) for module in sublayer.shared}
     if sublayer.post_norm:
         found[sublayer.post_norm.module] = Role(Part.SHARED, name)
