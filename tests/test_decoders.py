@@ -21,7 +21,7 @@ TYPES = [*(model_type for model_type in FAMILIES if model_type in DECODERS), *VA
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
 
-RENAMED = {"fuyu", "got_ocr2", "gpt_neox", "gpt_neox-serial"}
+RENAMED = {"fuyu", "gemma3", "got_ocr2", "gpt_neox", "gpt_neox-serial"}
 """Types whose tensors have other names in checkpoints; they cannot be read layer by layer."""
 
 
