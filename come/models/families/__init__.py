@@ -32,8 +32,8 @@ def check_model_type(model_type: str | None) -> None:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)} "
-            "(a family is one function in come/models/families)"
+            f"model type {model_type!r} is not supported; {len(FAMILIES)} types are, see "
+            "docs/families.md (a family is one function in come/models/families)"
         )
 
 
