@@ -53,7 +53,7 @@ ZERO_SHOT = (
 # (job, changed setting, outputs that change)
 CHANGES = [
     (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
-    (COME, "model.begin_token=true", {*MERGED, *NLL}),
+    (COME, "model.begin_token=true", {*PLANNED, *NLL}),
     (COME, "model.name=other", {"label"}),
     (COME, "model.base_model=me/mine", set()),
     (COME, "tracking.project=other", set()),
