@@ -9,7 +9,7 @@ configuration (`come.models.families`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -122,8 +122,9 @@ class Sublayer:
             depend on several rows of a projection.
         silenced: modules that return zeros while the sublayer is left out, each with the number of
             values that it returns.
-        opaque: whether its units are coupled, so that it is kept from one layer as a whole, its
-            norm included; `inputs` then are all of its modules.
+        opaque: whether its units are coupled, so that it is kept from one layer as a whole;
+            `inputs` then are all of its modules. Its norm is one of them, unless other sublayers
+            read it too.
     """
 
     name: str
@@ -289,8 +290,13 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
     found: dict[str, Role]
     name, unit, norm = sublayer.name, sublayer.unit, sublayer.norm
     if sublayer.opaque:
-        whole = Role(Part.UNITS, name, unit, sizes=())
-        found = {rows.name: whole for rows in sublayer.inputs}
+        names = {rows.name for rows in sublayer.inputs}
+        common = norm if norm and norm.module not in names else None
+        own = Role(Part.UNITS, name, unit, sizes=())
+        reader = replace(own, norm=common)
+        found = {rows.name: reader if rows.reads else own for rows in sublayer.inputs}
+        if common:
+            found[common.module] = Role(Part.NORM, name)
         if sublayer.post_norm:
             found[sublayer.post_norm.module] = Role(Part.SHARED, name)
         return found
