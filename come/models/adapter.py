@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from come.models.families import layout_of
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
-from come.models.surgery import check_layer_config, remove_layers
+from come.models.surgery import check_layer_config, check_removal, remove_layers
 from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
@@ -223,15 +223,19 @@ class ModelAdapter:
         """Replaces layers first..last (inclusive) by one layer with the tensors `state`.
 
         The new layer has the kind and the configuration of layer first + slot.
+
+        Raises:
+            ValueError: the layers that are left could not generate with a cache.
         """
         place = first + slot
         assert first <= place <= last
         assert state.keys() == self.layer_state(place).keys()
         expected = self.layout.layers[:first] + self.layout.layers[place : place + 1]
         expected += self.layout.layers[last + 1 :]
+        removed = [index for index in range(first, last + 1) if index != place]
+        check_removal(self.config, removed)
         self.write(place, state)
-        if last > first:
-            removed = [index for index in range(first, last + 1) if index != place]
+        if removed:
             remove_layers(self.layers, self.config, removed)
             assert self.layout.layers == expected, "the configuration describes other layers"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,18 @@ LAYER_INDEX_LISTS = (
     "cross_attention_layers",
 )
 LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+LAYER_COUNTS = ("num_blocks",)  # second names of the number of layers
+CYCLES = ("block_types",)  # lists that are repeated over the layers
+# Factors of every sublayer's output, divided by the root of the number of layers.
+DEPTH_SCALES = ("scale_depth",)
 # Other lists, whose length may equal the number of layers by coincidence.
-OTHER_LISTS = ("architectures", "eos_token_id", "bos_token_id", "suppress_tokens")
+OTHER_LISTS = (
+    *("architectures", "eos_token_id", "bos_token_id", "suppress_tokens", "time_step_limit"),
+    *("mlp_multipliers", "ssm_multipliers", "mtp_layers_block_type"),
+)
+
+# Kinds of layer whose cache does not count tokens.
+UNCOUNTED = {"linear_attention", "conv", "mlp", "moe"}
 
 _INDICES = ("layer_idx", "layer_id", "layer_number")  # of modules that know their own layer
 
@@ -38,7 +49,7 @@ def check_layer_config(config: PretrainedConfig) -> None:
         ValueError: there is an unknown list with one entry per layer.
     """
     count = config.num_hidden_layers
-    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *OTHER_LISTS}
+    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *CYCLES, *OTHER_LISTS}
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == count and count > 1 and key not in known:
             raise ValueError(
@@ -48,13 +59,40 @@ def check_layer_config(config: PretrainedConfig) -> None:
             )
 
 
+def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
+    """Rejects a cut after which transformers could not generate with a cache.
+
+    Raises:
+        ValueError: no layer with attention would be left of several kinds of layer.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    attention = [index for index, kind in enumerate(kinds) if kind not in UNCOUNTED]
+    if attention and set(attention) <= set(removed):
+        raise ValueError(
+            f"removing layers {', '.join(map(str, removed))} leaves no layer with attention, and "
+            "transformers counts the tokens of a cache in such a layer; keep one of layers "
+            f"{', '.join(map(str, attention))}"
+        )
+
+
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
     for key in PER_LAYER_LISTS:
         value = getattr(config, key, None)
-        if isinstance(value, list) and len(value) == count:
+        if isinstance(value, list) and len(value) == count and not _derived(config, key):
             setattr(config, key, [value[i] for i in kept])
+    for key in LAYER_COUNTS:
+        if getattr(config, key, None) == count:
+            setattr(config, key, len(kept))
+    for key in CYCLES:
+        value = getattr(config, key, None)
+        if value:
+            setattr(config, key, [value[i % len(value)] for i in kept])
+    for key in DEPTH_SCALES:
+        value = getattr(config, key, None)
+        if value:
+            setattr(config, key, value * math.sqrt(len(kept) / count))
     for key in LAYER_INDEX_LISTS:
         value = getattr(config, key, None)
         if value:
@@ -64,6 +102,13 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         if isinstance(value, int):
             setattr(config, key, sum(old < value for old in kept))
     config.num_hidden_layers = len(kept)
+
+
+def _derived(config: PretrainedConfig, key: str) -> bool:
+    """Whether a key is computed from others and cannot be set."""
+    name = config.attribute_map.get(key, key)
+    computed = getattr(type(config), name, None)
+    return isinstance(computed, property) and computed.fset is None
 
 
 def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, removed: Sequence[int]) -> None:
