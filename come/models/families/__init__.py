@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import dense, opt, post_norm
+from come.models.families import (
+    dense,
+    latent,
+    linear_attention,
+    opt,
+    post_norm,
+    recurrent,
+    state_space,
+)
+from come.models.families.mixers import Mixers
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -14,14 +23,32 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
+    **latent.FAMILIES,
+    **linear_attention.FAMILIES,
     **opt.FAMILIES,
     **post_norm.FAMILIES,
+    **recurrent.FAMILIES,
+    **state_space.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
+MIXERS: dict[str, Mixers] = {
+    **latent.MIXERS,
+    **linear_attention.MIXERS,
+    **state_space.MIXERS,
+}
+"""The mixers of model types that have experts."""
+REFUSED: dict[str, str] = {
+    **linear_attention.REFUSED,
+    **recurrent.REFUSED,
+    **state_space.REFUSED,
+}
+"""Why other model types are not supported."""
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, naming the supported families, for an unsupported model type."""
+    """Raises ValueError, with the reason or the supported types, for an unsupported model type."""
+    if model_type in REFUSED:
+        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)} "

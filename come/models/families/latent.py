@@ -1,0 +1,36 @@
+"""Multi-head latent attention with a dense MLP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from come.models.families.mixers import Mixers, latent_attention
+from come.models.families.parts import Family, ffn, same_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from come.models.layout import ModelLayout, Sublayer
+
+
+def latent(config: PretrainedConfig, factor: float = 1.0) -> ModelLayout:
+    """Latent attention, then a gated MLP; a constant may multiply the output of both."""
+    mlp = ffn(config.intermediate_size, factor=factor)
+    return same_layers(config, latent_attention(config, factor=factor), mlp)
+
+
+def minicpm3(config: PretrainedConfig) -> ModelLayout:
+    """MiniCPM 3, whose outputs are scaled by its number of layers."""
+    return latent(config, config.scale_depth / config.num_hidden_layers**0.5)
+
+
+def latent_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of DeepSeek and its relatives."""
+    return [latent_attention(config)] * config.num_hidden_layers
+
+
+FAMILIES: dict[str, Family] = {"minicpm3": minicpm3, "youtu": latent}
+
+MIXERS: dict[str, Mixers] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), latent_mixers
+)

@@ -1,0 +1,183 @@
+"""Linear attention and short convolutions, with attention in some layers, and a dense MLP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from come.models.families.mixers import (
+    Mixers,
+    delta_net,
+    delta_sizes,
+    latent_attention,
+    layers_of,
+    short_convolution,
+    whole_mixer,
+)
+from come.models.families.parts import Family, attention, ffn, kv_groups
+from come.models.layout import Norm, Rows, Sublayer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from come.models.layout import ModelLayout
+
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+QWEN_NORM, QWEN_FFN_NORM = Norm("input_layernorm", 1.0), Norm("post_attention_layernorm", 1.0)
+POST_NORM, POST_FFN_NORM = Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm")
+
+
+def gated_attention(config: PretrainedConfig, **others: Any) -> Sublayer:
+    """Attention whose query projection holds the query and the output gate of every head."""
+    base = attention(config, shared=HEAD_NORMS, **others)
+    query, *rest = base.inputs
+    return replace(base, inputs=(Rows(query.name, (2 * base.columns,)), *rest))
+
+
+def qwen3_5_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of Qwen 3.5: a gated DeltaNet, or gated attention."""
+    _, heads, keys, values = delta_sizes(config)
+    linear = delta_net(
+        config,
+        Rows("in_proj_qkv", (keys, keys, values)),
+        Rows("in_proj_z", (values,)),
+        Rows("in_proj_b", (heads,)),
+        Rows("in_proj_a", (heads,)),
+        norm=QWEN_NORM,
+        shared=("linear_attn.norm",),
+    )
+    return _by_kind(config, linear, gated_attention(config, norm=QWEN_NORM))
+
+
+def qwen3_next_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of Qwen3-Next; all rows of a key head are adjacent."""
+    _, heads, keys, values = delta_sizes(config)
+    linear = delta_net(
+        config,
+        Rows("in_proj_qkvz", (2 * keys + 2 * values,)),
+        Rows("in_proj_ba", (2 * heads,)),
+        norm=QWEN_NORM,
+        shared=("linear_attn.norm",),
+    )
+    return _by_kind(config, linear, gated_attention(config, norm=QWEN_NORM))
+
+
+def kimi_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of Kimi Linear.
+
+    The heads of its delta attention read common low-rank gates, and those of its latent attention
+    common latent states, so both are kept whole.
+    """
+    width = config.linear_num_heads * config.linear_head_dim
+    linear = whole_mixer("self_attn", width, output="o_proj")
+    return _by_kind(config, linear, latent_attention(config))
+
+
+def _by_kind(config: PretrainedConfig, linear: Sublayer, full: Sublayer) -> list[Sublayer]:
+    """The mixer of every layer."""
+    mixers = {"linear_attention": linear, "full_attention": full}
+    return [mixers[kind] for kind in config.layer_types]
+
+
+def qwen3_5(config: PretrainedConfig) -> ModelLayout:
+    """Qwen 3.5, also as the text model of a model with images."""
+    text = config.get_text_config(decoder=True)
+    mlp = ffn(text.intermediate_size, norm=QWEN_FFN_NORM)
+    return layers_of([(own, mlp) for own in qwen3_5_mixers(text)], text.layer_types)
+
+
+def olmo_hybrid(config: PretrainedConfig) -> ModelLayout:
+    """OLMo Hybrid: pre-norm layers with a gated DeltaNet, and post-norm layers with attention.
+
+    The norms of its queries and keys are over all heads, so attention is kept whole.
+    """
+    _, heads, keys, values = delta_sizes(config)
+    sizes = {"q": keys, "k": keys, "v": values, "g": values, "a": heads, "b": heads}
+    linear = delta_net(
+        config,
+        *(Rows(f"{name}_proj", (size,)) for name, size in sizes.items()),
+        output="o_proj",
+        shared=("linear_attn.o_norm",),
+    )
+    groups, queries, _ = kv_groups(config)
+    full = whole_mixer(
+        "self_attn", groups * queries, output="o_proj", norm=None, post_norm=POST_NORM, returns=2
+    )
+    layers = {
+        "linear_attention": (linear, ffn(config.intermediate_size)),
+        "full_attention": (
+            full,
+            ffn(config.intermediate_size, norm=None, post_norm=POST_FFN_NORM),
+        ),
+    }
+    return layers_of([layers[kind] for kind in config.layer_types], config.layer_types)
+
+
+def lfm2_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of LFM 2: a short convolution, or attention."""
+    norm = Norm("operator_norm")
+    norms = ("self_attn.q_layernorm", "self_attn.k_layernorm")
+    full = attention(config, output="out_proj", norm=norm, shared=norms)
+    mixers = {"conv": short_convolution(config, norm=norm), "full_attention": full}
+    return [mixers[kind] for kind in config.layer_types]
+
+
+def lfm_ffn(channels: int, **others: Any) -> Sublayer:
+    """The MLP of LFM 2 and 3."""
+    return ffn(
+        channels,
+        inputs=("feed_forward.w1", "feed_forward.w3"),
+        output="feed_forward.w2",
+        norm=Norm("ffn_norm"),
+        silenced=(("feed_forward", 0),),
+        **others,
+    )
+
+
+def lfm2(config: PretrainedConfig) -> ModelLayout:
+    """LFM 2, the number of whose channels may be two thirds of the configuration's, rounded up."""
+    channels = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        channels = int(2 * channels / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            channels = int(config.block_ffn_dim_multiplier * channels)
+            channels = -(-channels // config.block_multiple_of) * config.block_multiple_of
+    mlp = lfm_ffn(channels)
+    layers = [(own, mlp) for own in lfm2_mixers(config)]
+    return layers_of(layers, config.layer_types, final_norm="model.embedding_norm")
+
+
+def lfm3(config: PretrainedConfig) -> ModelLayout:
+    """LFM 3: short convolution or attention with a gate for each head, and norms of the outputs."""
+    norm, after, after_ffn = Norm("operator_norm"), None, None
+    if config.use_sandwich_norm:
+        after, after_ffn = Norm("post_operator_norm"), Norm("post_ffn_norm")
+    full = attention(config, norm=norm, post_norm=after, shared=HEAD_NORMS)
+    if config.use_attention_gate:
+        groups, _, _ = kv_groups(config)
+        gate = Rows("self_attn.g_proj", (config.num_attention_heads // groups,))
+        full = replace(full, inputs=(*full.inputs, gate))
+    conv = short_convolution(config, norm=norm, post_norm=after)
+    mlp = lfm_ffn(config.intermediate_size, post_norm=after_ffn)
+    layers = [(conv if kind == "conv" else full, mlp) for kind in config.layer_types]
+    return layers_of(layers, config.layer_types, final_norm="model.embedding_norm")
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_5": qwen3_5,
+    "qwen3_5_text": qwen3_5,
+    "olmo_hybrid": olmo_hybrid,
+    "lfm2": lfm2,
+    "lfm3": lfm3,
+}
+
+MIXERS: dict[str, Mixers] = {
+    "qwen3_5_moe_text": qwen3_5_mixers,
+    "qwen3_next": qwen3_next_mixers,
+    "kimi_linear": kimi_mixers,
+    "lfm2_moe": lfm2_mixers,
+}
+
+REFUSED: dict[str, str] = {
+    "minimax": "its residual stream is what its norms return, scaled in every layer",
+}
