@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.decoder_configs import KEYS, SIDE, SIZES, WIDTH
+from tests.decoder_configs import KEYS, SIDE, SIZES, VARIANTS, WIDTH
 
 # Types that hold the decoder of another type, with the keys of their other parts.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,19 +77,27 @@ def small_config(model_type: str, layers: int = 4, **keys: object) -> Pretrained
     if model_type in WRAPPERS:
         text_type, others = WRAPPERS[model_type]
         keys = {"text_config": small_config(text_type, layers, **keys).to_dict(), **others}
+    model_type, form = VARIANTS.get(model_type, (model_type, {}))
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in fields(config_class)}
-    own = dict(KEYS.get(model_type, {}))
+    own = {**KEYS.get(model_type, {}), **form}
     layers = max(layers, own.pop("layers", 0))
+    own = {k: v for k, v in own.items() if k in known or k not in SIZES}
     chosen = {k: v for k, v in SIZES.items() if k in known} | own | keys
     return config_class(**{k: v(layers) if callable(v) else v for k, v in chosen.items()})
 
 
 DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
     model_type: partial(small_config, model_type)
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS)
     if model_type not in NOT_DECODERS and model_type not in NOT_BUILT
 }
+
+
+def type_of(name: str) -> str:
+    """The model type of a key of `DECODERS`."""
+    return VARIANTS.get(name, (name,))[0]
+
 
 STEPS = ("dt_bias", "dt_proj.bias", "dt_proj_bias")
 KEPT = ("time_decay", "time_mix_key", "time_mix_value", "time_mix_receptance")

@@ -1,5 +1,6 @@
 """Every supported decoder type on a small random model: its description, merging and saving."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,14 +11,39 @@ from come.merge.loop import compress
 from come.merge.norms import fold_norms
 from come.merge.operators.concat import Concat
 from come.models.adapter import ModelAdapter
-from come.models.families import FAMILIES
+from come.models.families import FAMILIES, MIXERS
+from come.models.families.mixers import layers_of
+from come.models.families.parts import ffn
+from come.models.layout import Norm, Part
 from come.models.sublayers import hidden_features, run_layer, states_after
-from tests.decoders import DECODERS, pico_decoder
+from tests.decoder_configs import VARIANTS
+from tests.decoders import DECODERS, pico_decoder, type_of
 from tests.methods import come_plus, paper
 
-TYPES = [model_type for model_type in FAMILIES if model_type in DECODERS]
+UNSUPPORTED_FORMS = {"granitemoehybrid", "nemotron_h"}
+"""Types whose usual form has experts, of which only a dense form is supported."""
+TYPES = [
+    name
+    for name in DECODERS
+    if (type_of(name) in FAMILIES and name not in UNSUPPORTED_FORMS)
+    or (type_of(name) in MIXERS and name in VARIANTS)
+]
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
+
+
+@pytest.fixture(autouse=True)
+def dense_forms(monkeypatch):
+    """Types with experts, for models all of whose layers have a dense MLP instead."""
+
+    def dense(config, mixers):
+        offset = mixers(config)[0].norm.offset
+        mlp = ffn(config.intermediate_size, norm=Norm("post_attention_layernorm", offset))
+        kinds = getattr(config, "layer_types", None) or ()
+        return layers_of([(mixer, mlp) for mixer in mixers(config)], kinds)
+
+    for model_type in MIXERS.keys() - FAMILIES.keys():
+        monkeypatch.setitem(FAMILIES, model_type, partial(dense, mixers=MIXERS[model_type]))
 
 
 def tokens(model, windows=4, seq=20):
@@ -32,6 +58,10 @@ def generated(model, use_cache):
     return model.generate(
         prompt, attention_mask=torch.ones_like(prompt), use_cache=use_cache, **options
     )
+
+
+def parameter_shapes(layer):
+    return {name: p.shape for name, p in layer.named_parameters()}
 
 
 def pairs_of_a_kind(adapter):
@@ -106,6 +136,31 @@ def test_one_layer_is_kept(model_type):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_units_are_independent(model_type):
+    """Units of two layers, side by side in one, compute what they compute in their layers."""
+    model = pico_decoder(model_type)
+    adapter = ModelAdapter(model)
+    _, keywords = adapter.layer_inputs(tokens(model))
+    states = torch.randn(4, 20, adapter.config.hidden_size, generator=torch.Generator())
+    for pair in pairs_of_a_kind(adapter):
+        layout, roles = adapter.layer_layout(pair[0]), adapter.roles(pair[0])
+        first, second = (dict(fold_norms(adapter.layer_state(index), roles)) for index in pair)
+        second |= {name: first[name] for name in roles if roles[name].part is Part.SHARED}
+        kept = {u: [range(0, n, 2), range(1, n, 2)] for u, n in layout.unit_counts.items()}
+        merged = dict(Concat().merge([first, second], roles, [1.0, 0.0], kept))
+        run = partial(hidden_features, states=states, keywords=keywords[pair[0]])
+        for sublayer in layout:
+            parts = []
+            for state, units in zip([first, second], kept[sublayer.unit], strict=True):
+                features = run(adapter.copy_layer(pair[0], state), layout, sublayer)
+                columns = torch.arange(sublayer.width).view(sublayer.count, -1)[list(units)]
+                parts.append(features[..., columns.flatten()])
+            found = run(adapter.copy_layer(pair[0], merged), layout, sublayer)
+            torch.testing.assert_close(found, torch.cat(parts, -1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "model_type",
     [t if t in OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TYPES],
@@ -114,15 +169,16 @@ def test_one_layer_is_kept(model_type):
 def test_merge_and_reload(model_type, method, tmp_path):
     """A merge of two layers keeps all shapes, loads in transformers, and generates."""
     model = pico_decoder(model_type)
-    shapes = {name: p.shape for name, p in ModelAdapter(model).layers[0].named_parameters()}
-    layers = ModelAdapter(model).num_layers
+    shapes = [parameter_shapes(layer) for layer in ModelAdapter(model).layers]
+    layers = len(shapes)
     plan = compress(
         model, tokens(model, 8), method(), target_layers=layers - 1, batch_size=4, progress=False
     )
     adapter = ModelAdapter(model)
     assert adapter.num_layers == plan.num_layers == layers - 1
-    merged = adapter.layers[plan.steps[0].first]
-    assert {name: p.shape for name, p in merged.named_parameters()}.items() >= shapes.items()
+    first, last = plan.steps[0].first, plan.steps[0].last
+    merged = parameter_shapes(adapter.layers[first]).items()
+    assert any(merged >= own.items() for own in shapes[first : last + 1])
     check_saved(model, tmp_path)
 
 
@@ -136,6 +192,18 @@ def test_drop_and_reload(model_type, dropped, tmp_path):
     slot = dropped % 2
     adapter.replace(1, 2, adapter.layer_state(1 + slot), slot)
     check_saved(model, tmp_path)
+
+
+def test_last_attention():
+    """The only layer with attention cannot be dropped from a model with several kinds of layer."""
+    model = pico_decoder("lfm2", full_attn_idxs=[2])
+    adapter = ModelAdapter(model)
+    before = adapter.layer_state(1)["ffn_norm.weight"].clone()
+    with pytest.raises(ValueError, match="removing layers 2 leaves no layer with attention"):
+        adapter.replace(1, 2, adapter.zeroed(1, "ffn"))
+    assert torch.equal(adapter.layer_state(1)["ffn_norm.weight"], before)
+    adapter.replace(1, 2, adapter.layer_state(2), slot=1)
+    assert adapter.config.layer_types == ["conv", "full_attention", "conv"]
 
 
 def check_saved(model, folder):
