@@ -29,7 +29,8 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     """The base model's `config.json`, updated with only the values that differ in `config`.
 
     Keys that only some versions of transformers know, and defaults on which versions disagree,
-    stay as they are in the base. Every reader therefore treats the result like the base.
+    stay as they are in the base. Every reader therefore treats the result like the base. If the
+    base contains the model as its text model, only that part of its configuration is read.
 
     Args:
         base: folder of the base model.
@@ -40,7 +41,10 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     from transformers import AutoConfig
 
     given: dict[str, Any] = json.loads((base / CONFIG).read_text(encoding="utf-8"))
-    before, after = _plain(AutoConfig.from_pretrained(base)), _plain(config)
+    own = AutoConfig.from_pretrained(base)
+    if own.model_type != config.model_type:  # the text model of a model with images, for example
+        own, given = own.get_text_config(decoder=True), dict(given.get("text_config", {}))
+    before, after = _plain(own), _plain(config)
     changed = {key: after[key] for key in after if after[key] != before.get(key)}
     for key in {*_OWN, _OLD_PLAN, _WEIGHTS}:
         changed.pop(key, None)
