@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from come.files import PARTIAL, write_text
 from come.memory import return_freed_memory
+from come.models.buffers import make_buffers
 from come.models.checkpoint import weight_files
 from come.models.layer_state import LayerState, LazyState
 from come.weak import weak_method
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "weights-"  # of the folders of changed layers
 _ATTRIBUTE = "come_layers"
+_RENAMED = "; transformers stores this type under other names, so take model.weights=memory"
 _BUFFERS = r"rotary_emb\.inv_freq$"  # in checkpoints of old versions
 
 
@@ -238,7 +240,7 @@ def open_weights(
     for name in [name for name, _ in model.named_parameters()]:
         if not name.startswith(f"{layers}."):
             _set(model, name, nn.Parameter(found[name].read().to(device, dtype)))
-    _make_buffers(model, device)
+    make_buffers(model, device)
     model.tie_weights()
     stack = model.get_submodule(layers)
     assert isinstance(stack, nn.ModuleList)
@@ -309,16 +311,16 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
         raise ValueError(
             f"model folder {folder}: its weights do not fit its configuration: missing, too many, "
             f"or of another shape are {', '.join(wrong[:3])} ({len(wrong)} in all)"
+            + (_RENAMED if _is_renamed(model) else "")
         )
     return found
 
 
-def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Rebuilds the modules whose buffers are on the meta device: the rotary embeddings."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            made = type(module)(config=model.config)
-            model.set_submodule(name, made.to(device))
+def _is_renamed(model: PreTrainedModel) -> bool:
+    """Whether transformers stores the weights of this type of model under other names."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return bool(get_checkpoint_conversion_mapping(model.config.model_type))
 
 
 def _set(model: PreTrainedModel, name: str, value: nn.Parameter) -> None:
