@@ -186,7 +186,8 @@ class ModelAdapter:
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
         head, layout = self.model.get_output_embeddings(), self.layout
-        if layout.logit_scale == 1 and layout.logit_cap is None:
+        converts = layout.float32_states and head.weight.dtype != torch.float32
+        if layout.logit_scale == 1 and layout.logit_cap is None and not converts:
             return head
         return ScaledHead(head, layout.logit_scale, layout.logit_cap)
 
@@ -201,6 +202,8 @@ class ModelAdapter:
             for name, p in layer.named_parameters()
         }
         blank[id(layer._forward_pre_hooks)] = OrderedDict()  # hooks that load weights from disk
+        for module in layer.modules():  # states of recurrences, which may be part of a graph
+            blank |= {id(t): t.detach() for t in vars(module).values() if isinstance(t, Tensor)}
         copied = copy.deepcopy(layer, blank)
         copied.load_state_dict(tensors, assign=True)
         return copied
@@ -262,7 +265,10 @@ class ModelAdapter:
 
 
 class ScaledHead(nn.Module):
-    """An LM head followed by a constant factor and a soft bound, z -> cap tanh(scale z / cap)."""
+    """An LM head followed by a constant factor and a soft bound, z -> cap tanh(scale z / cap).
+
+    It converts states to the dtype of its weights.
+    """
 
     def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
         super().__init__()
@@ -272,7 +278,7 @@ class ScaledHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """The logits, [..., vocabulary]."""
-        logits: Tensor = self.head(states) * self.scale
+        logits: Tensor = self.head(states.to(self.head.get_parameter("weight").dtype)) * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 

@@ -270,6 +270,7 @@ class ModelLayout:
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
         logit_scale: constant that multiplies the LM head's output.
         logit_cap: soft bound of the logits, cap * tanh(z / cap); None for none.
+        float32_states: whether the residual stream is float32 even if weights are narrower.
     """
 
     layers: tuple[LayerLayout, ...]
@@ -278,6 +279,7 @@ class ModelLayout:
     returns: int = 0
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    float32_states: bool = False
 
     @property
     def decoder(self) -> str:
