@@ -48,7 +48,8 @@ def recurrent_gemma(config: PretrainedConfig) -> ModelLayout:
         silenced=(("mlp_block", 0),),
     )
     kinds = config.layers_block_type
-    return layers_of([(mixers[kind], mlp) for kind in kinds], kinds, final_norm="model.final_norm")
+    names = {"final_norm": "model.final_norm", "logit_cap": config.logits_soft_cap}
+    return layers_of([(mixers[kind], mlp) for kind in kinds], kinds, **names)
 
 
 def xlstm(config: PretrainedConfig) -> ModelLayout:
@@ -87,7 +88,8 @@ def xlstm(config: PretrainedConfig) -> ModelLayout:
         silenced=(("ffn", 0),),
     )
     names = {"stack": "backbone.blocks", "final_norm": "backbone.out_norm"}
-    return same_layers(config, memory, mlp, **names, returns=2)
+    cap = config.output_logit_soft_cap
+    return same_layers(config, memory, mlp, **names, returns=2, logit_cap=cap)
 
 
 FAMILIES: dict[str, Family] = {"recurrent_gemma": recurrent_gemma, "xlstm": xlstm}

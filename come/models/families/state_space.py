@@ -77,8 +77,7 @@ def mamba_or_attention(config: PretrainedConfig, **others: Any) -> list[Sublayer
 
 def mamba_1(config: PretrainedConfig) -> ModelLayout:
     """Mamba and Falcon-Mamba: one mixer a layer, all of whose channels read the same B and C."""
-    own = whole_mixer("mixer", config.intermediate_size, norm=NORM)
-    return same_layers(config, own, stack="backbone.layers", final_norm="backbone.norm_f")
+    return _only(config, whole_mixer("mixer", config.intermediate_size, norm=NORM))
 
 
 def mamba_2(config: PretrainedConfig) -> ModelLayout:
@@ -91,7 +90,13 @@ def mamba_2(config: PretrainedConfig) -> ModelLayout:
         state=config.state_size,
         norm=NORM,
     )
-    return same_layers(config, own, stack="backbone.layers", final_norm="backbone.norm_f")
+    return _only(config, own)
+
+
+def _only(config: PretrainedConfig, own: Sublayer) -> ModelLayout:
+    """A Mamba model, each of whose layers is one mixer."""
+    names = {"stack": "backbone.layers", "final_norm": "backbone.norm_f"}
+    return same_layers(config, own, **names, float32_states=config.residual_in_fp32)
 
 
 def bamba(config: PretrainedConfig) -> ModelLayout:
@@ -119,8 +124,8 @@ def falcon_h1(config: PretrainedConfig) -> ModelLayout:
     own = mamba_hybrid_mixer(config, readers=("in_proj",), factor=config.ssm_out_multiplier)
     beside = attention(config, factor=config.attention_out_multiplier)
     mlp = hybrid_ffn(config, factor=config.mlp_multipliers[1])
-    final_norm = "model.final_layernorm"
-    return same_layers(config, own, beside, mlp, final_norm=final_norm, returns=1)
+    others = {"final_norm": "model.final_layernorm", "logit_scale": config.lm_head_multiplier}
+    return same_layers(config, own, beside, mlp, returns=1, **others)
 
 
 def granite_mixers(config: PretrainedConfig) -> list[Sublayer]:
@@ -154,7 +159,8 @@ def granite_hybrid(config: PretrainedConfig) -> ModelLayout:
         gates=(Gate(fused), Gate(fused, start=channels)),
         silenced=(("shared_mlp", 0),),
     )
-    return layers_of([(own, mlp) for own in granite_mixers(config)], config.layer_types)
+    layers = [(own, mlp) for own in granite_mixers(config)]
+    return layers_of(layers, config.layer_types, logit_scale=1 / config.logits_scaling)
 
 
 def nemotron_hybrid(config: PretrainedConfig) -> ModelLayout:
