@@ -15,6 +15,7 @@ from come.models.families import FAMILIES, MIXERS
 from come.models.families.mixers import layers_of
 from come.models.families.parts import ffn
 from come.models.layout import Norm, Part
+from come.models.loading import load_weights
 from come.models.sublayers import hidden_features, run_layer, states_after
 from tests.decoder_configs import VARIANTS
 from tests.decoders import DECODERS, pico_decoder, type_of
@@ -28,6 +29,8 @@ TYPES = [
     if (type_of(name) in FAMILIES and name not in UNSUPPORTED_FORMS)
     or (type_of(name) in MIXERS and name in VARIANTS)
 ]
+RENAMED = {"gemma3", "kimi_linear", "lfm3", "nemotron_h", "olmo_hybrid"}
+"""Types whose checkpoints have other names than the modules."""
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
 
@@ -79,7 +82,9 @@ def test_replay(model_type):
     for index in range(adapter.num_layers):
         states = run_layer(adapter.layer(index), states, keywords[index])
     logits = model(ids, use_cache=False).logits
-    torch.testing.assert_close(adapter.head(adapter.final_norm(states)), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        adapter.head(adapter.final_norm(states)), logits, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -192,6 +197,23 @@ def test_drop_and_reload(model_type, dropped, tmp_path):
     slot = dropped % 2
     adapter.replace(1, 2, adapter.layer_state(1 + slot), slot)
     check_saved(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_layers_on_disk(model_type, tmp_path):
+    """With its layers on disk, the model gives the same logits, or says that it cannot be read."""
+    model = pico_decoder(model_type)
+    model.save_pretrained(tmp_path)
+    options = {"dtype": "float32", "device": "cpu", "scratch": tmp_path}
+    if type_of(model_type) in RENAMED:
+        with pytest.raises(ValueError, match="under other names"):
+            load_weights(tmp_path, weights="disk", **options)
+        return
+    again = load_weights(tmp_path, weights="disk", **options)
+    ids = tokens(model)
+    assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_last_attention():
