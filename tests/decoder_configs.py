@@ -384,12 +384,30 @@ DENSE_HYBRID = {
     "layers": 8,
 }
 DENSE_LAYERS = {"mlp_layer_types": cycle("dense"), "first_k_dense_replace": count}
+BIASES = {
+    "bamba": ("mamba_proj_bias", "attention_bias", "mlp_bias"),
+    "falcon_h1": ("mamba_proj_bias", "attention_bias", "mlp_bias", "projectors_bias"),
+    "lfm2": ("conv_bias",),
+    "lfm3": ("conv_bias", "attention_bias"),
+    "mamba": ("use_bias",),
+    "mamba2": ("use_bias",),
+    "minicpm3": ("attention_bias", "mlp_bias"),
+    "olmo_hybrid": ("attention_bias",),
+    "qwen3_5_text": ("attention_bias",),
+    "recurrent_gemma": ("attention_bias",),
+    "xlstm": ("use_bias",),
+    "youtu": ("attention_bias",),
+}
 # Other forms of a model type, each with its keys.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}-biases": (name, dict.fromkeys(keys, True)) for name, keys in BIASES.items()},
     "bamba-one_group": ("bamba", ONE_GROUP),
     "deepseek_v2-dense": ("deepseek_v2", DENSE_LAYERS),
     "deepseek_v3-dense": ("deepseek_v3", DENSE_LAYERS),
-    "falcon_h1-one_group": ("falcon_h1", {**ONE_GROUP, "mamba_rms_norm": False}),
+    "falcon_h1-one_group": (
+        "falcon_h1",
+        {**ONE_GROUP, "mamba_rms_norm": False, "mamba_proj_bias": True},
+    ),
     "glm4_moe_lite-dense": ("glm4_moe_lite", DENSE_LAYERS),
     "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "kimi_linear-dense": ("kimi_linear", DENSE_LAYERS),

@@ -8,6 +8,7 @@ from come.models.families import (
     dense,
     latent,
     linear_attention,
+    mamba_hybrids,
     opt,
     post_norm,
     recurrent,
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
     **latent.FAMILIES,
     **linear_attention.FAMILIES,
+    **mamba_hybrids.FAMILIES,
     **opt.FAMILIES,
     **post_norm.FAMILIES,
     **recurrent.FAMILIES,
@@ -34,13 +36,13 @@ FAMILIES: dict[str, Family] = {
 MIXERS: dict[str, Mixers] = {
     **latent.MIXERS,
     **linear_attention.MIXERS,
-    **state_space.MIXERS,
+    **mamba_hybrids.MIXERS,
 }
 """The mixers of model types that have experts."""
 REFUSED: dict[str, str] = {
     **linear_attention.REFUSED,
+    **mamba_hybrids.REFUSED,
     **recurrent.REFUSED,
-    **state_space.REFUSED,
 }
 """Why other model types are not supported."""
 
