@@ -25,9 +25,11 @@ LAYER_INDEX_LISTS = (
     *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids"),
     "cross_attention_layers",
 )
+# Lists of layers counted from 1, in a mapping.
+COUNTED_FROM_ONE = {"linear_attn_config": ("full_attn_layers", "kda_layers")}
 LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-LAYER_COUNTS = ("num_blocks",)  # second names of the number of layers
-CYCLES = ("block_types",)  # lists that are repeated over the layers
+LAYER_COUNTS = ("num_blocks", "n_layer")  # second names of the number of layers
+CYCLES = ("block_types", "_block_types")  # lists that are repeated over the layers
 # Factors of every sublayer's output, divided by the root of the number of layers.
 DEPTH_SCALES = ("scale_depth",)
 # Other lists, whose length may equal the number of layers by coincidence.
@@ -97,6 +99,15 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         value = getattr(config, key, None)
         if value:
             setattr(config, key, [new for new, old in enumerate(kept) if old in value])
+    for key, names in COUNTED_FROM_ONE.items():
+        value = getattr(config, key, None) or {}
+        lists = {name: value[name] for name in names if name in value}
+        if lists:
+            left = {
+                name: [new for new, old in enumerate(kept, start=1) if old + 1 in layers]
+                for name, layers in lists.items()
+            }
+            setattr(config, key, value | left)
     for key in LAYER_THRESHOLDS:
         value = getattr(config, key, None)
         if isinstance(value, int):
