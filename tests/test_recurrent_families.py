@@ -77,6 +77,48 @@ def test_copy_after_gradients():
     adapter.copy_layer(0, adapter.layer_state(0))
 
 
+def legacy(folder, model_type, changes, dropped=()):
+    """Writes a configuration as another version of transformers would, and reads it."""
+    config = DECODERS[model_type]()
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    given = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: given[key] for key in given if key not in dropped}))
+    return AutoConfig.from_pretrained(folder)
+
+
+def test_names_of_the_base(tmp_path):
+    """Kinds of layer keep the names that the base has for them."""
+    kinds = ["mamba", "mamba", "attention", "attention"]
+    config = legacy(tmp_path, "granitemoehybrid-dense", {"layer_types": kinds})
+    assert config.layer_types[0] == "linear_attention"
+    reindex_config(config, [0, 2, 3])
+    assert derived_config(tmp_path, config, tmp_path)["layer_types"] == [kinds[0], *kinds[2:]]
+
+
+def test_computed_keys(tmp_path):
+    """Keys that transformers computes from others change with them."""
+    pattern = {"hybrid_override_pattern": "MM**--MM", "num_hidden_layers": 8}
+    config = legacy(tmp_path, "nemotron_h-dense", pattern, ["layers_block_type"])
+    reindex_config(config, [0, 1, 3, 4, 6, 7])
+    found = derived_config(tmp_path, config, tmp_path)
+    assert found["hybrid_override_pattern"] == "MM*-MM"
+    assert found["num_hidden_layers"] == 6
+
+
+def test_layers_counted_from_one(tmp_path):
+    """Lists in a mapping that count layers from 1 are kept in step."""
+    own = {"full_attn_layers": [3, 4], "kda_layers": [1, 2], "head_dim": 8, "num_heads": 4}
+    changes = {"linear_attn_config": own, "first_k_dense_replace": 4}
+    dropped = ["layer_types", "mlp_layer_types"]
+    config = legacy(tmp_path, "kimi_linear-dense", changes, dropped)
+    reindex_config(config, [0, 2, 3])
+    found = derived_config(tmp_path, config, tmp_path)
+    assert found["linear_attn_config"] == own | {"full_attn_layers": [2, 3], "kda_layers": [1]}
+    assert found["layer_types"] == ["linear_attention", "full_attention", "full_attention"]
+
+
 def test_text_model_of_a_wrapper(tmp_path):
     """The configuration of a text model does not contain that of the model around it."""
     wrapper, text = DECODERS["qwen3_5"](), DECODERS["qwen3_5_text"]()
