@@ -401,9 +401,12 @@ BIASES = {
 # Other forms of a model type, each with its keys.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-biases": (name, dict.fromkeys(keys, True)) for name, keys in BIASES.items()},
+    "axk1-dense": ("axk1", DENSE_LAYERS),
+    "bailing_hybrid-dense": ("bailing_hybrid", {**DENSE_LAYERS, "layer_types": HYBRID}),
     "bamba-one_group": ("bamba", ONE_GROUP),
     "deepseek_v2-dense": ("deepseek_v2", DENSE_LAYERS),
     "deepseek_v3-dense": ("deepseek_v3", DENSE_LAYERS),
+    "deepseek_v32-dense": ("deepseek_v32", DENSE_LAYERS),
     "falcon_h1-one_group": (
         "falcon_h1",
         {**ONE_GROUP, "mamba_rms_norm": False, "mamba_proj_bias": True},

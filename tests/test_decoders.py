@@ -29,7 +29,7 @@ TYPES = [
     if (type_of(name) in FAMILIES and name not in UNSUPPORTED_FORMS)
     or (type_of(name) in MIXERS and name in VARIANTS)
 ]
-RENAMED = {"gemma3", "kimi_linear", "lfm3", "nemotron_h", "olmo_hybrid"}
+RENAMED = {"bailing_hybrid", "gemma3", "kimi_linear", "lfm3", "nemotron_h", "olmo_hybrid"}
 """Types whose checkpoints have other names than the modules."""
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from come.models.families import (
     dense,
     latent,
+    lfm,
     linear_attention,
     mamba_hybrids,
     opt,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
     **latent.FAMILIES,
+    **lfm.FAMILIES,
     **linear_attention.FAMILIES,
     **mamba_hybrids.FAMILIES,
     **opt.FAMILIES,
@@ -35,6 +37,7 @@ FAMILIES: dict[str, Family] = {
 """The layout of every supported model type, as a function of its configuration."""
 MIXERS: dict[str, Mixers] = {
     **latent.MIXERS,
+    **lfm.MIXERS,
     **linear_attention.MIXERS,
     **mamba_hybrids.MIXERS,
 }

@@ -34,5 +34,5 @@ def latent_mixers(config: PretrainedConfig) -> list[Sublayer]:
 FAMILIES: dict[str, Family] = {"minicpm3": minicpm3, "youtu": latent}
 
 MIXERS: dict[str, Mixers] = dict.fromkeys(
-    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), latent_mixers
+    ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), latent_mixers
 )

@@ -1,4 +1,4 @@
-"""Linear attention and short convolutions, with attention in some layers, and a dense MLP."""
+"""Linear attention by the delta rule, with attention in some layers, and a dense MLP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from come.models.families.mixers import (
     delta_sizes,
     latent_attention,
     layers_of,
-    short_convolution,
+    mixer,
     whole_mixer,
 )
 from come.models.families.parts import Family, attention, ffn, kv_groups
@@ -73,6 +73,31 @@ def kimi_mixers(config: PretrainedConfig) -> list[Sublayer]:
     return _by_kind(config, linear, latent_attention(config))
 
 
+def bailing_mixers(config: PretrainedConfig) -> list[Sublayer]:
+    """The mixer of every layer of Bailing Hybrid: delta attention of independent heads, or latent.
+
+    Unlike Kimi Linear's, its gates are of full rank.
+    """
+    width = config.linear_head_dim
+    rows = ("q_proj", "k_proj", "v_proj", "g_proj", "forget_gate.f_proj")
+    linear = mixer(
+        "self_attn",
+        unit="key_head",
+        count=config.linear_num_heads,
+        columns=width,
+        inputs=(
+            *(Rows(name, (width,)) for name in rows),
+            Rows("b_proj"),
+            Rows("conv1d", (width,) * 3, reads=False),
+            Rows("forget_gate.A_log", reads=False),
+            Rows("forget_gate.dt_bias", (width,), reads=False),
+        ),
+        output="o_proj",
+        shared=("self_attn.o_norm",),
+    )
+    return _by_kind(config, linear, latent_attention(config))
+
+
 def _by_kind(config: PretrainedConfig, linear: Sublayer, full: Sublayer) -> list[Sublayer]:
     """The mixer of every layer."""
     mixers = {"linear_attention": linear, "full_attention": full}
@@ -113,69 +138,17 @@ def olmo_hybrid(config: PretrainedConfig) -> ModelLayout:
     return layers_of([layers[kind] for kind in config.layer_types], config.layer_types)
 
 
-def lfm2_mixers(config: PretrainedConfig) -> list[Sublayer]:
-    """The mixer of every layer of LFM 2: a short convolution, or attention."""
-    norm = Norm("operator_norm")
-    norms = ("self_attn.q_layernorm", "self_attn.k_layernorm")
-    full = attention(config, output="out_proj", norm=norm, shared=norms)
-    mixers = {"conv": short_convolution(config, norm=norm), "full_attention": full}
-    return [mixers[kind] for kind in config.layer_types]
-
-
-def lfm_ffn(channels: int, **others: Any) -> Sublayer:
-    """The MLP of LFM 2 and 3."""
-    return ffn(
-        channels,
-        inputs=("feed_forward.w1", "feed_forward.w3"),
-        output="feed_forward.w2",
-        norm=Norm("ffn_norm"),
-        silenced=(("feed_forward", 0),),
-        **others,
-    )
-
-
-def lfm2(config: PretrainedConfig) -> ModelLayout:
-    """LFM 2, the number of whose channels may be two thirds of the configuration's, rounded up."""
-    channels = config.intermediate_size
-    if config.block_auto_adjust_ff_dim:
-        channels = int(2 * channels / 3)
-        if config.block_ffn_dim_multiplier is not None:
-            channels = int(config.block_ffn_dim_multiplier * channels)
-            channels = -(-channels // config.block_multiple_of) * config.block_multiple_of
-    mlp = lfm_ffn(channels)
-    layers = [(own, mlp) for own in lfm2_mixers(config)]
-    return layers_of(layers, config.layer_types, final_norm="model.embedding_norm")
-
-
-def lfm3(config: PretrainedConfig) -> ModelLayout:
-    """LFM 3: short convolution or attention with a gate for each head, and norms of the outputs."""
-    norm, after, after_ffn = Norm("operator_norm"), None, None
-    if config.use_sandwich_norm:
-        after, after_ffn = Norm("post_operator_norm"), Norm("post_ffn_norm")
-    full = attention(config, norm=norm, post_norm=after, shared=HEAD_NORMS)
-    if config.use_attention_gate:
-        groups, _, _ = kv_groups(config)
-        gate = Rows("self_attn.g_proj", (config.num_attention_heads // groups,))
-        full = replace(full, inputs=(*full.inputs, gate))
-    conv = short_convolution(config, norm=norm, post_norm=after)
-    mlp = lfm_ffn(config.intermediate_size, post_norm=after_ffn)
-    layers = [(conv if kind == "conv" else full, mlp) for kind in config.layer_types]
-    return layers_of(layers, config.layer_types, final_norm="model.embedding_norm")
-
-
 FAMILIES: dict[str, Family] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_text": qwen3_5,
     "olmo_hybrid": olmo_hybrid,
-    "lfm2": lfm2,
-    "lfm3": lfm3,
 }
 
 MIXERS: dict[str, Mixers] = {
     "qwen3_5_moe_text": qwen3_5_mixers,
     "qwen3_next": qwen3_next_mixers,
     "kimi_linear": kimi_mixers,
-    "lfm2_moe": lfm2_mixers,
+    "bailing_hybrid": bailing_mixers,
 }
 
 REFUSED: dict[str, str] = {

@@ -134,18 +134,6 @@ def delta_sizes(config: PretrainedConfig) -> tuple[int, int, int, int]:
     return groups, heads, config.linear_key_head_dim, heads * config.linear_value_head_dim
 
 
-def short_convolution(config: PretrainedConfig, **others: Any) -> Sublayer:
-    """A gated short convolution; every channel is a unit."""
-    return mixer(
-        "conv",
-        unit="conv_channel",
-        count=config.hidden_size,
-        columns=1,
-        inputs=(Rows("in_proj", (1, 1, 1)), Rows("conv", reads=False)),
-        **others,
-    )
-
-
 def layers_of(
     layers: Sequence[tuple[Sublayer, ...]], kinds: Sequence[str] = (), **others: Any
 ) -> ModelLayout:
