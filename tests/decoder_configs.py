@@ -381,7 +381,6 @@ KEYS: dict[str, dict[str, Any]] = {
 ONE_GROUP = {"mamba_n_groups": 1}
 DENSE_HYBRID = {
     "layers_block_type": cycle(*2 * ["linear_attention"], *2 * ["full_attention"], *2 * ["mlp"]),
-    "layers": 8,
 }
 DENSE_LAYERS = {"mlp_layer_types": cycle("dense"), "first_k_dense_replace": count}
 BIASES = {
@@ -399,7 +398,7 @@ BIASES = {
     "youtu": ("attention_bias",),
 }
 # Other forms of a model type, each with its keys.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-biases": (name, dict.fromkeys(keys, True)) for name, keys in BIASES.items()},
     "axk1-dense": ("axk1", DENSE_LAYERS),
     "bailing_hybrid-dense": ("bailing_hybrid", {**DENSE_LAYERS, "layer_types": HYBRID}),

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.models.families import layout_of
+from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
 from come.models.surgery import check_layer_config, check_removal, remove_layers
@@ -125,7 +126,7 @@ class ModelAdapter:
         """Parameters of the first layer, and of its sublayers of each kind with their norms."""
         sizes = {name: p.numel() for name, p in self.layers[0].named_parameters()}
         blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
-        return {block: sum(sizes[n] for n in self.block_tensors(0, block)) for block in blocks}
+        return {b: sum(sizes.get(n, 0) for n in self.block_tensors(0, b)) for b in blocks}
 
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
@@ -135,8 +136,8 @@ class ModelAdapter:
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
         """The weights of all linear maps of a block of layer `index`, two-dimensional."""
         tensors = dict(self.layer(index).named_parameters())
-        names = self.block_tensors(index, block)
-        return [tensors[name] for name in names if tensors[name].dim() == 2]
+        own = (tensors[name] for name in self.block_tensors(index, block) if name in tensors)
+        return [tensor for tensor in own if tensor.dim() == 2]
 
     def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
@@ -185,11 +186,13 @@ class ModelAdapter:
     @property
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
-        head, layout = self.model.get_output_embeddings(), self.layout
-        converts = layout.float32_states and head.weight.dtype != torch.float32
-        if layout.logit_scale == 1 and layout.logit_cap is None and not converts:
-            return head
-        return ScaledHead(head, layout.logit_scale, layout.logit_cap)
+        linear, layout = self.model.get_output_embeddings(), self._layout
+        converts = layout.float32_states and linear.weight.dtype != torch.float32
+        plain = not layout.before_head and layout.logit_scale == 1 and not layout.logit_cap
+        if plain and not converts:
+            return linear
+        before = self.model.get_submodule(layout.before_head) if layout.before_head else None
+        return Head(linear, before, layout.logit_scale, layout.logit_cap)
 
     def copy_layer(self, index: int, state: LayerState) -> nn.Module:
         """A layer like `index` that is not part of the model and holds the tensors `state`.
@@ -262,24 +265,6 @@ class ModelAdapter:
     def scale_outputs(self, index: int, factor: float) -> None:
         """Multiplies all sublayer outputs of layer `index` by `factor`."""
         self.write(index, self.scaled_outputs(index, self.layer_state(index), factor))
-
-
-class ScaledHead(nn.Module):
-    """An LM head followed by a constant factor and a soft bound, z -> cap tanh(scale z / cap).
-
-    It converts states to the dtype of its weights.
-    """
-
-    def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
-        super().__init__()
-        self.head = head
-        self.scale = scale
-        self.cap = cap
-
-    def forward(self, states: Tensor) -> Tensor:
-        """The logits, [..., vocabulary]."""
-        logits: Tensor = self.head(states.to(self.head.get_parameter("weight").dtype)) * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,46 +14,34 @@ if TYPE_CHECKING:
 def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Computes the buffers that are on the meta device, such as those of rotary embeddings.
 
+    Those that a checkpoint holds stay without values. Parameters on the meta device do not change.
+
     Raises:
         ValueError: transformers does not set a buffer.
     """
-    others: list[nn.Module] = []
-    for name, module in list(model.named_modules()):
-        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            continue
-        own = next(module.parameters(), None) is not None
-        if own or "config" not in inspect.signature(type(module)).parameters:
-            others.append(module)
-            continue
-        made = type(module)(config=model.config)
-        model.set_submodule(name, made.to(device))
-    if others:
-        _set_buffers(model, others, device)
-
-
-def _set_buffers(model: PreTrainedModel, owners: Sequence[nn.Module], device: torch.device) -> None:
-    """Lets transformers set the buffers of some modules, without changing parameters."""
     from transformers import PreTrainedModel
 
-    unset: list[tuple[str, nn.Module, str, float]] = []
-    for owner in owners:
-        for name, old in list(owner.named_buffers(recurse=False)):
-            blank = torch.nan if old.is_floating_point() else torch.iinfo(old.dtype).min
-            kept = name not in owner._non_persistent_buffers_set
-            owner.register_buffer(name, torch.full_like(old, blank, device=device), kept)
-            unset.append((f"{type(owner).__name__}.{name}", owner, name, blank))
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter._is_hf_initialized = True
-    for module in model.modules():
-        if module in owners or isinstance(module, PreTrainedModel):
+    saved, made, owners = model.state_dict().keys(), [], set()
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                owners.add(module)
+                setattr(module, name, torch.full_like(buffer, _blank(buffer), device=device))
+                made += [] if f"{prefix}.{name}" in saved else [(prefix, module, name)]
+    for module in model.modules():  # a model may set buffers of its layers
+        if owners and (module in owners or isinstance(module, PreTrainedModel)):
             model._init_weights(module)
-    for parameter in parameters:
-        del parameter._is_hf_initialized
-    for shown, owner, name, blank in unset:
-        found = owner.get_buffer(name)
-        if found.is_meta or bool((found.isnan() | (found == blank)).any()):
+    for prefix, module, name in made:
+        found = module.get_buffer(name)
+        if _blank(found) and bool((found.isnan() | (found == _blank(found))).any()):
             raise ValueError(
-                f"the buffer {shown} cannot be computed with layers on disk; "
+                f"the buffer {prefix}.{name} cannot be computed with layers on disk; "
                 "take model.weights=memory"
             )
+
+
+def _blank(buffer: Tensor) -> float:
+    """A value that no buffer of this dtype has; 0 if there is none."""
+    if buffer.is_floating_point():
+        return torch.nan
+    return torch.iinfo(buffer.dtype).min if buffer.dtype != torch.bool else 0

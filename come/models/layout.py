@@ -57,12 +57,14 @@ class Rows:
             every unit, and so on: q, k and v of a fused projection are three blocks.
         axis: the dimension of the weight that the rows are; 1 if it is stored as [in, out].
         reads: whether it reads the output of the sublayer's norm.
+        parts: number of equal parts, one after another, each with all blocks of its own units.
     """
 
     name: str
     sizes: tuple[int, ...] = (1,)
     axis: int = 0
     reads: bool = True
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Role:
         sizes: rows or columns of one unit, block by block; empty if one unit has all.
         norm: the norm whose output the tensor reads.
         input_axis: the dimension of the norm's channels, if it reads a norm.
+        parts: number of equal parts along the axis, each with all blocks of its own units.
     """
 
     part: Part
@@ -171,15 +174,17 @@ class Role:
     sizes: tuple[int, ...] = (1,)
     norm: Norm | None = None
     input_axis: int = -1
+    parts: int = 1
 
     def indices(self, count: int, units: Sequence[int]) -> list[Int[Tensor, " _"]]:
         """Positions along the axis of some of `count` units, for every block."""
-        found, start = [], 0
+        assert count % self.parts == 0
+        found, start, each = [], 0, count // self.parts
         chosen = torch.as_tensor(units, dtype=torch.long)
         for size in self.sizes:
-            first = start + chosen * size
+            first = start + chosen // each * each * sum(self.sizes) + chosen % each * size
             found.append((first[:, None] + torch.arange(size)).flatten())
-            start += count * size
+            start += each * size
         return found
 
     def count(self, tensor: Tensor) -> int:
@@ -248,8 +253,9 @@ class LayerLayout:
             found = _roles(sublayer) | found
         roles: dict[str, Role] = {}
         for name in names:
-            own = found.get(name) or found.get(name.rpartition(".")[0])
-            role = own or _owner(found, name)
+            module, _, kind = name.rpartition(".")
+            own = found.get(module) if kind in ("weight", "bias") else None
+            role = found.get(name) or own or _owner(found, name)
             if role is None:
                 raise ValueError(
                     f"layer tensor {name!r} is not known, so this model cannot be merged safely"
@@ -268,8 +274,10 @@ class ModelLayout:
         stack: name of the list of decoder layers, relative to the model.
         final_norm: name of the norm between the last layer and the LM head.
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
-        logit_scale: constant that multiplies the LM head's output.
-        logit_cap: soft bound of the logits, cap * tanh(z / cap); None for none.
+        before_head: the module between the final norm and the LM head; empty for none.
+        logit_scale: multiplies the logits.
+        logit_cap: c of c tanh(logits / c); 0 for none.
+        begin_token: whether the family predicts well only after its begin token.
         float32_states: whether the residual stream is float32 even if weights are narrower.
     """
 
@@ -277,8 +285,10 @@ class ModelLayout:
     stack: str = "model.layers"
     final_norm: str = "model.norm"
     returns: int = 0
+    before_head: str = ""
     logit_scale: float = 1.0
-    logit_cap: float | None = None
+    logit_cap: float = 0.0
+    begin_token: bool = False
     float32_states: bool = False
 
     @property
@@ -306,10 +316,12 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
     for rows in sublayer.inputs:
         read = norm if rows.reads else None
         found[rows.name] = Role(
-            Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1
+            *(Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1),
+            parts=rows.parts,
         )
     output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
-    found |= {f"{sublayer.output}.weight": output, sublayer.output: Role(Part.SHARED, name)}
+    bias = Role(Part.SHARED, name)
+    found |= {f"{sublayer.output}.weight": output, f"{sublayer.output}.bias": bias}
     found |= {module: Role(Part.SHARED, name) for module in sublayer.shared}
     if sublayer.post_norm:
         found[sublayer.post_norm.module] = Role(Part.SHARED, name)
@@ -330,4 +342,4 @@ def _owner(found: dict[str, Role], name: str) -> Role | None:
 
 def _of_bias(role: Role) -> Role:
     """The role of the bias beside a weight."""
-    return Role(role.part, role.sublayer, role.unit, 0, role.sizes, role.norm)
+    return replace(role, axis=0, input_axis=-1)

@@ -57,6 +57,13 @@ class ModelSettings(HasSettings):
         counts=False,
     )
     trust_remote_code: bool = setting(False, "whether code of the repository may run")
+    begin_token: Optional[bool] = setting(
+        None,
+        "whether every window of text begins with the tokenizer's begin token; null for what the "
+        "family needs",
+        kind=bool,
+        optional=True,
+    )
 
 
 @dataclass

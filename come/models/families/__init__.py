@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from come.models.families import (
+    alibi,
     dense,
+    fused,
     latent,
     lfm,
     linear_attention,
@@ -14,6 +16,8 @@ from come.models.families import (
     post_norm,
     recurrent,
     state_space,
+    ungated,
+    wrappers,
 )
 from come.models.families.mixers import Mixers
 from come.models.families.parts import Family
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
+    **alibi.FAMILIES,
+    **fused.FAMILIES,
     **latent.FAMILIES,
     **lfm.FAMILIES,
     **linear_attention.FAMILIES,
@@ -33,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     **post_norm.FAMILIES,
     **recurrent.FAMILIES,
     **state_space.FAMILIES,
+    **ungated.FAMILIES,
+    **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
 MIXERS: dict[str, Mixers] = {
@@ -43,16 +51,19 @@ MIXERS: dict[str, Mixers] = {
 }
 """The mixers of model types that have experts."""
 REFUSED: dict[str, str] = {
+    **dense.REFUSED,
+    **fused.REFUSED,
     **linear_attention.REFUSED,
     **mamba_hybrids.REFUSED,
     **recurrent.REFUSED,
+    **wrappers.REFUSED,
 }
-"""Why other model types are not supported."""
+"""Why other types are not supported."""
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, with the reason or the supported types, for an unsupported model type."""
-    if model_type in REFUSED:
+    """Raises ValueError, with the reason or the supported families, for an unsupported type."""
+    if model_type in REFUSED and model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(

@@ -48,7 +48,7 @@ def recurrent_gemma(config: PretrainedConfig) -> ModelLayout:
         silenced=(("mlp_block", 0),),
     )
     kinds = config.layers_block_type
-    names = {"final_norm": "model.final_norm", "logit_cap": config.logits_soft_cap}
+    names = {"final_norm": "model.final_norm", "logit_cap": config.logits_soft_cap or 0.0}
     return layers_of([(mixers[kind], mlp) for kind in kinds], kinds, **names)
 
 
@@ -88,7 +88,7 @@ def xlstm(config: PretrainedConfig) -> ModelLayout:
         silenced=(("ffn", 0),),
     )
     names = {"stack": "backbone.blocks", "final_norm": "backbone.out_norm"}
-    cap = config.output_logit_soft_cap
+    cap = config.output_logit_soft_cap or 0.0
     return same_layers(config, memory, mlp, **names, returns=2, logit_cap=cap)
 
 
@@ -98,5 +98,4 @@ REFUSED: dict[str, str] = {
     "rwkv": "the output of its MLP is multiplied by a gate of the token, "
     "and its first layer begins with a norm of the embeddings",
     "blt": "its layers are in four stacks, two of which read bytes and one patches",
-    "hrm_text": "it runs through its layers several times",
 }
