@@ -1,5 +1,7 @@
 """Layers as data: units of fused tensors, roles, sublayers run alone, and recorded arguments."""
 
+import ast
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from come.models.families import FAMILIES
 from come.models.families.parts import same_layers
 from come.models.layout import LayerLayout, Norm, Part, Role, Rows, Sublayer
 from come.models.sublayers import hidden_features, run_layer, states_after
+from tests.commands import ROOT
 from tests.conftest import pico
 
 HIDDEN, GROUPS = 6, 3
@@ -184,3 +187,18 @@ def test_layer_inputs_of_positional_arguments_and_tuples(monkeypatch):
     for layer, given in zip(adapter.layers, keywords):
         states = run_layer(layer, states, given)
     assert torch.equal(states, model(tokens, use_cache=False))
+
+
+def test_algorithms_name_no_family():
+    """Names of families, and of modules of their layers, stand in come/models/families alone."""
+    known = {name for name in FAMILIES if len(name) > 3} | {"self_attn", "mlp", "input_layernorm"}
+    for package in ("merge", "linalg", "statistics", "stream", "distill"):
+        for path in (ROOT / "come" / package).rglob("*.py"):
+            strings = [
+                node.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            code = [text for text in strings if " " not in text]  # not documentation
+            assert not known & {word for text in code for word in (text, *text.split("."))}, path
+            assert "come.models.families" not in path.read_text(), path
