@@ -18,7 +18,7 @@ from come.models.families import layout_of
 from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
-from come.models.surgery import check_layer_config, check_removal, remove_layers
+from come.models.surgery import check_layer_config, check_removal, needed_layers, remove_layers
 from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ class ModelAdapter:
     def layer_layout(self, index: int) -> LayerLayout:
         """The sublayers of layer `index`."""
         return self.layout.layers[index]
+
+    @property
+    def needed_layers(self) -> tuple[bool, ...]:
+        """By layer, whether it is of the kind of which one must be left; empty if there is none."""
+        return needed_layers(self.config)
 
     def roles(self, index: int = 0) -> dict[str, Role]:
         """The role of every tensor of layer `index`."""

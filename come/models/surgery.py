@@ -61,19 +61,29 @@ def check_layer_config(config: PretrainedConfig) -> None:
             )
 
 
+def needed_layers(config: PretrainedConfig) -> tuple[bool, ...]:
+    """By layer, whether it has attention; empty if all have, or none has.
+
+    Of a model with several kinds of layer, one with attention must be left, because transformers
+    counts the tokens of its cache there.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    found = tuple(kind not in UNCOUNTED for kind in kinds)
+    return found if any(found) and not all(found) else ()
+
+
 def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
     """Rejects a cut after which transformers could not generate with a cache.
 
     Raises:
         ValueError: no layer with attention would be left of several kinds of layer.
     """
-    kinds = getattr(config, "layer_types", None) or []
-    attention = [index for index, kind in enumerate(kinds) if kind not in UNCOUNTED]
-    if attention and set(attention) <= set(removed):
+    needed = [index for index, own in enumerate(needed_layers(config)) if own]
+    if needed and set(needed) <= set(removed):
         raise ValueError(
             f"removing layers {', '.join(map(str, removed))} leaves no layer with attention, and "
             "transformers counts the tokens of a cache in such a layer; keep one of layers "
-            f"{', '.join(map(str, attention))}"
+            f"{', '.join(map(str, needed))}"
         )
 
 
