@@ -12,7 +12,7 @@ from come.models.dialects import derived_config
 from come.models.families import FAMILIES, REFUSED, layout_of
 from come.models.surgery import reindex_config
 from tests.decoders import DECODERS, VARIANTS, pico_decoder
-from tests.methods import come_plus
+from tests.methods import build_method, come_plus, read_recipe
 from tests.test_decoders import tokens
 
 
@@ -67,6 +67,16 @@ def test_bfloat16(model_type):
         model, tokens(model), come_plus(), target_layers=layers - 1, batch_size=4, progress=False
     )
     assert model(tokens(model), use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["shortgpt", "sleb"])
+def test_drops_leave_attention(recipe):
+    """The only layer with attention is never dropped."""
+    for place in range(4):
+        model = pico_decoder("lfm2", full_attn_idxs=[place])
+        method = build_method(read_recipe(recipe), {})
+        compress(model, tokens(model), method, target_layers=1, batch_size=4, progress=False)
+        assert model.config.layer_types == ["full_attention"]
 
 
 def test_copy_after_gradients():
