@@ -36,6 +36,7 @@ def count(layers: int) -> int:
 
 LOCAL = cycle("sliding_attention", "sliding_attention", "full_attention")
 LINEAR = cycle("linear_attention", "linear_attention", "full_attention")
+HYBRID = cycle(*2 * ["linear_attention"], *2 * ["full_attention"])
 DENSE_FIRST = first("dense", "sparse")
 INDEXED = cycle("indexed_attention")
 
@@ -133,7 +134,7 @@ INKLING = {
     "unpadded_vocab_size": VOCAB - 6,
     "conv_kernel_size": 3,
 }
-QWEN_LINEAR = {"layer_types": LINEAR, "rope_parameters": rope(0.25)}
+QWEN_LINEAR = {"layer_types": HYBRID, "rope_parameters": rope(0.25)}
 SIDE = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -175,7 +176,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "global_config": lambda layers: {**BLT, "hidden_size": 48, "num_hidden_layers": layers},
     },
     "beam": {"mlp_layer_types": DENSE_FIRST},
-    "bamba": {"attn_layer_indices": indices(3, 2)},
+    "bamba": {"attn_layer_indices": [2, 3]},
     "cohere": {"use_qk_norm": True},
     "cohere2": {"layer_types": LOCAL},
     "cohere2_moe": {
@@ -249,7 +250,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granite_swa": {"layer_types": LOCAL, "layer_rope_theta": cycle(100.0, 100.0, 10000.0)},
     "granitemoe_swa": {"layer_types": LOCAL, "layer_rope_theta": cycle(100.0, 100.0, 10000.0)},
-    "granitemoehybrid": {"layer_types": LINEAR, "position_embedding_type": "rope"},
+    "granitemoehybrid": {"layer_types": HYBRID, "position_embedding_type": "rope"},
     "helium": {"head_dim": 8},
     "hrm_text": {"H_cycles": 2, "L_cycles": 2, "embedding_scale": 1.5},
     "hy_v3": {"mlp_layer_types": DENSE_FIRST},
@@ -262,7 +263,7 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
     "jetmoe": {"kv_channels": 8},
-    "kimi_linear": {**LATENT, "layer_types": LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {**LATENT, "layer_types": HYBRID, "linear_head_dim": 8, "linear_num_heads": 4},
     "laguna": {
         "layer_types": LOCAL,
         "mlp_layer_types": DENSE_FIRST,
@@ -270,10 +271,11 @@ KEYS: dict[str, dict[str, Any]] = {
         "moe_routed_scaling_factor": 1.7,
         "moe_router_logit_softcapping": 3.0,
     },
-    "lfm2": {"full_attn_idxs": indices(3, 2), "block_auto_adjust_ff_dim": False},
+    "lfm2": {"full_attn_idxs": [2, 3], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": cycle("conv", "conv", "full_attention")},
     "lfm3": {
-        "layer_types": cycle("conv", "sliding_attention", "full_attention"),
+        "layer_types": cycle(*2 * ["conv"], *2 * ["sliding_attention"], *2 * ["full_attention"]),
+        "layers": 6,
         "conv_L_cache": 3,
     },
     "llama4_text": {
@@ -317,7 +319,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 28,
     },
     "olmo3": {"layer_types": LOCAL, "rope_parameters": local_rope()},
-    "olmo_hybrid": {"layer_types": LINEAR},
+    "olmo_hybrid": {"layer_types": HYBRID},
     "opt": {"word_embed_proj_dim": WIDTH},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "phi3": {"rope_parameters": rope(0.75)},
@@ -345,11 +347,14 @@ KEYS: dict[str, dict[str, Any]] = {
         **{"indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW},
         "indexer_compress_ratio": 2,
     },
-    "recurrent_gemma": {"lru_width": 24, "logits_soft_cap": 5.0, "conv1d_width": 3},
+    "recurrent_gemma": {
+        **{"lru_width": 24, "logits_soft_cap": 5.0, "conv1d_width": 3, "layers": 5},
+        "block_types": [*2 * ["recurrent"], *2 * ["attention"]],
+    },
     "rwkv": {"attention_hidden_size": WIDTH, "rescale_every": 2, "context_length": 64},
     "stablelm": {"use_qkv_bias": True},
     "smollm3": {"no_rope_layer_interval": 2},
-    "youtu": ALL_HEADS,
+    "youtu": {**ALL_HEADS, "pad_token_id": None},  # loading sets the row of padding to zero
     "vaultgemma": {"layer_types": LOCAL},
     "xlstm": {
         "hidden_size": 64,
@@ -371,4 +376,44 @@ KEYS: dict[str, dict[str, Any]] = {
         "router_hidden_size": 12,
         "layer_types": cycle("hybrid_sliding", "hybrid_sliding", "hybrid"),
     },
+}
+
+ONE_GROUP = {"mamba_n_groups": 1}
+DENSE_HYBRID = {
+    "layers_block_type": cycle(*2 * ["linear_attention"], *2 * ["full_attention"], *2 * ["mlp"]),
+}
+DENSE_LAYERS = {"mlp_layer_types": cycle("dense"), "first_k_dense_replace": count}
+BIASES = {
+    "bamba": ("mamba_proj_bias", "attention_bias", "mlp_bias"),
+    "falcon_h1": ("mamba_proj_bias", "attention_bias", "mlp_bias", "projectors_bias"),
+    "lfm2": ("conv_bias",),
+    "lfm3": ("conv_bias", "attention_bias"),
+    "mamba": ("use_bias",),
+    "mamba2": ("use_bias",),
+    "minicpm3": ("attention_bias", "mlp_bias"),
+    "olmo_hybrid": ("attention_bias",),
+    "qwen3_5_text": ("attention_bias",),
+    "recurrent_gemma": ("attention_bias",),
+    "xlstm": ("use_bias",),
+    "youtu": ("attention_bias",),
+}
+# Other forms of a model type, each with its keys.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}-biases": (name, dict.fromkeys(keys, True)) for name, keys in BIASES.items()},
+    "axk1-dense": ("axk1", DENSE_LAYERS),
+    "bailing_hybrid-dense": ("bailing_hybrid", {**DENSE_LAYERS, "layer_types": HYBRID}),
+    "bamba-one_group": ("bamba", ONE_GROUP),
+    "deepseek_v2-dense": ("deepseek_v2", DENSE_LAYERS),
+    "deepseek_v3-dense": ("deepseek_v3", DENSE_LAYERS),
+    "deepseek_v32-dense": ("deepseek_v32", DENSE_LAYERS),
+    "falcon_h1-one_group": (
+        "falcon_h1",
+        {**ONE_GROUP, "mamba_rms_norm": False, "mamba_proj_bias": True},
+    ),
+    "glm4_moe_lite-dense": ("glm4_moe_lite", DENSE_LAYERS),
+    "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
+    "kimi_linear-dense": ("kimi_linear", DENSE_LAYERS),
+    "mamba2-one_group": ("mamba2", {"n_groups": 1}),
+    "nemotron_h-dense": ("nemotron_h", DENSE_HYBRID),
+    "qwen3_next-dense": ("qwen3_next", {"mlp_only_layers": indices(1)}),
 }

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.decoder_configs import HEADS, KEYS, SIDE, SIZES, WIDTH
+from tests.decoder_configs import FORMS, HEADS, KEYS, SIDE, SIZES, WIDTH
 
 # Types that hold the decoder of another type, with the keys of their other parts.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,6 +111,7 @@ VARIANTS: dict[str, Callable[..., PretrainedConfig]] = {
         ("persimmon-no-norms", "persimmon", {"qk_layernorm": False}),
         ("phi-norms", "phi", {"qk_layernorm": True}),
         ("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),
+        *((name, model_type, keys) for name, (model_type, keys) in FORMS.items()),
     )
 }
 """Other forms of a type, whose layers have other tensors or another order."""

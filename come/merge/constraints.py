@@ -51,6 +51,8 @@ class SpanConstraints:
     Attributes:
         kinds: what the layers of a span must have in common, by original layer; empty if all have.
         m: layers of a span; a drop removes m - 1 of them.
+        needed: by layer of the current model, whether it is of the kind of which a drop must leave
+            one; empty if there is no such kind.
         variable_size: whether a span may have fewer layers.
         remerges: whether a merged layer may be merged again.
         drops: whether the scored spans are dropped instead of merged.
@@ -65,6 +67,7 @@ class SpanConstraints:
     protect_last: int = 0
     variable_size: bool = False
     kinds: tuple[Hashable, ...] = ()
+    needed: tuple[bool, ...] = ()
 
     @property
     def protected(self) -> int:
@@ -105,6 +108,9 @@ class SpanConstraints:
             history: original layers merged into each layer of the current model.
             target: the depth to reach, below the current depth.
             stop: with `variable_size`, an intermediate depth that must not be skipped.
+
+        Raises:
+            ValueError: no layers can be dropped without the last layer of the needed kind.
         """
         depth = len(history)
         size = span_size(depth, target if stop is None else stop, self.m)
@@ -112,7 +118,14 @@ class SpanConstraints:
         sizes = range(2, size + 1) if self.variable_size else [size]
         begin, end = self.protect_first, depth - self.protect_last
         if self.drops:
-            return [(first, first + size - 2) for first in range(begin, end - size + 2)]
+            drops = [(first, first + size - 2) for first in range(begin, end - size + 2)]
+            allowed = [span for span in drops if self._leaves_needed(*span)]
+            if drops and not allowed:
+                raise ValueError(
+                    f"dropping {size - 1} of {depth} layers here would leave none with attention, "
+                    "in which a cache counts its tokens; protect fewer layers, or drop fewer"
+                )
+            return allowed
         spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
         spans = [span for span in spans if self.alike(history, *span)]
         if self.remerges:
@@ -133,6 +146,10 @@ class SpanConstraints:
             if reachable:
                 eligible.append((first, last))
         return eligible
+
+    def _leaves_needed(self, first: int, last: int) -> bool:
+        """Whether a layer of the needed kind is left if layers first..last are dropped."""
+        return not self.needed or any((*self.needed[:first], *self.needed[last + 1 :]))
 
     def removal(self, first: int, last: int) -> tuple[int, int, int | None]:
         """First and last layer to merge for a scored span, and the index of a drop's kept layer.

@@ -82,6 +82,12 @@ class AlignedNorm(nn.Module):
         self.norm = norm
         self.change = change
 
+    @property
+    def weight(self) -> Tensor:
+        """The norm's weight, whose dtype some layers convert their input to."""
+        weight: Tensor = self.norm.get_parameter("weight")
+        return weight
+
     def forward(self, states: Tensor) -> Tensor:
         """P n(x)."""
         normed = self.norm(states)

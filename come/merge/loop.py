@@ -78,6 +78,7 @@ def compress(
     adapter = ModelAdapter(model)
     method.check_layers(adapter.layout.layers)
     kinds = layer_kinds(adapter.layout.layers, method.kinds, method.block)
+    needed = adapter.needed_layers if method.block == "layer" else ()
     _check(method, adapter.num_layers, target_layers, stops, kinds)
     plan = plan or Plan(
         BaseModel.of(adapter),
@@ -108,6 +109,7 @@ def compress(
             stream.snapshot_dense()
         apply(plan, model)
         rules = method.constraints(adapter.num_layers, target_layers, kinds)
+        rules = replace(rules, needed=needed)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from come.merge.combination import Combination
@@ -76,6 +76,7 @@ class Search:
         self.plan: Plan
         self.origins: list[int] = []
         self.statistics: list[LayerStatistics] = []
+        self._needed = rules.needed  # by layer of the base model
         self._stops = stops
         self._trials = trials
         self._scores: dict[tuple[int, int], float] = {}
@@ -116,6 +117,9 @@ class Search:
         needs its statistics.
         """
         self.plan = plan
+        if self._needed:
+            needed = tuple(self._needed[index] for index in plan.places)
+            self.rules = replace(self.rules, needed=needed)
         stream = self.stream
         if self._start == stream.num_layers:
             return

@@ -18,7 +18,7 @@ from come.models.families import layout_of
 from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
-from come.models.surgery import check_layer_config, remove_layers
+from come.models.surgery import check_layer_config, check_removal, needed_layers, remove_layers
 from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ class ModelAdapter:
     def layer_layout(self, index: int) -> LayerLayout:
         """The sublayers of layer `index`."""
         return self.layout.layers[index]
+
+    @property
+    def needed_layers(self) -> tuple[bool, ...]:
+        """By layer, whether it is of the kind of which one must be left; empty if there is none."""
+        return needed_layers(self.config)
 
     def roles(self, index: int = 0) -> dict[str, Role]:
         """The role of every tensor of layer `index`."""
@@ -187,7 +192,9 @@ class ModelAdapter:
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
         linear, layout = self.model.get_output_embeddings(), self._layout
-        if not layout.before_head and layout.logit_scale == 1 and not layout.logit_cap:
+        converts = layout.float32_states and linear.weight.dtype != torch.float32
+        plain = not layout.before_head and layout.logit_scale == 1 and not layout.logit_cap
+        if plain and not converts:
             return linear
         before = self.model.get_submodule(layout.before_head) if layout.before_head else None
         return Head(linear, before, layout.logit_scale, layout.logit_cap)
@@ -203,6 +210,8 @@ class ModelAdapter:
             for name, p in layer.named_parameters()
         }
         blank[id(layer._forward_pre_hooks)] = OrderedDict()  # hooks that load weights from disk
+        for module in layer.modules():  # states of recurrences, which may be part of a graph
+            blank |= {id(t): t.detach() for t in vars(module).values() if isinstance(t, Tensor)}
         copied = copy.deepcopy(layer, blank)
         copied.load_state_dict(tensors, assign=True)
         return copied
@@ -225,15 +234,19 @@ class ModelAdapter:
         """Replaces layers first..last (inclusive) by one layer with the tensors `state`.
 
         The new layer has the kind and the configuration of layer first + slot.
+
+        Raises:
+            ValueError: the layers that are left could not generate with a cache.
         """
         place = first + slot
         assert first <= place <= last
         assert state.keys() == self.layer_state(place).keys()
         expected = self.layout.layers[:first] + self.layout.layers[place : place + 1]
         expected += self.layout.layers[last + 1 :]
+        removed = [index for index in range(first, last + 1) if index != place]
+        check_removal(self.config, removed)
         self.write(place, state)
-        if last > first:
-            removed = [index for index in range(first, last + 1) if index != place]
+        if removed:
             remove_layers(self.layers, self.config, removed)
             assert self.layout.layers == expected, "the configuration describes other layers"
 

@@ -29,7 +29,9 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     """The base model's `config.json`, updated with only the values that differ in `config`.
 
     Keys that only some versions of transformers know, and defaults on which versions disagree,
-    stay as they are in the base. Every reader therefore treats the result like the base.
+    stay as they are in the base, and so do names of kinds of layer. Every reader therefore treats
+    the result like the base. If the base contains the model as its text model, only that part of
+    its configuration is read.
 
     Args:
         base: folder of the base model.
@@ -40,8 +42,16 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     from transformers import AutoConfig
 
     given: dict[str, Any] = json.loads((base / CONFIG).read_text(encoding="utf-8"))
-    before, after = _plain(AutoConfig.from_pretrained(base)), _plain(config)
+    own = AutoConfig.from_pretrained(base)
+    if own.model_type != config.model_type:  # the text model of a model with images, for example
+        own, given = own.get_text_config(decoder=True), dict(given.get("text_config", {}))
+    before, after = _plain(own), _plain(config)
     changed = {key: after[key] for key in after if after[key] != before.get(key)}
+    changed = {key: _as_named(changed[key], before.get(key), given.get(key)) for key in changed}
+    for key in given.keys() - after.keys():  # keys that the configuration computes from others
+        computed = getattr(own, key, None), getattr(config, key, None)
+        if computed[0] == given[key] and computed[1] not in (None, given[key]):
+            changed[key] = computed[1]
     for key in {*_OWN, _OLD_PLAN, _WEIGHTS}:
         changed.pop(key, None)
     given.pop(_OLD_PLAN, None)
@@ -49,6 +59,15 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
     dtype = str(config.dtype).removeprefix("torch.")
     named = [key for key in ("dtype", "torch_dtype") if key in given] or ["dtype"]
     return without_missing_code(given | changed | dict.fromkeys(named, dtype), folder)
+
+
+def _as_named(value: Any, before: Any, given: Any) -> Any:
+    """A list of names with the base's own names, where this version of transformers has others."""
+    lists = all(isinstance(one, list) for one in (value, before, given))
+    if not lists or given == before or len(given) != len(before):
+        return value
+    own = {str(new): old for new, old in zip(before, given, strict=True)}
+    return [own.get(str(entry), entry) for entry in value]
 
 
 def both_dialects(config: dict[str, Any]) -> dict[str, Any]:

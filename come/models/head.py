@@ -17,6 +17,8 @@ class Head(nn.Module):
         before: applied to the states first; None for nothing.
         scale: multiplies the logits.
         cap: bound of the logits' absolute values; 0 for none.
+
+    States are converted to the dtype of the linear map.
     """
 
     def __init__(self, linear: nn.Module, before: nn.Module | None, scale: float, cap: float):
@@ -26,5 +28,6 @@ class Head(nn.Module):
     def forward(self, states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """The logits of states after the final norm."""
         read = states if self.before is None else self.before(states)
+        read = read.to(self.linear.get_parameter("weight").dtype)
         logits: Tensor = self.linear(read) * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits

@@ -124,8 +124,9 @@ class Sublayer:
             depend on several rows of a projection.
         silenced: modules that return zeros while the sublayer is left out, each with the number of
             values that it returns.
-        opaque: whether its units are coupled, so that it is kept from one layer as a whole, its
-            norm included; `inputs` then are all of its modules.
+        opaque: whether its units are coupled, so that it is kept from one layer as a whole;
+            `inputs` then are all of its modules. Its norm is one of them, unless other sublayers
+            read it too.
     """
 
     name: str
@@ -277,6 +278,7 @@ class ModelLayout:
         logit_scale: multiplies the logits.
         logit_cap: c of c tanh(logits / c); 0 for none.
         begin_token: whether the family predicts well only after its begin token.
+        float32_states: whether the residual stream is float32 even if weights are narrower.
     """
 
     layers: tuple[LayerLayout, ...]
@@ -287,6 +289,7 @@ class ModelLayout:
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     begin_token: bool = False
+    float32_states: bool = False
 
     @property
     def decoder(self) -> str:
@@ -299,8 +302,13 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
     found: dict[str, Role]
     name, unit, norm = sublayer.name, sublayer.unit, sublayer.norm
     if sublayer.opaque:
-        whole = Role(Part.UNITS, name, unit, sizes=())
-        found = {rows.name: whole for rows in sublayer.inputs}
+        names = {rows.name for rows in sublayer.inputs}
+        common = norm if norm and norm.module not in names else None
+        own = Role(Part.UNITS, name, unit, sizes=())
+        reader = replace(own, norm=common)
+        found = {rows.name: reader if rows.reads else own for rows in sublayer.inputs}
+        if common:
+            found[common.module] = Role(Part.NORM, name)
         if sublayer.post_norm:
             found[sublayer.post_norm.module] = Role(Part.SHARED, name)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,21 @@ LAYER_INDEX_LISTS = (
     *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids"),
     "cross_attention_layers",
 )
+# Lists of layers counted from 1, in a mapping.
+COUNTED_FROM_ONE = {"linear_attn_config": ("full_attn_layers", "kda_layers")}
 LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+LAYER_COUNTS = ("num_blocks", "n_layer")  # second names of the number of layers
+CYCLES = ("block_types", "_block_types")  # lists that are repeated over the layers
+# Factors of every sublayer's output, divided by the root of the number of layers.
+DEPTH_SCALES = ("scale_depth",)
 # Other lists, whose length may equal the number of layers by coincidence.
-OTHER_LISTS = ("architectures", "eos_token_id", "bos_token_id", "suppress_tokens")
+OTHER_LISTS = (
+    *("architectures", "eos_token_id", "bos_token_id", "suppress_tokens", "time_step_limit"),
+    *("mlp_multipliers", "ssm_multipliers", "mtp_layers_block_type"),
+)
+
+# Kinds of layer whose cache does not count tokens.
+UNCOUNTED = {"linear_attention", "conv", "mlp", "moe"}
 
 _INDICES = ("layer_idx", "layer_id", "layer_number")  # of modules that know their own layer
 
@@ -38,7 +51,7 @@ def check_layer_config(config: PretrainedConfig) -> None:
         ValueError: there is an unknown list with one entry per layer.
     """
     count = config.num_hidden_layers
-    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *OTHER_LISTS}
+    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *CYCLES, *OTHER_LISTS}
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == count and count > 1 and key not in known:
             raise ValueError(
@@ -48,24 +61,77 @@ def check_layer_config(config: PretrainedConfig) -> None:
             )
 
 
+def needed_layers(config: PretrainedConfig) -> tuple[bool, ...]:
+    """By layer, whether it has attention; empty if all have, or none has.
+
+    Of a model with several kinds of layer, one with attention must be left, because transformers
+    counts the tokens of its cache there.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    found = tuple(kind not in UNCOUNTED for kind in kinds)
+    return found if any(found) and not all(found) else ()
+
+
+def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
+    """Rejects a cut after which transformers could not generate with a cache.
+
+    Raises:
+        ValueError: no layer with attention would be left of several kinds of layer.
+    """
+    needed = [index for index, own in enumerate(needed_layers(config)) if own]
+    if needed and set(needed) <= set(removed):
+        raise ValueError(
+            f"removing layers {', '.join(map(str, removed))} leaves no layer with attention, and "
+            "transformers counts the tokens of a cache in such a layer; keep one of layers "
+            f"{', '.join(map(str, needed))}"
+        )
+
+
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
     for key in PER_LAYER_LISTS:
         value = getattr(config, key, None)
-        if isinstance(value, list) and len(value) == count:
+        if isinstance(value, list) and len(value) == count and not _derived(config, key):
             setattr(config, key, [value[i] for i in kept])
+    for key in LAYER_COUNTS:
+        if getattr(config, key, None) == count:
+            setattr(config, key, len(kept))
+    for key in CYCLES:
+        value = getattr(config, key, None)
+        if value:
+            setattr(config, key, [value[i % len(value)] for i in kept])
+    for key in DEPTH_SCALES:
+        value = getattr(config, key, None)
+        if value:
+            setattr(config, key, value * math.sqrt(len(kept) / count))
     if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"):
         config.attention_types = [[list(config.attention_layers), 1]]  # GPT-Neo's kinds, repeated
     for key in LAYER_INDEX_LISTS:
         value = getattr(config, key, None)
         if value:
             setattr(config, key, [new for new, old in enumerate(kept) if old in value])
+    for key, names in COUNTED_FROM_ONE.items():
+        value = getattr(config, key, None) or {}
+        lists = {name: value[name] for name in names if name in value}
+        if lists:
+            left = {
+                name: [new for new, old in enumerate(kept, start=1) if old + 1 in layers]
+                for name, layers in lists.items()
+            }
+            setattr(config, key, value | left)
     for key in LAYER_THRESHOLDS:
         value = getattr(config, key, None)
         if isinstance(value, int):
             setattr(config, key, sum(old < value for old in kept))
     config.num_hidden_layers = len(kept)
+
+
+def _derived(config: PretrainedConfig, key: str) -> bool:
+    """Whether a key is computed from others and cannot be set."""
+    name = config.attribute_map.get(key, key)
+    computed = getattr(type(config), name, None)
+    return isinstance(computed, property) and computed.fset is None
 
 
 def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, removed: Sequence[int]) -> None:

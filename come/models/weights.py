@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from come.files import PARTIAL, write_text
 from come.memory import return_freed_memory
+from come.models.buffers import make_buffers
 from come.models.checkpoint import weight_files
 from come.models.layer_state import LayerState, LazyState
 from come.weak import weak_method
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "weights-"  # of the folders of changed layers
 _ATTRIBUTE = "come_layers"
+_RENAMED = "; transformers stores this type under other names, so take model.weights=memory"
 _BUFFERS = r"rotary_emb\.inv_freq$"  # in checkpoints of old versions
 
 
@@ -235,7 +237,7 @@ def open_weights(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     found = _places(folder, model)
-    _make_buffers(model, device)
+    make_buffers(model, device)
     for name, tensor in _saved_tensors(model).items():
         if not name.startswith(f"{layers}."):
             _set(model, name, found[name].read().to(device, tensor.dtype))
@@ -309,6 +311,7 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
         raise ValueError(
             f"model folder {folder}: its weights do not fit its configuration: missing, too many, "
             f"or of another shape are {', '.join(wrong[:3])} ({len(wrong)} in all)"
+            + (_RENAMED if _is_renamed(model) else "")
         )
     return found
 
@@ -320,14 +323,11 @@ def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **buffers}
 
 
-def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes the buffers that are on the meta device, such as those of rotary embeddings."""
-    for module in model.modules():
-        blank = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
-        for name, buffer in blank.items():
-            setattr(module, name, torch.empty_like(buffer, device=device))
-        if blank:
-            model._init_weights(module)
+def _is_renamed(model: PreTrainedModel) -> bool:
+    """Whether transformers stores the weights of this type of model under other names."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return bool(get_checkpoint_conversion_mapping(model.config.model_type))
 
 
 def _set(model: PreTrainedModel, name: str, value: Tensor) -> None:

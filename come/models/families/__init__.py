@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import alibi, dense, fused, opt, post_norm, ungated, wrappers
+from come.models.families import (
+    alibi,
+    dense,
+    fused,
+    latent,
+    lfm,
+    linear_attention,
+    mamba_hybrids,
+    opt,
+    post_norm,
+    recurrent,
+    state_space,
+    ungated,
+    wrappers,
+)
+from come.models.families.mixers import Mixers
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -16,13 +31,33 @@ FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
     **alibi.FAMILIES,
     **fused.FAMILIES,
+    **latent.FAMILIES,
+    **lfm.FAMILIES,
+    **linear_attention.FAMILIES,
+    **mamba_hybrids.FAMILIES,
     **opt.FAMILIES,
     **post_norm.FAMILIES,
+    **recurrent.FAMILIES,
+    **state_space.FAMILIES,
     **ungated.FAMILIES,
     **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
-REFUSED: dict[str, str] = {**dense.REFUSED, **fused.REFUSED, **wrappers.REFUSED}
+MIXERS: dict[str, Mixers] = {
+    **latent.MIXERS,
+    **lfm.MIXERS,
+    **linear_attention.MIXERS,
+    **mamba_hybrids.MIXERS,
+}
+"""The mixers of model types that have experts."""
+REFUSED: dict[str, str] = {
+    **dense.REFUSED,
+    **fused.REFUSED,
+    **linear_attention.REFUSED,
+    **mamba_hybrids.REFUSED,
+    **recurrent.REFUSED,
+    **wrappers.REFUSED,
+}
 """Why other types are not supported."""
 
 
