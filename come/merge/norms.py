@@ -47,8 +47,8 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         if f"{norm}.weight" not in state:
             continue  # a norm without learned parameters
         readers = [n for n, role in roles.items() if role.norm and role.norm.module == norm]
-        weights = [name for name in readers if name.endswith(".weight")]
-        biases = [name.removesuffix("weight") + "bias" for name in weights]
+        weights = [name for name in readers if not name.endswith("bias")]
+        biases = [_bias_of(name) for name in weights]
         own = state[f"{norm}.weight"]
         scale, shift = own.double() + read[norm].offset, state.get(f"{norm}.bias")
         moves_shift = shift is not None and all(bias in readers for bias in biases)
@@ -63,6 +63,12 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
             folded[f"{norm}.bias"] = partial(rest.to, shift.dtype)
     return changed(state, folded)
+
+
+def _bias_of(weight: str) -> str:
+    """The name of the bias beside a weight, of a module or of experts."""
+    of_module = weight.endswith(".weight")
+    return weight.removesuffix("weight") + "bias" if of_module else f"{weight}_bias"
 
 
 def _scaled(state: LayerState, weight: str, scale: Tensor, role: Role) -> Tensor:
