@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import dense, opt
+from come.models.families import dense, moe, moe_attention, moe_blocks, opt
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -12,12 +12,22 @@ if TYPE_CHECKING:
 
     from come.models.layout import ModelLayout
 
-FAMILIES: dict[str, Family] = {**dense.FAMILIES, **opt.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **dense.FAMILIES,
+    **opt.FAMILIES,
+    **moe.FAMILIES,
+    **moe_attention.FAMILIES,
+    **moe_blocks.FAMILIES,
+}
 """The layout of every supported model type, as a function of its configuration."""
+REFUSED: dict[str, str] = {**moe_blocks.REFUSED}
+"""Why a model type is not supported, of types that were looked at."""
 
 
 def check_model_type(model_type: str | None) -> None:
     """Raises ValueError, naming the supported families, for an unsupported model type."""
+    if model_type in REFUSED:
+        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)} "
