@@ -6,13 +6,16 @@ import torch
 from come.merge.loop import compress
 from come.merge.norms import fold_norms
 from come.merge.operators.concat import Concat
-from come.merge.sensitivity.base import SENSITIVITY
 from come.models.adapter import ModelAdapter
 from come.models.families import REFUSED, check_model_type, layout_of
 from come.models.layout import Part
-from come.models.sublayers import hidden_features, run_layer, states_after
+from come.models.sublayers import activation_derivative, hidden_features, run_layer, states_after
+from come.statistics.gradients import path_gradients, weight_gradients
+from come.statistics.layer_statistics import StatisticsCollector
+from come.stream.stream import LayerStream
+from tests.decoder_configs import KEYS
 from tests.decoders import DECODERS, pico_decoder
-from tests.methods import come_plus, paper
+from tests.methods import paper
 
 EXPERTS = {
     "mixtral": {},
@@ -26,8 +29,16 @@ EXPERTS = {
 }
 
 
-def named(name, layers=4, dtype=torch.float64):
-    model = pico_decoder(name.split()[0], layers, **EXPERTS[name]).to(dtype)
+ALL_PICKED = {
+    "gpt_oss": {"num_experts_per_tok": 8},
+    "qwen2_moe": {"num_experts_per_tok": 8},
+    "llama4_text": {"num_experts_per_tok": 8},
+    "dbrx": {"ffn_config": {**KEYS["dbrx"]["ffn_config"], "moe_top_k": 8}},
+}
+
+
+def named(name, **keys):
+    model = pico_decoder(name.split()[0], **EXPERTS[name], **keys).to(torch.float64)
     model.config._experts_implementation = "eager"  # the others compute in float32 at most
     return model
 
@@ -37,10 +48,9 @@ def tokens(model, windows=6, seq=20):
     return torch.randint(3, model.config.vocab_size, (windows, seq), generator=generator)
 
 
-def states_of(model, dtype=torch.float64):
-    adapter, ids = ModelAdapter(model), tokens(model)
-    states, keywords = adapter.layer_inputs(ids)
-    return adapter, states.to(dtype), keywords
+def states_of(model):
+    adapter = ModelAdapter(model)
+    return adapter, *adapter.layer_inputs(tokens(model))
 
 
 def sparse_layers(adapter):
@@ -86,9 +96,7 @@ def test_features_of_every_expert(name):
         sublayer = layout.sublayer("experts")
         given = routing(layer, sublayer, states, keywords[index])
         expected = by_expert(layer, sublayer.experts, given)
-        read = states_after(
-            layer, layout, layout.sublayer("attention"), states, keywords[index]
-        )
+        read = states_after(layer, layout, layout.sublayer("attention"), states, keywords[index])
         features = hidden_features(layer, layout, sublayer, read, keywords[index]).flatten(0, 1)
         weight = adapter.output_weight(index, sublayer)
         parts = zip(
@@ -184,3 +192,224 @@ def test_one_hot_merge_is_the_kept_layer(name):
         found = run_layer(adapter.copy_layer(index, dict(merged)), states, keywords[index])
         expected = run_layer(adapter.layer(index), states, keywords[index])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def plain_ridge(features, target, weights, start, bias, penalty):
+    """Weighted ridge regression as one least-squares problem; the bias is not penalised."""
+    width, root = features.shape[1], weights.sqrt()[:, None]
+    left = torch.cat([features, torch.ones_like(root)], dim=1) if bias is not None else features
+    prior = penalty**0.5 * torch.eye(width, left.shape[1], dtype=left.dtype)
+    right = torch.cat([root * target, penalty**0.5 * start.T])
+    found = torch.linalg.lstsq(torch.cat([root * left, prior]), right, driver="gelsd").solution.T
+    return found[:, :width], None if bias is None else found[:, -1]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "granitemoeshared", "dbrx"])
+@torch.no_grad()
+def test_ridge_refit_equals_least_squares(name):
+    """Layer 1 is refitted to the output of layers 1 and 2, sublayer by sublayer, in float64."""
+    model, dense = named(name), ModelAdapter(named(name))
+    ids = tokens(model)
+    method = paper(
+        operator="drop", kinds="first", groups=((1, 2),), refit="ridge", refit__lambda=0.2
+    )
+    compress(model, ids, method, target_layers=3, progress=False)
+    found, layout = ModelAdapter(model), dense.layer_layout(1)
+    states, keywords = dense.layer_inputs(ids)
+    inputs = [run_layer(dense.layer(0), states, keywords[0])]
+    for index in (1, 2):
+        inputs.append(run_layer(dense.layer(index), inputs[-1], keywords[index]))
+    output = inputs[2]
+    weights = 1 / output.flatten(0, 1).square().mean(dim=1)
+    layer = dense.copy_layer(1, dense.layer_state(1))
+
+    def after(module, index, sublayer, start):
+        if sublayer is None:
+            return start
+        return states_after(module, layout, sublayer, start, keywords[index])
+
+    for number, sublayer in enumerate(layout):
+        earlier = layout.sublayers[number - 1] if number else None
+        before = after(layer, 1, earlier, inputs[0])
+        read = after(layer, 1, layout.read_after(sublayer), inputs[0])
+        added = output - before
+        if sublayer != layout.last:
+            added = sum(
+                after(dense.layer(i), i, sublayer, inputs[i - 1])
+                - after(dense.layer(i), i, earlier, inputs[i - 1])
+                for i in (1, 2)
+            )
+        features = hidden_features(layer, layout, sublayer, read, keywords[1]).flatten(0, 1)
+        target = added.flatten(0, 1) / sublayer.factor
+        old, bias = dense.output_weight(1, sublayer), dense.layer_state(1).get(sublayer.bias)
+        penalty = 0.2 * (weights[:, None] * features.square()).sum(dim=0).mean()
+        weight, bias = plain_ridge(features, target, weights, old, bias, float(penalty))
+        new = found.output_weight(1, sublayer)
+        assert (new - old).abs().max() > 1e-3
+        torch.testing.assert_close(new, weight, rtol=1e-4, atol=1e-6)
+        tensors = sublayer.output_tensors(new)
+        tensors |= {} if bias is None else {sublayer.bias: bias}
+        dense.assign(layer, {tensor: value.contiguous() for tensor, value in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ALL_PICKED)
+def test_scores_that_need_gradients(name):
+    """Gradients are the model's; attributions of all channels add up to the change of the loss.
+
+    All experts are picked, because the loss jumps where a token's experts change.
+    """
+    model = named(name, **ALL_PICKED[name])
+    ids, adapter = tokens(model, 4), ModelAdapter(model)
+    layers = range(adapter.num_layers)
+    with LayerStream(adapter, ids, batch_size=2, progress=False) as stream:
+        stream.embed()
+        stream.advance(0, adapter.num_layers - 1)
+        path = path_gradients(stream, layers, steps=40)
+        weight = weight_gradients(stream, layers)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    whole = model(ids, labels=ids).loss
+    whole.backward()
+    for index in layers:
+        for sublayer in adapter.layer_layout(index):
+            layer = adapter.layer(index)
+            gradients = {tensor: layer.get_parameter(tensor).grad for tensor in sublayer.weights}
+            expected = sublayer.output_weight(gradients)
+            found = weight[index, sublayer.unit]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    silent = named(name, **ALL_PICKED[name])
+    with torch.no_grad():
+        other = ModelAdapter(silent)
+        for index in layers:
+            for sublayer in other.layer_layout(index):
+                zeros = torch.zeros_like(other.output_weight(index, sublayer))
+                tensors = sublayer.output_tensors(zeros)
+                other.write(index, {**other.layer_state(index), **tensors})
+        nothing = silent(ids, labels=ids).loss
+    total = sum(values.sum() for values in path.values())
+    assert total.item() == pytest.approx((whole - nothing).item(), rel=0.05)
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in silent.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe", "dbrx"])
+@torch.no_grad()
+def test_moments_are_those_of_the_features(name):
+    """Statistics of one pass see the features of experts and of shared experts."""
+    model = named(name)
+    adapter, ids = ModelAdapter(model), tokens(model)
+    states, keywords = adapter.layer_inputs(ids)
+    collector = StatisticsCollector(adapter, ("abs", "square", "mean"))
+    with LayerStream(adapter, ids, batch_size=len(ids), progress=False) as stream:
+        stream.embed()
+        stream.advance(0, adapter.num_layers - 1, collector)
+    for index in range(adapter.num_layers):
+        layer, layout = adapter.layer(index), adapter.layer_layout(index)
+        for sublayer in layout:
+            source = layout.read_after(sublayer)
+            read = (
+                states_after(layer, layout, source, states, keywords[index]) if source else states
+            )
+            features = hidden_features(layer, layout, sublayer, read, keywords[index])
+            moments = collector.found[index].moments[sublayer.unit]
+            mean = features.flatten(0, 1).abs().mean(dim=0)
+            torch.testing.assert_close(moments.mean("abs"), mean, rtol=1e-6, atol=1e-9)
+        states = run_layer(layer, states, keywords[index])
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "granitemoeshared", "glm4_moe"])
+def test_derivative_of_a_shared_expert(name):
+    """A small change of an input projection changes the features by D times its effect."""
+    adapter, states, keywords = states_of(named(name))
+    layer, layout = adapter.layer(1), adapter.layer_layout(1)
+    sublayer = layout.last
+    assert len(sublayer.gates) == 2
+    for gate in sublayer.gates:
+        read, slopes, before = activation_derivative(
+            layer, layout, sublayer, states, keywords[1], gate
+        )
+        weight = layer.get_parameter(f"{gate.name}.weight")
+        change = 1e-6 * torch.randn_like(gate.rows(weight, sublayer.count))
+        with torch.no_grad():
+            gate.rows(weight, sublayer.count).add_(change)
+            after = hidden_features(layer, layout, sublayer, states, keywords[1])
+            gate.rows(weight, sublayer.count).sub_(change)
+        expected = slopes * (read @ change.T)
+        torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-9)
+        assert expected.abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "glm4_moe", "dbrx"])
+def test_refit_brings_the_merge_closer(name):
+    """After a merge of two layers with experts, the output is closer to the dense model's."""
+    errors = []
+    for refit, others in {"none": {}, "ridge": {}, "gauss_newton": {"refit__align": None}}.items():
+        model = named(name)
+        ids = tokens(model, 16)
+        with torch.no_grad():
+            dense = model.model(ids) if hasattr(model, "model") else model.transformer(ids)
+            method = paper(groups=((1, 2),), kinds="first", norms="fold", refit=refit, **others)
+            compress(model, ids, method, target_layers=3, progress=False)
+            merged = model.model(ids) if hasattr(model, "model") else model.transformer(ids)
+        gap = merged.last_hidden_state - dense.last_hidden_state
+        errors.append(gap.square().sum().item())
+    assert errors[1] < 0.9 * errors[0]
+    shared = len(ModelAdapter(named(name)).layer_layout(1).of("ffn")) > 1
+    assert errors[2] < errors[1] if shared else errors[2] == errors[1]
+
+
+CHOICES = [
+    {"retention": "adaptive"},
+    {"retention": "leverage"},
+    {"sensitivity": "taylor"},
+    {"sensitivity": "path_attribution"},
+    {"sensitivity": "wanda"},
+    {"operator": "average"},
+    {"operator": "laco"},
+    {"operator": "drop", "selection": "taylor"},
+    {"operator": "drop", "selection": "magnitude", "refit": "replaceme"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
+def test_components_on_experts(choice, name):
+    """Every kind of component runs on layers with experts."""
+    model = named(name)
+    method = paper(kinds="first", protect_first=1, **choice)
+    plan = compress(model, tokens(model), method, target_layers=3, progress=False)
+    assert plan.num_layers == 3
+    with torch.no_grad():
+        assert model(tokens(model)).logits.isfinite().all()
+
+
+def test_dense_layers_stay_in_step():
+    """Periods of layers with experts become lists when a layer is removed."""
+    for name, keys in {
+        "qwen3_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [5]},
+        "ernie4_5_moe": {"moe_layer_start_index": 2, "moe_layer_end_index": 4},
+        "llama4_text": {"moe_layers": [1, 3, 5]},
+        "glm4_moe": {"first_k_dense_replace": 3},
+    }.items():
+        for removed in range(6):
+            model = pico_decoder(name, 6, **keys)
+            adapter = ModelAdapter(model)
+            before = [layout.routed for layout in adapter.layout.layers]
+            first, slot = (removed - 1, 0) if removed else (0, 1)
+            state = adapter.layer_state(first + slot)
+            adapter.replace(first, first + 1, state, slot)
+            after = [layout.routed for layout in ModelAdapter(model).layout.layers]
+            again = type(model.config)(**model.config.to_dict())
+            expected = before[:removed] + before[removed + 1 :]
+            assert after == expected == [layout.routed for layout in layout_of(again).layers]
+
+
+def test_refused_variants():
+    for model_type, keys, said in [
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, 2, 2, 2]}, "moe_topk"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            layout_of(DECODERS[model_type](**keys))
+    for model_type, why in REFUSED.items():
+        with pytest.raises(ValueError, match=why[:20]):
+            check_model_type(model_type)
