@@ -130,6 +130,8 @@ class Sublayer:
         experts: its routed experts; `inputs` then are those of the router.
         output_gate: a module that reads the norm; the sigmoid of its output multiplies that of the
             sublayer, token by token. None for none.
+        joined: sublayers whose sum is this one's output, before the norm after it. Its columns are
+            theirs side by side; it is opaque.
     """
 
     name: str
@@ -150,6 +152,12 @@ class Sublayer:
     opaque: bool = False
     experts: Experts | None = None
     output_gate: str | None = None
+    joined: tuple[Sublayer, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Sublayer, ...]:
+        """The sublayers that it is the sum of; itself if it is no sum."""
+        return self.joined or (self,)
 
     @property
     def width(self) -> int:
@@ -159,6 +167,8 @@ class Sublayer:
     @property
     def weights(self) -> tuple[str, ...]:
         """The tensors of the output projection, without its bias."""
+        if self.joined:
+            return tuple(name for each in self.joined for name in each.weights)
         return self.experts.outputs if self.experts else (f"{self.output}.weight",)
 
     @property
@@ -168,6 +178,8 @@ class Sublayer:
 
     def output_weight(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
         """The output projection; `tensors` has those of `weights`."""
+        if self.joined:
+            return torch.cat([each.output_weight(tensors) for each in self.joined], dim=1)
         if self.experts:
             return self.experts.matrix(tensors)
         weight = tensors[self.weights[0]]
@@ -175,6 +187,10 @@ class Sublayer:
 
     def output_tensors(self, weight: Float[Tensor, "out in"]) -> dict[str, Tensor]:
         """The tensors of `weights` for an output projection."""
+        if self.joined:
+            columns = weight.split([each.width for each in self.joined], dim=1)
+            pairs = zip(self.joined, columns, strict=True)
+            return {k: v for each, own in pairs for k, v in each.output_tensors(own).items()}
         if self.experts:
             return self.experts.tensors(weight)
         return {self.weights[0]: weight if self.output_axis == 1 else weight.T}
@@ -245,7 +261,7 @@ class LayerLayout:
     @property
     def routed(self) -> bool:
         """Whether features of a unit depend on which other units there are, as those of experts."""
-        return any(sublayer.experts for sublayer in self.sublayers)
+        return any(part.experts for sublayer in self.sublayers for part in sublayer.parts)
 
     @property
     def unit_counts(self) -> dict[Unit, int]:

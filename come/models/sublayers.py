@@ -124,6 +124,24 @@ def watch_features(
     They are the input of its output projection, times what the output is multiplied by if a gate
     does so token by token; those of experts are described in `Experts`.
     """
+    seen = dict[str, Tensor]()
+
+    def arrive(name: str, found: Tensor) -> None:
+        seen[name] = found.flatten(0, -2)
+        if len(seen) == len(sublayer.joined):
+            see(torch.cat([seen.pop(each.name) for each in sublayer.joined], dim=-1))
+
+    with ExitStack() as stack:
+        for part in sublayer.joined:
+            stack.enter_context(watch_features(layer, part, partial(arrive, part.name)))
+        if not sublayer.joined:
+            stack.enter_context(_watched(layer, sublayer, see))
+        yield
+
+
+@contextmanager
+def _watched(layer: nn.Module, sublayer: Sublayer, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """As `watch_features`, for a sublayer that is no sum of others."""
     experts, seen = sublayer.experts, dict[str, Tensor]()
 
     def arrive(name: str, found: Tensor) -> None:

@@ -175,11 +175,13 @@ def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> It
     handles: list[RemovableHandle] = []
     for index in range(adapter.num_layers):
         for each in adapter.layer_layout(index):
-            scale, module = scales[index, each.unit], adapter.output_map(index, each)
-            if each.experts:
-                handles += _scale_experts(adapter.layers[index], each, scale)
-            else:
-                handles.append(module.register_forward_pre_hook(hook(scale)))
+            columns = scales[index, each.unit].split([part.width for part in each.parts])
+            for part, scale in zip(each.parts, columns, strict=True):
+                if part.experts:
+                    handles += _scale_experts(adapter.layers[index], part, scale)
+                else:
+                    module = adapter.output_map(index, part)
+                    handles.append(module.register_forward_pre_hook(hook(scale)))
     try:
         yield
     finally:
