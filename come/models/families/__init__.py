@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import dense, moe, moe_attention, moe_blocks, opt
+from come.models.families import dense, moe, moe_attention, moe_blocks, moe_post_norms, opt
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     **moe.FAMILIES,
     **moe_attention.FAMILIES,
     **moe_blocks.FAMILIES,
+    **moe_post_norms.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
 REFUSED: dict[str, str] = {**moe_blocks.REFUSED}

@@ -6,20 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from come.models.families.experts import (
-    after_dense,
-    all_sparse,
-    in_steps,
-    listed,
-    opaque_attention,
-    routed,
-    shared,
-    sinks,
-    sparse_layers,
-    with_rows,
-)
+from come.models.families.experts import opaque_attention, routed, shared, sinks, with_rows
 from come.models.families.parts import Family, attention, ffn
-from come.models.layout import Gate, Norm, Rows
+from come.models.families.sparse import after_dense, all_sparse, in_steps, listed, sparse_layers
+from come.models.layout import Gate, Rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,19 +32,6 @@ def coupled_heads(config: PretrainedConfig, corrected: bool = False) -> ModelLay
     router = CORRECTED_BLOCK if corrected else (Rows("gate"),)
     experts = routed(config.num_local_experts, config.intermediate_size, router=router)
     return sparse_layers(config, all_sparse(config), opaque_attention(config), (experts,))
-
-
-def flex_olmo(config: PretrainedConfig) -> ModelLayout:
-    """As `coupled_heads`, with norms after the sublayers instead of before."""
-    after = Norm("post_attention_layernorm")
-    own = opaque_attention(config, norm=None, others=(after.module,))
-    experts = routed(
-        config.num_experts,
-        config.intermediate_size,
-        norm=None,
-        post_norm=Norm("post_feedforward_layernorm"),
-    )
-    return sparse_layers(config, all_sparse(config), replace(own, post_norm=after), (experts,))
 
 
 def qwen3_moe(config: PretrainedConfig) -> ModelLayout:
@@ -191,5 +168,4 @@ FAMILIES: dict[str, Family] = {
     "hy_v3": hy_v3,
     "solar_open": partial(corrected, head_norms=False),
     "flint": flint,
-    "flex_olmo": flex_olmo,
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.experts import listed, routed, shared, sinks, sparse_layers
+from come.models.families.experts import routed, shared, sinks
 from come.models.families.moe import CORRECTED, HEAD_NORMS
 from come.models.families.parts import INPUT_NORM, Family, attention, ffn
+from come.models.families.sparse import listed, sparse_layers
 from come.models.layout import Rows, Sublayer
 
 if TYPE_CHECKING:

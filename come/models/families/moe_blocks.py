@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from come.models.families.experts import all_sparse, routed, shared, sparse_layers
+from come.models.families.experts import routed, shared
 from come.models.families.parts import Family, attention, ffn
+from come.models.families.sparse import all_sparse, sparse_layers
 from come.models.layout import Norm, Rows
 
 if TYPE_CHECKING:
@@ -151,7 +152,5 @@ FAMILIES: dict[str, Family] = {
 }
 REFUSED: dict[str, str] = {
     "jetmoe": "its attention has experts for queries and outputs, in place of one projection",
-    "afmoe": "it normalises the sum of its routed and shared experts",
-    "kolibri1": "it normalises the sum of its routed and shared experts",
     "beam": "it scales the residual stream by a number that depends on the layer's place",
 }
