@@ -38,7 +38,7 @@ ALL_PICKED = {
 
 
 def named(name, **keys):
-    model = pico_decoder(name.split()[0], **EXPERTS[name], **keys).to(torch.float64)
+    model = pico_decoder(name.split()[0], **EXPERTS.get(name, {}), **keys).to(torch.float64)
     model.config._experts_implementation = "eager"  # the others compute in float32 at most
     return model
 
@@ -130,7 +130,7 @@ def test_features_against_a_plain_loop():
     torch.testing.assert_close(features, expected.flatten(1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [*EXPERTS, "afmoe"])
 def test_output_weight_and_back(name):
     """The tensors of an output projection are those that it was made of."""
     adapter = ModelAdapter(named(name))
@@ -291,7 +291,7 @@ def test_scores_that_need_gradients(name):
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in silent.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe", "dbrx"])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe", "dbrx", "afmoe"])
 @torch.no_grad()
 def test_moments_are_those_of_the_features(name):
     """Statistics of one pass see the features of experts and of shared experts."""
