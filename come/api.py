@@ -14,7 +14,7 @@ from come.data.documents import Documents
 from come.data.sampling import self_generated_windows, unused_ids
 from come.data.sources.base import TextSource
 from come.data.sources.text_file import TextFile
-from come.data.windows import calibration_windows, check_token_ids
+from come.data.windows import begin_token, calibration_windows, check_token_ids
 from come.merge.constraints import DEFAULT_SPARSITY, layers_for_sparsity
 from come.merge.loop import compress as compress_layers
 from come.merge.method import Method, groups_target
@@ -84,14 +84,21 @@ def compress(
         ).windows
     elif (source := _as_source(text)) is not None:
         windows = calibration_windows(
-            tokenizer, source, num_samples=num_samples, seq_len=seq_len, seed=seed
+            tokenizer,
+            source,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            begin=begin_token(None, ModelAdapter(model).layout.begin_token, tokenizer),
         ).windows
     else:
         windows = _as_windows(torch.as_tensor(text), seq_len)
-    check_token_ids(windows, model.config.vocab_size, "the calibration text", tokenizer)
+    check_token_ids(
+        windows, model.get_input_embeddings().weight.shape[0], "the calibration text", tokenizer
+    )
     method = method or Method()
     if method.groups:
-        target_layers = groups_target(method.groups, model.config.num_hidden_layers)
+        target_layers = groups_target(method.groups, ModelAdapter(model).num_layers)
     elif target_layers is None:
         target_layers = _depth(model, method, DEFAULT_SPARSITY if sparsity is None else sparsity)
     return compress_layers(model, windows, method, target_layers=target_layers, progress=progress)
@@ -122,6 +129,7 @@ def _as_source(text: object) -> TextSource | None:
 
 def _depth(model: PreTrainedModel, method: Method, sparsity: float) -> int:
     """The number of layers that remains when `sparsity` of the parameters is removed."""
-    each = ModelAdapter(model).block_parameters[method.block]
+    adapter = ModelAdapter(model)
+    each = adapter.block_parameters[method.block]
     total = sum(p.numel() for p in model.parameters())
-    return layers_for_sparsity(sparsity, model.config, total, each)
+    return layers_for_sparsity(sparsity, adapter.num_layers, total, each)

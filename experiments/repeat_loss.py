@@ -95,7 +95,8 @@ def without_attention(model: PreTrainedModel) -> Iterator[tuple[int, PreTrainedM
     """Yields the model with the attention of one layer zeroed, for each layer in turn."""
     adapter = ModelAdapter(model)
     for index in range(adapter.num_layers):
-        output = adapter.output_map(index, "kv_group").weight
+        attention = adapter.layer_layout(index).sublayer("attention")
+        output = adapter.output_map(index, attention).weight
         before = output.clone()
         output.zero_()
         yield index, model

@@ -30,8 +30,8 @@ def whole_model_loss(
     adapter: ModelAdapter, windows: torch.Tensor, batch: int, dropped: int
 ) -> float:
     """Mean loss of the model without one layer, from passes of the whole model."""
-    decoder, layers = adapter.model.get_submodule(adapter.architecture.decoder), adapter.layers
-    name = adapter.architecture.layers.rpartition(".")[2]
+    decoder, layers = adapter.model.get_submodule(adapter.layout.decoder), adapter.layers
+    name = adapter.layout.stack.rpartition(".")[2]
     kept = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != dropped)
     setattr(decoder, name, kept)
     decoder.config.num_hidden_layers -= 1

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.decoder_configs import KEYS, SIDE, SIZES, WIDTH
+from tests.decoder_configs import HEADS, KEYS, SIDE, SIZES, WIDTH
 
 # Types that hold the decoder of another type, with the keys of their other parts.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,6 +91,30 @@ DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
     if model_type not in NOT_DECODERS and model_type not in NOT_BUILT
 }
 
+VARIANTS: dict[str, Callable[..., PretrainedConfig]] = {
+    name: partial(small_config, model_type, **keys)
+    for name, model_type, keys in (
+        ("codegen-8-heads", "codegen", {"n_head": 8}),
+        ("cohere-no-norms", "cohere", {"use_qk_norm": False}),
+        (
+            "falcon-alibi",
+            "falcon",
+            {
+                **{"new_decoder_architecture": False, "parallel_attn": False},
+                **{"alibi": True, "bias": True, "num_kv_heads": HEADS},
+            },
+        ),
+        ("falcon-one-kv", "falcon", {"new_decoder_architecture": False, "multi_query": True}),
+        ("falcon-one-norm", "falcon", {"num_ln_in_parallel_attn": 1}),
+        ("gpt_bigcode-heads", "gpt_bigcode", {"multi_query": False}),
+        ("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False}),
+        ("persimmon-no-norms", "persimmon", {"qk_layernorm": False}),
+        ("phi-norms", "phi", {"qk_layernorm": True}),
+        ("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),
+    )
+}
+"""Other forms of a type, whose layers have other tensors or another order."""
+
 STEPS = ("dt_bias", "dt_proj.bias", "dt_proj_bias")
 KEPT = ("time_decay", "time_mix_key", "time_mix_value", "time_mix_receptance")
 
@@ -101,12 +125,12 @@ def pico_decoder(
     """A small random model in float32, for evaluation.
 
     Args:
-        model_type: a key of `DECODERS`.
+        model_type: a key of `DECODERS` or `VARIANTS`.
         layers: number of decoder layers; more if the type needs more to have all kinds of layer.
         seed: of all weights.
         keys: keys of the configuration that replace its own.
     """
-    config = DECODERS[model_type](layers=layers, **keys)
+    config = {**DECODERS, **VARIANTS}[model_type](layers=layers, **keys)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -9,6 +9,7 @@ import yaml
 
 from come.merge.method import PARTS, Method
 from come.merge.selection.base import SELECTION, SpanScore
+from come.merge.span import LayerSpan
 from come.models.adapter import ModelAdapter
 from tests.conftest import pico
 from tests.reference import UNITS, Reference
@@ -104,6 +105,19 @@ def without(model, dropped):
 
 def states(model, *indices):
     return [ModelAdapter(model).layer_state(i) for i in indices]
+
+
+def sublayer_of(adapter, unit):
+    """The sublayer of the model's layers that has these units."""
+    return next(each for each in adapter.layer_layout(0) if each.unit == unit)
+
+
+def span_of(stream, method, layers=(2, 3)):
+    """A span of dense layers."""
+    return LayerSpan(
+        stream, layers, [[i] for i in layers], [], method.operator, "fold", method.refit,
+        method.sensitivity,
+    )  # fmt: skip
 
 
 def output_names(model, part):

@@ -12,7 +12,7 @@ from come.merge.operators.base import OPERATORS
 from come.merge.refit.ridge import Ridge
 from come.models.adapter import ModelAdapter
 from tests.conftest import LAYERS, pico
-from tests.methods import come_plus, paper
+from tests.methods import come_plus, paper, sublayer_of
 from tests.reference import Reference
 
 FAMILIES = ["llama_mha", "llama_gqa", "llama_bias", "opt"]
@@ -31,11 +31,12 @@ def test_input_maps_are_the_ridge_solution(family, ratio, alike, targets, window
     targets, sources = targets(family, windows)
     adapter = targets.stream.adapter
     layers = [adapter.copy_layer(2, state) for state in sources.layers]
-    norms = [adapter.copy_norm("kv_group", state) for state in sources.layers]
-    maps = input_maps(targets, "kv_group", norms[0], norms, lambda batch: batch.states, ratio)
+    attention = sublayer_of(adapter, "kv_group")
+    norms = [adapter.copy_norm(2, attention, state) for state in sources.layers]
+    maps = input_maps(targets, attention, norms[0], norms, lambda batch: batch.states, ratio)
 
     dense = Reference(pico(family), windows)
-    name = adapter.architecture.attention_norm
+    name = attention.norm.module
 
     def normed(layer, states):
         return layer.get_submodule(name).double()(states.flatten(0, 1).double())
@@ -57,10 +58,11 @@ def test_input_maps_of_the_mlp(targets, windows):
     """Both layers' inputs from the merged layer's, also after the attention's maps are cached."""
     found, sources = targets("llama_gqa")
     adapter = found.stream.adapter
-    norms = [adapter.copy_norm("channel", state) for state in sources.layers]
-    heads = [adapter.copy_norm("kv_group", state) for state in sources.layers]
-    input_maps(found, "kv_group", heads[0], heads, lambda batch: batch.states, 0.1)
-    maps = input_maps(found, "channel", norms[0], norms, lambda batch: batch.states, 0.1)
+    attention, ffn = (sublayer_of(adapter, unit) for unit in ("kv_group", "channel"))
+    norms = [adapter.copy_norm(2, ffn, state) for state in sources.layers]
+    heads = [adapter.copy_norm(2, attention, state) for state in sources.layers]
+    input_maps(found, attention, heads[0], heads, lambda batch: batch.states, 0.1)
+    maps = input_maps(found, ffn, norms[0], norms, lambda batch: batch.states, 0.1)
 
     dense = Reference(pico("llama_gqa"), windows)
     x = norms[0].double()(dense.h[2]).flatten(0, 1)
@@ -82,7 +84,7 @@ def test_fold_input_transform_changes_only_input_projections(targets, monkeypatc
     targets, sources = targets("llama_bias")
     adapter, state = targets.stream.adapter, sources.layers[1]
     change = torch.randn(32, 32, dtype=torch.float64)
-    found = fold_input_transform(adapter, "channel", state, change)
+    found = fold_input_transform(adapter.roles(2), sublayer_of(adapter, "channel"), state, change)
     touched = {name for name in state if not torch.equal(state[name], found[name])}
     assert touched == {f"mlp.{kind}_proj.weight" for kind in ("gate", "up")}
     states = torch.randn(5, 32)
@@ -110,7 +112,8 @@ def test_plan_rebuilds_an_aligned_model(family, operator, windows, tmp_path):
     method = paper(operator=operator, retention=retention, norms="fold", refit="ridge", align=0.01)
     model = pico(family)
     plan = compress(model, windows, method, target_layers=4, progress=False)
-    inputs = ModelAdapter(pico(family)).architecture.queries + ".weight"
+    queries = sublayer_of(ModelAdapter(pico(family)), "kv_group").inputs[0].name
+    inputs = f"{queries}.weight"
     assert all(inputs in step.solved.tensors for step in plan.steps)
     again = apply(plan, pico(family))
     for name, tensor in again.state_dict().items():

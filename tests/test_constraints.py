@@ -3,7 +3,6 @@
 from functools import cache
 
 import pytest
-from transformers import LlamaConfig
 
 from come.merge.constraints import (
     SpanConstraints,
@@ -117,14 +116,13 @@ def test_depths():
 
 
 def test_sparsity_takes_the_nearest_depth():
-    config = LlamaConfig(num_hidden_layers=30)
-    assert layers_for_sparsity(0.1, config, 134_515_008, 3_540_096) == 26
+    assert layers_for_sparsity(0.1, 30, 134_515_008, 3_540_096) == 26
     with pytest.raises(ValueError, match="less than half a layer; one layer .* is 0.0263"):
-        layers_for_sparsity(0.01, config, 134_515_008, 3_540_096)
+        layers_for_sparsity(0.01, 30, 134_515_008, 3_540_096)
     with pytest.raises(
         ValueError, match="with one layer left, 0.7632 of the parameters are removed"
     ):
-        layers_for_sparsity(0.9, config, 134_515_008, 3_540_096)
+        layers_for_sparsity(0.9, 30, 134_515_008, 3_540_096)
 
 
 def completes(layers, target, m):
@@ -181,7 +179,7 @@ def test_bounds_of_targets():
     rules = SpanConstraints(4, variable_size=True, protect_first=3)
     with pytest.raises(ValueError, match="asks for more spans"):
         check_target(8, 5, rules, [7, 6])
-    size = (LlamaConfig(num_hidden_layers=30), 134_515_008, 3_540_096)
+    size = (30, 134_515_008, 3_540_096)
     assert [layers_for_sparsity(share, *size) for share in (0.02, 0.77)] == [29, 1]
     with pytest.raises(ValueError, match="more than merging can reach"):
         layers_for_sparsity(0.78, *size)

@@ -4,21 +4,26 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from come.merge.loop import compress
-from come.merge.norms import fold_norms
+from come.merge.norms import fold_norms, folded_roles
 from come.merge.operators.concat import Concat
 from come.models.adapter import ModelAdapter
 from come.models.families import FAMILIES
 from come.models.layout import Part
+from come.models.loading import load_weights
 from come.models.sublayers import hidden_features, run_layer, states_after
-from tests.decoders import DECODERS, pico_decoder
+from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import come_plus, paper
 
-TYPES = [model_type for model_type in FAMILIES if model_type in DECODERS]
+TYPES = [*(model_type for model_type in FAMILIES if model_type in DECODERS), *VARIANTS]
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
+
+RENAMED = {"fuyu", "gemma3", "got_ocr2", "gpt_neox", "gpt_neox-serial"}
+"""Types whose tensors have other names in checkpoints; they cannot be read layer by layer."""
 
 
 def tokens(model, windows=4, seq=20):
@@ -36,11 +41,12 @@ def generated(model, use_cache):
 
 
 def pairs_of_a_kind(adapter):
-    """For every kind of layer, the first two of the kind."""
-    places = {}
-    for index, layout in enumerate(adapter.layout.layers):
-        places.setdefault(layout, []).append(index)
-    return [tuple(found[:2]) for found in places.values() if len(found) > 1]
+    """Each layer with the next one of its kind."""
+    layouts = adapter.layout.layers
+    later = [
+        [j for j in range(i + 1, len(layouts)) if layouts[j] == a] for i, a in enumerate(layouts)
+    ]
+    return [(i, found[0]) for i, found in enumerate(later) if found]
 
 
 def mergeable_decoder(model_type):
@@ -59,16 +65,17 @@ def shapes_of(layer):
 @pytest.mark.parametrize("model_type", TYPES)
 @torch.no_grad()
 def test_replay(model_type):
-    """The layers one after another, with recorded arguments, give what the final norm reads."""
+    """The layers one after another, with recorded arguments, give the model's logits."""
     model = pico_decoder(model_type)
     adapter, ids, seen = ModelAdapter(model), tokens(model), []
     hook = adapter.final_norm.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
-    model(ids, use_cache=False)
+    logits = model(ids, use_cache=False).logits
     hook.remove()
     states, keywords = adapter.layer_inputs(ids)
     for index in range(adapter.num_layers):
         states = run_layer(adapter.layer(index), states, keywords[index])
     assert torch.equal(states, seen[-1].view(states.shape))
+    torch.testing.assert_close(adapter.head(adapter.final_norm(states)), logits)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -118,15 +125,60 @@ def test_one_layer_is_kept(model_type):
                 u: [range(n) if i == which else [] for i in range(2)] for u, n in counts.items()
             }
             shares = [float(i == which) for i in range(2)]
-            merged = dict(Concat().merge(folded, roles, shares, kept))
-            merged |= {
-                name: folded[which][name]  # averaged, as it cannot be folded into rows without bias
-                for name, role in roles.items()
-                if role.part is Part.NORM and name.endswith(".bias")
-            }
+            merged = dict(Concat().merge(folded, folded_roles(roles), shares, kept))
             found = run_layer(adapter.copy_layer(index, merged), states, keywords[index])
             expected = run_layer(adapter.layer(index), states, keywords[index])
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_units_are_independent(model_type):
+    """Units of two layers give the same features in their merged layer as in their own."""
+    adapter = ModelAdapter(pico_decoder(model_type))
+    _, keywords = adapter.layer_inputs(tokens(adapter.model))
+    states = torch.randn(4, 20, adapter.config.hidden_size, generator=torch.Generator())
+    for pair in pairs_of_a_kind(adapter):
+        layout, roles = adapter.layer_layout(pair[0]), adapter.roles(pair[0])
+        first, second = (adapter.layer_state(index) for index in pair)
+        common = {name: first[name] for name in first if roles[name].part is not Part.UNITS}
+        sources = [fold_norms(state | common, roles) for state in (first, second)]
+        kept = {u: [range(1, n, 2), range(0, n, 2)] for u, n in layout.unit_counts.items()}
+        merged = Concat().merge(sources, folded_roles(roles), [0.5, 0.5], kept)
+        copies = [adapter.copy_layer(pair[0], dict(state)) for state in (*sources, merged)]
+        for sublayer in layout:
+            *own, found = (
+                hidden_features(layer, layout, sublayer, states, keywords[pair[0]]).unflatten(
+                    -1, (sublayer.count, sublayer.columns)
+                )
+                for layer in copies
+            )
+            chosen = [f[:, :, list(units)] for f, units in zip(own, kept[sublayer.unit])]
+            expected = torch.cat(chosen, dim=2)
+            if sublayer.experts and sublayer.count > 1:  # routing weights depend on the others
+                both = found.any(dim=-1) & expected.any(dim=-1)
+                assert both.flatten(0, 1).any(dim=0).sum() > sublayer.count / 2
+                found, expected = (normalize(f[both], dim=-1) for f in (found, expected))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_gates(model_type):
+    """A row of an input projection changes one hidden activation."""
+    adapter = ModelAdapter(pico_decoder(model_type))
+    states, keywords = adapter.layer_inputs(tokens(adapter.model))
+    layer, layout = adapter.layer(0), adapter.layer_layout(0)
+    for sublayer in layout:
+        before = hidden_features(layer, layout, sublayer, states, keywords[0])
+        for gate in sublayer.gates:
+            weight = layer.get_parameter(f"{gate.name}.weight")
+            rows = gate.rows(weight, sublayer.count)
+            rows[3] *= 2
+            after = hidden_features(layer, layout, sublayer, states, keywords[0])
+            rows[3] /= 2
+            differing = (after - before).abs().flatten(0, 1).amax(dim=0) > 1e-3
+            assert differing.nonzero().flatten().tolist() == [3], gate
 
 
 @pytest.mark.parametrize(
@@ -158,6 +210,27 @@ def test_drop_and_reload(model_type, dropped, tmp_path):
     slot = dropped % 2
     adapter.replace(1, 2, adapter.layer_state(1 + slot), slot)
     check_saved(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_layers_on_disk(model_type, tmp_path):
+    """A saved model gives the same logits with its layers in memory and on disk."""
+    model = pico_decoder(model_type)
+    model.save_pretrained(tmp_path)
+    ids = tokens(model)
+    expected = model(ids, use_cache=False).logits
+    loaded = load_weights(tmp_path, device="cpu")
+    assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+    routed = any(layout.routed for layout in ModelAdapter(model).layout.layers)
+    if model_type in RENAMED or routed:
+        said = "experts one by one" if routed else "do not fit its configuration"
+        with pytest.raises(ValueError, match=said):
+            load_weights(tmp_path, device="cpu", weights="disk")
+        return
+    loaded = load_weights(tmp_path, device="cpu", weights="disk")
+    assert torch.equal(loaded(ids, use_cache=False).logits, expected)
 
 
 def check_saved(model, folder):

@@ -11,7 +11,7 @@ from come.linalg.dual import Dual
 from come.linalg.equations import Map, eliminate, unit_columns
 from come.linalg.gram import Gram, inverse_of
 from come.merge import joint_selection
-from come.merge.joint_selection import Features, SourceLayer, stacked_equations
+from come.merge.joint_selection import Features, Residual, SourceLayer, stacked_equations
 from come.merge.loop import compress
 from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets
@@ -19,7 +19,7 @@ from come.models.adapter import ModelAdapter
 from come.stream.boundaries import mapped_zeros
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, SEQ, WINDOWS, pico
-from tests.methods import recipe
+from tests.methods import paper, recipe, span_of, sublayer_of
 from tests.test_refit import plain_ridge
 
 TOKENS, WIDTH, OUT = 40, 240, 6
@@ -217,7 +217,12 @@ def test_form_is_chosen_by_size(tokens, windows):
         stream.snapshot_dense()
         targets = ReconstructionTargets(stream, 2, 3, original=3)
         layers = [SourceLayer(adapter.layer_state(index)) for index in (2, 3)]
-        sums = stacked_equations(Features(targets, "channel", layers))
+        attention, ffn = (sublayer_of(adapter, unit) for unit in ("kv_group", "channel"))
+        residual = Residual(span_of(stream, paper()))
+        residual.after["attention"] = torch.cat(
+            [batch.states + batch.missing(attention, batch.states) for batch in targets]
+        )
+        sums = stacked_equations(Features(targets, ffn, layers, residual))
         assert isinstance(sums, Dual if tokens == 32 else Gram)
 
 

@@ -14,15 +14,15 @@ from come.merge.input_map import FLOOR, InputMap
 from come.merge.loop import compress
 from come.merge.refit.gauss_newton import GaussNewton
 from come.merge.refit.ridge import Ridge
-from come.models.sublayers import activation_derivative, run_attention
+from come.models.sublayers import activation_derivative, states_after
 from tests.conftest import LAYERS, pico
-from tests.methods import paper, same_weights
+from tests.methods import paper, same_weights, sublayer_of
 from tests.reference import Reference
 
 FAMILIES = ["llama_gqa", "llama_bias", "qwen3_gqa", "opt"]
 
 
-def ffn(layer, name, weight, read):
+def activations(layer, name, weight, read):
     """FFN activations of a LLaMA or OPT layer with another weight for one input map."""
     if hasattr(layer, "fc1"):
         return torch.relu(nn.functional.linear(read, weight, layer.fc1.bias))
@@ -38,32 +38,34 @@ class PlainProblem:
     """The layer and its reconstruction targets in float64, with all tokens in one batch."""
 
     def __init__(self, targets, layer):
-        stream, architecture = targets.stream, targets.stream.adapter.architecture
+        stream, layout = targets.stream, targets.layout
+        attention, ffn = layout.sublayer("attention"), layout.sublayer("ffn")
         states, target, weights = (
             torch.cat(parts)
             for parts in zip(*((b.states, b.output, b.weights) for b in targets), strict=True)
         )
         self.post_attention = torch.cat(
             [
-                run_attention(
-                    stream.adapter,
+                states_after(
                     layer,
+                    layout,
+                    attention,
                     states[rows],
                     stream.keywords(len(states[rows]), targets.first),
-                )[1]
+                )
                 for rows in stream.batches
             ]
         )
         self.layer = layer.double()
         post_attention = self.post_attention.flatten(0, 1).double()
-        self.read = layer.get_submodule(architecture.ffn_norm)(post_attention).detach()
-        self.output = layer.get_submodule(architecture.ffn_output)
+        self.read = layer.get_submodule(ffn.norm.module)(post_attention).detach()
+        self.output = layer.get_submodule(ffn.output)
         self.residual_target = target.flatten(0, 1).double() - post_attention
         self.root = weights.double().sqrt()[:, None]
 
     @torch.no_grad()
     def error(self, name, weight):
-        output = self.output(ffn(self.layer, name, weight, self.read))
+        output = self.output(activations(self.layer, name, weight, self.read))
         return float(((self.residual_target - output) * self.root).square().sum())
 
     def step(self, name, ratio):
@@ -71,7 +73,7 @@ class PlainProblem:
         weight = self.layer.get_parameter(f"{name}.weight").detach()
 
         def weighted(rows):
-            return self.output(ffn(self.layer, name, rows, self.read)) * self.root
+            return self.output(activations(self.layer, name, rows, self.read)) * self.root
 
         jacobian = torch.autograd.functional.jacobian(weighted, weight).flatten(0, 1).flatten(1)
         residual = (self.residual_target * self.root - weighted(weight)).flatten().detach()
@@ -100,20 +102,31 @@ def features_of(layer, name, given, read):
 
 @pytest.fixture(params=FAMILIES)
 def problem(request, targets):
-    """Targets, a copy of the layer, the problem in float64, and the names of its input maps."""
+    """Targets, a copy of the layer, the problem in float64, and its input maps by name."""
     found, sources = targets(request.param)
     adapter = found.stream.adapter
     plain = PlainProblem(found, adapter.copy_layer(2, sources.state))
     layer = adapter.copy_layer(2, sources.state)
-    return found, layer, plain, adapter.architecture.ffn_inputs
+    return found, layer, plain, {gate.name: gate for gate in sublayer_of(adapter, "channel").gates}
+
+
+def input_map(targets, layer, post_attention, gate):
+    """The least-squares problem of one input projection of the FFN."""
+    return InputMap(targets, layer, targets.layout.sublayer("ffn"), (post_attention,) * 2, gate)
+
+
+def up_projection(targets):
+    ffn = targets.layout.sublayer("ffn")
+    return next(gate for gate in ffn.gates if gate.name == "mlp.up_proj")
 
 
 def test_activation_derivative(problem):
-    targets, layer, plain, names = problem
-    for name in names:
+    targets, layer, plain, gates = problem
+    layout = targets.layout
+    for name, gate in gates.items():
         rows, keywords = plain.post_attention[:2], targets.stream.keywords(2, 2)
         read, derivatives, _ = activation_derivative(
-            targets.stream.adapter, layer, rows, keywords, name
+            layer, layout, layout.sublayer("ffn"), rows, keywords, gate
         )
         linear = plain.layer.get_submodule(name)
         given = linear(read.double()).detach().requires_grad_(True)
@@ -125,19 +138,19 @@ def test_activation_derivative(problem):
 @pytest.mark.parametrize("ratio", [0.3, 30.0])
 def test_step_is_the_least_squares_solution(problem, ratio, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 7)
-    targets, layer, plain, names = problem
-    for name in names:
-        found = InputMap(targets, layer, plain.post_attention, name).step(ratio, 200)
+    targets, layer, plain, gates = problem
+    for name, gate in gates.items():
+        found = input_map(targets, layer, plain.post_attention, gate).step(ratio, 200)
         expected = plain.step(name, ratio)
         assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
 def test_step_lowers_the_error_for_any_penalty(problem):
-    targets, layer, plain, names = problem
-    for name in names:
+    targets, layer, plain, gates = problem
+    for name, gate in gates.items():
         weight = plain.layer.get_parameter(f"{name}.weight").detach()
         for ratio in (1e-6, 1.0):
-            least_squares = InputMap(targets, layer, plain.post_attention, name)
+            least_squares = input_map(targets, layer, plain.post_attention, gate)
             change = least_squares.step(ratio, 30)
             before, after = (plain.error(name, weight + z) for z in (0, change))
             assert after < before
@@ -146,23 +159,23 @@ def test_step_lowers_the_error_for_any_penalty(problem):
 
 
 def test_step_does_not_depend_on_cached_derivatives(problem, monkeypatch):
-    targets, layer, plain, names = problem
-    for name in names:
-        found = [InputMap(targets, layer, plain.post_attention, name).step(1.0, 5)]
+    targets, layer, plain, gates = problem
+    for gate in gates.values():
+        found = [input_map(targets, layer, plain.post_attention, gate).step(1.0, 5)]
         with monkeypatch.context() as patch:
             patch.setattr("come.merge.input_map.HELD_BYTES", 0)
-            found.append(InputMap(targets, layer, plain.post_attention, name).step(1.0, 5))
+            found.append(input_map(targets, layer, plain.post_attention, gate).step(1.0, 5))
         assert torch.equal(*found)
 
 
 def test_preconditioner_handles_rows_of_different_curvature(problem):
-    targets, layer, plain, names = problem
-    output = layer.get_submodule(targets.stream.adapter.architecture.ffn_output).weight
+    targets, layer, plain, gates = problem
+    output = layer.get_submodule(targets.layout.sublayer("ffn").output).weight
     with torch.no_grad():
         output *= torch.logspace(-2, 1, output.shape[1])
         plain.output.weight.copy_(output)
-    for name in names:
-        found = InputMap(targets, layer, plain.post_attention, name).step(0.01, 12)
+    for name, gate in gates.items():
+        found = input_map(targets, layer, plain.post_attention, gate).step(0.01, 12)
         expected = plain.step(name, 0.01)
         assert (found - expected).norm() < 0.4 * expected.norm()  # 0.9 without preconditioning
 
@@ -182,7 +195,7 @@ def test_step_is_zero_if_the_target_is_the_output(targets):
     post_attention = PlainProblem(
         targets, targets.stream.adapter.copy_layer(2, layer.state_dict())
     ).post_attention
-    change = InputMap(targets, layer, post_attention, "mlp.up_proj").step(1.0, 5)
+    change = input_map(targets, layer, post_attention, up_projection(targets)).step(1.0, 5)
     assert change.norm() < 1e-4
 
 
@@ -238,10 +251,12 @@ def test_input_maps_are_solved_sequentially(targets):
     solved = GaussNewton(align=None, input_lambda=1.0, steps=8).solve(found, sources)
     by_hand = Ridge().solve(found, sources)
     layer = adapter.copy_layer(2, {**sources.state, **by_hand})
-    for name in ("mlp.gate_proj", "mlp.up_proj"):
+    gates = found.layout.sublayer("ffn").gates
+    assert [gate.name for gate in gates] == ["mlp.gate_proj", "mlp.up_proj"]
+    for gate in gates:
         plain = PlainProblem(found, copy.deepcopy(layer))
-        problem = InputMap(found, layer, plain.post_attention, name)
-        by_hand[f"{name}.weight"] = problem.changed(problem.step(1.0, 8))
+        problem = input_map(found, layer, plain.post_attention, gate)
+        by_hand[f"{gate.name}.weight"] = problem.changed(problem.step(1.0, 8))
         layer.load_state_dict({**sources.state, **by_hand})
     assert solved.keys() == by_hand.keys()
     for name, tensor in by_hand.items():
@@ -253,7 +268,8 @@ def test_step_is_halved_at_most_four_times(lower, targets, monkeypatch):
     found, sources = targets("llama_gqa")
     copied = found.stream.adapter.copy_layer
     post_attention = PlainProblem(found, copied(2, sources.state)).post_attention
-    problem, tried = InputMap(found, copied(2, sources.state), post_attention, "mlp.up_proj"), []
+    layer, tried = copied(2, sources.state), []
+    problem = input_map(found, layer, post_attention, up_projection(found))
 
     def error(change):
         tried.append(change)

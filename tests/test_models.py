@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from come.models.architectures import architecture_of
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
 
 from come.job.identity import job_hash
@@ -13,6 +12,7 @@ from come.merge.plan import BaseModel, Plan
 from come.merge.saving import check_cache, save_model
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
+from come.models.families import layout_of
 from come.models.loading import inspect_model, load_model, load_weights, resolve_fast
 from come.models.surgery import check_layer_config, reindex_config
 from tests.bases import save_byte_level_tokenizer
@@ -22,11 +22,11 @@ from tests.jobs import job_settings
 
 def test_unsupported_families():
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, mistral"):
-        architecture_of(GPT2Config())
+        layout_of(GPT2Config())
     with pytest.raises(ValueError, match="normalises after each block"):
-        architecture_of(OPTConfig(do_layer_norm_before=False))
+        layout_of(OPTConfig(do_layer_norm_before=False))
     with pytest.raises(ValueError, match="projects its embeddings from 16 to 32"):
-        architecture_of(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_attention_heads=4))
+        layout_of(OPTConfig(hidden_size=32, word_embed_proj_dim=16, num_attention_heads=4))
 
 
 def test_unknown_layer_tensors_are_rejected():

@@ -19,6 +19,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.layer_statistics import LayerStatistics
 from come.stream.stream import LayerStream
 from tests.conftest import pico
+from tests.methods import sublayer_of
 from tests.reference import UNITS
 
 ALL = {"kv_group": 0, "channel": 0}
@@ -35,7 +36,7 @@ def test_folding_norms_preserves_the_layer_output(family, windows):
     adapter = ModelAdapter(pico(family))
     state = {k: v.clone() for k, v in adapter.layer_state(1).items()}
     folded = fold_norms(state, adapter.roles())
-    scale = f"{adapter.architecture.attention_norm}.weight"
+    scale = f"{sublayer_of(adapter, 'kv_group').norm.module}.weight"
     assert torch.equal(folded[scale], torch.ones_like(folded[scale]))
     before = layer_output(adapter, 1, state, windows)
     after = layer_output(adapter, 1, folded, windows)

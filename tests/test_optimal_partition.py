@@ -21,6 +21,7 @@ from come.merge.selection import trial_kl
 from come.merge.selection.trial_kl import repeat_windows
 from come.merge.trial_scores import TrialScores
 from come.models import loss
+from come.models.head import Head
 from come.models.loss import predictions, token_divergence
 from tests.conftest import pico
 from tests.methods import come_plus, decoder_layers, paper, without
@@ -166,6 +167,20 @@ def test_token_divergence_over_vocabulary_chunks(bias, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     same = token_divergence(head, predictions(head, reference), reference)
     torch.testing.assert_close(same, torch.zeros(3, 150).double(), rtol=0, atol=1e-4)
+
+
+def test_token_divergence_of_capped_logits():
+    generator = torch.Generator().manual_seed(0)
+    head = Head(torch.nn.Linear(6, 300), None, scale=2.0, cap=1.5)
+    reference, states = torch.randn(2, 3, 150, 6, generator=generator)
+    with torch.no_grad():
+        logits = [
+            1.5 * torch.tanh(2 * head.linear(end).double() / 1.5) for end in (reference, states)
+        ]
+    logs = [end.log_softmax(-1) for end in logits]
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1)
+    found = token_divergence(head, predictions(head, reference), states)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("selection", ["angular", "trial_kl"])

@@ -18,7 +18,7 @@ from come.merge.plan import Plan
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.models.loading import load_weights
-from come.models.sublayers import run_attention
+from come.models.sublayers import states_after
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 from tests.commands import ROOT, communicate, small_job_overrides, without_repeated
@@ -91,13 +91,15 @@ def error_of_a_step(processes, folder):
         stream.advance(0, LAYERS - 1)
         stream.snapshot_dense()
         targets = ReconstructionTargets(stream, 2, 3, original=3)
-        layer = adapter.copy_layer(2, adapter.layer_state(2))
+        layer, layout = adapter.copy_layer(2, adapter.layer_state(2)), targets.layout
+        attention, ffn = layout.sublayer("attention"), layout.sublayer("ffn")
+        up = next(gate for gate in ffn.gates if gate.name == "mlp.up_proj")
         with stream.scratch_boundary("refit") as post_attention:
             for batch in targets:
                 keywords = stream.keywords(len(batch.states), 2)
-                _, states = run_attention(adapter, layer, batch.states, keywords)
+                states = states_after(layer, layout, attention, batch.states, keywords)
                 post_attention[batch.rows] = states
-            problem = InputMap(targets, layer, post_attention, "mlp.up_proj")
+            problem = InputMap(targets, layer, ffn, (post_attention, post_attention), up)
             return problem.error(torch.full_like(problem.weight, 0.01))
 
 

@@ -8,7 +8,7 @@ from come.linalg.gram import BLOCK, Gram, best_lambda
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
-from come.models.sublayers import head_outputs, hidden_activations, run_attention
+from come.models.sublayers import hidden_features, states_after
 from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
@@ -148,15 +148,21 @@ def test_sublayers_compose_to_the_layer(family, windows):
     adapter = ModelAdapter(pico(family))
     reference = Reference(pico(family), windows)
     states, keywords = adapter.layer_inputs(windows)
-    layer = adapter.layers[0]
+    layer, layout, seen = adapter.layers[0], adapter.layer_layout(0), []
+    attention, ffn = layout.sublayer("attention"), layout.sublayer("ffn")
+    hook = layer.get_submodule(attention.output).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
     with torch.no_grad():
         expected = layer(states, **keywords[0])
-    heads, post_attention = run_attention(adapter, layer, states, keywords[0])
-    channels = hidden_activations(adapter, layer, post_attention, keywords[0])
-    output = layer.get_submodule(adapter.architecture.ffn_output)
+    hook.remove()
+    heads = hidden_features(layer, layout, attention, states, keywords[0])
+    post_attention = states_after(layer, layout, attention, states, keywords[0])
+    channels = hidden_features(layer, layout, ffn, post_attention, keywords[0])
+    output = layer.get_submodule(ffn.output)
     with torch.no_grad():
         torch.testing.assert_close(post_attention + output(channels), expected)
-    assert torch.equal(head_outputs(adapter, layer, states, keywords[0]), heads)
+    assert torch.equal(heads, seen[0].view(heads.shape))
     for features, unit in ((heads, "kv_group"), (channels, "channel")):
         torch.testing.assert_close(
             features.flatten(0, 1).double(), reference.inputs[0, unit], rtol=1e-3, atol=1e-4

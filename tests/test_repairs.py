@@ -18,9 +18,10 @@ from tests.methods import (
     paper,
     recipe,
     same_weights,
+    sublayer_of,
     without,
 )
-from tests.reference import Reference
+from tests.reference import UNITS, Reference
 
 
 def test_laco_sums_parameter_differences(family):
@@ -32,10 +33,8 @@ def test_laco_sums_parameter_differences(family):
         a, b, c = (layer[name].double() for layer in layers)
         expected = a + (b - a) + (c - a)
         torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-5)
-        is_norm = name.rpartition(".")[0] in (
-            adapter.architecture.attention_norm,
-            adapter.architecture.ffn_norm,
-        )
+        norms = [sublayer_of(adapter, unit).norm.module for unit in UNITS]
+        is_norm = name.rpartition(".")[0] in norms
         assert torch.equal(released[name], layers[0 if is_norm else 2][name])
     pair = OPERATORS.create("laco").merge(layers[:2], adapter.roles(), [0.5, 0.5], {})
     for name, tensor in pair.items():
@@ -92,16 +91,14 @@ def test_replaceme_is_a_least_squares_map(family, windows):
     model = pico(family)
     plan = compress(model, windows, method, target_layers=4, progress=False)
     old, new = ModelAdapter(dense), ModelAdapter(model)
-    weight = transform.T @ old.output_map(1, "channel").weight.double()
-    torch.testing.assert_close(
-        new.output_map(1, "channel").weight.double(), weight, rtol=1e-2, atol=1e-3
-    )
-    if old.output_map(1, "channel").bias is not None:
-        bias = transform.T @ old.output_map(1, "channel").bias.double()
-        torch.testing.assert_close(
-            new.output_map(1, "channel").bias.double(), bias, rtol=1e-2, atol=1e-3
-        )
-    assert set(plan.steps[0].solved.hashes) == set(new.output_tensors("channel"))
+    ffn = sublayer_of(old, "channel")
+    before, after = old.output_map(1, ffn), new.output_map(1, ffn)
+    weight = transform.T @ before.weight.double()
+    torch.testing.assert_close(after.weight.double(), weight, rtol=1e-2, atol=1e-3)
+    if before.bias is not None:
+        bias = transform.T @ before.bias.double()
+        torch.testing.assert_close(after.bias.double(), bias, rtol=1e-2, atol=1e-3)
+    assert set(plan.steps[0].solved.hashes) == set(new.output_tensors(1, ffn))
     for name, tensor in new.layer_state(1).items():
         if name not in plan.steps[0].solved.hashes:
             assert torch.equal(tensor, old.layer_state(1)[name])

@@ -13,7 +13,7 @@ from come.models.adapter import ModelAdapter
 from come.statistics.gradients import path_gradients
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import SELECTED_FAMILIES, loss
+from tests.methods import SELECTED_FAMILIES, loss, sublayer_of
 from tests.reference import UNITS, Reference
 
 
@@ -36,7 +36,7 @@ def columns(reference: Reference, index: int, unit: str) -> dict[str, torch.Tens
 
 def per_unit(values, stream, unit):
     values = torch.as_tensor(values, dtype=torch.float64)
-    return values.view(-1, stream.adapter.columns_per_unit(unit)).mean(dim=1)
+    return values.view(-1, sublayer_of(stream.adapter, unit).columns).mean(dim=1)
 
 
 def found_scores(stream, name, first, last):
@@ -54,9 +54,13 @@ def test_metrics_without_gradients(stream, name, windows):
         torch.testing.assert_close(scores[unit][index], expected, rtol=2e-4, atol=1e-12)
 
 
+def output_map(adapter, index, unit):
+    return adapter.output_map(index, sublayer_of(adapter, unit))
+
+
 def output_weights(model, index):
     adapter = ModelAdapter(model)
-    return {unit: adapter.output_map(index, unit).weight for unit in UNITS}
+    return {unit: output_map(adapter, index, unit).weight for unit in UNITS}
 
 
 def test_taylor_uses_gradients_of_the_complete_model(stream, windows):
@@ -81,7 +85,7 @@ def plain_path_attribution(model, windows, steps):
     for step in range(steps):
         scales, handles = {}, []
         for index, unit in itertools.product(range(adapter.num_layers), UNITS):
-            linear = adapter.output_map(index, unit)
+            linear = output_map(adapter, index, unit)
             scale = torch.full((linear.in_features,), (step + 0.5) / steps, dtype=torch.float64)
             scales[index, unit] = scale.requires_grad_()
             handles.append(
@@ -109,7 +113,7 @@ def test_path_attributions_sum_to_the_loss_difference(windows):
     adapter = ModelAdapter(model)
     zeroed = copy.deepcopy(model)
     for index, unit in itertools.product(range(LAYERS), UNITS):
-        ModelAdapter(zeroed).output_map(index, unit).weight.data.zero_()
+        output_map(ModelAdapter(zeroed), index, unit).weight.data.zero_()
     with LayerStream(adapter, windows, progress=False) as stream, torch.no_grad():
         stream.embed()
         stream.advance(0, LAYERS - 1)

@@ -13,7 +13,7 @@ from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, SEQ, VOCAB, pico
 from tests.disk import on_disk
-from tests.methods import come_plus, paper, recipe
+from tests.methods import come_plus, paper, recipe, sublayer_of
 
 GROUPS = [[1, 2], [3], [4, 5]]
 
@@ -133,7 +133,7 @@ def test_a_layer_with_fewer_channels(family, windows):
             assert split.shares == [1.0]
             sources = span.sources(split)
             state = sources.state
-            assert state[f"{adapter.architecture.ffn_output}.weight"].shape[1] == full // 2
+            assert state[f"{sublayer_of(adapter, 'channel').output}.weight"].shape[1] == full // 2
             if method.refit.active:
                 state = overlay(state, method.refit.solve(span.targets, sources))
             layer = adapter.copy_layer(2, state)

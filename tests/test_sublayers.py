@@ -119,7 +119,7 @@ def test_merged_sublayer_is_in_the_first_layer_of_its_span(family, windows):
         merged = OPERATORS.create("concat").merge(
             states(whole, 1, 2), roles, step.shares, step.kept
         )
-        own = adapter.block_tensors(part)
+        own = adapter.block_tensors(1, part)
         for name, tensor in adapter.layer_state(1).items():
             expected = merged[name] if name in own else states(whole, 1)[0][name]
             assert torch.equal(tensor, expected)

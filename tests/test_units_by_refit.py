@@ -8,21 +8,21 @@ import torch
 from come.linalg.equations import eliminate, unit_columns
 from come.merge.joint_selection import (
     Features,
+    Residual,
     SourceLayer,
-    post_attention_states,
     stacked_equations,
+    states_after_kept,
 )
 from come.merge.loop import compress
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.retention.adaptive import Adaptive
-from come.merge.span import LayerSpan
 from come.merge.stacked_map import StackedMap
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import overlay
-from come.models.sublayers import head_outputs, hidden_activations, run_attention
+from come.models.sublayers import hidden_features, states_after
 from come.stream.stream import LayerStream
 from tests.conftest import LAYERS, pico
-from tests.methods import decoder_layers, paper, recipe, without
+from tests.methods import decoder_layers, paper, recipe, span_of, sublayer_of, without
 from tests.reference import Reference
 from tests.test_refit import activations, plain_ridge
 
@@ -62,9 +62,11 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
         return dense.output(index, "kv_group")(dense.inputs[index, "kv_group"])
 
     heads = torch.cat([dense.inputs[2, "kv_group"], shortened.inputs[2, "kv_group"]], dim=1)
-    initial = StackedMap(targets, "kv_group").read()
+    attention, ffn = (sublayer_of(targets.stream.adapter, unit) for unit in ("kv_group", "channel"))
+    initial = StackedMap(targets, attention).read()
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (2, 3)]
-    held = Features(targets, "kv_group", layers, hold=True)
+    residual = Residual(span_of(targets.stream, paper()))
+    held = Features(targets, attention, layers, residual, hold=True)
     sums = stacked_equations(held)
     width = heads.shape[1]
     expected = (heads * weights[:, None]).T @ heads
@@ -72,15 +74,16 @@ def test_stacked_gram_of_a_span(family, windows, streamed):
     expected = (heads * weights[:, None]).T @ (added(2) + added(3))
     torch.testing.assert_close(sums.moment[:width], expected, rtol=1e-3, atol=1e-4)
 
-    columns = unit_columns([0], targets.stream.adapter.columns_per_unit("kv_group"))
+    columns = unit_columns([0], attention.columns)
     chosen = type(initial)(initial.weight[:, columns], initial.bias)
     post_attention = dense.h[2].flatten(0, 1) + heads[:, columns] @ chosen.weight.double().T
     post_attention = post_attention if chosen.bias is None else post_attention + chosen.bias
-    found = post_attention_states(held, chosen, [columns, columns[:0]])
+    found = states_after_kept(held, chosen, [columns, columns[:0]])
     expected = post_attention.view(found.shape)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
     channels = torch.cat([activations(dense.layers[i], post_attention) for i in (2, 3)], dim=1)
-    sums = stacked_equations(Features(targets, "channel", layers, found))
+    residual.after[attention.name] = found
+    sums = stacked_equations(Features(targets, ffn, layers, residual))
     width = channels.shape[1]
     expected = (channels * weights[:, None]).T @ channels
     torch.testing.assert_close(sums.gram[:width, :width], expected, rtol=1e-3, atol=1e-4)
@@ -95,37 +98,39 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
     """Its output maps are ridge regressions on the activations of the trial layer."""
     stream = streamed(family)
     adapter, method = stream.adapter, recipe("come_plus", refit__align=align)
-    span = LayerSpan(
-        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
-    )
+    span = span_of(stream, method)
     split = method.retention.trial_split(span)
     sources = span.sources(split)
     found = method.refit.surrogate.solve(span.targets, sources)
     layer = adapter.copy_layer(2, overlay(sources.state, found))
+    layout, attention = adapter.layer_layout(2), sublayer_of(adapter, "kv_group")
     solved = 0
-    for unit, run in (("kv_group", head_outputs), ("channel", hidden_activations)):
+    for unit in ("kv_group", "channel"):
+        sublayer = sublayer_of(adapter, unit)
         features, targets, weights = [], [], []
         for batch in span.targets:
             keywords = stream.keywords(len(batch.states), 2)
-            post_attention = run_attention(adapter, layer, batch.states, keywords)[1]
-            read, target = (batch.states, batch.post_attention - batch.states)
+            post_attention = states_after(layer, layout, attention, batch.states, keywords)
+            read, target = (batch.states, batch.missing(attention, batch.states))
             if unit == "channel":
                 read, target = post_attention, batch.output - post_attention
-            features.append(run(adapter, layer, read, keywords).flatten(0, 1).double())
+            found_features = hidden_features(layer, layout, sublayer, read, keywords)
+            features.append(found_features.flatten(0, 1).double())
             targets.append(target.flatten(0, 1).double())
             weights.append(batch.weights.double())
         # the penalty of the selection: 0.1 times the mean square of all units of the span
         inputs = split.solved[unit].inputs
         assert len(inputs) == (2 if align else 0)
         layers = [
-            SourceLayer(state, {unit: inputs[i]} if align else {})
+            SourceLayer(state, {sublayer.norm.module: inputs[i]} if align else {})
             for i, state in enumerate(sources.layers)
         ]
-        before = attention_outputs(span.targets, layer) if unit == "channel" else None
-        penalty = (
-            0.1 * stacked_equations(Features(span.targets, unit, layers, before)).mean_diagonal()
-        )
-        name, *bias = adapter.output_tensors(unit)
+        residual = Residual(span)
+        if unit == "channel":
+            residual.after[attention.name] = attention_outputs(span.targets, layer)
+        sums = stacked_equations(Features(span.targets, sublayer, layers, residual))
+        penalty = 0.1 * sums.mean_diagonal()
+        name, *bias = adapter.output_tensors(2, sublayer)
         data = torch.cat(features), torch.cat(targets), torch.cat(weights)
         start = sources.state[bias[0]] if bias else None
         weight, constant = plain_ridge(*data, sources.state[name], start, penalty)
@@ -138,12 +143,16 @@ def test_trial_reuses_the_solution_of_the_selection(family, align, streamed):
 
 def attention_outputs(targets, layer):
     """The residual stream after a layer's attention for all windows."""
-    stream = targets.stream
+    stream, layout = targets.stream, targets.layout
     return torch.cat(
         [
-            run_attention(
-                stream.adapter, layer, batch.states, stream.keywords(len(batch.states), 2)
-            )[1]
+            states_after(
+                layer,
+                layout,
+                layout.sublayer("attention"),
+                batch.states,
+                stream.keywords(len(batch.states), 2),
+            )
             for batch in targets
         ]
     )
@@ -159,9 +168,7 @@ def test_trials_eliminate_in_fewer_rounds(rate, trial_rate, streamed, monkeypatc
 
     monkeypatch.setattr("come.merge.retention.adaptive.eliminate", counted)
     method = recipe("come_plus", rate=rate)
-    span = LayerSpan(
-        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
-    )
+    span = span_of(stream, method)
     assert method.retention.trial_split(span).solved.keys() == {"kv_group", "channel"}
     assert not method.retention.split(span).solved
     assert rates == [0.0, trial_rate, 0.0, rate]
@@ -170,9 +177,7 @@ def test_trials_eliminate_in_fewer_rounds(rate, trial_rate, streamed, monkeypatc
 @pytest.mark.parametrize("changes", [{"refit__lambda": "auto"}, {"refit__sublayers": ["ffn"]}])
 def test_refit_with_other_settings_does_not_reuse_the_solution(changes, streamed):
     stream, method = streamed("llama_gqa"), recipe("come_plus", refit="ridge", **changes)
-    span = LayerSpan(
-        stream, [2, 3], [[2], [3]], [], method.operator, "fold", method.refit, method.sensitivity
-    )
+    span = span_of(stream, method)
     sources = span.sources(method.retention.trial_split(span))
     with_choice = method.refit.solve(span.targets, sources)
     without_choice = method.refit.solve(span.targets, replace(sources, solved={}))
@@ -186,7 +191,9 @@ def test_leverage_equals_its_eigenvector_formula(family, streamed):
     """By the eigenvectors of G: l_j = sum_i v_ij^2 s_i / (s_i + mu)."""
     targets = ReconstructionTargets(streamed(family), 1, 3, original=3)
     layers = [SourceLayer(targets.stream.adapter.layer_state(index)) for index in (1, 2, 3)]
-    sums = stacked_equations(Features(targets, "kv_group", layers))
+    attention = sublayer_of(targets.stream.adapter, "kv_group")
+    residual = Residual(span_of(targets.stream, paper(), [1, 2, 3]))
+    sums = stacked_equations(Features(targets, attention, layers, residual))
     gram = sums.gram[: sums.width, : sums.width]
     penalty = 0.1 * sums.mean_diagonal()
     vectors = torch.linalg.eigh(gram)
@@ -280,8 +287,9 @@ def test_stacked_map_of_chosen_columns(family, unit, windows):
     adapter = ModelAdapter(pico(family))
     with LayerStream(adapter, windows, progress=False) as stream:
         targets = ReconstructionTargets(stream, 1, 3, original=3)
-        found = StackedMap(targets, unit)
-        name, *bias = adapter.output_tensors(unit)
+        sublayer = sublayer_of(adapter, unit)
+        found = StackedMap(targets, sublayer)
+        name, *bias = adapter.output_tensors(1, sublayer)
         states = [adapter.layer_state(index) for index in (1, 2, 3)]
         whole = torch.cat([state[name] for state in states], dim=1)
         assert torch.equal(found.read().weight, whole)

@@ -53,6 +53,7 @@ ZERO_SHOT = (
 # (job, changed setting, outputs that change)
 CHANGES = [
     (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
+    (COME, "model.begin_token=true", {*MERGED, *NLL}),
     (COME, "model.name=other", {"label"}),
     (COME, "model.base_model=me/mine", set()),
     (COME, "tracking.project=other", set()),
@@ -82,6 +83,7 @@ CHANGES = [
     (COME, "merge.retention.p=50", MERGED),
     (COME, "merge.tokens=all", MERGED),
     (COME, "merge.norms=fold", MERGED),
+    (COME, "merge.kinds=last", {"plan"}),
     (THREE_LAYERS, "merge.protect_first=1 merge.target_layers=4", {*PLANNED, "layers"}),
     (COME, "merge.protect_last=3", PLANNED),
     (COME, "merge.sublayers=[ffn]", {*MERGED, "history"}),

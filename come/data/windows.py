@@ -126,6 +126,7 @@ def calibration_windows(
     held_out: Sequence[TextSource] = (),
     at_most: bool = False,
     backwards: bool = False,
+    begin: int | None = None,
     what: str = "calibration",
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
@@ -147,6 +148,7 @@ def calibration_windows(
         at_most: whether fewer than `num_samples` windows, but at least one, are acceptable.
         backwards: whether to draw in reverse order, so that the first windows are those that a
             forward draw with the same seed and length takes last.
+        begin: token that every window begins with, in addition to its text; None for none.
         what: purpose of the text for error messages, "calibration" or "training".
 
     Raises:
@@ -161,7 +163,8 @@ def calibration_windows(
         text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source))
         removed += lines
     tokens = tokenize(tokenizer, text, special=False)
-    available = len(tokens) // seq_len
+    split = _split(tokens, seq_len, begin)
+    available = len(split)
     if available < (1 if at_most else num_samples):
         least = f"one of distill.seq_len={seq_len} is the least"
         if not at_most:
@@ -174,8 +177,18 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(available, generator=generator)
     drawn = (order.flip(0) if backwards else order)[:num_samples]
-    windows = tokens[: available * seq_len].view(available, seq_len)[drawn]
-    return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})", removed)
+    name = f"{source.name} ({source.identity})"
+    return TokenWindows(split[drawn], len(tokens), name, removed)
+
+
+def _split(
+    tokens: Int[Tensor, " tokens"], seq_len: int, begin: int | None
+) -> Int[Tensor, "windows seq"]:
+    """Consecutive windows, each with `begin` in front of its text if that is given."""
+    if begin is None:
+        return tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
+    text = _split(tokens, seq_len - 1, None)
+    return torch.cat([torch.full_like(text[:, :1], begin), text], dim=1)
 
 
 def evaluation_windows(
@@ -185,6 +198,7 @@ def evaluation_windows(
     seq_len: int,
     max_tokens: int | None = None,
     others: Sequence[TextSource] = (),
+    begin: int | None = None,
     key: str = "eval.perplexity",
 ) -> TokenWindows:
     """Splits held-out text, tokenised as one stream, into consecutive non-overlapping windows.
@@ -195,6 +209,7 @@ def evaluation_windows(
         seq_len: tokens per window.
         max_tokens: maximum number of tokens, from the start of the text; None for all.
         others: the corpora that calibration and training use.
+        begin: token that every window begins with, in addition to its text; None for none.
         key: config key of the evaluation's settings for error messages.
 
     Raises:
@@ -209,17 +224,36 @@ def evaluation_windows(
     text = _evaluation_text(source, tokenizer, *others)
     if max_tokens:  # avoids tokenising all of a large corpus
         text = text[: _CHARS_PER_TOKEN * max_tokens]
-    tokens = tokenize(tokenizer, text, special=True)
+    tokens = tokenize(tokenizer, text, special=begin is None)
     used = tokens[:max_tokens] if max_tokens else tokens
-    available = len(used) // seq_len
-    if available < 2:
+    windows = _split(used, seq_len, begin)
+    if len(windows) < 2:
         raise ValueError(
             f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
             f"tokens, and two windows of eval.perplexity.seq_len={seq_len} are the least for an "
             f"interval. Lower eval.perplexity.seq_len, raise {key}.max_tokens, or give more text"
         )
-    windows = used[: available * seq_len].view(available, seq_len)
     return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")
+
+
+def begin_token(asked: bool | None, needed: bool, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that every window begins with; None for none.
+
+    Args:
+        asked: `model.begin_token`; None for what the family needs.
+        needed: whether the family needs it.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has no begin token.
+    """
+    if not (needed if asked is None else asked):
+        return None
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            "model.begin_token=true: the tokenizer has no begin token; take model.begin_token=false"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 def tokenize(

@@ -140,12 +140,14 @@ class Subject:
         vocabulary: number of rows of its embedding.
         longest: maximum sequence length in tokens; None without a limit.
         others: texts that the model was calibrated or trained on; held-out text excludes them.
+        begin: token that every window of text begins with; None for none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     longest: int | None
     others: Sequence[TextSource] = ()
+    begin: int | None = None
 
     def check_length(self, key: str, tokens: int) -> None:
         """Raises ValueError if `tokens` exceeds the model's maximum sequence length."""

@@ -172,6 +172,7 @@ class Perplexity(HeldOutText, Evaluation):
                 seq_len=min(self.seq_len, subject.longest or self.seq_len),
                 max_tokens=text.max_tokens,
                 others=subject.others,
+                begin=subject.begin,
                 key=key,
             )
             for name, (key, text) in self._texts.items()

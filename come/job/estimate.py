@@ -165,7 +165,7 @@ def compression_cost(
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
         work += _span(shape, 1, validation).passes * (layers / 2)
-        work += Work(forward=2.0 * validation * shape.vocabulary * shape.config.hidden_size)
+        work += Work(forward=2.0 * validation * shape.vocabulary * shape.hidden)
     extra = {
         f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
@@ -187,11 +187,11 @@ def compression_cost(
         trials=trials,
         weight_bytes=shape.weight_bytes - (0 if weights == "memory" else layers * layer),
         layer_bytes=0 if weights == "memory" else 2 * layer,  # the second one is read ahead
-        validation_bytes=validation * shape.config.hidden_size * shape.dtype.itemsize * (layers + 1)
+        validation_bytes=validation * shape.hidden * shape.dtype.itemsize * (layers + 1)
         if trials
         else 0,
-        batch_bytes=batch_size * seq_len * (3 * shape.channels + 6 * shape.config.hidden_size) * 4,
-        boundary_bytes=tokens * shape.config.hidden_size * shape.dtype.itemsize * slots,
+        batch_bytes=batch_size * seq_len * (3 * shape.channels + 6 * shape.hidden) * 4,
+        boundary_bytes=tokens * shape.hidden * shape.dtype.itemsize * slots,
         store=store,
         device=device,
         extra=[name for name, costs in extra.items() if costs],
@@ -203,7 +203,7 @@ def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> Sp
     return SpanSize(
         layers=layers,
         tokens=tokens,
-        hidden=shape.config.hidden_size,
+        hidden=shape.hidden,
         heads=shape.heads,
         channels=shape.channels,
         parameters=shape.block_parameters["layer"],

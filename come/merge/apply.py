@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from come.merge.norms import check_norms, fold_norms
+from come.merge.norms import check_norms, fold_norms, folded_roles
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
 from come.merge.source_layers import KeptUnits, SourceLayers
@@ -41,6 +41,7 @@ def source_layers_of(
             fold_norms(state, adapter.roles(index))
             for index, state in zip(layers, states, strict=True)
         ]
+        roles = folded_roles(roles)
     return SourceLayers(
         states, lambda layers: operator.merge(layers, roles, shares, kept), shares, kept
     )

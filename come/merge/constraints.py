@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from come.models.layout import Block, LayerLayout
 from come.models.surgery import Span
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 DEFAULT_SPARSITY = 0.10  # share of the parameters that is removed unless a depth is given
 
@@ -277,14 +273,12 @@ def _layers_used(num_layers: int, stops: Sequence[int], m: int) -> int:
     return num_layers - stops[-1] + spans
 
 
-def layers_for_sparsity(
-    sparsity: float, config: PretrainedConfig, total: int, per_layer: int
-) -> int:
+def layers_for_sparsity(sparsity: float, layers: int, total: int, per_layer: int) -> int:
     """The depth at which the removed layers come closest to a share of all parameters.
 
     Args:
         sparsity: share of the model's parameters to remove, in (0, 1).
-        config: the model's configuration.
+        layers: decoder layers of the model.
         total: parameters of the model; tied parameters count once.
         per_layer: parameters of one decoder layer.
 
@@ -294,7 +288,6 @@ def layers_for_sparsity(
     Raises:
         ValueError: the share rounds to no layer, or to all layers.
     """
-    layers = config.num_hidden_layers
     removed = round(sparsity * total / per_layer)
     if removed < 1:
         raise ValueError(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from come.linalg.conjugate_gradients import conjugate_gradients, right_divided
+from come.merge.normed_output import OutputNorm
 from come.merge.output_map import output_map
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.layout import Gate, Sublayer
@@ -31,9 +32,10 @@ class InputMap:
         E(Z) = sum_t w_t | r_t - W_d (D_t * Z n_t) |^2
 
     r: target minus the layer's output; W_d: the sublayer's output projection; n and D as in
-    `activation_derivative`. Exact where the hidden activations are linear in W n, as for an up
-    projection. n and D are cached if they are small; otherwise each curvature product recomputes
-    them from the sublayer's input.
+    `activation_derivative`. With a norm after the projection, W_d is diag(g) W_d, and D is divided
+    by the norm's root mean square, whose own change is left out. Exact where the hidden activations
+    are linear in W n, as for an up projection without such a norm. n and D are cached if they are
+    small; otherwise each curvature product recomputes them from the sublayer's input.
 
     Args:
         targets: reconstruction targets of the layer.
@@ -60,6 +62,9 @@ class InputMap:
         self.gate = gate
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # n, D and w of every block
         output = output_map(layer.state_dict(), sublayer).weight * sublayer.factor
+        self._norm = OutputNorm(layer, sublayer) if sublayer.post_norm else None
+        if self._norm is not None:
+            output = output * self._norm.scale[:, None].to(output)
         self._module_weight = layer.get_parameter(f"{gate.name}.weight").detach()
         self.weight = gate.rows(self._module_weight, sublayer.count)
         self.output = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -194,6 +199,8 @@ class InputMap:
         """Target minus the layer's output, [tokens, hidden]; `features`: hidden activations."""
         target, before = missing
         added = self.layer.get_submodule(self.sublayer.output)(features)
+        if self.sublayer.post_norm:
+            added = self.layer.get_submodule(self.sublayer.post_norm.module)(added)
         return (target - (before + added * self.sublayer.factor)).flatten(0, 1).to(self.output)
 
     def _slopes(self, states: States, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Features]:
@@ -201,6 +208,9 @@ class InputMap:
         read, slopes, features = activation_derivative(
             self.layer, self.targets.layout, self.sublayer, states, keywords, self.gate
         )
+        if self._norm is not None:
+            outputs = self.layer.get_submodule(self.sublayer.output)(features)
+            slopes = slopes * self._norm.inverse_rms(outputs).to(slopes)
         flat = [tensor.flatten(0, 1).to(self.output) for tensor in (read, slopes)]
         return flat[0], flat[1], features
 

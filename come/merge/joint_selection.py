@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from come.linalg.dual import Dual
 from come.linalg.equations import DUAL, Equations, Map, choice_dtype, unit_columns
 from come.merge.alignment import aligns, input_maps
+from come.merge.normed_output import scaled_features
 from come.merge.output_map import equations
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
 from come.merge.refit.base import Refit
@@ -186,6 +187,8 @@ class Residual:
 class Features:
     """The inputs of a sublayer's output projection, in all layers on the span's input.
 
+    Where a norm follows the projection, they are divided by the root mean square of its output.
+
     Args:
         targets: reconstruction targets of the span.
         sublayer: the sublayer.
@@ -218,6 +221,7 @@ class Features:
         keywords = self.targets.keywords(len(batch.states))
         read = self.residual.read(self.sublayer, batch)
         found = hidden_features(module, self.targets.layout, self.sublayer, read, keywords)
+        found = scaled_features(module, self.sublayer, found)
         if self._hold:
             self._held[number, batch.number] = found.cpu()
         return found

@@ -76,6 +76,7 @@ def compress(
     """
     method = (method or Method()).fresh()
     adapter = ModelAdapter(model)
+    method.check_layers(adapter.layout.layers)
     kinds = layer_kinds(adapter.layout.layers, method.kinds, method.block)
     _check(method, adapter.num_layers, target_layers, stops, kinds)
     plan = plan or Plan(

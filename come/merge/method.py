@@ -17,7 +17,7 @@ from come.merge.schedules.base import SCHEDULES
 from come.merge.schedules.fixed import Fixed
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
-from come.models.layout import SUBLAYERS, Block
+from come.models.layout import SUBLAYERS, Block, LayerLayout
 from come.registry import Registry
 from come.setting import HasSettings, setting
 from come.statistics.influence import TOKENS, check_tokens
@@ -149,6 +149,18 @@ class Method(HasSettings):
                 "[attention,ffn]"
             )
         return "attention" if self.sublayers[0] == "attention" else "ffn"
+
+    def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
+        """Raises ValueError if the method cannot work with layers like these."""
+        self.refit.check_layers(layouts)
+        kinds = {tuple(sublayer.kind for sublayer in layout) for layout in layouts}
+        for own in kinds:
+            if self.block != "layer" and set(own) != set(SUBLAYERS):
+                raise ValueError(
+                    f"merge.sublayers={list(self.sublayers)}: this model has layers without "
+                    f"{' and '.join(sorted(set(SUBLAYERS) - set(own)))}; merge whole layers, "
+                    "merge.sublayers=[attention,ffn]"
+                )
 
     @property
     def uses_targets(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from come.models.layer_state import LayerState, changed
-from come.models.layout import Role
+from come.models.layout import Part, Role
 
 Norms = Literal["mean", "fold"]
 
@@ -30,7 +31,8 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
 
     The scale is set to ones. A LayerNorm's bias `b` is folded too, and becomes zero, if every row
     that reads the norm has a bias `c` to absorb it. Otherwise it becomes `b / g`; a norm whose
-    scale contains zeros is then left unchanged. The merge averages what remains in the norms.
+    scale contains zeros is then left unchanged. The merge averages the scales that remain in the
+    norms, and weights the biases that remain (`folded_roles`).
     Exact up to rounding to the storage dtype. Where the scale is 1 + weight, the weight is set to
     zeros. Norms after a projection, such as Qwen3's q and k norms, cannot be folded.
 
@@ -69,6 +71,16 @@ def _bias_of(weight: str) -> str:
     """The name of the bias beside a weight, of a module or of experts."""
     of_module = weight.endswith(".weight")
     return weight.removesuffix("weight") + "bias" if of_module else f"{weight}_bias"
+
+
+def folded_roles(roles: Mapping[str, Role]) -> dict[str, Role]:
+    """The roles of folded tensors: what remains of a norm's bias is weighted like other biases."""
+    return {
+        name: replace(role, part=Part.SHARED)
+        if role.part is Part.NORM and name.endswith(".bias")
+        else role
+        for name, role in roles.items()
+    }
 
 
 def _scaled(state: LayerState, weight: str, scale: Tensor, role: Role) -> Tensor:

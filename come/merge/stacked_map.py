@@ -6,12 +6,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.linalg.equations import Map
+from come.merge.normed_output import scale_of
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.layout import Sublayer
 
 
 class StackedMap:
     """The output projections of a span side by side, W = [W_1 ... W_m]; biases are summed.
+
+    Where a norm follows them, each is multiplied by the norm's scale.
 
     W is not stored: it is read layer by layer and is column-major, which is the layout
     of the dual form.
@@ -39,6 +42,8 @@ class StackedMap:
         for number, index in enumerate(layers):
             state = targets.stream.adapter.layer_state(index)
             rows = self._sublayer.output_weight(state).T
+            if self._sublayer.post_norm:
+                rows = rows * scale_of(state, self._sublayer).to(rows)
             width = len(rows)
             if weight is None:
                 size = len(layers) * width if chosen is None else len(chosen)

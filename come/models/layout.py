@@ -9,7 +9,7 @@ configuration (`come.models.families`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Literal
@@ -60,12 +60,14 @@ class Rows:
             every unit, and so on: q, k and v of a fused projection are three blocks.
         axis: the dimension of the weight that the rows are; 1 if it is stored as [in, out].
         reads: whether it reads the output of the sublayer's norm.
+        parts: number of equal parts, one after another, each with all blocks of its own units.
     """
 
     name: str
     sizes: tuple[int, ...] = (1,)
     axis: int = 0
     reads: bool = True
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class Role:
         sizes: rows or columns of one unit, block by block; empty if one unit has all.
         norm: the norm whose output the tensor reads.
         input_axis: the dimension of the norm's channels, if it reads a norm.
+        parts: number of equal parts along the axis, each with all blocks of its own units.
     """
 
     part: Part
@@ -217,15 +220,17 @@ class Role:
     sizes: tuple[int, ...] = (1,)
     norm: Norm | None = None
     input_axis: int = -1
+    parts: int = 1
 
     def indices(self, count: int, units: Sequence[int]) -> list[Int[Tensor, " _"]]:
         """Positions along the axis of some of `count` units, for every block."""
-        found, start = [], 0
+        assert count % self.parts == 0
+        found, start, each = [], 0, count // self.parts
         chosen = torch.as_tensor(units, dtype=torch.long)
         for size in self.sizes:
-            first = start + chosen * size
+            first = start + chosen // each * each * sum(self.sizes) + chosen % each * size
             found.append((first[:, None] + torch.arange(size)).flatten())
-            start += count * size
+            start += each * size
         return found
 
     def count(self, tensor: Tensor) -> int:
@@ -299,8 +304,9 @@ class LayerLayout:
             found = _roles(sublayer) | found
         roles: dict[str, Role] = {}
         for name in names:
-            own = found.get(name) or found.get(name.rpartition(".")[0])
-            role = own or _owner(found, name)
+            module, _, kind = name.rpartition(".")
+            own = found.get(module) if kind in ("weight", "bias") else None
+            role = found.get(name) or own or _owner(found, name)
             if role is None:
                 raise ValueError(
                     f"layer tensor {name!r} is not known, so this model cannot be merged safely"
@@ -319,12 +325,20 @@ class ModelLayout:
         stack: name of the list of decoder layers, relative to the model.
         final_norm: name of the norm between the last layer and the LM head.
         returns: number of values that a layer returns; 0 for a tensor instead of a tuple.
+        before_head: the module between the final norm and the LM head; empty for none.
+        logit_scale: multiplies the logits.
+        logit_cap: c of c tanh(logits / c); 0 for none.
+        begin_token: whether the family predicts well only after its begin token.
     """
 
     layers: tuple[LayerLayout, ...]
     stack: str = "model.layers"
     final_norm: str = "model.norm"
     returns: int = 0
+    before_head: str = ""
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    begin_token: bool = False
 
     @property
     def decoder(self) -> str:
@@ -334,21 +348,26 @@ class ModelLayout:
 
 def _roles(sublayer: Sublayer) -> dict[str, Role]:
     """The roles of a sublayer's modules and tensors by name."""
+    found: dict[str, Role]
     name, unit, norm = sublayer.name, sublayer.unit, sublayer.norm
     if sublayer.opaque:
         whole = Role(Part.UNITS, name, unit, sizes=())
-        return {rows.name: whole for rows in sublayer.inputs}
-    found: dict[str, Role] = {}
+        found = {rows.name: whole for rows in sublayer.inputs}
+        if sublayer.post_norm:
+            found[sublayer.post_norm.module] = Role(Part.SHARED, name)
+        return found
+    found = {}
     for rows in sublayer.inputs:
         read = norm if rows.reads else None
         found[rows.name] = Role(
-            Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1
+            *(Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1),
+            parts=rows.parts,
         )
     if sublayer.experts:
         found |= _expert_roles(sublayer, sublayer.experts)
     else:
         output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
-        found |= {sublayer.weights[0]: output, sublayer.output: Role(Part.SHARED, name)}
+        found |= {sublayer.weights[0]: output, sublayer.bias: Role(Part.SHARED, name)}
     if sublayer.output_gate:
         found[sublayer.output_gate] = Role(Part.SHARED, name, norm=norm)
     found |= {module: Role(Part.SHARED, name) for module in sublayer.shared}
@@ -383,4 +402,4 @@ def _owner(found: dict[str, Role], name: str) -> Role | None:
 
 def _of_bias(role: Role) -> Role:
     """The role of the bias beside a weight."""
-    return Role(role.part, role.sublayer, role.unit, 0, role.sizes, role.norm)
+    return replace(role, axis=0, input_axis=-1)

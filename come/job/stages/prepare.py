@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from come.data.sources.base import TextSource
 from come.data.windows import (
     TokenWindows,
+    begin_token,
     calibration_windows,
     check_token_ids,
 )
@@ -81,6 +82,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         for depth in merge.save_at:
             plan.truncated(depth)
     else:
+        merge.check_layers(shape.layouts)
         target = target_layers(merge, shape)
         check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
@@ -132,6 +134,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             seq_len=settings.calibration.seq_len,
             seed=settings.calibration.seed,
             held_out=settings.held_out_texts,
+            begin=begin_token(source.begin_token, shape.begin_token, tokenizer),
         )
         check_token_ids(
             calibration.windows,
@@ -172,7 +175,8 @@ def _evaluations(
     others: Sequence[TextSource],
 ) -> dict[str, tuple[Evaluation, Any]]:
     """The evaluations with their data; held-out text is disjoint from `others`."""
-    subject = Subject(tokenizer, shape.vocabulary, shape.longest, others)
+    begin = begin_token(settings.model.begin_token, shape.begin_token, tokenizer)
+    subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
 
 
@@ -203,6 +207,7 @@ def _training(
         held_out=settings.held_out_texts,
         at_most=True,
         backwards=True,
+        begin=begin_token(settings.model.begin_token, shape.begin_token, tokenizer),
         what="training",
     )
     left = len(found.windows) - distill.validation_samples

@@ -75,7 +75,12 @@ def _concatenated(
     if not role.sizes:  # one unit has all: the tensor of the layer that keeps it
         return next(tensor() for tensor, own in zip(read, units, strict=True) if own)
     layers = [take_units(tensor(), role, own) for tensor, own in zip(read, units, strict=True)]
-    return torch.cat([part for block in zip(*layers, strict=True) for part in block], role.axis)
+    blocks = torch.cat([part for block in zip(*layers, strict=True) for part in block], role.axis)
+    if role.parts == 1:
+        return blocks
+    count = role.count(blocks)
+    order = torch.cat(role.indices(count, range(count))).to(blocks.device)
+    return torch.empty_like(blocks).index_copy_(role.axis, order, blocks)
 
 
 def take_units(

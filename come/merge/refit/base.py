@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
@@ -11,6 +12,7 @@ from come.merge.reconstruction import ReconstructionTargets, Target, Weighting
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
 from come.models.layer_state import LayerState
+from come.models.layout import LayerLayout
 from come.registry import Registry
 from come.setting import HasSettings, setting
 
@@ -65,6 +67,11 @@ class Refit(HasSettings, ABC):
                 f"{list(method.sublayers)} is not possible with it"
             )
 
+    def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
+        """Raises ValueError if it cannot refit layers like these."""
+        if self.downstream is not None:
+            check_no_output_norm(f"merge.refit.downstream={self.downstream}", layouts)
+
     @abstractmethod
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The tensors that change.
@@ -94,6 +101,17 @@ class Refit(HasSettings, ABC):
     def surrogate(self) -> Refit:
         """A cheaper refit for trial merges, which only have to rank spans."""
         return self
+
+
+def check_no_output_norm(setting: str, layouts: Sequence[LayerLayout]) -> None:
+    """Raises ValueError if a norm follows the last output projection of a layer."""
+    for layout in layouts:
+        if layout.last.post_norm is not None:
+            raise ValueError(
+                f"{setting} solves for the last output projection of a layer, and in this model a "
+                f"norm follows it ({layout.last.post_norm.module}); choose merge.refit=ridge or "
+                "none, without merge.refit.downstream"
+            )
 
 
 def check_drops(refit: Refit, method: Combination) -> None:

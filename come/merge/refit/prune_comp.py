@@ -67,8 +67,7 @@ class PruneComp(Refit):
         if sources.kept_layer == 0:
             return {}
         scale, state = self.output_scale(targets, sources), sources.state
-        names = targets.stream.adapter.output_tensors(targets.place)
-        return {name: state[name] * scale for name in names}
+        return targets.stream.adapter.scaled_outputs(targets.place, state, scale)
 
     def output_scale(self, targets: ReconstructionTargets, sources: SourceLayers) -> float:
         """1 / alpha."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from come.linalg.gram import Gram
 from come.merge.combination import Combination
 from come.merge.output_map import as_tensors, output_map
 from come.merge.reconstruction import ReconstructionTargets, Target
-from come.merge.refit.base import REFITS, Refit, check_drops
+from come.merge.refit.base import REFITS, Refit, check_drops, check_no_output_norm
 from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState
+from come.models.layout import LayerLayout
 from come.setting import setting
 
 
@@ -48,6 +49,11 @@ class ReplaceMe(Refit):
                 f"merge.refit={self.name} needs a layer before the dropped ones: set "
                 "merge.protect_first=1 or more"
             )
+
+    def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
+        """Raises ValueError for layers whose last output is normed."""
+        super().check_layers(layouts)
+        check_no_output_norm(f"merge.refit={self.name}", layouts)
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in."""

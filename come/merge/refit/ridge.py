@@ -18,6 +18,7 @@ from come.merge.alignment import (
 )
 from come.merge.combination import Combination
 from come.merge.inside_layer import InsideLayer
+from come.merge.normed_output import solve_normed_output
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.refit.base import REFITS, Refit
@@ -44,9 +45,10 @@ class Ridge(Refit):
     an MLP; target_s: the target after it (see `come.merge.reconstruction`). W_s0 is the projection
     of the merged layer before the refit. Output biases are solved together with their projections.
     With `align`, the input projections of each sublayer are aligned first (see
-    `come.merge.alignment`). In a trial merge, unit selection may already have solved for all W_s
-    (`sources.solved`), with the mean diagonal over all units in mu; that solution is used, unless
-    the layer has experts, whose features depend on which others are kept.
+    `come.merge.alignment`). Where a norm follows the projection, see `come.merge.normed_output`. In
+    a trial merge, unit selection may already have solved for all W_s (`sources.solved`), with the
+    mean diagonal over all units in mu; that solution is used, unless a norm follows, or the layer
+    has experts, whose features depend on which others are kept.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -91,7 +93,8 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.place, sources.state
-        if self._same_as_selection and sources.solved and not targets.layout.routed:
+        differs = targets.layout.routed or any(each.post_norm for each in targets.layout)
+        if self._same_as_selection and sources.solved and not differs:
             return _selection_solution(targets, sources)
         layer, layout = adapter.copy_layer(index, state), targets.layout
         found: dict[str, Tensor] = {}
@@ -101,6 +104,10 @@ class Ridge(Refit):
             if self.align is not None and aligns(sublayer):
                 found |= self._aligned(targets, sources, layer, sublayer)
                 adapter.assign(layer, found)
+            if sublayer.post_norm:
+                found |= self._normed(targets, sources, layer, sublayer)
+                adapter.assign(layer, found)
+                continue
             inside = InsideLayer(targets, layer, sublayer)
             initial = output_map(layer.state_dict(), sublayer)
             (out, width), bias = initial.weight.shape, initial.bias is not None
@@ -165,6 +172,20 @@ class Ridge(Refit):
             sublayers=self.sublayers,
             align=self.align,
         )
+
+    def _normed(
+        self,
+        targets: ReconstructionTargets,
+        sources: SourceLayers,
+        layer: nn.Module,
+        sublayer: Sublayer,
+    ) -> LayerState:
+        """The output projection of a sublayer with a norm after it, and that norm's scale."""
+        ratio = 0.1 if isinstance(self.lambda_, str) else self.lambda_
+        kept = sources.kept.get(sublayer.unit)
+        columns = [len(units) * sublayer.columns for units in kept] if kept else None
+        adapter = targets.stream.adapter
+        return solve_normed_output(adapter, targets, layer, sublayer, ratio, columns)
 
     def _aligned(
         self,

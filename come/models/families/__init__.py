@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from come.models.families import dense, moe, moe_attention, moe_blocks, moe_post_norms, opt
+from come.models.families import (
+    alibi,
+    dense,
+    fused,
+    moe,
+    moe_attention,
+    moe_blocks,
+    moe_post_norms,
+    opt,
+    post_norm,
+    ungated,
+    wrappers,
+)
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -14,20 +26,30 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, Family] = {
     **dense.FAMILIES,
-    **opt.FAMILIES,
+    **alibi.FAMILIES,
+    **fused.FAMILIES,
     **moe.FAMILIES,
     **moe_attention.FAMILIES,
     **moe_blocks.FAMILIES,
     **moe_post_norms.FAMILIES,
+    **opt.FAMILIES,
+    **post_norm.FAMILIES,
+    **ungated.FAMILIES,
+    **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
-REFUSED: dict[str, str] = {**moe_blocks.REFUSED}
-"""Why a model type is not supported, of types that were looked at."""
+REFUSED: dict[str, str] = {
+    **dense.REFUSED,
+    **fused.REFUSED,
+    **moe_blocks.REFUSED,
+    **wrappers.REFUSED,
+}
+"""Why other types are not supported."""
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, naming the supported families, for an unsupported model type."""
-    if model_type in REFUSED:
+    """Raises ValueError, with the reason or the supported families, for an unsupported type."""
+    if model_type in REFUSED and model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(

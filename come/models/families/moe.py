@@ -95,7 +95,8 @@ def granite(config: PretrainedConfig) -> ModelLayout:
             output="shared_mlp.output_linear",
         )
         experts = (*experts, own_shared)
-    return sparse_layers(config, all_sparse(config), own, experts)
+    scale = 1 / config.logits_scaling
+    return sparse_layers(config, all_sparse(config), own, experts, logit_scale=scale)
 
 
 def gpt_oss(config: PretrainedConfig) -> ModelLayout:

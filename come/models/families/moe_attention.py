@@ -51,8 +51,9 @@ def cohere(config: PretrainedConfig) -> ModelLayout:
     if number > 0:
         experts.append(shared(channels * number, "mlp.shared_experts", **place))
     dense = ffn(config.prefix_dense_intermediate_size, norm=INPUT_NORM, stage=0)
-    own = attention(config)
-    return sparse_layers(config, listed(config), own, tuple(experts), dense)
+    own, scale = attention(config), config.logit_scale or 1.0
+    sparse = listed(config)
+    return sparse_layers(config, sparse, own, tuple(experts), dense, logit_scale=scale)
 
 
 def mimo(config: PretrainedConfig) -> ModelLayout:

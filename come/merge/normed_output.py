@@ -1,0 +1,174 @@
+"""Output projections that a norm follows: y = c g * RMSNorm(W f), which is not linear in W."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from come.linalg.equations import Map
+from come.merge.inside_layer import InsideLayer
+from come.merge.output_map import as_tensors, equations, output_map
+from come.merge.reconstruction import ReconstructionTargets
+from come.models.adapter import ModelAdapter
+from come.models.layer_state import LayerState
+from come.models.layout import Sublayer
+
+ROUNDS = 2
+SMALLEST = 1e-3  # of the mean scale; smaller scales are not divided by
+
+
+class OutputNorm:
+    """The norm after a sublayer, of one layer.
+
+    With s_t = 1 / rms(W f_t) held fixed, y_t = (diag(g) W) (s_t f_t) is linear in W.
+
+    Attributes:
+        scale: g, [hidden], float32 or wider.
+    """
+
+    def __init__(self, layer: nn.Module, sublayer: Sublayer) -> None:
+        assert sublayer.post_norm is not None
+        self._norm = layer.get_submodule(sublayer.post_norm.module)
+        self.scale = scale_of(dict(layer.state_dict()), sublayer)
+
+    def inverse_rms(self, outputs: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens 1"]:
+        """s_t for the outputs W f_t of the projection.
+
+        Read from the norm's own result n = s g * x, so that its epsilon counts:
+        s = <n, g * x> / |g * x|^2.
+        """
+        normed = self._norm(outputs).to(self.scale)
+        scaled = outputs.to(self.scale) * self.scale
+        product = (normed * scaled).sum(dim=-1, keepdim=True)
+        return product / scaled.square().sum(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
+def scale_of(state: LayerState, sublayer: Sublayer) -> Float[Tensor, " hidden"]:
+    """g, the scale of the norm after a sublayer, in float32 or wider."""
+    assert sublayer.post_norm is not None
+    weight = state[f"{sublayer.post_norm.module}.weight"]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) + sublayer.post_norm.offset
+
+
+def scaled_features(
+    layer: nn.Module, sublayer: Sublayer, features: Float[Tensor, "batch seq width"]
+) -> Float[Tensor, "batch seq width"]:
+    """s_t f_t, in which the sublayer's output is linear; f_t itself without a norm after it."""
+    if sublayer.post_norm is None:
+        return features
+    found = OutputNorm(layer, sublayer)
+    if sublayer.experts or sublayer.joined:  # no one module computes W f
+        outputs = features @ output_map(layer.state_dict(), sublayer).weight.T.to(features)
+    else:
+        outputs = layer.get_submodule(sublayer.output)(features)
+    return features * found.inverse_rms(outputs).to(features)
+
+
+@torch.no_grad()
+def solve_normed_output(
+    adapter: ModelAdapter,
+    targets: ReconstructionTargets,
+    layer: nn.Module,
+    sublayer: Sublayer,
+    ratio: float,
+    kept: list[int] | None,
+) -> LayerState:
+    """The output projection and the scale of the norm after it, by repeated ridge regression.
+
+        V   = argmin sum_t w_t | y_t - V s_t f_t |^2 + mu |V - diag(g) W|^2
+        W  <- diag(1 / g) V,   s_t <- 1 / rms(W f_t)      in two rounds
+        g_j = sum_t w_t y_tj n_tj / sum_t w_t n_tj^2,     n_t = s_t W f_t
+
+    y: what the sublayer should add. All outputs of a norm have the same length, so the sum of
+    several is matched in direction, and on average in length. W is first rescaled: the columns of
+    every source layer by one factor, the least-squares solution, because the norm hides how large
+    the layers' outputs were.
+
+    Source: this project.
+
+    Args:
+        adapter: the model.
+        targets: reconstruction targets of the layer.
+        layer: the merged layer, outside the model; changed.
+        sublayer: a sublayer with a norm after it.
+        ratio: lambda, relative to the mean diagonal of sum_t w_t s_t^2 f_t f_t^T.
+        kept: number of columns of every source layer; None if the columns are mixtures.
+    """
+    assert sublayer.post_norm is not None
+    inside = InsideLayer(targets, layer, sublayer)
+    norm = OutputNorm(layer, sublayer)
+    scale, weight = norm.scale, output_map(layer.state_dict(), sublayer).weight
+    divisor = scale.where(scale.abs() > SMALLEST * scale.abs().mean(), scale.abs().mean())
+    wide = scale.dtype
+    weight = weight.to(wide)
+    if kept is not None:
+        weight = _rescaled(targets, inside, weight, scale, kept)
+    for _ in range(ROUNDS):
+        sums = equations(sublayer.width, targets.stream, bias=False)
+        for batch in targets:
+            read, before = inside.streams(batch)
+            features = inside.features(batch, read).to(wide)
+            factor = norm.inverse_rms(features @ weight.T)
+            missing = batch.missing(sublayer, before)
+            sums.add((features * factor).flatten(0, 1), missing.flatten(0, 1), batch.weights)
+        sums.all_reduce(targets.stream.processes)
+        initial = Map(scale[:, None] * weight)
+        solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
+        weight = solved.weight.to(wide) / divisor[:, None]
+    scale = _best_scale(targets, inside, norm, weight)
+    name = f"{sublayer.post_norm.module}.weight"
+    own = layer.get_parameter(name)
+    tensors = as_tensors(sublayer, Map(weight), dict(layer.named_parameters()))
+    return {**tensors, name: (scale - sublayer.post_norm.offset).to(own)}
+
+
+def _rescaled(
+    targets: ReconstructionTargets,
+    inside: InsideLayer,
+    weight: Tensor,
+    scale: Tensor,
+    kept: list[int],
+) -> Tensor:
+    """W with the columns of every source layer times the factor that fits the targets best."""
+    parts = (weight * scale[:, None]).split(kept, dim=1)
+    count = len(parts)
+    gram, rhs = weight.new_zeros(count, count), weight.new_zeros(count)
+    for batch in targets:
+        read, before = inside.streams(batch)
+        features = inside.features(batch, read).to(weight).flatten(0, 1)
+        missing = batch.missing(inside.sublayer, before).to(weight).flatten(0, 1)
+        root = batch.weights.to(weight).sqrt()[:, None]
+        added = torch.stack(
+            [
+                (root * (own @ part.T)).flatten()
+                for own, part in zip(features.split(kept, dim=1), parts, strict=True)
+            ]
+        )
+        gram += added @ added.T
+        rhs += added @ (root * missing).flatten()
+    targets.stream.processes.all_reduce(gram, rhs)
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    factors = torch.linalg.solve(gram, rhs)
+    factors = factors.where(factors > 0, 1.0)
+    columns = torch.repeat_interleave(factors, torch.tensor(kept, device=factors.device))
+    return weight * columns
+
+
+def _best_scale(
+    targets: ReconstructionTargets, inside: InsideLayer, norm: OutputNorm, weight: Tensor
+) -> Tensor:
+    """g, by least squares for every channel; the norm's own where a channel is silent."""
+    sums = weight.new_zeros(2, len(weight), dtype=torch.float64)
+    for batch in targets:
+        read, before = inside.streams(batch)
+        outputs = inside.features(batch, read).to(weight) @ weight.T
+        normed = (outputs * norm.inverse_rms(outputs)).flatten(0, 1).double()
+        missing = batch.missing(inside.sublayer, before).flatten(0, 1).double()
+        weights = batch.weights.double()[:, None]
+        sums[0] += (weights * missing * normed).sum(dim=0)
+        sums[1] += (weights * normed.square()).sum(dim=0)
+    targets.stream.processes.all_reduce(sums)
+    found = sums[0] / sums[1].clamp_min(1e-30)
+    return found.where(sums[1] > 0, norm.scale.double()).to(weight)

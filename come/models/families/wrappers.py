@@ -1,0 +1,19 @@
+"""Models that contain the text model of another family beside encoders of images or sound."""
+
+from __future__ import annotations
+
+from come.models.families.changes import wrapped
+from come.models.families.dense import gated, head_normed
+from come.models.families.fused import persimmon
+from come.models.families.parts import Family
+
+FAMILIES: dict[str, Family] = {
+    "fuyu": wrapped(persimmon, "model.language_model"),
+    "got_ocr2": wrapped(gated, "model.language_model"),
+    "moss_transcribe_diarize": wrapped(head_normed, "model.language_model"),
+}
+
+REFUSED: dict[str, str] = {
+    "emu3": "transformers loads its text model alone, and cannot load it again once it is saved",
+}
+"""Types that cannot be supported as they are, and why."""
