@@ -264,7 +264,8 @@ def test_scores_that_need_gradients(name):
     with LayerStream(adapter, ids, batch_size=2, progress=False) as stream:
         stream.embed()
         stream.advance(0, adapter.num_layers - 1)
-        path = path_gradients(stream, layers, steps=40)
+        with torch.no_grad():
+            path = path_gradients(stream, layers, steps=40)
         weight = weight_gradients(stream, layers)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

@@ -169,19 +169,21 @@ def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
 def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> Iterator[None]:
     """Multiplies the input of every output projection by its scale, while open."""
 
-    def hook(scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
-        return lambda module, inputs: inputs[0] * scale
+    def hook(scale: Tensor, own: slice) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        return lambda module, inputs: inputs[0] * scale[own]
 
     handles: list[RemovableHandle] = []
     for index in range(adapter.num_layers):
         for each in adapter.layer_layout(index):
-            columns = scales[index, each.unit].split([part.width for part in each.parts])
-            for part, scale in zip(each.parts, columns, strict=True):
+            scale, start = scales[index, each.unit], 0
+            for part in each.parts:
+                own = slice(start, start + part.width)
+                start += part.width
                 if part.experts:
-                    handles += _scale_experts(adapter.layers[index], part, scale)
+                    handles += _scale_experts(adapter.layers[index], part, scale, own)
                 else:
                     module = adapter.output_map(index, part)
-                    handles.append(module.register_forward_pre_hook(hook(scale)))
+                    handles.append(module.register_forward_pre_hook(hook(scale, own)))
     try:
         yield
     finally:
@@ -189,8 +191,10 @@ def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> It
             handle.remove()
 
 
-def _scale_experts(layer: nn.Module, sublayer: Sublayer, scale: Tensor) -> list[RemovableHandle]:
-    """Makes experts run with the columns of their output projections scaled."""
+def _scale_experts(
+    layer: nn.Module, sublayer: Sublayer, scale: Tensor, own: slice
+) -> list[RemovableHandle]:
+    """Makes experts run with the columns of their output projections scaled by `scale[own]`."""
     stored: dict[str, nn.Parameter] = {}
 
     def places(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -200,7 +204,7 @@ def _scale_experts(layer: nn.Module, sublayer: Sublayer, scale: Tensor) -> list[
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         stored.update({name: layer.get_parameter(name) for name in sublayer.weights})
-        scaled = sublayer.output_tensors(sublayer.output_weight(stored) * scale)
+        scaled = sublayer.output_tensors(sublayer.output_weight(stored) * scale[own])
         for name, parameters, leaf in places(stored):
             parameters[leaf] = scaled[name]
 
