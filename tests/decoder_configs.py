@@ -280,7 +280,7 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "llama4_text": {
         "no_rope_layer_interval": 2,
-        "interleave_moe_layer_step": 2,
+        "moe_layers": indices(1, 1),
         "intermediate_size_mlp": 44,
         "floor_scale": 4,
     },

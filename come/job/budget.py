@@ -52,7 +52,7 @@ def choose_placement(settings: Settings, shape: ModelShape, target: int) -> Sett
     stores: tuple[str, ...] = (settings.calibration.store,)
     if settings.weights == "auto":
         most = choose_weights("auto", shape, choose_device(settings.model.device))
-        weights = PLACEMENTS[PLACEMENTS.index(most) :]
+        weights = ("memory",) if shape.routed else PLACEMENTS[PLACEMENTS.index(most) :]
     if settings.calibration.store == "auto":
         stores = PLACEMENTS if process_count() == 1 else ("disk",)
     batches: tuple[int, ...] = (settings.calibration.batch,)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from come.linalg.equations import Map
 from come.merge.inside_layer import InsideLayer
-from come.merge.output_map import equations, output_map
+from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import LayerState
@@ -59,7 +59,10 @@ def scaled_features(
     if sublayer.post_norm is None:
         return features
     found = OutputNorm(layer, sublayer)
-    outputs = layer.get_submodule(sublayer.output)(features)
+    if sublayer.experts or sublayer.joined:  # no one module computes W f
+        outputs = features @ output_map(layer.state_dict(), sublayer).weight.T.to(features)
+    else:
+        outputs = layer.get_submodule(sublayer.output)(features)
     return features * found.inverse_rms(outputs).to(features)
 
 
@@ -117,12 +120,8 @@ def solve_normed_output(
     scale = _best_scale(targets, inside, norm, weight)
     name = f"{sublayer.post_norm.module}.weight"
     own = layer.get_parameter(name)
-    stored = weight if sublayer.output_axis == 1 else weight.T
-    output = layer.get_submodule(sublayer.output).get_parameter("weight")
-    return {
-        f"{sublayer.output}.weight": stored.to(output).contiguous(),
-        name: (scale - sublayer.post_norm.offset).to(own),
-    }
+    tensors = as_tensors(sublayer, Map(weight), dict(layer.named_parameters()))
+    return {**tensors, name: (scale - sublayer.post_norm.offset).to(own)}
 
 
 def _rescaled(

@@ -50,7 +50,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             continue  # a norm without learned parameters
         readers = [n for n, role in roles.items() if role.norm and role.norm.module == norm]
         weights = [name for name in readers if not name.endswith("bias")]
-        biases = [name.removesuffix("weight") + "bias" for name in weights]
+        biases = [_bias_of(name) for name in weights]
         own = state[f"{norm}.weight"]
         scale, shift = own.double() + read[norm].offset, state.get(f"{norm}.bias")
         moves_shift = shift is not None and all(bias in readers for bias in biases)
@@ -65,6 +65,12 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
             folded[f"{norm}.bias"] = partial(rest.to, shift.dtype)
     return changed(state, folded)
+
+
+def _bias_of(weight: str) -> str:
+    """The name of the bias beside a weight, of a module or of experts."""
+    of_module = weight.endswith(".weight")
+    return weight.removesuffix("weight") + "bias" if of_module else f"{weight}_bias"
 
 
 def folded_roles(roles: Mapping[str, Role]) -> dict[str, Role]:

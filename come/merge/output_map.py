@@ -16,9 +16,7 @@ from come.stream.stream import LayerStream
 
 def output_map(state: LayerState, sublayer: Sublayer) -> Map:
     """The output projection of a sublayer of a layer with these tensors."""
-    weight = state[f"{sublayer.output}.weight"]
-    columns = weight if sublayer.output_axis == 1 else weight.T
-    return Map(columns, state.get(f"{sublayer.output}.bias"))
+    return Map(sublayer.output_weight(state), state.get(sublayer.bias))
 
 
 def equations(
@@ -61,7 +59,7 @@ def equations(
 
 def as_tensors(sublayer: Sublayer, found: Map, state: LayerState) -> LayerState:
     """A map as the named tensors of a sublayer's output projection, in the dtypes of `state`."""
-    weight = found.weight if sublayer.output_axis == 1 else found.weight.T
-    values = {"weight": weight} if found.bias is None else {"weight": weight, "bias": found.bias}
-    names = {f"{sublayer.output}.{key}": value for key, value in values.items()}
-    return {name: value.to(state[name]).contiguous() for name, value in names.items()}
+    values = sublayer.output_tensors(found.weight)
+    if found.bias is not None:
+        values[sublayer.bias] = found.bias
+    return {name: value.to(state[name]).contiguous() for name, value in values.items()}

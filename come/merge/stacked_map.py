@@ -34,15 +34,14 @@ class StackedMap:
 
     def columns(self, chosen: Int[Tensor, " kept"] | None) -> Map:
         """W of the chosen columns, ascending; None for all."""
-        targets, output = self._targets, self._sublayer.output
+        targets, bias = self._targets, self._sublayer.bias
         layers = range(targets.first, targets.last + 1)
         weight: Tensor | None = None
         total: Tensor | None = None
         filled = 0
         for number, index in enumerate(layers):
             state = targets.stream.adapter.layer_state(index)
-            rows = state[f"{output}.weight"]
-            rows = rows.T if self._sublayer.output_axis == 1 else rows
+            rows = self._sublayer.output_weight(state).T
             if self._sublayer.post_norm:
                 rows = rows * scale_of(state, self._sublayer).to(rows)
             width = len(rows)
@@ -54,8 +53,8 @@ class StackedMap:
                 rows = rows[own.to(rows.device)]
             weight[filled : filled + len(rows)] = rows
             filled += len(rows)
-            if f"{output}.bias" in state:
-                added = state[f"{output}.bias"].double()
+            if bias in state:
+                added = state[bias].double()
                 total = added if total is None else total + added
         assert weight is not None
         return Map(weight.T, total)

@@ -118,20 +118,27 @@ class ModelAdapter:
 
     def output_weight(self, index: int, sublayer: Sublayer) -> Float[Tensor, "out in"]:
         """The weight of the output projection of a sublayer, without its gradient."""
-        weight: Tensor = self.output_map(index, sublayer).get_parameter("weight")
-        return weight if sublayer.output_axis == 1 else weight.T
+        layer = self.layer(index)
+        return sublayer.output_weight(
+            {name: layer.get_parameter(name) for name in sublayer.weights}
+        )
 
     def output_tensors(self, index: int, *sublayers: Sublayer) -> list[str]:
         """Names of the output projections' weights and biases, of all if none is given."""
-        modules = [sublayer.output for sublayer in sublayers or self.layer_layout(index)]
-        return [name for name in self.roles(index) if name.rpartition(".")[0] in modules]
+        chosen = sublayers or self.layer_layout(index)
+        names = {name for each in chosen for name in (*each.weights, each.bias)}
+        return [name for name in self.roles(index) if name in names]
 
     @property
     def block_parameters(self) -> dict[Block, int]:
-        """Parameters of the first layer, and of its sublayers of each kind with their norms."""
-        sizes = {name: p.numel() for name, p in self.layers[0].named_parameters()}
+        """Parameters of a layer, and of its sublayers of each kind with their norms, on average."""
         blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
-        return {b: sum(sizes.get(n, 0) for n in self.block_tensors(0, b)) for b in blocks}
+        found = dict.fromkeys(blocks, 0)
+        for index, layer in enumerate(self.layers):
+            sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
+            for block in blocks:
+                found[block] += sum(sizes.get(n, 0) for n in self.block_tensors(index, block))
+        return {block: total // self.num_layers for block, total in found.items()}
 
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
@@ -139,10 +146,10 @@ class ModelAdapter:
         return [name for name, role in self.roles(index).items() if role.sublayer in own]
 
     def linear_weights(self, index: int, block: Block = "layer") -> list[Tensor]:
-        """The weights of all linear maps of a block of layer `index`, two-dimensional."""
+        """The weights of all linear maps of a block of layer `index`; of experts, side by side."""
         tensors = dict(self.layer(index).named_parameters())
         own = (tensors[name] for name in self.block_tensors(index, block) if name in tensors)
-        return [tensor for tensor in own if tensor.dim() == 2]
+        return [tensor for tensor in own if tensor.dim() >= 2]
 
     def zeroed(self, index: int, block: Block) -> LayerState:
         """The tensors of layer `index`, changed so that a block adds 0 to the residual stream."""

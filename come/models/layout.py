@@ -8,14 +8,17 @@ configuration (`come.models.families`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from come.models.experts import Experts
 
 Unit = str
 """A kind of units, such as "kv_group" or "channel"."""
@@ -111,7 +114,7 @@ class Sublayer:
         count: how many units it has.
         norm: the norm whose output it reads; None if it reads the residual stream itself.
         inputs: the rows of its units.
-        output: name of the module of its output projection.
+        output: name of the module of its output projection; of its experts if it has them.
         columns: input columns of the output projection per unit, adjacent.
         output_axis: the dimension of the projection's weight that the columns are; 0 if it is
             stored as [in, out].
@@ -127,6 +130,11 @@ class Sublayer:
         opaque: whether its units are coupled, so that it is kept from one layer as a whole;
             `inputs` then are all of its modules. Its norm is one of them, unless other sublayers
             read it too.
+        experts: its routed experts; `inputs` then are those of the router.
+        output_gate: a module that reads the norm; the sigmoid of its output multiplies that of the
+            sublayer, token by token. None for none.
+        joined: sublayers whose sum is this one's output, before the norm after it. Its columns are
+            theirs side by side; it is opaque.
     """
 
     name: str
@@ -145,11 +153,50 @@ class Sublayer:
     gates: tuple[Gate, ...] = ()
     silenced: tuple[tuple[str, int], ...] = ()
     opaque: bool = False
+    experts: Experts | None = None
+    output_gate: str | None = None
+    joined: tuple[Sublayer, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Sublayer, ...]:
+        """The sublayers that it is the sum of; itself if it is no sum."""
+        return self.joined or (self,)
 
     @property
     def width(self) -> int:
         """Input channels of the output projection."""
         return self.count * self.columns
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The tensors of the output projection, without its bias."""
+        if self.joined:
+            return tuple(name for each in self.joined for name in each.weights)
+        return self.experts.outputs if self.experts else (f"{self.output}.weight",)
+
+    @property
+    def bias(self) -> str:
+        """The bias of the output projection, which may not exist."""
+        return f"{self.output}.bias"
+
+    def output_weight(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+        """The output projection; `tensors` has those of `weights`."""
+        if self.joined:
+            return torch.cat([each.output_weight(tensors) for each in self.joined], dim=1)
+        if self.experts:
+            return self.experts.matrix(tensors)
+        weight = tensors[self.weights[0]]
+        return weight if self.output_axis == 1 else weight.T
+
+    def output_tensors(self, weight: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+        """The tensors of `weights` for an output projection."""
+        if self.joined:
+            columns = weight.split([each.width for each in self.joined], dim=1)
+            pairs = zip(self.joined, columns, strict=True)
+            return {k: v for each, own in pairs for k, v in each.output_tensors(own).items()}
+        if self.experts:
+            return self.experts.tensors(weight)
+        return {self.weights[0]: weight if self.output_axis == 1 else weight.T}
 
 
 @dataclass(frozen=True)
@@ -216,6 +263,11 @@ class LayerLayout:
     def last(self) -> Sublayer:
         """The last sublayer."""
         return self.sublayers[-1]
+
+    @property
+    def routed(self) -> bool:
+        """Whether features of a unit depend on which other units there are, as those of experts."""
+        return any(part.experts for sublayer in self.sublayers for part in sublayer.parts)
 
     @property
     def unit_counts(self) -> dict[Unit, int]:
@@ -319,15 +371,31 @@ def _roles(sublayer: Sublayer) -> dict[str, Role]:
             *(Part.UNITS, name, unit, rows.axis, rows.sizes, read, 0 if rows.axis == 1 else -1),
             parts=rows.parts,
         )
-    output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
-    bias = Role(Part.SHARED, name)
-    found |= {f"{sublayer.output}.weight": output, f"{sublayer.output}.bias": bias}
+    if sublayer.experts:
+        found |= _expert_roles(sublayer, sublayer.experts)
+    else:
+        output = Role(Part.UNITS, name, unit, sublayer.output_axis, (sublayer.columns,))
+        found |= {sublayer.weights[0]: output, sublayer.bias: Role(Part.SHARED, name)}
+    if sublayer.output_gate:
+        found[sublayer.output_gate] = Role(Part.SHARED, name, norm=norm)
     found |= {module: Role(Part.SHARED, name) for module in sublayer.shared}
     if sublayer.post_norm:
         found[sublayer.post_norm.module] = Role(Part.SHARED, name)
     if norm:
         found[norm.module] = Role(Part.NORM, name)
     return found
+
+
+def _expert_roles(sublayer: Sublayer, experts: Experts) -> dict[str, Role]:
+    """The roles of the tensors of experts; a unit consists of one or more adjacent experts."""
+    each = experts.count // sublayer.count
+    axis = 1 if experts.transposed else -1
+    rows = experts.channels if experts.stacked else 1
+    role = partial(Role, Part.UNITS, sublayer.name, sublayer.unit, 0)
+    found = {name: role((each * rows,), sublayer.norm, axis) for name in experts.inputs}
+    found |= {name: role((each,), sublayer.norm) for name in experts.input_biases}
+    found |= {experts.output: role((each * rows,))}
+    return found | {name: role((each,)) for name in experts.outputs[1:]}
 
 
 def _owner(found: dict[str, Role], name: str) -> Role | None:

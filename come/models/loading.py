@@ -41,8 +41,8 @@ class ModelShape:
         block_parameters: number of parameters of one decoder layer, and of its sublayers of each
             kind, including their norms.
         dtype: dtype that the model is loaded in.
-        heads: inputs of the output projections of one layer, without the last.
-        channels: inputs of the last output projection of one layer.
+        heads: inputs of the output projections of the widest layer, without the last.
+        channels: inputs of the last output projection of the widest layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
         layouts: the sublayers of every layer.
         begin_token: whether the family predicts well only after its begin token.
@@ -62,7 +62,8 @@ class ModelShape:
     def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> ModelShape:
         """The shape of a model, also of one on the meta device."""
         adapter = ModelAdapter(model)
-        *others, last = adapter.layer_layout(0)
+        widest = max(adapter.layout.layers, key=lambda each: sum(s.width for s in each))
+        *others, last = widest
         return cls(
             model.config,
             sum(p.numel() for p in model.parameters()),
@@ -89,6 +90,11 @@ class ModelShape:
     def hidden(self) -> int:
         """Width of the residual stream."""
         return self.text_config.hidden_size
+
+    @property
+    def routed(self) -> bool:
+        """Whether there are layers with experts."""
+        return any(layout.routed for layout in self.layouts)
 
     @property
     def vocabulary(self) -> int:
@@ -222,12 +228,19 @@ def choose_weights(weights: str, shape: ModelShape, device: torch.device) -> str
     """Where decoder weights are kept; "auto" is memory if they fit into 2/3 of the free memory.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the layers cannot be on disk.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"model.weights={weights!r}: allowed are {', '.join(WEIGHTS)}")
+    if weights == "disk" and shape.routed:
+        raise ValueError(
+            "model.weights=disk is not possible for mixtures of experts, because checkpoints store "
+            "their experts one by one: choose model.weights=memory"
+        )
     if weights != "auto":
         return weights
+    if shape.routed:
+        return "memory"
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -67,7 +67,7 @@ def hidden_features(
         keywords: the layer's keyword arguments for a batch of this size.
     """
     with _silenced(layer, layout.before(sublayer)):
-        return _input_of(layer, sublayer.output, states, keywords)
+        return _features(layer, sublayer, states, keywords)
 
 
 def activation_derivative(
@@ -105,7 +105,7 @@ def activation_derivative(
     handle = layer.get_submodule(gate.name).register_forward_hook(cut)
     try:
         with torch.enable_grad(), _silenced(layer, layout.before(sublayer)):
-            features = _input_of(layer, sublayer.output, states, keywords)
+            features = _features(layer, sublayer, states, keywords)
     finally:
         handle.remove()
     read, given = seen
@@ -115,20 +115,71 @@ def activation_derivative(
     return read.view(states.shape), slopes, features.detach()
 
 
-def _input_of(layer: nn.Module, name: str, states: States, keywords: Mapping[str, Any]) -> Features:
-    """The input of a module of the layer, whose forward pass ends there; [batch, seq, width]."""
+@contextmanager
+def watch_features(
+    layer: nn.Module, sublayer: Sublayer, see: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Calls `see` with the sublayer's features in every forward pass of the layer, while open.
+
+    They are the input of its output projection, times what the output is multiplied by if a gate
+    does so token by token; those of experts are described in `Experts`.
+    """
+    seen = dict[str, Tensor]()
+
+    def arrive(name: str, found: Tensor) -> None:
+        seen[name] = found.flatten(0, -2)
+        if len(seen) == len(sublayer.joined):
+            see(torch.cat([seen.pop(each.name) for each in sublayer.joined], dim=-1))
+
+    with ExitStack() as stack:
+        for part in sublayer.joined:
+            stack.enter_context(watch_features(layer, part, partial(arrive, part.name)))
+        if not sublayer.joined:
+            stack.enter_context(_watched(layer, sublayer, see))
+        yield
+
+
+@contextmanager
+def _watched(layer: nn.Module, sublayer: Sublayer, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """As `watch_features`, for a sublayer that is no sum of others."""
+    experts, seen = sublayer.experts, dict[str, Tensor]()
+
+    def arrive(name: str, found: Tensor) -> None:
+        seen[name] = found
+        if len(seen) == 1 + bool(sublayer.output_gate):
+            features, *gates = (seen.pop(key) for key in sorted(seen))
+            see(features * torch.sigmoid(gates[0]) if gates else features)
+
+    def called(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = (*inputs, *keywords.values())
+        arrive("features", experts.features(layer, *given) if experts else given[0])
+
+    def gated(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        arrive("gate", output)
+
+    output = layer.get_submodule(sublayer.output)
+    handles = [output.register_forward_pre_hook(called, with_kwargs=True)]
+    if sublayer.output_gate:
+        handles.append(layer.get_submodule(sublayer.output_gate).register_forward_hook(gated))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _features(
+    layer: nn.Module, sublayer: Sublayer, states: States, keywords: Mapping[str, Any]
+) -> Features:
+    """The sublayer's features; the layer's forward pass ends there; [batch, seq, width]."""
     seen: list[Tensor] = []
 
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def stop(found: Tensor) -> None:
+        seen.append(found)
         raise _StopForwardError
 
-    handle = layer.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        with suppress(_StopForwardError):
-            layer(states, **keywords)
-    finally:
-        handle.remove()
+    with suppress(_StopForwardError), watch_features(layer, sublayer, stop):
+        layer(states, **keywords)
     return seen[0].view(*states.shape[:2], -1)
 
 

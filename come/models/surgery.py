@@ -90,6 +90,7 @@ def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
+    _list_dense_layers(config)
     for key in PER_LAYER_LISTS:
         value = getattr(config, key, None)
         if isinstance(value, list) and len(value) == count and not _derived(config, key):
@@ -124,6 +125,11 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         value = getattr(config, key, None)
         if isinstance(value, int):
             setattr(config, key, sum(old < value for old in kept))
+    if getattr(config, "moe_layer_interval", 0):
+        first, last = config.moe_layer_start_index, config.moe_layer_end_index
+        sparse = [new for new, old in enumerate(kept) if first <= old <= last]
+        config.moe_layer_start_index = sparse[0] if sparse else len(kept)
+        config.moe_layer_end_index = sparse[-1] if sparse else len(kept)
     config.num_hidden_layers = len(kept)
 
 
@@ -132,6 +138,15 @@ def _derived(config: PretrainedConfig, key: str) -> bool:
     name = config.attribute_map.get(key, key)
     computed = getattr(type(config), name, None)
     return isinstance(computed, property) and computed.fset is None
+
+
+def _list_dense_layers(config: PretrainedConfig) -> None:
+    """Replaces a period of layers with experts by a list of the layers without."""
+    step = getattr(config, "decoder_sparse_step", 1)
+    if step > 1:
+        dense = [i for i in range(config.num_hidden_layers) if (i + 1) % step]
+        config.mlp_only_layers = sorted({*dense, *(config.mlp_only_layers or ())})
+        config.decoder_sparse_step = 1
 
 
 def remove_layers(layers: nn.ModuleList, config: PretrainedConfig, removed: Sequence[int]) -> None:

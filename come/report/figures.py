@@ -43,7 +43,7 @@ def unit_origins(plan: Plan, unit: Unit) -> list[dict[int, float]]:
     ]
     for step in steps:
         span = origins[step.first : step.last + 1]
-        if step.kept:
+        if unit in step.kept:
             merged = [
                 layer[i] for layer, kept in zip(span, step.kept[unit], strict=True) for i in kept
             ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from come.models.adapter import ModelAdapter
-from come.models.layout import Unit
+from come.models.layout import Sublayer, Unit
 from come.models.loss import BLOCK, window_nll
 from come.models.sublayers import run_layer
 from come.stream.stream import LayerStream
@@ -79,12 +81,10 @@ def _loss_gradient(stream: LayerStream) -> Float[Tensor, "windows seq hidden"]:
     return torch.cat(found)
 
 
-def output_weights(adapter: ModelAdapter, index: int) -> list[Tensor]:
-    """The stored weights of a layer's output projections, in the order of its sublayers."""
-    return [
-        adapter.output_map(index, each).get_parameter("weight")
-        for each in adapter.layer_layout(index)
-    ]
+def output_weights(adapter: ModelAdapter, index: int) -> dict[str, Tensor]:
+    """The stored tensors of a layer's output projections, in the order of its sublayers."""
+    layer, layout = adapter.layer(index), adapter.layer_layout(index)
+    return {name: layer.get_parameter(name) for each in layout for name in each.weights}
 
 
 def weight_gradients(
@@ -94,14 +94,16 @@ def weight_gradients(
     found: dict[tuple[int, Unit], Tensor] = {}
 
     def leaves(index: int) -> list[Tensor]:
-        return output_weights(stream.adapter, index) if index in layers else []
+        return [*output_weights(stream.adapter, index).values()] if index in layers else []
 
     with trainable(stream.adapter, layers):
         for index, gradients in backward(stream, min(layers), leaves):
-            layout = stream.adapter.layer_layout(index)
-            for each, gradient in zip(layout, gradients, strict=False):
-                own = gradient if each.output_axis == 1 else gradient.T
-                found[index, each.unit] = own.cpu()
+            if index not in layers:
+                continue
+            names = output_weights(stream.adapter, index)
+            tensors = dict(zip(names, gradients, strict=True))
+            for each in stream.adapter.layer_layout(index):
+                found[index, each.unit] = each.output_weight(tensors).cpu()
     return found
 
 
@@ -167,16 +169,51 @@ def trainable(adapter: ModelAdapter, layers: Sequence[int]) -> Iterator[None]:
 def _scaled(adapter: ModelAdapter, scales: dict[tuple[int, Unit], Tensor]) -> Iterator[None]:
     """Multiplies the input of every output projection by its scale, while open."""
 
-    def hook(scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
-        return lambda module, inputs: inputs[0] * scale
+    def hook(scale: Tensor, own: slice) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        return lambda module, inputs: inputs[0] * scale[own]
 
-    handles = [
-        adapter.output_map(index, each).register_forward_pre_hook(hook(scales[index, each.unit]))
-        for index in range(adapter.num_layers)
-        for each in adapter.layer_layout(index)
-    ]
+    handles: list[RemovableHandle] = []
+    for index in range(adapter.num_layers):
+        for each in adapter.layer_layout(index):
+            scale, start = scales[index, each.unit], 0
+            for part in each.parts:
+                own = slice(start, start + part.width)
+                start += part.width
+                if part.experts:
+                    handles += _scale_experts(adapter.layers[index], part, scale, own)
+                else:
+                    module = adapter.output_map(index, part)
+                    handles.append(module.register_forward_pre_hook(hook(scale, own)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _scale_experts(
+    layer: nn.Module, sublayer: Sublayer, scale: Tensor, own: slice
+) -> list[RemovableHandle]:
+    """Makes experts run with the columns of their output projections scaled by `scale[own]`."""
+    stored: dict[str, nn.Parameter] = {}
+
+    def places(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            yield name, layer.get_submodule(owner)._parameters, leaf
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stored.update({name: layer.get_parameter(name) for name in sublayer.weights})
+        scaled = sublayer.output_tensors(sublayer.output_weight(stored) * scale[own])
+        for name, parameters, leaf in places(stored):
+            parameters[leaf] = scaled[name]
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for name, parameters, leaf in places(stored):
+            parameters[leaf] = stored[name]
+
+    module = layer.get_submodule(sublayer.output)
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]

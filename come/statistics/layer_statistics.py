@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from come.models.adapter import ModelAdapter
 from come.models.layout import Unit
+from come.models.sublayers import watch_features
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
 from come.stream.observer import Update
 from come.stream.processes import SINGLE, Processes
@@ -118,25 +119,11 @@ class StatisticsCollector:
         with ExitStack() as hooks:
             if self.kinds:
                 for each in layout:
-                    output = layer.get_submodule(each.output)
-                    hooks.enter_context(watch_inputs(output, moments[each.unit].update))
+                    see = moments[each.unit].update
+                    hooks.enter_context(watch_features(layer, each, see))
             yield update
         blocks.finish()
         for of_unit in moments.values():
             of_unit.finish(self.processes)
         mean = self.processes.reduced(influence) / self.processes.reduced(count)
         self.found[index] = LayerStatistics(mean, moments)
-
-
-@contextmanager
-def watch_inputs(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Calls `see` with the input of every forward pass of `module`, while open."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(inputs[0])
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

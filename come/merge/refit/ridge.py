@@ -46,8 +46,9 @@ class Ridge(Refit):
     of the merged layer before the refit. Output biases are solved together with their projections.
     With `align`, the input projections of each sublayer are aligned first (see
     `come.merge.alignment`). Where a norm follows the projection, see `come.merge.normed_output`. In
-    a trial merge, unit selection may already have solved for all W_s
-    (`sources.solved`), with the mean diagonal over all units in mu; that solution is used.
+    a trial merge, unit selection may already have solved for all W_s (`sources.solved`), with the
+    mean diagonal over all units in mu; that solution is used, unless a norm follows, or the layer
+    has experts, whose features depend on which others are kept.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -92,8 +93,8 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.place, sources.state
-        normed = any(sublayer.post_norm for sublayer in targets.layout)
-        if self._same_as_selection and sources.solved and not normed:
+        differs = targets.layout.routed or any(each.post_norm for each in targets.layout)
+        if self._same_as_selection and sources.solved and not differs:
             return _selection_solution(targets, sources)
         layer, layout = adapter.copy_layer(index, state), targets.layout
         found: dict[str, Tensor] = {}
