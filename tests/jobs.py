@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 
 from come.cli import CONF, to_settings
 from come.cli.overrides import as_groups, load_plugins, register_parts
+from come.data.sources.pydocs import PyDocs
 from come.job.identity import job_hash
 from come.job.run import run
 from come.job.stages.prepare import prepare
@@ -21,6 +27,8 @@ from tests.test_zero_shot import TASK
 REMOVE_ONE_LAYER = ("merge=come", "merge.target_layers=5")
 QUICK = ("eval=perplexity",)
 ZERO_SHOT_ONLY = ("eval=zero_shot", "eval.zero_shot.batch_size=4")
+
+_TOPICS = 16  # of the 78 of the Python documentation
 
 
 def settings(*overrides: str) -> Settings:
@@ -44,15 +52,28 @@ def job_settings(base: Path, *overrides: str) -> Settings:
     return composed
 
 
-def run_job(base: Path, folder: Path, *overrides: str) -> Any:
-    """Runs a small job and returns its result."""
-    return run(job_settings(base, *overrides), folder)
+@contextmanager
+def _small_text_and_figures(*, drawn: bool = False) -> Iterator[None]:
+    """Calibrates on a part of the Python documentation; figures are empty files unless `drawn`."""
+    documents = PyDocs.documents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PyDocs, "documents", lambda source: islice(documents(source), _TOPICS))
+        if not drawn:
+            patch.setattr(Figure, "savefig", lambda figure, path, **options: path.touch())
+        yield
+
+
+def run_job(base: Path, folder: Path, *overrides: str, drawn: bool = False) -> Any:
+    """Runs a small job and returns its result; `drawn` is whether its figures are rendered."""
+    with _small_text_and_figures(drawn=drawn):
+        return run(job_settings(base, *overrides), folder)
 
 
 def prepare_job(base: Path, folder: Path, *overrides: str) -> Any:
     """Runs the first stage of a job, which loads no weights."""
     composed = job_settings(base, *overrides)
-    return prepare(composed, folder, job_hash(composed))
+    with _small_text_and_figures():
+        return prepare(composed, folder, job_hash(composed))
 
 
 def local_task(folder: Path, task: str = TASK) -> list[str]:

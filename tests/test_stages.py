@@ -192,7 +192,8 @@ def test_parameters_without_mlps(base, tmp_path):
     """Sizes of sublayers, for the target and in the result."""
     block = ModelAdapter(pico("llama_gqa")).block_parameters["ffn"]
     words = ("merge.sublayers=[ffn]", "eval=none")
-    dense, merged = run_job(base, tmp_path / "out", *words)["depths"]
+    dense, merged = run_job(base, tmp_path / "out", *words, drawn=True)["depths"]
+    assert (tmp_path / "out" / "puzzle.png").stat().st_size > 1000
     assert dense["parameters"] - merged["parameters"] == block
     assert merged["sparsity"] == pytest.approx(block / dense["parameters"])
     sparsity = 3 * block / dense["parameters"]
