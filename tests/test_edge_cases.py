@@ -351,7 +351,10 @@ def test_invalid_plans_are_rejected_early(base, tmp_path):
     overrides = ("merge=from_plan", "merge.target_layers=null", f"merge.plan={path}")
     for change, message in (
         (lambda p: p.update(operator="glue"), "'glue': unknown merge operator"),
-        (lambda p: p["steps"][0].update(last=9), f"merges layers {span} in step 1, where the model"),
+        (
+            lambda p: p["steps"][0].update(last=9),
+            f"merges layers {span} in step 1, where the model",
+        ),
     ):
         changed = json.loads(json.dumps(plan))
         change(changed)

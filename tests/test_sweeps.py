@@ -9,9 +9,9 @@ import pytest
 from tests.commands import ROOT, communicate
 
 
-def test_sweep_folders_are_named_by_job_hash(command, tmp_path):
+def test_sweep_folders_are_named_by_job_hash(command, base, tmp_path):
     code, _, errors = communicate(
-        command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m")
+        command("merge.m=2,3", "merge.target_layers=4", "eval=none", "-m", model=base)
     )
     assert code == 0, errors
     results = sorted((tmp_path / "runs").glob("*/result.json"))
@@ -73,9 +73,9 @@ def test_experiment_sets_the_axis_of_its_figure(command, tmp_path, text_file):
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
 
 
-def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
+def test_failed_job_does_not_stop_a_sweep(command, base, tmp_path):
     code, _, errors = communicate(
-        command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m")
+        command("merge.m=1,3", "merge.target_layers=4", "eval=none", "-m", model=base)
     )
     assert code == 1
     assert "error: job 0: merge.m=1: must be a whole number of at least 2" in errors
