@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +23,15 @@ from come.job.stages.prepare import prepare
 from come.schema import Settings
 from come.schema.explicit import check_explicit
 from tests.commands import small_job_overrides
-from tests.test_zero_shot import TASK
+from tests.test_zero_shot import PACKAGES, TASK
 
 REMOVE_ONE_LAYER = ("merge=come", "merge.target_layers=5")
 QUICK = ("eval=perplexity",)
 ZERO_SHOT_ONLY = ("eval=zero_shot", "eval.zero_shot.batch_size=4")
 
 _TOPICS = 16  # of the 78 of the Python documentation
+
+gc.freeze()  # jobs with a training collect garbage, which need not visit every imported module
 
 
 def settings(*overrides: str) -> Settings:
@@ -53,11 +56,12 @@ def job_settings(base: Path, *overrides: str) -> Settings:
 
 
 @contextmanager
-def _small_text_and_figures(*, drawn: bool = False) -> Iterator[None]:
-    """Calibrates on a part of the Python documentation; figures are empty files unless `drawn`."""
+def _less_work(*, drawn: bool = False) -> Iterator[None]:
+    """Shortens what few tests look at: the Python documentation, figures, the harness's records."""
     documents = PyDocs.documents
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PyDocs, "documents", lambda source: islice(documents(source), _TOPICS))
+        patch.setattr(PACKAGES, str)
         if not drawn:
             patch.setattr(Figure, "savefig", lambda figure, path, **options: path.touch())
         yield
@@ -65,14 +69,14 @@ def _small_text_and_figures(*, drawn: bool = False) -> Iterator[None]:
 
 def run_job(base: Path, folder: Path, *overrides: str, drawn: bool = False) -> Any:
     """Runs a small job and returns its result; `drawn` is whether its figures are rendered."""
-    with _small_text_and_figures(drawn=drawn):
+    with _less_work(drawn=drawn):
         return run(job_settings(base, *overrides), folder)
 
 
 def prepare_job(base: Path, folder: Path, *overrides: str) -> Any:
     """Runs the first stage of a job, which loads no weights."""
     composed = job_settings(base, *overrides)
-    with _small_text_and_figures():
+    with _less_work():
         return prepare(composed, folder, job_hash(composed))
 
 

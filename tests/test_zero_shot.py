@@ -34,9 +34,14 @@ metric_list:
 """
 
 
+PACKAGES = "torch.utils.collect_env.get_pretty_env_info"
+"""Called by the harness after every evaluation; lists the installed packages in half a second."""
+
+
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """A folder with two local tasks of 24 questions each."""
+    monkeypatch.setattr(PACKAGES, str)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     folder = tmp_path / "tasks"
     folder.mkdir()
