@@ -17,9 +17,11 @@ from matplotlib.figure import Figure
 from come.cli import CONF, to_settings
 from come.cli.overrides import as_groups, load_plugins, register_parts
 from come.data.sources.pydocs import PyDocs
+from come.evaluate.base import EVALUATIONS
 from come.job.identity import job_hash
 from come.job.run import run
 from come.job.stages.prepare import prepare
+from come.merge.method import PARTS
 from come.schema import Settings
 from come.schema.explicit import check_explicit
 from tests.commands import small_job_overrides
@@ -34,9 +36,21 @@ _TOPICS = 16  # of the 78 of the Python documentation
 gc.freeze()  # jobs with a training collect garbage, which need not visit every imported module
 
 
+_registered: list[type] = []
+
+
+def _register_parts() -> None:
+    """Registers the parts again only if there are others than before."""
+    registries = (*PARTS.values(), EVALUATIONS)
+    parts = [registry.get(name) for registry in registries for name in registry.names()]
+    if parts != _registered:
+        register_parts()
+        _registered[:] = parts
+
+
 def settings(*overrides: str) -> Settings:
     load_plugins(overrides)
-    register_parts()
+    _register_parts()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return to_settings(compose("config", overrides=as_groups(overrides)))
 
