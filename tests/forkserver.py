@@ -14,6 +14,7 @@ FORKSERVER.set_forkserver_preload(
         "come.cli",
         "come.job.run",
         "come.report.write",
+        "scipy.stats",
         "transformers.models.llama",
         "tests.forkserver",
         "tests.conftest",
@@ -55,11 +56,13 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], printed: str) 
         os.dup2(target, number)
     sys.argv = ["run.py", *words]
     import torch
+    from torch.utils import collect_env
 
     from come.cli import main
     from come.job import estimate
 
     estimate._products = fixed_products
+    collect_env.get_pretty_env_info = str  # lists the installed packages for the harness
     torch.set_num_threads(1)
     try:
         sys.exit(main())

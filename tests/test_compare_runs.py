@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 from come.evaluate.base import Metric
-from come.report.pair import compare
+from come.report.pair import compare, main
 
 DENSE = [3.0, 3.2, 2.9, 3.1]
 
@@ -79,7 +79,7 @@ def test_speed_and_different_task_groups_are_left_out():
     assert [row[1] for row in compare(first, second).rows] == ["perplexity", "zero_shot/a"]
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     for name, gap in (("a", 0.1), ("b", 0.0)):
         (tmp_path / name).mkdir()
         found = result(depth(24, [value + gap for value in DENSE]))
@@ -89,9 +89,12 @@ def test_command_line(tmp_path):
     assert done.returncode == 0
     assert "| 24 | perplexity | 23.34 | 21.12 | 1.105 [1.105, 1.105] |  |" in done.stdout
     (tmp_path / "b" / "result.json").write_text('{"depths": [{"layers": 3}]}')
-    failed = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True)
-    assert "is of an earlier version; measure its models again with from_run=" in failed.stderr
-    failed = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: ")
-    assert "c is not there; a finished run writes it" in failed.stderr
+    for name, message in (
+        ("b", "is of an earlier version; measure its models again with from_run="),
+        ("c", "c is not there; a finished run writes it"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["pair", str(tmp_path / "a"), str(tmp_path / name)])
+        assert main() == 1
+        failed = capsys.readouterr().err
+        assert failed.startswith("error: ")
+        assert message in failed

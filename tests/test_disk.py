@@ -108,16 +108,14 @@ def test_candidates_share_one_sweep_over_later_layers(windows, monkeypatch):
 @pytest.mark.parametrize("chosen", [
     pytest.param("zero_shot", marks=pytest.mark.slow), "continuations",
 ])  # fmt: skip
-def test_zero_shot_and_continuations_equal_those_in_memory(
-    chosen, pico_folder, tmp_path, monkeypatch
-):
-    words = ["merge.target_layers=22", f"eval={chosen}"]
+def test_zero_shot_and_continuations_equal_those_in_memory(chosen, base, tmp_path, monkeypatch):
+    words = ["merge.target_layers=4", f"eval={chosen}"]
     if chosen == "zero_shot":
         words += local_task(tmp_path / "tasks")
     results = []
     for weights in ("memory", "disk"):
         monkeypatch.setenv("COME_CACHE", str(tmp_path / f"cache-{weights}"))
-        run = run_job(pico_folder, tmp_path / weights, *words, f"model.weights={weights}")
+        run = run_job(base, tmp_path / weights, *words, f"model.weights={weights}")
         results.append(run["depths"])
     assert results[0] == results[1]
     assert results[0][1]["metrics"]
@@ -177,19 +175,19 @@ def test_transformers_loads_saved_shards(family, shard_bytes, windows, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["come", "come_plus"])
-def test_job_output_equals_that_in_memory(method, pico_folder, tmp_path, monkeypatch):
+def test_job_output_equals_that_in_memory(method, base, tmp_path, monkeypatch):
     """Result, files and weights, and the weights rebuilt from the plan."""
     monkeypatch.setenv("COME_CACHE", str(tmp_path / "cache"))
     results, folders = [], []
-    words = [f"merge={method}", "merge.target_layers=21", "merge.save_at=[23,21]", *QUICK]
+    words = [f"merge={method}", "merge.target_layers=3", "merge.save_at=[5,3]", *QUICK]
     for weights in ("memory", "disk"):
         folders.append(tmp_path / weights)
-        results.append(run_job(pico_folder, folders[-1], *words, f"model.weights={weights}"))
+        results.append(run_job(base, folders[-1], *words, f"model.weights={weights}"))
     memory, disk = results
     assert disk["job"] == memory["job"]
     assert disk["plan"] == memory["plan"]
     assert [r["metrics"] for r in disk["depths"]] == [r["metrics"] for r in memory["depths"]]
-    for name in ("model", "model-23"):
+    for name in ("model", "model-5"):
         first, second = (folder / name for folder in folders)
         names = {path.name for path in first.iterdir()}
         assert {path.name for path in second.iterdir()} == names
@@ -199,7 +197,7 @@ def test_job_output_equals_that_in_memory(method, pico_folder, tmp_path, monkeyp
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert not list(folders[1].glob("weights-*"))
-    rebuilt = apply(Plan.load(folders[0] / "plan.json"), load_weights(pico_folder, weights="disk"))
+    rebuilt = apply(Plan.load(folders[0] / "plan.json"), load_weights(base, weights="disk"))
     own = load_file(folders[0] / "model" / "model.safetensors")
     assert all(torch.equal(tensor, own[name]) for name, tensor in all_tensors(rebuilt).items())
 

@@ -250,7 +250,11 @@ def test_interrupted_evaluation_resumes(tmp_path, monkeypatch):
         "merge.target_layers=4",
         "merge.save_at=[5]",
     )
-    calls = []
+    calls, timing = [], Timing(10, (1.0,))
+    monkeypatch.setattr(
+        "come.evaluate.speed.compare_speed",
+        lambda models, **options: dict.fromkeys(models, ModelSpeed(timing, timing, 1, 1)),
+    )
 
     def counted(cls, name):
         whole = getattr(cls, name)

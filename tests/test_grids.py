@@ -91,7 +91,7 @@ def test_parallel_jobs_give_the_same_results(command, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("error", ["KeyError", pytest.param("ValueError", marks=pytest.mark.slow)])
-def test_crash_traceback_is_in_the_log_of_its_job(command, tmp_path, error):
+def test_crash_traceback_is_in_the_log_of_its_job(command, base, tmp_path, error):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         """from come.merge.selection.base import SELECTION, SpanScore
@@ -112,8 +112,9 @@ class Broken(SpanScore):
         raise ERROR("nobody expected this")
 """.replace("ERROR", error)
     )
-    grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=22"]
-    code, output, errors = communicate(command("merge=come", *grid, "eval=none", "-m"))
+    grid = ["merge.selection=broken,sbi", f"plugins=[{plugin}]", "merge.target_layers=5"]
+    words = ("merge=come", *grid, "eval=none", "-m")
+    code, output, errors = communicate(command(*words, model=base))
     assert code == 1
     assert "nobody expected this" in errors
     assert "Not finished: selection=broken." in output
@@ -151,10 +152,11 @@ def test_concurrent_runs_of_one_job_compute_it_once(command, tmp_path):
     assert sum("going on at" in output for _, output, _ in outputs) == 0
 
 
-def test_evaluation_without_a_merge(command, pico_folder, tmp_path, text_file):
+def test_evaluation_without_a_merge(command, base, tmp_path, text_file):
     further = f"+eval.perplexity.extra_texts={{other:{{path:{text_file},max_tokens:256}}}}"
     folder = tmp_path / "out"
-    code, _, errors = communicate(command("merge=none", further, f"hydra.run.dir={folder}"))
+    words = ("merge=none", further, f"hydra.run.dir={folder}")
+    code, _, errors = communicate(command(*words, model=base))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     (depth,) = result["depths"]
@@ -167,7 +169,7 @@ def test_evaluation_without_a_merge(command, pico_folder, tmp_path, text_file):
         "perplexity", "speed/prompt", "speed/generation",
     ]  # fmt: skip
     assert metrics["speed/peak_memory"]["value"] > 0
-    layers, heads, width = 24, 2, 8  # keys and values of 16 tokens, float32
+    layers, heads, width = 6, 2, 8  # keys and values of 16 tokens, float32
     assert metrics["speed/kv_cache"]["value"] == 2 * layers * heads * width * 16 * 4
     assert not list(folder.glob("model*"))
     assert "other" in (folder / "report.md").read_text()

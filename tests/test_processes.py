@@ -30,25 +30,25 @@ from tests.methods import come_plus, paper, recipe
 CASES = {
     "come_plus": ("llama_gqa", come_plus, {}),
     "biases": ("opt", come_plus, {}),
-    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit__lambda="auto"), {}),
-    "downstream": ("qwen3_gqa", lambda: come_plus(downstream=0.1), {}),
-    "adam": ("llama_gqa", lambda: come_plus(refit={"name": "adam", "steps": 5}), {}),
+    "auto": ("llama_gqa", lambda: come_plus(refit="ridge", refit__lambda="auto", m=2), {}),
+    "downstream": ("qwen3_gqa", lambda: come_plus(downstream=0.1, m=2), {}),
+    "adam": ("llama_gqa", lambda: come_plus(refit={"name": "adam", "steps": 5}, m=2), {}),
     "replaceme": ("llama_gqa", lambda: recipe("replaceme"), {}),
     "paper": ("llama_bias", paper, {}),
     "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
     "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
     "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
     "ffn": ("llama_gqa", lambda: paper(operator="drop", sublayers=["ffn"]), {}),
-    "one batch": ("llama_gqa", come_plus, {"batch_size": 16}),
+    "one batch": ("llama_gqa", lambda: come_plus(m=2), {"batch_size": 16}),
     "one batch of attention": (
         "llama_gqa",
         lambda: paper(operator="drop", sublayers=["attention"]),
         {"batch_size": 16},
     ),
-    "fit in trials": ("llama_gqa", lambda: come_plus(selection="refit_error"), {}),
+    "fit in trials": ("llama_gqa", lambda: come_plus(selection="refit_error", m=2), {}),
     "dual form": ("llama_bias", come_plus, {"windows": (2, 8), "batch_size": 1, "atol": 1e-3}),
-    "stops": ("llama_gqa", lambda: come_plus(downstream=0.1), {"stops": (LAYERS - 1,)}),
-    "disk": ("llama_gqa", come_plus, {"checkpoint": "pico"}),
+    "stops": ("llama_gqa", lambda: come_plus(downstream=0.1, m=2), {"stops": (LAYERS - 1,)}),
+    "disk": ("llama_gqa", lambda: come_plus(m=2), {"checkpoint": "pico"}),
 }
 
 

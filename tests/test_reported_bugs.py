@@ -324,16 +324,17 @@ def test_text_file_joins_fields(tmp_path):
         list(TextFile(str(path), "instruction+outputs").documents())
 
 
-def test_only_a_pool_of_a_long_line_is_tokenized(base, tmp_path):
+def test_only_a_pool_of_a_long_line_is_tokenized(base, tmp_path, monkeypatch):
     """The same number of tokens is read from a corpus of one line and of many lines."""
-    tokenizer, words = load_tokenizer(base), [f"layer {i} of {i % 97}" for i in range(200_000)]
+    monkeypatch.setattr("come.data.windows._POOL_CHARS", 100_000)
+    tokenizer, words = load_tokenizer(base), [f"layer {i} of {i % 97}" for i in range(10_000)]
     found = []
     for sign in (" ", "\n"):
         path = tmp_path / f"text{len(found)}.txt"
         path.write_text(sign.join(words))
         found.append(calibration_windows(tokenizer, TextFile(str(path)), num_samples=4, seq_len=32))
     assert found[0].corpus_tokens == pytest.approx(found[1].corpus_tokens, rel=0.1)
-    assert len(" ".join(words)) > 1.5 * 2_000_000
+    assert len(" ".join(words)) > 1.5 * 100_000
     held_out = evaluation_windows(tokenizer, TextFile(str(path)), seq_len=32, max_tokens=640)
     assert held_out.tokens == 640
 

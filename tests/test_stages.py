@@ -153,10 +153,8 @@ def test_settings_of_sampled_text(words, changed, base, text_file, tmp_path):
     text = () if words == SAMPLED else (f"calibration.path={text_file}",)
     words = (*words, *text, "eval=none", "calibration.num_samples=4", "calibration.seq_len=16")
     model = load_weights(base)
-    first, second, again = (
-        with_samples(prepare_job(base, tmp_path / "out", *words, *more), model).windows
-        for more in ((), (changed,), ())
-    )
+    jobs = [prepare_job(base, tmp_path / "out", *words, *more) for more in ((), (changed,))]
+    first, second, again = (with_samples(job, model).windows for job in (*jobs, jobs[0]))
     assert torch.equal(first, again)
     assert first.shape != second.shape or not torch.equal(first, second)
     key, _, value = changed.partition("=")
@@ -192,7 +190,8 @@ def test_parameters_without_mlps(base, tmp_path):
     """Sizes of sublayers, for the target and in the result."""
     block = ModelAdapter(pico("llama_gqa")).block_parameters["ffn"]
     words = ("merge.sublayers=[ffn]", "eval=none")
-    dense, merged = run_job(base, tmp_path / "out", *words)["depths"]
+    dense, merged = run_job(base, tmp_path / "out", *words, drawn=True)["depths"]
+    assert (tmp_path / "out" / "puzzle.png").stat().st_size > 1000
     assert dense["parameters"] - merged["parameters"] == block
     assert merged["sparsity"] == pytest.approx(block / dense["parameters"])
     sparsity = 3 * block / dense["parameters"]

@@ -9,9 +9,9 @@ import pytest
 from tests.commands import ROOT, communicate
 
 
-def test_sweep_folders_are_named_by_job_hash(command, tmp_path):
+def test_sweep_folders_are_named_by_job_hash(command, base, tmp_path):
     code, _, errors = communicate(
-        command("merge.m=2,3", "merge.target_layers=20", "eval=none", "-m")
+        command("merge.m=2,3", "merge.target_layers=4", "eval=none", "-m", model=base)
     )
     assert code == 0, errors
     results = sorted((tmp_path / "runs").glob("*/result.json"))
@@ -73,9 +73,9 @@ def test_experiment_sets_the_axis_of_its_figure(command, tmp_path, text_file):
     assert [line.split(" | ")[1] for line in lines[2:4]] == ["2", "3"]
 
 
-def test_failed_job_does_not_stop_a_sweep(command, tmp_path):
+def test_failed_job_does_not_stop_a_sweep(command, base, tmp_path):
     code, _, errors = communicate(
-        command("merge.m=1,3", "merge.target_layers=20", "eval=none", "-m")
+        command("merge.m=1,3", "merge.target_layers=4", "eval=none", "-m", model=base)
     )
     assert code == 1
     assert "error: job 0: merge.m=1: must be a whole number of at least 2" in errors
@@ -100,8 +100,8 @@ def test_refused_sweep_leaves_no_files(command_line, tmp_path, overrides):
     assert not list(tmp_path.glob("runs*"))
 
 
-EXPERIMENTS = {  # overrides that adapt the depths to the pico model
-    "smoke": ["merge.target_layers=22"],
+EXPERIMENTS = {  # overrides that adapt the depths to the pico models
+    "smoke": ["merge.target_layers=5"],
     "choices": ["merge.save_at=[22,21]"],
     "compare": ["merge.target_layers=19", "merge.save_at=[22]"],
     "positions": ["merge.groups=[[0,1]]"],
@@ -133,12 +133,12 @@ QUICK = {"smoke"}  # the other experiments are slow tests
         for name in sorted(p.stem for p in ROOT.glob("conf/experiment/*.yaml"))
     ],
 )
-def test_every_experiment_runs(command, text_file, tmp_path, name):
+def test_every_experiment_runs(command, base, pico_folder, text_file, tmp_path, name):
     paths = [f"calibration.path={text_file}"] if name == "choices" else []
     folder = tmp_path / "out"
-    code, _, errors = communicate(
-        command(f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
-    )
+    words = (f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
+    model = base if name in QUICK else pico_folder
+    code, _, errors = communicate(command(*words, model=model))
     assert code == 0, errors
     result = json.loads((folder / "result.json").read_text())
     weights = list(folder.glob("model*/model*.safetensors"))

@@ -63,8 +63,9 @@ def test_distillation_of_an_earlier_merge(base, tmp_path):
 
 def test_training_is_in_single_precision(tmp_path):
     base = save_base(tmp_path / "base", "llama_gqa", dtype=torch.bfloat16)
-    found = run_job(base, tmp_path / "out", *HEAL, *QUICK)["distillation"]
+    found = run_job(base, tmp_path / "out", *HEAL, *QUICK, drawn=True)["distillation"]
     assert found["gradient_bytes"] == 4 * found["trained_parameters"]
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000
 
 
 def test_training_text_is_sampled_for_every_step(base, tmp_path):

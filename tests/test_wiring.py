@@ -18,7 +18,7 @@ from come.schema import Settings
 from tests.bases import save_base
 from tests.commands import drop_unused_eval_settings
 from tests.jobs import job_settings
-from tests.test_zero_shot import TASK
+from tests.test_zero_shot import PACKAGES, TASK
 
 RUN = importlib.import_module("come.job.run")
 
@@ -325,6 +325,7 @@ def test_setting_changes_only_its_outputs(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(inputs / "datasets"))
     monkeypatch.setattr("come.report.write.write_report", lambda *args: {})
     monkeypatch.setattr("come.evaluate.speed.compare_speed", fake_speed)
+    monkeypatch.setattr(PACKAGES, str)
     if job not in baselines:
         baselines[job] = observe(inputs, tmp_path / "before", job)
     before, before_hash = baselines[job]
