@@ -11,6 +11,7 @@ from come.models.families import (
     latent,
     lfm,
     linear_attention,
+    linear_attention_moe,
     mamba_hybrids,
     moe,
     moe_attention,
@@ -23,7 +24,6 @@ from come.models.families import (
     ungated,
     wrappers,
 )
-from come.models.families.mixers import Mixers
 from come.models.families.parts import Family
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     **latent.FAMILIES,
     **lfm.FAMILIES,
     **linear_attention.FAMILIES,
+    **linear_attention_moe.FAMILIES,
     **mamba_hybrids.FAMILIES,
     **moe.FAMILIES,
     **moe_attention.FAMILIES,
@@ -51,13 +52,6 @@ FAMILIES: dict[str, Family] = {
     **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
-MIXERS: dict[str, Mixers] = {
-    **latent.MIXERS,
-    **lfm.MIXERS,
-    **linear_attention.MIXERS,
-    **mamba_hybrids.MIXERS,
-}
-"""The mixers of model types that have experts."""
 REFUSED: dict[str, str] = {
     **dense.REFUSED,
     **fused.REFUSED,

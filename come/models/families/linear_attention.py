@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.mixers import (
-    Mixers,
     delta_net,
     delta_sizes,
     latent_attention,
@@ -142,13 +141,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_text": qwen3_5,
     "olmo_hybrid": olmo_hybrid,
-}
-
-MIXERS: dict[str, Mixers] = {
-    "qwen3_5_moe_text": qwen3_5_mixers,
-    "qwen3_next": qwen3_next_mixers,
-    "kimi_linear": kimi_mixers,
-    "bailing_hybrid": bailing_mixers,
 }
 
 REFUSED: dict[str, str] = {

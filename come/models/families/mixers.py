@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.parts import INPUT_NORM
@@ -10,9 +10,6 @@ from come.models.layout import LayerLayout, ModelLayout, Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Mixers = Callable[["PretrainedConfig"], list[Sublayer]]
-"""Makes the mixer of every layer of a model from its configuration."""
 
 
 def mixer(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.experts import routed, shared, sinks
-from come.models.families.moe import CORRECTED, HEAD_NORMS
+from come.models.families.experts import CORRECTED, routed, shared
+from come.models.families.moe import HEAD_NORMS
 from come.models.families.parts import INPUT_NORM, Family, attention, ffn
 from come.models.families.sparse import listed, sparse_layers
 from come.models.layout import Rows, Sublayer
@@ -39,7 +39,8 @@ def laguna(config: PretrainedConfig) -> ModelLayout:
         ),
         shared(config.shared_expert_intermediate_size, "mlp.shared_experts"),
     )
-    return sparse_layers(config, listed(config), own, experts, ffn(config.intermediate_size))
+    layers = [own(index) for index in range(config.num_hidden_layers)]
+    return sparse_layers(config, listed(config), layers, experts, ffn(config.intermediate_size))
 
 
 def cohere(config: PretrainedConfig) -> ModelLayout:
@@ -67,7 +68,7 @@ def mimo(config: PretrainedConfig) -> ModelLayout:
         rows = {"q_proj": each * size, "k_proj": size, "v_proj": values}
         inputs = [Rows(f"self_attn.{name}", (count,)) for name, count in rows.items()]
         if window:
-            inputs.append(replace(sinks(config), sizes=(each,)))
+            inputs.append(Rows("self_attn.sinks", (each,), reads=False))
         found = attention(config)
         return replace(found, count=groups, inputs=tuple(inputs), columns=each * values)
 
@@ -78,7 +79,8 @@ def mimo(config: PretrainedConfig) -> ModelLayout:
         groups=config.n_group,
     )
     dense = ffn(config.intermediate_size)
-    return sparse_layers(config, listed(config), own, (experts,), dense)
+    layers = [own(index) for index in range(config.num_hidden_layers)]
+    return sparse_layers(config, listed(config), layers, (experts,), dense)
 
 
 FAMILIES: dict[str, Family] = {
