@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.experts import Experts
-from come.models.families.parts import FFN_NORM, ffn, fused_ffn
+from come.models.families.parts import FFN_NORM, ffn
 from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
@@ -85,32 +85,34 @@ def shared(channels: int, module: str, **others: Any) -> Sublayer:
         inputs=(f"{module}.gate_proj", f"{module}.up_proj"),
         output=f"{module}.down_proj",
         silenced=((module, 0),),
-    )
-    return replace(found, name="shared_expert", unit="shared_channel", **others)
-
-
-def fused_shared(channels: int, *, alone: bool = False, **others: Any) -> Sublayer:
-    """The MLP of Granite, outside the block of its experts, or alone in a layer without experts."""
-    found = fused_ffn(
-        channels,
-        "shared_mlp.input_linear",
-        output="shared_mlp.output_linear",
-        silenced=(("shared_mlp", 0),),
         **others,
     )
-    return found if alone else replace(found, name="shared_expert", unit="shared_channel")
+    return beside_experts(found)
+
+
+def beside_experts(sublayer: Sublayer) -> Sublayer:
+    """An MLP of any form as a shared expert."""
+    return replace(sublayer, name="shared_expert", unit="shared_channel")
 
 
 def corrected_experts(
-    config: PretrainedConfig, router: tuple[Rows, ...] = CORRECTED
+    config: PretrainedConfig,
+    router: tuple[Rows, ...] = CORRECTED,
+    channels: int | None = None,
 ) -> tuple[Sublayer, Sublayer]:
-    """Experts of DeepSeek and its relatives: a router that may have groups, and a shared expert."""
-    channels = config.moe_intermediate_size
+    """Experts of DeepSeek and its relatives: a router that may have groups, and a shared expert.
+
+    Args:
+        config: the model's configuration.
+        router: the rows of the router.
+        channels: channels of one shared expert; None for those of a routed one.
+    """
+    each = config.moe_intermediate_size
     number = getattr(config, "n_shared_experts", None) or config.num_shared_experts
     groups = getattr(config, "n_group", None)
     return (
-        routed(experts_of(config), channels, router=router, groups=groups),
-        shared(channels * number, "mlp.shared_experts"),
+        routed(experts_of(config), each, router=router, groups=groups),
+        shared((channels or each) * number, "mlp.shared_experts"),
     )
 
 
@@ -120,14 +122,16 @@ def experts_of(config: PretrainedConfig) -> int:
     return next(count for name in names if (count := getattr(config, name, None)))
 
 
-def summed(experts: tuple[Sublayer, ...], module: str, before: Norm, after: Norm) -> Sublayer:
-    """Routed and shared experts of which only the sum is normalised: one opaque sublayer.
+def summed(
+    experts: tuple[Sublayer, ...], module: str, before: Norm, after: Norm | None = None
+) -> Sublayer:
+    """Routed and shared experts as one opaque sublayer, for norms that only fit all of them.
 
     Args:
         experts: the experts.
         module: their block.
-        before: the norm before it.
-        after: the norm after it.
+        before: the norm before it, which is kept with the experts.
+        after: the norm of their sum; None for none.
     """
     return Sublayer(
         name="experts",

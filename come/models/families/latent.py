@@ -55,12 +55,48 @@ def axk1(config: PretrainedConfig) -> ModelLayout:
     return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
 
 
+def axk2(config: PretrainedConfig) -> ModelLayout:
+    """A.X K2: gates on the outputs of norms, so experts are kept from one layer with their norm."""
+    both = summed(corrected_experts(config), "mlp", FFN_NORM)
+    mlp = ffn(config.intermediate_size)
+    return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
+
+
+def glm_moe_dsa(config: PretrainedConfig) -> ModelLayout:
+    """GLM 5, each layer of which picks the tokens that its attention reads.
+
+    Raises:
+        ValueError: a layer reads the tokens that an earlier one picked.
+    """
+    shared_picks = [i for i, kind in enumerate(config.indexer_types) if kind == "shared"]
+    if shared_picks:
+        raise ValueError(
+            f"layer {shared_picks[0]} of this model reads the tokens that an earlier layer picked "
+            "(indexer_types has 'shared'); supported are models that have only 'full'"
+        )
+    mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
+    mixer = latent_attention(config, returns=3)
+    return sparse_layers(config, listed(config), mixer, experts, mlp, returns=2)
+
+
+def dots3_note(config: PretrainedConfig) -> ModelLayout:
+    """dots3-note, also with encoders of images and sound; windows have heads of another size."""
+    text = config.get_text_config(decoder=True)
+    mixers = [latent_attention(text.per_layer_config[i]) for i in range(text.num_hidden_layers)]
+    experts = corrected_experts(text, channels=text.shared_experts_intermediate_size)
+    return sparse_layers(text, listed(text), mixers, experts, ffn(text.intermediate_size))
+
+
 FAMILIES: dict[str, Family] = {
     "axk1": axk1,
+    "axk2": axk2,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": partial(deepseek, sparse=after_dense),
     "deepseek_v32": deepseek,
+    "dots3_note": dots3_note,
+    "dots3_note_text": dots3_note,
     "glm4_moe_lite": deepseek,
+    "glm_moe_dsa": glm_moe_dsa,
     "minicpm3": minicpm3,
     "youtu": latent,
 }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.experts import CORRECTED, routed
+from come.models.families.experts import CORRECTED, beside_experts, routed
 from come.models.families.mixers import layers_of
 from come.models.families.moe import granite_experts
 from come.models.families.parts import Family, attention, ffn, same_layers
@@ -137,8 +136,8 @@ def _nemotron_experts(config: PretrainedConfig) -> tuple[Sublayer, Sublayer]:
         inputs=("up_proj",),
         activation="act_fn",
     )
-    beside = _nemotron_mlp("mixer.shared_experts", config.moe_shared_expert_intermediate_size)
-    return experts, replace(beside, name="shared_expert", unit="shared_channel")
+    mlp = _nemotron_mlp("mixer.shared_experts", config.moe_shared_expert_intermediate_size)
+    return experts, beside_experts(mlp)
 
 
 FAMILIES: dict[str, Family] = {

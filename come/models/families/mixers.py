@@ -95,7 +95,7 @@ def whole_mixer(
 def latent_attention(config: PretrainedConfig, **others: Any) -> Sublayer:
     """Multi-head latent attention: all heads read the same latent states of keys and values."""
     width = config.num_attention_heads * config.v_head_dim
-    return whole_mixer("self_attn", width, output="o_proj", returns=2, **others)
+    return whole_mixer("self_attn", width, **{"output": "o_proj", "returns": 2, **others})
 
 
 def delta_net(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from come.models.families.changes import opaque, per_head, with_rows
 from come.models.families.experts import (
     CORRECTED_BLOCK,
+    beside_experts,
     corrected_experts,
-    fused_shared,
     routed,
     shared,
 )
-from come.models.families.parts import Family, attention, ffn
+from come.models.families.parts import Family, attention, ffn, fused_ffn
 from come.models.families.sparse import (
     SparseRule,
     after_dense,
@@ -96,12 +96,23 @@ def granite(config: PretrainedConfig) -> ModelLayout:
 def granite_experts(config: PretrainedConfig) -> tuple[Sublayer, ...]:
     """The experts of Granite, with or without a shared one; only that one if there are none."""
     count, factor = config.num_local_experts, config.residual_multiplier
-    channels = getattr(config, "shared_intermediate_size", 0)
+    mlp = fused_ffn(
+        getattr(config, "shared_intermediate_size", 0),
+        "shared_mlp.input_linear",
+        output="shared_mlp.output_linear",
+        silenced=(("shared_mlp", 0),),
+        factor=factor,
+    )
     if not count:
-        return (fused_shared(channels, alone=True, factor=factor),)
-    place: dict[str, Any] = {"block": "block_sparse_moe", "router": (Rows("router"),)}
-    experts = routed(count, config.intermediate_size, factor=factor, **place)
-    return (experts, fused_shared(channels, factor=factor)) if channels else (experts,)
+        return (mlp,)
+    experts = routed(
+        count,
+        config.intermediate_size,
+        block="block_sparse_moe",
+        router=(Rows("router"),),
+        factor=factor,
+    )
+    return (experts, beside_experts(mlp)) if mlp.count else (experts,)
 
 
 def gpt_oss(config: PretrainedConfig) -> ModelLayout:
