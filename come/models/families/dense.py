@@ -105,11 +105,3 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere_compass_text"), side_by_side),
     "stablelm": stablelm,
 }
-
-REFUSED: dict[str, str] = {
-    "bitnet": "norms before its output projections couple all heads, and all channels of the MLP",
-    "diffllama": "its attention depends on the layer's own index, which a merge changes",
-    "doge": "it multiplies the residual stream itself by learned scales",
-    "hrm_text": "it runs through its layers several times",
-}
-"""Types that cannot be supported by unit-level merging as it is, and why."""

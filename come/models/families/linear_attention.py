@@ -142,7 +142,3 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": qwen3_5,
     "olmo_hybrid": olmo_hybrid,
 }
-
-REFUSED: dict[str, str] = {
-    "minimax": "its residual stream is what its norms return, scaled in every layer",
-}

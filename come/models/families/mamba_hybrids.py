@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.experts import CORRECTED, beside_experts, routed
@@ -78,28 +77,27 @@ def granite_hybrid(config: PretrainedConfig) -> ModelLayout:
 
 def nemotron_hybrid(config: PretrainedConfig) -> ModelLayout:
     """Nemotron-H: each layer is a Mamba-2 mixer, attention, an MLP, or experts."""
-    own = nemotron_blocks(config)
-    layers = [own[kind]() for kind in config.layers_block_type]
+    layers = [_nemotron_layer(config, kind) for kind in config.layers_block_type]
     return layers_of(layers, config.layers_block_type, final_norm="model.norm_f")
 
 
-def nemotron_blocks(config: PretrainedConfig) -> dict[str, Callable[[], tuple[Sublayer, ...]]]:
-    """The sublayers of a Nemotron-H layer, by kind of layer."""
-
-    def mamba() -> tuple[Sublayer]:
-        sizes = {"heads": config.mamba_num_heads, "head_dim": config.mamba_head_dim}
-        groups, state = config.n_groups, config.ssm_state_size
-        return (mamba2("mixer", **sizes, groups=groups, state=state, norm=NORM),)
-
-    def mlp() -> tuple[Sublayer]:
+def _nemotron_layer(config: PretrainedConfig, kind: str) -> tuple[Sublayer, ...]:
+    """The sublayers of a layer of Nemotron-H."""
+    if kind == "linear_attention":
+        own = mamba2(
+            "mixer",
+            heads=config.mamba_num_heads,
+            head_dim=config.mamba_head_dim,
+            groups=config.n_groups,
+            state=config.ssm_state_size,
+            norm=NORM,
+        )
+        return (own,)
+    if kind == "full_attention":
+        return (attention(config, module="mixer", norm=NORM),)
+    if kind == "mlp":
         return (_nemotron_mlp("mixer", config.intermediate_size),)
-
-    return {
-        "linear_attention": mamba,
-        "full_attention": lambda: (attention(config, module="mixer", norm=NORM),),
-        "mlp": mlp,
-        "moe": lambda: _nemotron_experts(config),
-    }
+    return _nemotron_experts(config)
 
 
 def _nemotron_mlp(module: str, channels: int) -> Sublayer:
@@ -145,11 +143,4 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": falcon_h1,
     "granitemoehybrid": granite_hybrid,
     "nemotron_h": nemotron_hybrid,
-}
-
-REFUSED: dict[str, str] = {
-    "jamba": "its configuration places attention and experts by periods, "
-    "and cannot describe the layers that are left",
-    "zamba": "its attention layers share one transformer block",
-    "zamba2": "its attention layers share transformer blocks, chosen by the layer's index",
 }

@@ -141,8 +141,9 @@ def corrected(
         head_norms: whether there are norms over each head.
     """
     own = attention(config, shared=HEAD_NORMS if head_norms else ())
-    experts, dense = corrected_experts(config), ffn(config.intermediate_size)
-    return sparse_layers(config, sparse(config), own, experts, dense)
+    layers = sparse(config)
+    dense = None if all(layers) else ffn(config.intermediate_size)
+    return sparse_layers(config, layers, own, corrected_experts(config), dense)
 
 
 def glm4_moe(config: PretrainedConfig) -> ModelLayout:
