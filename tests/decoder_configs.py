@@ -410,7 +410,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid-dense": ("bailing_hybrid", {**DENSE_LAYERS, "layer_types": HYBRID}),
     "bamba-one_group": ("bamba", ONE_GROUP),
     "deepseek_v2-dense": ("deepseek_v2", DENSE_LAYERS),
+    "deepseek_v2-greedy": ("deepseek_v2", {"topk_method": "greedy"}),
     "deepseek_v3-dense": ("deepseek_v3", DENSE_LAYERS),
+    "deepseek_v3-one_group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "deepseek_v32-dense": ("deepseek_v32", DENSE_LAYERS),
     "falcon_h1-one_group": (
         "falcon_h1",
@@ -419,6 +421,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite-dense": ("glm4_moe_lite", DENSE_LAYERS),
     "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "kimi_linear-dense": ("kimi_linear", DENSE_LAYERS),
+    "lfm2_moe-no_bias": ("lfm2_moe", {"use_expert_bias": False}),
     "mamba2-one_group": ("mamba2", {"n_groups": 1}),
     "nemotron_h-dense": ("nemotron_h", DENSE_HYBRID),
     "qwen3_next-dense": ("qwen3_next", {"mlp_only_layers": indices(1)}),

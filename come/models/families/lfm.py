@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from come.models.families.experts import routed
 from come.models.families.mixers import layers_of, mixer
-from come.models.families.parts import Family, attention, ffn, kv_groups
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, kv_groups
 from come.models.families.sparse import after_dense, sparse_layers
 from come.models.layout import Norm, Rows, Sublayer
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from come.models.layout import ModelLayout
-
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def short_convolution(config: PretrainedConfig, **others: Any) -> Sublayer:

@@ -13,7 +13,7 @@ from come.models.families.mixers import (
     mixer,
     whole_mixer,
 )
-from come.models.families.parts import Family, attention, ffn, kv_groups
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, kv_groups
 from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from come.models.layout import ModelLayout
 
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 QWEN_NORM, QWEN_FFN_NORM = Norm("input_layernorm", 1.0), Norm("post_attention_layernorm", 1.0)
 POST_NORM, POST_FFN_NORM = Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm")
 

@@ -13,7 +13,7 @@ from come.models.families.experts import (
     routed,
     shared,
 )
-from come.models.families.parts import Family, attention, ffn, fused_ffn
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, fused_ffn
 from come.models.families.sparse import (
     SparseRule,
     after_dense,
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from come.models.layout import ModelLayout, Sublayer
-
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def mixtral(config: PretrainedConfig, router: str = "gate") -> ModelLayout:

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from come.models.families.changes import opaque
 from come.models.families.experts import CORRECTED, beside_experts, routed, shared
-from come.models.families.moe import HEAD_NORMS
-from come.models.families.parts import FFN_NORM, INPUT_NORM, Family, attention, ffn, fused_ffn
+from come.models.families.parts import (
+    FFN_NORM,
+    HEAD_NORMS,
+    INPUT_NORM,
+    Family,
+    attention,
+    ffn,
+    fused_ffn,
+)
 from come.models.families.sparse import listed, sparse_layers
 from come.models.layout import Norm, Rows, Sublayer
 

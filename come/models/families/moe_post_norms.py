@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from come.models.families.changes import opaque, with_rows
 from come.models.families.experts import CORRECTED, routed, shared, summed
-from come.models.families.moe import HEAD_NORMS
-from come.models.families.parts import FFN_NORM, Family, attention, ffn
+from come.models.families.parts import FFN_NORM, HEAD_NORMS, Family, attention, ffn
 from come.models.families.sparse import after_dense, all_sparse, sparse_layers
 from come.models.layout import Norm, Rows
 

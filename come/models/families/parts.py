@@ -18,6 +18,8 @@ Family = Callable[["PretrainedConfig"], ModelLayout]
 
 INPUT_NORM = Norm("input_layernorm")
 FFN_NORM = Norm("post_attention_layernorm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Norms over each head after the query and key projections."""
 
 
 def attention(
