@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,10 +12,10 @@ from come.linalg.equations import Map
 from come.merge.inside_layer import InsideLayer
 from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets
-from come.models.adapter import ModelAdapter
 from come.models.layer_state import LayerState
 from come.models.layout import Sublayer
 
+HELD_BYTES = 1 << 29  # largest size of features and targets that is held between the rounds
 ROUNDS = 2
 SMALLEST = 1e-3  # of the mean scale; smaller scales are not divided by
 
@@ -68,7 +70,6 @@ def scaled_features(
 
 @torch.no_grad()
 def solve_normed_output(
-    adapter: ModelAdapter,
     targets: ReconstructionTargets,
     layer: nn.Module,
     sublayer: Sublayer,
@@ -89,7 +90,6 @@ def solve_normed_output(
     Source: this project.
 
     Args:
-        adapter: the model.
         targets: reconstruction targets of the layer.
         layer: the merged layer, outside the model; changed.
         sublayer: a sublayer with a norm after it.
@@ -97,78 +97,97 @@ def solve_normed_output(
         kept: number of columns of every source layer; None if the columns are mixtures.
     """
     assert sublayer.post_norm is not None
-    inside = InsideLayer(targets, layer, sublayer)
     norm = OutputNorm(layer, sublayer)
-    scale, weight = norm.scale, output_map(layer.state_dict(), sublayer).weight
+    scale = norm.scale
     divisor = scale.where(scale.abs() > SMALLEST * scale.abs().mean(), scale.abs().mean())
-    wide = scale.dtype
-    weight = weight.to(wide)
+    weight = output_map(layer.state_dict(), sublayer).weight.to(scale.dtype)
+    batches = _Batches(targets, layer, sublayer, weight.dtype)
     if kept is not None:
-        weight = _rescaled(targets, inside, weight, scale, kept)
+        weight = _rescaled(batches, weight, scale, kept)
     for _ in range(ROUNDS):
         sums = equations(sublayer.width, targets.stream, bias=False)
-        for batch in targets:
-            read, before = inside.streams(batch)
-            features = inside.features(batch, read).to(wide)
-            factor = norm.inverse_rms(features @ weight.T)
-            missing = batch.missing(sublayer, before)
-            sums.add((features * factor).flatten(0, 1), missing.flatten(0, 1), batch.weights)
+        for features, missing, weights in batches:
+            sums.add(features * norm.inverse_rms(features @ weight.T), missing, weights)
         sums.all_reduce(targets.stream.processes)
         initial = Map(scale[:, None] * weight)
         solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
-        weight = solved.weight.to(wide) / divisor[:, None]
-    scale = _best_scale(targets, inside, norm, weight)
+        weight = solved.weight.to(weight.dtype) / divisor[:, None]
+    scale = _best_scale(batches, norm, weight)
     name = f"{sublayer.post_norm.module}.weight"
     own = layer.get_parameter(name)
     tensors = as_tensors(sublayer, Map(weight), dict(layer.named_parameters()))
     return {**tensors, name: (scale - sublayer.post_norm.offset).to(own)}
 
 
-def _rescaled(
-    targets: ReconstructionTargets,
-    inside: InsideLayer,
-    weight: Tensor,
-    scale: Tensor,
-    kept: list[int],
-) -> Tensor:
+class _Batches:
+    """Features f_t, what the sublayer should add, and token weights, batch by batch.
+
+    They are read several times, so they are held in main memory if they are small.
+    """
+
+    def __init__(
+        self,
+        targets: ReconstructionTargets,
+        layer: nn.Module,
+        sublayer: Sublayer,
+        dtype: torch.dtype,
+    ) -> None:
+        self.processes = targets.stream.processes
+        self._targets = targets
+        self._inside = InsideLayer(targets, layer, sublayer)
+        self._dtype = dtype
+        hidden = targets.stream.adapter.config.hidden_size
+        tokens = targets.stream.tokens / self.processes.count
+        self._holds = tokens * (sublayer.width + hidden) * dtype.itemsize <= HELD_BYTES
+        self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        device = self._targets.stream.adapter.device
+        for batch in self._targets:
+            if batch.number not in self._held:
+                read, before = self._inside.streams(batch)
+                features = self._inside.features(batch, read).to(self._dtype).flatten(0, 1)
+                missing = batch.missing(self._inside.sublayer, before).flatten(0, 1)
+                found = features, missing, batch.weights
+                if self._holds:
+                    self._held[batch.number] = _moved(found, torch.device("cpu"))
+                yield found
+            else:
+                yield _moved(self._held[batch.number], device)
+
+
+def _moved(
+    tensors: tuple[Tensor, Tensor, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = tensors
+    return first.to(device), second.to(device), third.to(device)
+
+
+def _rescaled(batches: _Batches, weight: Tensor, scale: Tensor, kept: list[int]) -> Tensor:
     """W with the columns of every source layer times the factor that fits the targets best."""
     parts = (weight * scale[:, None]).split(kept, dim=1)
-    count = len(parts)
-    gram, rhs = weight.new_zeros(count, count), weight.new_zeros(count)
-    for batch in targets:
-        read, before = inside.streams(batch)
-        features = inside.features(batch, read).to(weight).flatten(0, 1)
-        missing = batch.missing(inside.sublayer, before).to(weight).flatten(0, 1)
-        root = batch.weights.to(weight).sqrt()[:, None]
-        added = torch.stack(
-            [
-                (root * (own @ part.T)).flatten()
-                for own, part in zip(features.split(kept, dim=1), parts, strict=True)
-            ]
-        )
+    gram, rhs = weight.new_zeros(len(parts), len(parts)), weight.new_zeros(len(parts))
+    for features, missing, weights in batches:
+        root = weights.to(weight).sqrt()[:, None]
+        columns = zip(features.split(kept, dim=1), parts, strict=True)
+        added = torch.stack([(root * (own @ part.T)).flatten() for own, part in columns])
         gram += added @ added.T
-        rhs += added @ (root * missing).flatten()
-    targets.stream.processes.all_reduce(gram, rhs)
+        rhs += added @ (root * missing.to(weight)).flatten()
+    batches.processes.all_reduce(gram, rhs)
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())
     factors = torch.linalg.solve(gram, rhs)
     factors = factors.where(factors > 0, 1.0)
-    columns = torch.repeat_interleave(factors, torch.tensor(kept, device=factors.device))
-    return weight * columns
+    return weight * factors.repeat_interleave(torch.tensor(kept, device=factors.device))
 
 
-def _best_scale(
-    targets: ReconstructionTargets, inside: InsideLayer, norm: OutputNorm, weight: Tensor
-) -> Tensor:
+def _best_scale(batches: _Batches, norm: OutputNorm, weight: Tensor) -> Tensor:
     """g, by least squares for every channel; the norm's own where a channel is silent."""
     sums = weight.new_zeros(2, len(weight), dtype=torch.float64)
-    for batch in targets:
-        read, before = inside.streams(batch)
-        outputs = inside.features(batch, read).to(weight) @ weight.T
-        normed = (outputs * norm.inverse_rms(outputs)).flatten(0, 1).double()
-        missing = batch.missing(inside.sublayer, before).flatten(0, 1).double()
-        weights = batch.weights.double()[:, None]
-        sums[0] += (weights * missing * normed).sum(dim=0)
-        sums[1] += (weights * normed.square()).sum(dim=0)
-    targets.stream.processes.all_reduce(sums)
+    for features, missing, weights in batches:
+        outputs = features @ weight.T
+        normed = (outputs * norm.inverse_rms(outputs)).double()
+        sums[0] += weights.double() @ (missing.double() * normed)
+        sums[1] += weights.double() @ normed.square()
+    batches.processes.all_reduce(sums)
     found = sums[0] / sums[1].clamp_min(1e-30)
     return found.where(sums[1] > 0, norm.scale.double()).to(weight)

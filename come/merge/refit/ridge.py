@@ -184,8 +184,7 @@ class Ridge(Refit):
         ratio = 0.1 if isinstance(self.lambda_, str) else self.lambda_
         kept = sources.kept.get(sublayer.unit)
         columns = [len(units) * sublayer.columns for units in kept] if kept else None
-        adapter = targets.stream.adapter
-        return solve_normed_output(adapter, targets, layer, sublayer, ratio, columns)
+        return solve_normed_output(targets, layer, sublayer, ratio, columns)
 
     def _aligned(
         self,
