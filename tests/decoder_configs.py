@@ -162,6 +162,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {
         **LATENT,
         "layer_types": LINEAR,
+        "layers": 6,
         "layer_group_size": 3,
         "short_conv_kernel_size": 3,
         "num_mtp_layers": 0,
@@ -214,7 +215,7 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {
         **LATENT,
-        "layer_types": cycle("indexed_attention", "sliding_attention"),
+        "layer_types": cycle(*2 * ["indexed_attention"], *2 * ["sliding_attention"]),
         **{"shared_experts_intermediate_size": 28, "swa_num_attention_heads": 2},
         **{"swa_num_key_value_heads": 2, "swa_q_lora_rank": 14, "swa_kv_lora_rank": 10},
         **{"swa_head_dim": 16, "swa_qk_nope_head_dim": 10, "swa_v_head_dim": 12},
@@ -243,7 +244,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA4,
     "glm4_moe": {"use_qk_norm": True},
     "glm4_moe_lite": LATENT,
-    "glm_moe_dsa": {**LATENT, "indexer_types": cycle("full", "shared")},
+    "glm_moe_dsa": {**LATENT, "indexer_types": cycle("full")},
     "gpt_neo": {"attention_types": lambda layers: [[cycle("global", "local")(layers), 1]]},
     "gpt_neox_japanese": {"rope_parameters": rope(0.5)},
     "gpt_oss": {"rope_parameters": {**YARN_ROPE, "truncate": False}},
@@ -263,7 +264,10 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
     "jetmoe": {"kv_channels": 8},
-    "kimi_linear": {**LATENT, "layer_types": HYBRID, "linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {
+        **LATENT,
+        **{"layer_types": HYBRID, "layers": 6, "linear_head_dim": 8, "linear_num_heads": 4},
+    },
     "laguna": {
         "layer_types": LOCAL,
         "mlp_layer_types": DENSE_FIRST,
@@ -272,7 +276,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "moe_router_logit_softcapping": 3.0,
     },
     "lfm2": {"full_attn_idxs": [2, 3], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": {"layer_types": cycle("conv", "conv", "full_attention")},
+    "lfm2_moe": {"layer_types": cycle("conv", "conv", "full_attention"), "layers": 6},
     "lfm3": {
         "layer_types": cycle(*2 * ["conv"], *2 * ["sliding_attention"], *2 * ["full_attention"]),
         "layers": 6,
@@ -314,7 +318,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "moshi": {"sliding_window": 64},  # only its cache has the window
     "mpt": {"attn_config": {"clip_qkv": 2.5, "softmax_scale": 0.3}},
     "nemotron_h": {
-        "layers_block_type": cycle("linear_attention", "moe", "full_attention", "mlp"),
+        "layers_block_type": cycle(
+            *2 * ["linear_attention"], *2 * ["moe"], *2 * ["full_attention"], *2 * ["mlp"]
+        ),
         **{"layers": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16},
         "moe_shared_expert_intermediate_size": 28,
     },
@@ -337,7 +343,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"layer_types": LOCAL},
     "qwen3_5_moe_text": QWEN_LINEAR,
     "qwen3_5_text": QWEN_LINEAR,
-    "qwen3_next": QWEN_LINEAR,
+    "qwen3_next": {**QWEN_LINEAR, "layers": 6},
     "qwen4_exp_text": {
         "layer_types": cycle("linear_attention", "linear_attention", "indexed_attention"),
         "rope_parameters": rope(0.5),
@@ -404,7 +410,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid-dense": ("bailing_hybrid", {**DENSE_LAYERS, "layer_types": HYBRID}),
     "bamba-one_group": ("bamba", ONE_GROUP),
     "deepseek_v2-dense": ("deepseek_v2", DENSE_LAYERS),
+    "deepseek_v2-greedy": ("deepseek_v2", {"topk_method": "greedy"}),
     "deepseek_v3-dense": ("deepseek_v3", DENSE_LAYERS),
+    "deepseek_v3-one_group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "deepseek_v32-dense": ("deepseek_v32", DENSE_LAYERS),
     "falcon_h1-one_group": (
         "falcon_h1",
@@ -413,6 +421,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite-dense": ("glm4_moe_lite", DENSE_LAYERS),
     "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "kimi_linear-dense": ("kimi_linear", DENSE_LAYERS),
+    "lfm2_moe-no_bias": ("lfm2_moe", {"use_expert_bias": False}),
     "mamba2-one_group": ("mamba2", {"n_groups": 1}),
     "nemotron_h-dense": ("nemotron_h", DENSE_HYBRID),
     "qwen3_next-dense": ("qwen3_next", {"mlp_only_layers": indices(1)}),

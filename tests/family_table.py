@@ -1,11 +1,12 @@
-"""The table of decoder types in docs/families.md: python -m tests.family_table writes it."""
+"""The tables of decoder types in docs/families.md: python -m tests.family_table writes them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from come.models.families import FAMILIES, REFUSED, layout_of
-from come.models.layout import LayerLayout, Sublayer
+from come.models.layout import LayerLayout, Sublayer, SublayerKind
 from tests.decoders import DECODERS, NOT_BUILT
 
 FILE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -13,21 +14,28 @@ UNITS = {
     "kv_group": "KV groups",
     "channel": "channels",
     "expert": "experts",
-    "shared_channel": "channels of the shared expert",
-    "ssm_group": "SSM groups",
+    "shared_channel": "shared channels",
+    "group": "state space groups",
+    "key_head": "key heads",
+    "conv_channel": "convolution channels",
+    "block": "recurrence blocks",
+    "head": "recurrence heads",
 }
 HEAD = """# Decoder families
 
-Every causal decoder type that transformers builds, and what `come` merges of it. **Units**: the
-units of all sublayers are chosen freely from all layers of a span. **Opaque mixer**: the sublayer
-that mixes tokens is kept from one layer as a whole, because its units are coupled, and its output
-projection is refitted; the other units are chosen freely. Layers of different kinds (windows,
-dense or sparse, attention or recurrence) are merged with their own kind; `merge.kinds=first` also
-merges layers that differ in their kind but not in their tensors.
+Every causal decoder type that transformers builds, and the units that `come` chooses from the
+layers of a span. A **whole** mixer, or whole experts, are kept from one layer, because their units
+are coupled; only their output projection is refitted. Shared channels are those of an expert that
+every token reads; routed experts are one unit if their router picks groups of them first. KV groups
+are key and value heads with the query heads that read them, key heads those of linear attention
+with their value heads. Where layers differ, in windows, experts or mixers, each is merged with
+others of its kind; `merge.kinds=first` also merges layers that differ in their kind but not in
+their tensors.
 
 For every supported type, tests check on a small random model that the description reproduces each
 layer, that a layer kept whole stays as it was, and that the model merged by `come` and `come_plus`
-can be saved, loaded and used to generate. `python -m tests.family_table` makes this table.
+can be saved, loaded and used to generate. `python -m tests.family_table` makes these tables, and
+[Add a family](extend.md#a-decoder-family) tells how to describe another type.
 """
 
 
@@ -36,46 +44,52 @@ def supported() -> list[str]:
     return sorted(name for name in DECODERS if name in FAMILIES)
 
 
-def status(model_type: str) -> tuple[str, str]:
-    """How a type is supported, and the units of its layers or the reason against it."""
-    if model_type in NOT_BUILT:
-        return "not built", NOT_BUILT[model_type]
-    if model_type not in FAMILIES:
-        return "refused", REFUSED.get(model_type, "not described yet")
-    try:
-        layouts = layout_of(DECODERS[model_type]()).layers
-    except ValueError as error:
-        return "some forms", str(error)
-    described = list(dict.fromkeys(describe(layout) for layout in layouts))
-    opaque = any(sublayer.opaque for layout in layouts for sublayer in layout)
-    return "opaque mixer" if opaque else "units", " or ".join(described)
+def columns(model_type: str) -> tuple[str, str]:
+    """The units of the sublayers that mix tokens, and of the others, of all layers of a type."""
+    layouts = layout_of(DECODERS[model_type]()).layers
+    mixers = listed(units(layout, "attention") for layout in layouts)
+    others = listed(units(layout, "ffn") for layout in layouts)
+    if any(len(layout.of("attention")) == 0 or len(layout.of("ffn")) == 0 for layout in layouts):
+        return mixers, f"{others}; in layers of their own" if others else "none"
+    same = all(layout.sublayers[0].stage == layout.last.stage for layout in layouts)
+    return mixers, f"{others}, beside the mixer" if same else others
 
 
-def describe(layout: LayerLayout) -> str:
-    """The units of one layer, sublayer by sublayer."""
-    stages: dict[int, list[str]] = {}
-    for sublayer in layout:
-        stages.setdefault(sublayer.stage, []).append(describe_sublayer(sublayer))
-    return ", then ".join(" beside ".join(names) for names in stages.values())
+def listed(names: Iterable[str]) -> str:
+    """Different names, each once."""
+    return " or ".join(dict.fromkeys(name for name in names if name))
 
 
-def describe_sublayer(sublayer: Sublayer) -> str:
+def units(layout: LayerLayout, kind: SublayerKind) -> str:
+    """The units of the sublayers of one kind of a layer."""
+    return " + ".join(describe(sublayer) for sublayer in layout.of(kind))
+
+
+def describe(sublayer: Sublayer) -> str:
     """The units of one sublayer."""
-    name = UNITS.get(sublayer.unit, sublayer.unit.replace("_", " "))
-    if sublayer.opaque:
-        name = "mixer as a whole" if sublayer.kind == "attention" else "MLP as a whole"
-    return f"{name} (norm after)" if sublayer.post_norm else name
+    if not sublayer.opaque:
+        return UNITS[sublayer.unit]
+    if sublayer.joined:
+        return "whole experts"
+    return "whole mixer" if sublayer.kind == "attention" else "whole MLP"
+
+
+def is_whole(model_type: str) -> bool:
+    """Whether any sublayer of a type is kept as a whole."""
+    layouts = layout_of(DECODERS[model_type]()).layers
+    return any(sublayer.opaque for layout in layouts for sublayer in layout)
 
 
 def page() -> str:
     """The page of documentation."""
-    types = sorted({*DECODERS, *NOT_BUILT})
-    rows = [(name, *status(name)) for name in types]
-    counts = {kind: sum(row[1] == kind for row in rows) for kind in ("units", "opaque mixer")}
-    lines = [HEAD, f"{sum(counts.values())} of {len(types)} types are supported: "]
-    lines[-1] += ", ".join(f"{number} with {kind}" for kind, number in counts.items()) + "."
-    lines += ["", "| type | | units, or why not |", "|---|---|---|"]
-    lines += [f"| `{name}` | {kind} | {about} |" for name, kind, about in rows]
+    types, names = sorted({*DECODERS, *NOT_BUILT}), supported()
+    refused = [name for name in types if name not in names]
+    whole = sum(map(is_whole, names))
+    counts = f"{len(names)} of {len(types)} types are supported, {whole} of them with a whole "
+    lines = [HEAD, f"{counts}mixer or whole experts.", "", "| type | mixer | MLP |"]
+    lines += ["|---|---|---|", *(f"| `{n}` | {' | '.join(columns(n))} |" for n in names)]
+    lines += ["", "## Not supported", "", "| type | why |", "|---|---|"]
+    lines += [f"| `{name}` | {REFUSED.get(name, 'not described yet')} |" for name in refused]
     return "\n".join(lines) + "\n"
 
 

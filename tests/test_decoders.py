@@ -1,6 +1,5 @@
 """Every supported decoder type on a small random model: its description, merging and saving."""
 
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,18 +11,14 @@ from come.merge.loop import compress
 from come.merge.norms import fold_norms, folded_roles
 from come.merge.operators.concat import Concat
 from come.models.adapter import ModelAdapter
-from come.models.families import FAMILIES, MIXERS
-from come.models.families.mixers import layers_of
-from come.models.families.parts import ffn
-from come.models.layout import Norm, Part
+from come.models.families import FAMILIES
+from come.models.layout import Part
 from come.models.loading import load_weights
 from come.models.sublayers import hidden_features, run_layer, states_after
 from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import come_plus, paper
 
-UNSUPPORTED_FORMS = {"granitemoehybrid", "nemotron_h"}
-"""Types whose usual form has experts, of which only a dense form is supported."""
-TYPES = [*(t for t in FAMILIES if t in DECODERS and t not in UNSUPPORTED_FORMS), *VARIANTS]
+TYPES = [*(t for t in FAMILIES if t in DECODERS), *VARIANTS]
 OFTEN = {"llama", "opt"}
 """Merged in the fast tests; the others in the slow ones."""
 
@@ -33,20 +28,6 @@ RENAMED = {
     "olmo_hybrid-biases",
 }
 """Types whose tensors have other names in checkpoints; they cannot be read layer by layer."""
-
-
-@pytest.fixture(autouse=True)
-def dense_forms(monkeypatch):
-    """Types with experts, for models all of whose layers have a dense MLP instead."""
-
-    def dense(config, mixers):
-        offset = mixers(config)[0].norm.offset
-        mlp = ffn(config.intermediate_size, norm=Norm("post_attention_layernorm", offset))
-        kinds = getattr(config, "layer_types", None) or ()
-        return layers_of([(mixer, mlp) for mixer in mixers(config)], kinds)
-
-    for model_type in MIXERS.keys() - FAMILIES.keys():
-        monkeypatch.setitem(FAMILIES, model_type, partial(dense, mixers=MIXERS[model_type]))
 
 
 def tokens(model, windows=4, seq=20):
@@ -281,4 +262,5 @@ def check_saved(model, folder):
     again, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        assert torch.equal(again.eval()(ids, use_cache=False).logits, logits)
+        found = again.eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)  # memory is aligned differently

@@ -21,7 +21,7 @@ from tests.jobs import job_settings
 
 
 def test_unsupported_families():
-    with pytest.raises(ValueError, match="'bert' is not supported; .* types are, see docs/famil"):
+    with pytest.raises(ValueError, match="'bert' is not known; supported are the .* types"):
         layout_of(BertConfig())
     with pytest.raises(ValueError, match="'bitnet' is not supported: norms before its output"):
         layout_of(BitNetConfig())
@@ -234,8 +234,8 @@ def test_save_does_not_replace_other_folders(pico_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "t5"}, "'t5' is not supported; supported are llama"),
-        ({"model_type": "no_such"}, "'no_such' is not supported; supported are llama"),
+        ({"model_type": "t5"}, "'t5' is not known; supported are the"),
+        ({"model_type": "lama"}, "'lama' is not known; .* .similar: llama, "),
         ({"hidden_act": "no_such"}, "bad configuration"),
         ({"hidden_size": "wide"}, "bad configuration"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "bad configuration"),

@@ -9,8 +9,9 @@ from transformers import AutoConfig
 from come.merge.loop import compress
 from come.models.adapter import ModelAdapter
 from come.models.dialects import derived_config
-from come.models.families import FAMILIES, REFUSED, layout_of
+from come.models.families import FAMILIES, REFUSED, check_model_type, layout_of
 from come.models.surgery import reindex_config
+from tests.decoder_configs import KEYS
 from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import build_method, come_plus, read_recipe
 from tests.test_decoders import tokens
@@ -21,16 +22,17 @@ def test_refused(model_type):
     """A type that cannot be supported says why, in one line."""
     assert model_type not in FAMILIES
     with pytest.raises(ValueError, match=f"'{model_type}' is not supported: ") as error:
-        layout_of(DECODERS[model_type]())
+        check_model_type(model_type)
     assert "\n" not in str(error.value)
 
 
 def test_refused_forms():
-    """Forms with experts name what is supported."""
-    with pytest.raises(ValueError, match="8 experts a layer; supported is the form without"):
-        layout_of(DECODERS["granitemoehybrid"]())
-    with pytest.raises(ValueError, match="layer 1 of this Nemotron-H is 'moe'"):
-        layout_of(DECODERS["nemotron_h"]())
+    """Forms that are not supported name what is."""
+    with pytest.raises(ValueError, match=r"8 projected channels .moe_latent_size"):
+        layout_of(DECODERS["nemotron_h"](moe_latent_size=8))
+    kinds = ["full", "full", "shared", "full"]
+    with pytest.raises(ValueError, match="layer 2 of this model reads the tokens"):
+        layout_of(DECODERS["glm_moe_dsa"](indexer_types=kinds))
     with pytest.raises(ValueError, match="weight_mode='fused'"):
         layout_of(DECODERS["xlstm"](weight_mode="fused"))
 
@@ -89,7 +91,7 @@ def test_copy_after_gradients():
 
 def legacy(folder, model_type, changes, dropped=()):
     """Writes a configuration as another version of transformers would, and reads it."""
-    config = VARIANTS[model_type]()
+    config = {**DECODERS, **VARIANTS}[model_type]()
     config.dtype = torch.float32
     config.save_pretrained(folder)
     path = folder / "config.json"
@@ -119,14 +121,29 @@ def test_computed_keys(tmp_path):
 
 def test_layers_counted_from_one(tmp_path):
     """Lists in a mapping that count layers from 1 are kept in step."""
-    own = {"full_attn_layers": [3, 4], "kda_layers": [1, 2], "head_dim": 8, "num_heads": 4}
-    changes = {"linear_attn_config": own, "first_k_dense_replace": 4}
+    own = {"full_attn_layers": [3, 4], "kda_layers": [1, 2, 5, 6], "head_dim": 8, "num_heads": 4}
+    changes = {"linear_attn_config": own, "first_k_dense_replace": 6}
     dropped = ["layer_types", "mlp_layer_types"]
     config = legacy(tmp_path, "kimi_linear-dense", changes, dropped)
     reindex_config(config, [0, 2, 3])
     found = derived_config(tmp_path, config, tmp_path)
     assert found["linear_attn_config"] == own | {"full_attn_layers": [2, 3], "kda_layers": [1]}
     assert found["layer_types"] == ["linear_attention", "full_attention", "full_attention"]
+
+
+def test_sizes_by_layer(tmp_path):
+    """Layers whose heads have other sizes keep them, also if the base lists them by older names."""
+    older = [*2 * ["full_attention"], *2 * ["sliding_attention"]]
+    sizes = {k: v for k, v in KEYS["dots3_note_text"].items() if k.startswith("swa_")}
+    changes = {"layer_types": older, "swa_qk_rope_head_dim": 6, **sizes}
+    dropped = ["per_layer_config", "rope_parameters"]
+    config = legacy(tmp_path, "dots3_note_text", changes, dropped)
+    before = layout_of(config).layers
+    reindex_config(config, [0, 2, 3])
+    assert layout_of(config).layers == (before[0], before[2], before[3])
+    found = derived_config(tmp_path, config, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert layout_of(AutoConfig.from_pretrained(tmp_path)) == layout_of(config)
 
 
 def test_text_model_of_a_wrapper(tmp_path):

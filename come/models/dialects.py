@@ -47,7 +47,8 @@ def derived_config(base: Path, config: PretrainedConfig, folder: Path) -> dict[s
         own, given = own.get_text_config(decoder=True), dict(given.get("text_config", {}))
     before, after = _plain(own), _plain(config)
     changed = {key: after[key] for key in after if after[key] != before.get(key)}
-    changed = {key: _as_named(changed[key], before.get(key), given.get(key)) for key in changed}
+    if "per_layer_config" not in changed:  # transformers reads no older names beside it
+        changed = {key: _as_named(changed[key], before.get(key), given.get(key)) for key in changed}
     for key in given.keys() - after.keys():  # keys that the configuration computes from others
         computed = getattr(own, key, None), getattr(config, key, None)
         if computed[0] == given[key] and computed[1] not in (None, given[key]):

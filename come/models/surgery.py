@@ -90,6 +90,7 @@ def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
 def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Updates all per-layer keys of `config` for the remaining layers `kept` (old indices)."""
     count = config.num_hidden_layers
+    differing = config.to_dict().get("per_layer_config", {})
     _list_dense_layers(config)
     for key in PER_LAYER_LISTS:
         value = getattr(config, key, None)
@@ -131,6 +132,9 @@ def reindex_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         config.moe_layer_start_index = sparse[0] if sparse else len(kept)
         config.moe_layer_end_index = sparse[-1] if sparse else len(kept)
     config.num_hidden_layers = len(kept)
+    if differing:  # values that differ between layers, by the layer's index
+        own = {int(index): values for index, values in differing.items()}
+        config.per_layer_config = {new: own[old] for new, old in enumerate(kept) if old in own}
 
 
 def _derived(config: PretrainedConfig, key: str) -> bool:

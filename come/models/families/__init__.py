@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from come.models.families import (
@@ -11,6 +12,7 @@ from come.models.families import (
     latent,
     lfm,
     linear_attention,
+    linear_attention_moe,
     mamba_hybrids,
     moe,
     moe_attention,
@@ -23,8 +25,8 @@ from come.models.families import (
     ungated,
     wrappers,
 )
-from come.models.families.mixers import Mixers
 from come.models.families.parts import Family
+from come.models.families.refused import REFUSED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     **latent.FAMILIES,
     **lfm.FAMILIES,
     **linear_attention.FAMILIES,
+    **linear_attention_moe.FAMILIES,
     **mamba_hybrids.FAMILIES,
     **moe.FAMILIES,
     **moe_attention.FAMILIES,
@@ -51,34 +54,20 @@ FAMILIES: dict[str, Family] = {
     **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
-MIXERS: dict[str, Mixers] = {
-    **latent.MIXERS,
-    **lfm.MIXERS,
-    **linear_attention.MIXERS,
-    **mamba_hybrids.MIXERS,
-}
-"""The mixers of model types that have experts."""
-REFUSED: dict[str, str] = {
-    **dense.REFUSED,
-    **fused.REFUSED,
-    **linear_attention.REFUSED,
-    **mamba_hybrids.REFUSED,
-    **recurrent.REFUSED,
-    **moe_blocks.REFUSED,
-    **wrappers.REFUSED,
-}
-"""Why other types are not supported."""
 
 
 def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError, with the reason or the supported families, for an unsupported type."""
-    if model_type in REFUSED and model_type not in FAMILIES:
+    """Raises ValueError for an unsupported type, with the reason or what is supported."""
+    if model_type in FAMILIES:
+        return
+    if model_type in REFUSED:
         raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model type {model_type!r} is not supported; {len(FAMILIES)} types are, see "
-            "docs/families.md (a family is one function in come/models/families)"
-        )
+    close = get_close_matches(model_type or "", FAMILIES, n=3)
+    similar = f" (similar: {', '.join(close)})" if close else ""
+    raise ValueError(
+        f"model type {model_type!r} is not known; supported are the {len(FAMILIES)} types{similar} "
+        "in docs/families.md, and docs/extend.md tells how to add one, as one function"
+    )
 
 
 def layout_of(config: PretrainedConfig) -> ModelLayout:

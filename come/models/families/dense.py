@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from come.models.families.changes import per_head, with_rows
 from come.models.families.parts import (
     FFN_NORM,
+    HEAD_NORMS,
     INPUT_NORM,
     Family,
     attention,
@@ -45,7 +46,7 @@ def gated(
 
 def head_normed(config: PretrainedConfig) -> ModelLayout:
     """Qwen 3: norms over each head after the query and key projections."""
-    return gated(config, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+    return gated(config, head_norms=HEAD_NORMS)
 
 
 def scaled(config: PretrainedConfig, *, sinks: bool = False) -> ModelLayout:
@@ -105,11 +106,3 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere_compass_text"), side_by_side),
     "stablelm": stablelm,
 }
-
-REFUSED: dict[str, str] = {
-    "bitnet": "norms before its output projections couple all heads, and all channels of the MLP",
-    "diffllama": "its attention depends on the layer's own index, which a merge changes",
-    "doge": "it multiplies the residual stream itself by learned scales",
-    "hrm_text": "it runs through its layers several times",
-}
-"""Types that cannot be supported by unit-level merging as it is, and why."""

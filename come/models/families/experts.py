@@ -6,11 +6,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.experts import Experts
-from come.models.families.parts import FFN_NORM, INPUT_NORM, ffn, kv_groups
+from come.models.families.parts import FFN_NORM, ffn
 from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+CORRECTED = (Rows("gate"), Rows("gate.e_score_correction_bias", reads=False))
+CORRECTED_BLOCK = (Rows("gate"), Rows("e_score_correction_bias", reads=False))
+"""Routers with a bias that corrects which experts are picked, in the router or beside it."""
 
 
 def routed(
@@ -81,57 +85,53 @@ def shared(channels: int, module: str, **others: Any) -> Sublayer:
         inputs=(f"{module}.gate_proj", f"{module}.up_proj"),
         output=f"{module}.down_proj",
         silenced=((module, 0),),
+        **others,
     )
-    return replace(found, name="shared_expert", unit="shared_channel", **others)
+    return beside_experts(found)
 
 
-def with_rows(sublayer: Sublayer, *rows: Rows) -> Sublayer:
-    """The sublayer with more rows in each of its units."""
-    return replace(sublayer, inputs=(*sublayer.inputs, *rows))
+def beside_experts(sublayer: Sublayer) -> Sublayer:
+    """An MLP of any form as a shared expert."""
+    return replace(sublayer, name="shared_expert", unit="shared_channel")
 
 
-def sinks(config: PretrainedConfig, name: str = "self_attn.sinks") -> Rows:
-    """The attention sinks, one for each query head."""
-    return Rows(name, (config.num_attention_heads // kv_groups(config)[0],), reads=False)
-
-
-def opaque_attention(
+def corrected_experts(
     config: PretrainedConfig,
-    *,
-    norm: Norm | None = INPUT_NORM,
-    others: tuple[str, ...] = (),
-) -> Sublayer:
-    """Attention whose heads are coupled, by norms over all heads for example.
+    router: tuple[Rows, ...] = CORRECTED,
+    channels: int | None = None,
+) -> tuple[Sublayer, Sublayer]:
+    """Experts of DeepSeek and its relatives: a router that may have groups, and a shared expert.
 
     Args:
         config: the model's configuration.
-        norm: the norm before it.
-        others: its modules beside `self_attn`, such as a norm of its output.
+        router: the rows of the router.
+        channels: channels of one shared expert; None for those of a routed one.
     """
-    groups, queries, _ = kv_groups(config)
-    modules = ("self_attn", *([norm.module] if norm else []), *others)
-    return Sublayer(
-        name="attention",
-        kind="attention",
-        unit="attention",
-        count=1,
-        norm=norm,
-        inputs=tuple(Rows(name) for name in modules),
-        output="self_attn.o_proj",
-        columns=groups * queries,
-        silenced=(("self_attn", 2),),
-        opaque=True,
+    each = config.moe_intermediate_size
+    number = getattr(config, "n_shared_experts", None) or config.num_shared_experts
+    groups = getattr(config, "n_group", None)
+    return (
+        routed(experts_of(config), each, router=router, groups=groups),
+        shared((channels or each) * number, "mlp.shared_experts"),
     )
 
 
-def summed(experts: tuple[Sublayer, ...], module: str, before: Norm, after: Norm) -> Sublayer:
-    """Routed and shared experts of which only the sum is normalised: one opaque sublayer.
+def experts_of(config: PretrainedConfig) -> int:
+    """Number of experts of one layer."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next(count for name in names if (count := getattr(config, name, None)))
+
+
+def summed(
+    experts: tuple[Sublayer, ...], module: str, before: Norm, after: Norm | None = None
+) -> Sublayer:
+    """Routed and shared experts as one opaque sublayer, for norms that only fit all of them.
 
     Args:
         experts: the experts.
         module: their block.
-        before: the norm before it.
-        after: the norm after it.
+        before: the norm before it, which is kept with the experts.
+        after: the norm of their sum; None for none.
     """
     return Sublayer(
         name="experts",
@@ -139,7 +139,7 @@ def summed(experts: tuple[Sublayer, ...], module: str, before: Norm, after: Norm
         unit="experts",
         count=1,
         norm=before,
-        inputs=tuple(Rows(name) for name in (module, before.module, after.module)),
+        inputs=(Rows(module), Rows(before.module)),
         output=module,
         columns=sum(each.width for each in experts),
         post_norm=after,

@@ -169,9 +169,3 @@ FAMILIES: dict[str, Family] = {
     "persimmon": persimmon,
     **dict.fromkeys(("phi3", "phi4_multimodal"), phi3),
 }
-
-REFUSED: dict[str, str] = {
-    "gpt_neox_japanese": "its last layer adds a bias outside the output projection of attention",
-    "openai-gpt": "it normalises the residual stream itself after every sublayer",
-}
-"""Types that cannot be supported by unit-level merging as it is, and why."""

@@ -1,16 +1,20 @@
-"""Multi-head latent attention with a dense MLP."""
+"""Multi-head latent attention with a dense MLP or experts."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.mixers import Mixers, latent_attention
-from come.models.families.parts import Family, ffn, same_layers
+from come.models.families.experts import corrected_experts, routed, shared, summed
+from come.models.families.mixers import latent_attention
+from come.models.families.parts import FFN_NORM, Family, ffn, same_layers
+from come.models.families.sparse import SparseRule, after_dense, listed, sparse_layers
+from come.models.layout import Norm
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from come.models.layout import ModelLayout, Sublayer
+    from come.models.layout import ModelLayout
 
 
 def latent(config: PretrainedConfig, factor: float = 1.0, **others: Any) -> ModelLayout:
@@ -26,13 +30,73 @@ def minicpm3(config: PretrainedConfig) -> ModelLayout:
     return latent(config, factor, logit_scale=config.dim_model_base / config.hidden_size)
 
 
-def latent_mixers(config: PretrainedConfig) -> list[Sublayer]:
-    """The mixer of every layer of DeepSeek and its relatives."""
-    return [latent_attention(config)] * config.num_hidden_layers
+def deepseek(config: PretrainedConfig, sparse: SparseRule = listed) -> ModelLayout:
+    """Latent attention, then a gated MLP or experts."""
+    mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
+    return sparse_layers(config, sparse(config), latent_attention(config), experts, mlp)
 
 
-FAMILIES: dict[str, Family] = {"minicpm3": minicpm3, "youtu": latent}
+def deepseek_v2(config: PretrainedConfig) -> ModelLayout:
+    """DeepSeek 2, whose router has no correction bias, and groups in its larger form only."""
+    channels = config.moe_intermediate_size
+    groups = config.n_group if config.topk_method == "group_limited_greedy" else 1
+    experts = (
+        routed(config.num_experts, channels, groups=groups),
+        shared(channels * config.n_shared_experts, "mlp.shared_experts"),
+    )
+    mlp = ffn(config.intermediate_size)
+    return sparse_layers(config, after_dense(config), latent_attention(config), experts, mlp)
 
-MIXERS: dict[str, Mixers] = dict.fromkeys(
-    ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), latent_mixers
-)
+
+def axk1(config: PretrainedConfig) -> ModelLayout:
+    """A.X K1: as DeepSeek 3, with a norm of the sum of all experts."""
+    both = summed(corrected_experts(config), "mlp", FFN_NORM, Norm("mlp.post_mlp_layernorm"))
+    mlp = ffn(config.intermediate_size)
+    return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
+
+
+def axk2(config: PretrainedConfig) -> ModelLayout:
+    """A.X K2: gates on the outputs of norms, so experts are kept from one layer with their norm."""
+    both = summed(corrected_experts(config), "mlp", FFN_NORM)
+    mlp = ffn(config.intermediate_size)
+    return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
+
+
+def glm_moe_dsa(config: PretrainedConfig) -> ModelLayout:
+    """GLM 5, each layer of which picks the tokens that its attention reads.
+
+    Raises:
+        ValueError: a layer reads the tokens that an earlier one picked.
+    """
+    shared_picks = [i for i, kind in enumerate(config.indexer_types) if kind == "shared"]
+    if shared_picks:
+        raise ValueError(
+            f"layer {shared_picks[0]} of this model reads the tokens that an earlier layer picked "
+            "(indexer_types has 'shared'); supported are models that have only 'full'"
+        )
+    mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
+    mixer = latent_attention(config, returns=3)
+    return sparse_layers(config, listed(config), mixer, experts, mlp, returns=2)
+
+
+def dots3_note(config: PretrainedConfig) -> ModelLayout:
+    """dots3-note, also with encoders of images and sound; windows have heads of another size."""
+    text = config.get_text_config(decoder=True)
+    mixers = [latent_attention(text.per_layer_config[i]) for i in range(text.num_hidden_layers)]
+    experts = corrected_experts(text, channels=text.shared_experts_intermediate_size)
+    return sparse_layers(text, listed(text), mixers, experts, ffn(text.intermediate_size))
+
+
+FAMILIES: dict[str, Family] = {
+    "axk1": axk1,
+    "axk2": axk2,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": partial(deepseek, sparse=after_dense),
+    "deepseek_v32": deepseek,
+    "dots3_note": dots3_note,
+    "dots3_note_text": dots3_note,
+    "glm4_moe_lite": deepseek,
+    "glm_moe_dsa": glm_moe_dsa,
+    "minicpm3": minicpm3,
+    "youtu": latent,
+}

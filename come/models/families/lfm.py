@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.mixers import Mixers, layers_of, mixer
-from come.models.families.parts import Family, attention, ffn, kv_groups
+from come.models.families.experts import routed
+from come.models.families.mixers import layers_of, mixer
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, kv_groups
+from come.models.families.sparse import after_dense, sparse_layers
 from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from come.models.layout import ModelLayout
-
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def short_convolution(config: PretrainedConfig, **others: Any) -> Sublayer:
@@ -79,6 +79,24 @@ def lfm3(config: PretrainedConfig) -> ModelLayout:
     return layers_of(layers, config.layer_types, final_norm="model.embedding_norm")
 
 
-FAMILIES: dict[str, Family] = {"lfm2": lfm2, "lfm3": lfm3}
+def lfm2_moe(config: PretrainedConfig) -> ModelLayout:
+    """LFM 2 with experts, whose router may have a correction bias."""
+    bias = [Rows("expert_bias", reads=False)] if config.use_expert_bias else []
+    experts = routed(
+        config.num_experts,
+        config.moe_intermediate_size,
+        block="feed_forward",
+        router=(Rows("gate"), *bias),
+        norm=Norm("ffn_norm"),
+    )
+    return sparse_layers(
+        config,
+        after_dense(config, "num_dense_layers"),
+        lfm2_mixers(config),
+        (experts,),
+        lfm_ffn(config.intermediate_size),
+        final_norm="model.embedding_norm",
+    )
 
-MIXERS: dict[str, Mixers] = {"lfm2_moe": lfm2_mixers}
+
+FAMILIES: dict[str, Family] = {"lfm2": lfm2, "lfm2_moe": lfm2_moe, "lfm3": lfm3}

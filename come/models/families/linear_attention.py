@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.mixers import (
-    Mixers,
     delta_net,
     delta_sizes,
     latent_attention,
@@ -14,7 +13,7 @@ from come.models.families.mixers import (
     mixer,
     whole_mixer,
 )
-from come.models.families.parts import Family, attention, ffn, kv_groups
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, kv_groups
 from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from come.models.layout import ModelLayout
 
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 QWEN_NORM, QWEN_FFN_NORM = Norm("input_layernorm", 1.0), Norm("post_attention_layernorm", 1.0)
 POST_NORM, POST_FFN_NORM = Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm")
 
@@ -142,15 +140,4 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_text": qwen3_5,
     "olmo_hybrid": olmo_hybrid,
-}
-
-MIXERS: dict[str, Mixers] = {
-    "qwen3_5_moe_text": qwen3_5_mixers,
-    "qwen3_next": qwen3_next_mixers,
-    "kimi_linear": kimi_mixers,
-    "bailing_hybrid": bailing_mixers,
-}
-
-REFUSED: dict[str, str] = {
-    "minimax": "its residual stream is what its norms return, scaled in every layer",
 }

@@ -1,14 +1,16 @@
-"""Hybrids of Mamba-2 and attention with a dense MLP."""
+"""Hybrids of Mamba-2 and attention with a dense MLP or experts."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.mixers import Mixers, layers_of
-from come.models.families.parts import FFN_NORM, Family, attention, ffn, same_layers
+from come.models.families.experts import CORRECTED, beside_experts, routed
+from come.models.families.mixers import layers_of
+from come.models.families.moe import granite_experts
+from come.models.families.parts import Family, attention, ffn, same_layers
+from come.models.families.sparse import all_sparse, sparse_layers
 from come.models.families.state_space import NORM, mamba2
-from come.models.layout import Gate, Norm, Rows, Sublayer
+from come.models.layout import Norm, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,72 +68,74 @@ def falcon_h1(config: PretrainedConfig) -> ModelLayout:
     return same_layers(config, own, beside, mlp, returns=1, **others)
 
 
-def granite_mixers(config: PretrainedConfig) -> list[Sublayer]:
-    """The mixer of every layer of Granite 4."""
-    return mamba_or_attention(config, factor=config.residual_multiplier)
-
-
 def granite_hybrid(config: PretrainedConfig) -> ModelLayout:
-    """The dense form of Granite 4: Mamba-2 or attention, then an MLP with one input projection.
-
-    Raises:
-        ValueError: the model has experts.
-    """
-    if config.num_local_experts:
-        raise ValueError(
-            f"this Granite has {config.num_local_experts} experts a layer; "
-            "supported is the form without experts (num_local_experts=0)"
-        )
-    factor, channels = config.residual_multiplier, config.shared_intermediate_size
-    fused = "shared_mlp.input_linear"
-    mlp = Sublayer(
-        name="ffn",
-        kind="ffn",
-        unit="channel",
-        count=channels,
-        norm=FFN_NORM,
-        inputs=(Rows(fused, (1, 1)),),
-        output="shared_mlp.output_linear",
-        factor=factor,
-        stage=1,
-        gates=(Gate(fused), Gate(fused, start=channels)),
-        silenced=(("shared_mlp", 0),),
-    )
-    layers = [(own, mlp) for own in granite_mixers(config)]
-    return layers_of(layers, config.layer_types, logit_scale=1 / config.logits_scaling)
+    """Granite 4: Mamba-2 or attention, then experts, a shared expert, or only the latter."""
+    mixers = mamba_or_attention(config, factor=config.residual_multiplier)
+    scale, experts = 1 / config.logits_scaling, granite_experts(config)
+    return sparse_layers(config, all_sparse(config), mixers, experts, logit_scale=scale)
 
 
 def nemotron_hybrid(config: PretrainedConfig) -> ModelLayout:
-    """The dense form of Nemotron-H: each layer is a Mamba-2 mixer, attention, or an MLP.
-
-    Raises:
-        ValueError: a layer is a mixture of experts.
-    """
-    blocks = nemotron_blocks(config)
-    for index, kind in enumerate(config.layers_block_type):
-        if kind not in blocks:
-            raise ValueError(
-                f"layer {index} of this Nemotron-H is {kind!r}; supported are {', '.join(blocks)}"
-            )
-    layers = [(blocks[kind],) for kind in config.layers_block_type]
+    """Nemotron-H: each layer is a Mamba-2 mixer, attention, an MLP, or experts."""
+    layers = [_nemotron_layer(config, kind) for kind in config.layers_block_type]
     return layers_of(layers, config.layers_block_type, final_norm="model.norm_f")
 
 
-def nemotron_blocks(config: PretrainedConfig) -> dict[str, Sublayer]:
-    """The only sublayer of a Nemotron-H layer, by kind of layer."""
-    mlp = partial(ffn, inputs=("mixer.up_proj",), output="mixer.down_proj", norm=NORM, stage=0)
-    return {
-        "linear_attention": mamba2(
+def _nemotron_layer(config: PretrainedConfig, kind: str) -> tuple[Sublayer, ...]:
+    """The sublayers of a layer of Nemotron-H."""
+    if kind == "linear_attention":
+        own = mamba2(
             "mixer",
             heads=config.mamba_num_heads,
             head_dim=config.mamba_head_dim,
             groups=config.n_groups,
             state=config.ssm_state_size,
             norm=NORM,
-        ),
-        "full_attention": attention(config, module="mixer", norm=NORM),
-        "mlp": mlp(config.intermediate_size, silenced=(("mixer", 0),)),
-    }
+        )
+        return (own,)
+    if kind == "full_attention":
+        return (attention(config, module="mixer", norm=NORM),)
+    if kind == "mlp":
+        return (_nemotron_mlp("mixer", config.intermediate_size),)
+    return _nemotron_experts(config)
+
+
+def _nemotron_mlp(module: str, channels: int) -> Sublayer:
+    """An MLP of Nemotron-H, without a gate."""
+    return ffn(
+        channels,
+        inputs=(f"{module}.up_proj",),
+        output=f"{module}.down_proj",
+        norm=NORM,
+        silenced=((module, 0),),
+        stage=0,
+    )
+
+
+def _nemotron_experts(config: PretrainedConfig) -> tuple[Sublayer, Sublayer]:
+    """Routed experts without gates, and a shared one.
+
+    Raises:
+        ValueError: routed experts read a projection of the states.
+    """
+    if config.moe_latent_size is not None:
+        raise ValueError(
+            f"the experts of this Nemotron-H read and write {config.moe_latent_size} projected "
+            "channels (moe_latent_size), which is not supported"
+        )
+    experts = routed(
+        config.n_routed_experts,
+        config.moe_intermediate_size,
+        block="mixer",
+        router=CORRECTED,
+        groups=config.n_group,
+        norm=NORM,
+        stage=0,
+        inputs=("up_proj",),
+        activation="act_fn",
+    )
+    mlp = _nemotron_mlp("mixer.shared_experts", config.moe_shared_expert_intermediate_size)
+    return experts, beside_experts(mlp)
 
 
 FAMILIES: dict[str, Family] = {
@@ -139,13 +143,4 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": falcon_h1,
     "granitemoehybrid": granite_hybrid,
     "nemotron_h": nemotron_hybrid,
-}
-
-MIXERS: dict[str, Mixers] = {"granitemoehybrid": granite_mixers}
-
-REFUSED: dict[str, str] = {
-    "jamba": "its configuration places attention and experts by periods, "
-    "and cannot describe the layers that are left",
-    "zamba": "its attention layers share one transformer block",
-    "zamba2": "its attention layers share transformer blocks, chosen by the layer's index",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.parts import INPUT_NORM
@@ -10,9 +10,6 @@ from come.models.layout import LayerLayout, ModelLayout, Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Mixers = Callable[["PretrainedConfig"], list[Sublayer]]
-"""Makes the mixer of every layer of a model from its configuration."""
 
 
 def mixer(
@@ -98,7 +95,7 @@ def whole_mixer(
 def latent_attention(config: PretrainedConfig, **others: Any) -> Sublayer:
     """Multi-head latent attention: all heads read the same latent states of keys and values."""
     width = config.num_attention_heads * config.v_head_dim
-    return whole_mixer("self_attn", width, output="o_proj", returns=2, **others)
+    return whole_mixer("self_attn", width, **{"output": "o_proj", "returns": 2, **others})
 
 
 def delta_net(

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from come.models.families.experts import opaque_attention, routed, shared, sinks, with_rows
-from come.models.families.parts import Family, attention, ffn
-from come.models.families.sparse import after_dense, all_sparse, in_steps, listed, sparse_layers
-from come.models.layout import Gate, Rows
+from come.models.families.changes import opaque, per_head, with_rows
+from come.models.families.experts import (
+    CORRECTED_BLOCK,
+    beside_experts,
+    corrected_experts,
+    routed,
+    shared,
+)
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, fused_ffn
+from come.models.families.sparse import (
+    SparseRule,
+    after_dense,
+    all_sparse,
+    in_steps,
+    listed,
+    sparse_layers,
+)
+from come.models.layout import Rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from come.models.layout import ModelLayout, Sublayer
-
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-CORRECTED = (Rows("gate"), Rows("gate.e_score_correction_bias", reads=False))
-CORRECTED_BLOCK = (Rows("gate"), Rows("e_score_correction_bias", reads=False))
 
 
 def mixtral(config: PretrainedConfig, router: str = "gate") -> ModelLayout:
@@ -31,7 +40,8 @@ def coupled_heads(config: PretrainedConfig, corrected: bool = False) -> ModelLay
     """As `mixtral`, with norms over all query heads and over all key heads."""
     router = CORRECTED_BLOCK if corrected else (Rows("gate"),)
     experts = routed(config.num_local_experts, config.intermediate_size, router=router)
-    return sparse_layers(config, all_sparse(config), opaque_attention(config), (experts,))
+    own = opaque(attention(config), "self_attn")
+    return sparse_layers(config, all_sparse(config), own, (experts,))
 
 
 def qwen3_moe(config: PretrainedConfig) -> ModelLayout:
@@ -62,7 +72,8 @@ def qwen2_moe(config: PretrainedConfig) -> ModelLayout:
 
 def flint(config: PretrainedConfig) -> ModelLayout:
     """Attention sinks, norms over each head, and a shared expert."""
-    own = with_rows(attention(config, shared=HEAD_NORMS), sinks(config))
+    own = attention(config, shared=HEAD_NORMS)
+    own = with_rows(own, *per_head(config, "self_attn.sinks"))
     experts = (
         routed(config.num_experts, config.moe_intermediate_size),
         shared(config.shared_expert_intermediate_size, "mlp.shared_expert"),
@@ -72,31 +83,34 @@ def flint(config: PretrainedConfig) -> ModelLayout:
 
 def granite(config: PretrainedConfig) -> ModelLayout:
     """Sublayers times a constant; a shared expert outside the block, with fused projections."""
-    factor, block = config.residual_multiplier, "block_sparse_moe"
-    own = attention(config, factor=factor)
+    own = attention(config, factor=config.residual_multiplier)
     if config.model_type == "granitemoe_swa":
-        own = with_rows(own, sinks(config))
-    experts: tuple[Sublayer, ...] = (
-        routed(
-            config.num_local_experts,
-            config.intermediate_size,
-            block=block,
-            router=(Rows("router"),),
-            factor=factor,
-        ),
-    )
-    channels = getattr(config, "shared_intermediate_size", 0)
-    if channels:
-        fused = "shared_mlp.input_linear"
-        own_shared = replace(
-            shared(channels, "shared_mlp", factor=factor),
-            inputs=(Rows(fused, (1, 1)),),
-            gates=(Gate(fused), Gate(fused, start=channels)),
-            output="shared_mlp.output_linear",
-        )
-        experts = (*experts, own_shared)
+        own = with_rows(own, *per_head(config, "self_attn.sinks"))
     scale = 1 / config.logits_scaling
+    experts = granite_experts(config)
     return sparse_layers(config, all_sparse(config), own, experts, logit_scale=scale)
+
+
+def granite_experts(config: PretrainedConfig) -> tuple[Sublayer, ...]:
+    """The experts of Granite, with or without a shared one; only that one if there are none."""
+    count, factor = config.num_local_experts, config.residual_multiplier
+    mlp = fused_ffn(
+        getattr(config, "shared_intermediate_size", 0),
+        "shared_mlp.input_linear",
+        output="shared_mlp.output_linear",
+        silenced=(("shared_mlp", 0),),
+        factor=factor,
+    )
+    if not count:
+        return (mlp,)
+    experts = routed(
+        count,
+        config.intermediate_size,
+        block="block_sparse_moe",
+        router=(Rows("router"),),
+        factor=factor,
+    )
+    return (experts, beside_experts(mlp)) if mlp.count else (experts,)
 
 
 def gpt_oss(config: PretrainedConfig) -> ModelLayout:
@@ -110,47 +124,36 @@ def gpt_oss(config: PretrainedConfig) -> ModelLayout:
         transposed=True,
         output_transposed=True,
     )
-    own = with_rows(attention(config), sinks(config))
+    own = with_rows(attention(config), *per_head(config, "self_attn.sinks"))
     return sparse_layers(config, all_sparse(config), own, (experts,))
 
 
-def corrected(config: PretrainedConfig, head_norms: bool = True) -> ModelLayout:
-    """Routers with a correction bias and with groups, and a shared expert."""
-    if config.model_type in ("glm4_moe", "dots1"):
-        sparse = after_dense(config)
-    else:
-        sparse = listed(config) if hasattr(config, "mlp_layer_types") else all_sparse(config)
-    number = getattr(config, "n_shared_experts", None) or config.num_shared_experts
-    channels = config.moe_intermediate_size
-    experts = (
-        routed(experts_of(config), channels, router=CORRECTED, groups=config.n_group),
-        shared(channels * number, "mlp.shared_experts"),
-    )
+def corrected(
+    config: PretrainedConfig, sparse: SparseRule = listed, head_norms: bool = True
+) -> ModelLayout:
+    """Routers with a correction bias and with groups, and a shared expert.
+
+    Args:
+        config: the model's configuration.
+        sparse: which layers have experts.
+        head_norms: whether there are norms over each head.
+    """
     own = attention(config, shared=HEAD_NORMS if head_norms else ())
-    dense = None if all(sparse) else ffn(config.intermediate_size)
-    return sparse_layers(config, sparse, own, experts, dense)
+    layers = sparse(config)
+    dense = None if all(layers) else ffn(config.intermediate_size)
+    return sparse_layers(config, layers, own, corrected_experts(config), dense)
 
 
 def glm4_moe(config: PretrainedConfig) -> ModelLayout:
     """As `corrected`, with norms over each head in the larger models only."""
-    return corrected(config, config.use_qk_norm)
+    return corrected(config, after_dense, config.use_qk_norm)
 
 
 def hy_v3(config: PretrainedConfig) -> ModelLayout:
     """As `corrected` without groups, the correction bias beside the router."""
-    channels = config.moe_intermediate_size
-    experts = (
-        routed(experts_of(config), channels, router=CORRECTED_BLOCK),
-        shared(channels * config.num_shared_experts, "mlp.shared_experts"),
-    )
+    experts = corrected_experts(config, CORRECTED_BLOCK)
     own = attention(config, shared=HEAD_NORMS)
     return sparse_layers(config, listed(config), own, experts, ffn(config.intermediate_size))
-
-
-def experts_of(config: PretrainedConfig) -> int:
-    """Number of experts of one layer."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return next(count for name in names if (count := getattr(config, name, None)))
 
 
 FAMILIES: dict[str, Family] = {
@@ -162,11 +165,11 @@ FAMILIES: dict[str, Family] = {
     "phimoe": partial(mixtral, router="router"),
     "gpt_oss": gpt_oss,
     "glm4_moe": glm4_moe,
-    "dots1": corrected,
+    "dots1": partial(corrected, sparse=after_dense),
     "minimax_m2": partial(coupled_heads, corrected=True),
     "mellum": qwen3_moe,
     "exaone_moe": corrected,
     "hy_v3": hy_v3,
-    "solar_open": partial(corrected, head_norms=False),
+    "solar_open": partial(corrected, sparse=all_sparse, head_norms=False),
     "flint": flint,
 }

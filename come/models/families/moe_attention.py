@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from come.models.families.experts import routed, shared, sinks
-from come.models.families.moe import CORRECTED, HEAD_NORMS
-from come.models.families.parts import INPUT_NORM, Family, attention, ffn
+from come.models.families.changes import opaque
+from come.models.families.experts import CORRECTED, beside_experts, routed, shared
+from come.models.families.parts import (
+    FFN_NORM,
+    HEAD_NORMS,
+    INPUT_NORM,
+    Family,
+    attention,
+    ffn,
+    fused_ffn,
+)
 from come.models.families.sparse import listed, sparse_layers
-from come.models.layout import Rows, Sublayer
+from come.models.layout import Norm, Rows, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,7 +47,8 @@ def laguna(config: PretrainedConfig) -> ModelLayout:
         ),
         shared(config.shared_expert_intermediate_size, "mlp.shared_experts"),
     )
-    return sparse_layers(config, listed(config), own, experts, ffn(config.intermediate_size))
+    layers = [own(index) for index in range(config.num_hidden_layers)]
+    return sparse_layers(config, listed(config), layers, experts, ffn(config.intermediate_size))
 
 
 def cohere(config: PretrainedConfig) -> ModelLayout:
@@ -67,7 +76,7 @@ def mimo(config: PretrainedConfig) -> ModelLayout:
         rows = {"q_proj": each * size, "k_proj": size, "v_proj": values}
         inputs = [Rows(f"self_attn.{name}", (count,)) for name, count in rows.items()]
         if window:
-            inputs.append(replace(sinks(config), sizes=(each,)))
+            inputs.append(Rows("self_attn.sinks", (each,), reads=False))
         found = attention(config)
         return replace(found, count=groups, inputs=tuple(inputs), columns=each * values)
 
@@ -78,11 +87,41 @@ def mimo(config: PretrainedConfig) -> ModelLayout:
         groups=config.n_group,
     )
     dense = ffn(config.intermediate_size)
-    return sparse_layers(config, listed(config), own, (experts,), dense)
+    layers = [own(index) for index in range(config.num_hidden_layers)]
+    return sparse_layers(config, listed(config), layers, (experts,), dense)
+
+
+def minimax_m3(config: PretrainedConfig) -> ModelLayout:
+    """Attention to blocks of tokens in some layers, which is kept whole; scales of 1 + weight."""
+    before, after = (Norm(norm.module, 1.0) for norm in (INPUT_NORM, FFN_NORM))
+    full = attention(config, norm=before, shared=HEAD_NORMS)
+    mixers = {"full_attention": full, "minimax_m3_sparse": opaque(full, "self_attn")}
+    experts = (
+        routed(
+            config.num_local_experts,
+            config.intermediate_size,
+            router=CORRECTED,
+            factor=config.routed_scaling_factor,
+            norm=after,
+        ),
+        beside_experts(
+            fused_ffn(
+                config.shared_intermediate_size,
+                "mlp.shared_experts.gate_up_proj",
+                output="mlp.shared_experts.down_proj",
+                silenced=(("mlp.shared_experts", 0),),
+                norm=after,
+            )
+        ),
+    )
+    dense = fused_ffn(config.dense_intermediate_size, norm=after)
+    layers = [mixers[kind] for kind in config.layer_types]
+    return sparse_layers(config, listed(config), layers, experts, dense)
 
 
 FAMILIES: dict[str, Family] = {
     "cohere2_moe": cohere,
     "laguna": laguna,
     "mimo_v2_flash": mimo,
+    "minimax_m3_vl_text": minimax_m3,
 }

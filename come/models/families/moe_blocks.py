@@ -150,7 +150,3 @@ FAMILIES: dict[str, Family] = {
     "aria_text": aria,
     "dbrx": dbrx,
 }
-REFUSED: dict[str, str] = {
-    "jetmoe": "its attention has experts for queries and outputs, in place of one projection",
-    "beam": "it scales the residual stream by a number that depends on the layer's place",
-}

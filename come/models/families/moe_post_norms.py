@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from come.models.families.experts import opaque_attention, routed, shared, summed, with_rows
-from come.models.families.moe import CORRECTED, HEAD_NORMS
-from come.models.families.parts import FFN_NORM, Family, attention, ffn
-from come.models.families.sparse import all_sparse, sparse_layers
+from come.models.families.changes import opaque, with_rows
+from come.models.families.experts import CORRECTED, routed, shared, summed
+from come.models.families.parts import FFN_NORM, HEAD_NORMS, Family, attention, ffn
+from come.models.families.sparse import after_dense, all_sparse, sparse_layers
 from come.models.layout import Norm, Rows
 
 if TYPE_CHECKING:
@@ -19,15 +18,15 @@ if TYPE_CHECKING:
 
 def flex_olmo(config: PretrainedConfig) -> ModelLayout:
     """As `coupled_heads`, with norms after the sublayers instead of before."""
-    after = Norm("post_attention_layernorm")
-    own = opaque_attention(config, norm=None, others=(after.module,))
+    own = attention(config, norm=None, post_norm=Norm("post_attention_layernorm"))
     experts = routed(
         config.num_experts,
         config.intermediate_size,
         norm=None,
         post_norm=Norm("post_feedforward_layernorm"),
     )
-    return sparse_layers(config, all_sparse(config), replace(own, post_norm=after), (experts,))
+    own = opaque(own, "self_attn")
+    return sparse_layers(config, all_sparse(config), own, (experts,))
 
 
 def afmoe(config: PretrainedConfig) -> ModelLayout:
@@ -43,7 +42,7 @@ def afmoe(config: PretrainedConfig) -> ModelLayout:
     )
     return sparse_layers(
         config,
-        [index >= config.num_dense_layers for index in range(config.num_hidden_layers)],
+        after_dense(config, "num_dense_layers"),
         own,
         (summed(experts, "mlp", before, after),),
         ffn(config.intermediate_size, norm=before, post_norm=after),

@@ -18,6 +18,8 @@ Family = Callable[["PretrainedConfig"], ModelLayout]
 
 INPUT_NORM = Norm("input_layernorm")
 FFN_NORM = Norm("post_attention_layernorm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Norms over each head after the query and key projections."""
 
 
 def attention(
@@ -158,10 +160,12 @@ def kv_groups(config: PretrainedConfig, groups: int | None = None) -> tuple[int,
 
 def layer_kind(config: PretrainedConfig, index: int) -> str:
     """The configuration's entries for one layer, such as its kind of attention."""
-    lists = [getattr(config, key, None) for key in PER_LAYER_LISTS]
-    count = config.num_hidden_layers
-    own = (found[index] for found in lists if isinstance(found, list) and len(found) == count)
-    return ", ".join(str(value) for value in own)
+    lists: list[list[object]] = []
+    for key in PER_LAYER_LISTS:
+        found = getattr(config, key, None)
+        if isinstance(found, list) and len(found) == config.num_hidden_layers:
+            lists += [found] if found not in lists else []  # some lists have two names
+    return ", ".join(str(found[index]) for found in lists)
 
 
 def same_layers(config: PretrainedConfig, *sublayers: Sublayer, **others: Any) -> ModelLayout:

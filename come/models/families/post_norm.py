@@ -6,13 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.changes import opaque, wrapped
-from come.models.families.parts import Family, attention, ffn, fused_ffn, same_layers
+from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, fused_ffn, same_layers
 from come.models.layout import ModelLayout, Norm, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def gemma2(config: PretrainedConfig, **others: Any) -> ModelLayout:

@@ -93,9 +93,3 @@ def xlstm(config: PretrainedConfig) -> ModelLayout:
 
 
 FAMILIES: dict[str, Family] = {"recurrent_gemma": recurrent_gemma, "xlstm": xlstm}
-
-REFUSED: dict[str, str] = {
-    "rwkv": "the output of its MLP is multiplied by a gate of the token, "
-    "and its first layer begins with a norm of the embeddings",
-    "blt": "its layers are in four stacks, two of which read bytes and one patches",
-}

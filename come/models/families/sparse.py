@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from come.models.families.parts import layer_kind
 from come.models.layout import LayerLayout, ModelLayout, Sublayer
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 Sparse = Sequence[bool]
 """For every layer, whether it has experts."""
+SparseRule = Callable[["PretrainedConfig"], Sparse]
+"""Reads from a configuration which layers have experts."""
 
 
 def all_sparse(config: PretrainedConfig) -> Sparse:
@@ -19,9 +22,9 @@ def all_sparse(config: PretrainedConfig) -> Sparse:
     return [True] * config.num_hidden_layers
 
 
-def after_dense(config: PretrainedConfig) -> Sparse:
-    """All layers but the first ones, by `first_k_dense_replace`."""
-    return [i >= config.first_k_dense_replace for i in range(config.num_hidden_layers)]
+def after_dense(config: PretrainedConfig, key: str = "first_k_dense_replace") -> Sparse:
+    """All layers but the first ones, whose number the configuration has under a key."""
+    return [i >= getattr(config, key) for i in range(config.num_hidden_layers)]
 
 
 def listed(config: PretrainedConfig) -> Sparse:
@@ -37,20 +40,10 @@ def in_steps(config: PretrainedConfig) -> Sparse:
     ]
 
 
-def layer_kind(config: PretrainedConfig, index: int) -> str:
-    """What distinguishes a layer: its window, and its rotary embeddings if each has its own."""
-    found = []
-    for key in ("layer_types", "layer_rope_theta", "no_rope_layers"):
-        values = getattr(config, key, None)
-        if values:
-            found.append(str(values[index]))
-    return ", ".join(found)
-
-
 def sparse_layers(
     config: PretrainedConfig,
     sparse: Sparse,
-    attention: Sublayer | Callable[[int], Sublayer],
+    attention: Sublayer | Sequence[Sublayer],
     experts: tuple[Sublayer, ...],
     dense: Sublayer | None = None,
     **others: Any,
@@ -60,14 +53,14 @@ def sparse_layers(
     Args:
         config: the model's configuration.
         sparse: which layers have experts.
-        attention: the attention of all layers, or of each by its index.
+        attention: the attention or other mixer of all layers, or of each.
         experts: the routed experts, and the shared one if there is one.
         dense: the MLP of the other layers.
         others: further attributes of the model.
     """
+    mixers = [attention] * len(sparse) if isinstance(attention, Sublayer) else attention
     layers = []
-    for index, has_experts in enumerate(sparse):
-        own = attention if isinstance(attention, Sublayer) else attention(index)
+    for index, (own, has_experts) in enumerate(zip(mixers, sparse, strict=True)):
         assert has_experts or dense is not None
         ffns = experts if has_experts or dense is None else (dense,)
         layers.append(LayerLayout((own, *ffns), layer_kind(config, index)))

@@ -12,8 +12,3 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": wrapped(gated, "model.language_model"),
     "moss_transcribe_diarize": wrapped(head_normed, "model.language_model"),
 }
-
-REFUSED: dict[str, str] = {
-    "emu3": "transformers loads its text model alone, and cannot load it again once it is saved",
-}
-"""Types that cannot be supported as they are, and why."""
