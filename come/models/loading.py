@@ -79,7 +79,7 @@ class ModelShape:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return len(self.layouts)
+        return self.text_config.num_hidden_layers
 
     @property
     def text_config(self) -> PretrainedConfig:
