@@ -19,8 +19,16 @@ from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import come_plus, paper
 
 TYPES = [*(t for t in FAMILIES if t in DECODERS), *VARIANTS]
-OFTEN = {"llama", "opt"}
-"""Merged in the fast tests; the others in the slow ones."""
+OFTEN = {
+    *("llama", "opt", "qwen3", "gemma", "granite", "smollm3", "olmo", "starcoder2", "apertus"),
+    *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "codegen", "cohere", "recurrent_gemma"),
+    *("gemma3_text", "glm4", "olmo2", "exaone4", "afmoe", "mixtral", "qwen2_moe", "gpt_oss"),
+    *("llama4_text", "granitemoeshared", "glm4_moe", "deepseek_v2", "minicpm3", "kimi_linear"),
+    *("mamba", "mamba2", "bamba", "falcon_h1", "qwen3_5_text", "lfm2", "nemotron_h", "xlstm"),
+}
+"""In the fast tests, one for each kind of layer; the others in the slow ones."""
+MERGED_OFTEN = {"llama", "gemma3_text", "mixtral", "mamba2"}
+EACH = [t if t in OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TYPES]
 
 RENAMED = {
     *("bailing_hybrid-dense", "fuyu", "gemma3", "got_ocr2", "gpt_neox", "gpt_neox-serial"),
@@ -66,7 +74,7 @@ def shapes_of(layer):
     return {name: tensor.shape for name, tensor in layer.state_dict().items()}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_replay(model_type):
     """The layers one after another, with recorded arguments, give the model's logits."""
@@ -82,7 +90,7 @@ def test_replay(model_type):
     torch.testing.assert_close(adapter.head(adapter.final_norm(states)), logits)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_sublayers_add_up(model_type):
     """Each sublayer adds its factor times the normed output projection of its features."""
@@ -111,7 +119,7 @@ def test_sublayers_add_up(model_type):
         assert torch.equal(before, states)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_one_layer_is_kept(model_type):
     """With all units of one layer and folded norms, the merged layer is that layer."""
@@ -135,7 +143,7 @@ def test_one_layer_is_kept(model_type):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_units_are_independent(model_type):
     """Units of two layers give the same features in their merged layer as in their own."""
@@ -166,7 +174,7 @@ def test_units_are_independent(model_type):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_gates(model_type):
     """A row of an input projection changes one hidden activation."""
@@ -187,7 +195,7 @@ def test_gates(model_type):
 
 @pytest.mark.parametrize(
     "model_type",
-    [t if t in OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TYPES],
+    [t if t in MERGED_OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TYPES],
 )
 @pytest.mark.parametrize("method", [paper, come_plus])
 def test_merge_and_reload(model_type, method, tmp_path):
