@@ -162,7 +162,7 @@ class Reference:
                 joined = torch.cat(sources)
                 is_output = name in (f"{names['o']}.weight", f"{names['down']}.weight")
                 merged[name] = joined.T if is_output else joined
-            elif fold and name.endswith("layer_norm.bias"):  # zero, or left over where rows have no bias
+            elif fold and name.endswith("layer_norm.bias"):  # zero, unless rows have none
                 merged[name] = sum(
                     share * state[name] for share, state in zip(shares, states, strict=True)
                 )
