@@ -11,12 +11,12 @@ from come.cli import CONF
 from come.job.folder import check_folder, finished_result, write_result
 from come.job.identity import job_hash
 from come.job.sampled_text import sampled, with_samples
-from come.job.stages.prepare import prepare
+from come.job.stages.prepare import _check_configuration, prepare
 from come.merge.method import Method
 from come.merge.operators.base import OPERATORS
 from come.report.numbers import title
 from come.schema.explicit import check_explicit, method_changes
-from tests.jobs import settings
+from tests.jobs import job_settings, settings
 from tests.methods import come_plus
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
@@ -294,6 +294,17 @@ def test_finished_result_rejects_another_job(tmp_path):
     assert finished_result(tmp_path, "abc") == {"job": "abc", "x": 1}
     with pytest.raises(ValueError, match=r"holds the result of another job \(abc, this is def\)"):
         finished_result(tmp_path, "def")
+
+
+def test_context_of_a_model_is_checked_from_its_configuration(pico_folder):
+    """Before transformers is imported."""
+    short, long = (
+        job_settings(pico_folder, "merge.target_layers=23", f"calibration.seq_len={length}")
+        for length in (512, 513)
+    )
+    _check_configuration(short, pico_folder)
+    with pytest.raises(ValueError, match="calibration.seq_len=513: the model reads at most 512"):
+        _check_configuration(long, pico_folder)
 
 
 def test_unwritable_or_full_output_folder(tmp_path):

@@ -1,11 +1,13 @@
 """Constraints on spans: eligible spans, and reachable depths."""
 
 from functools import cache
+from itertools import combinations_with_replacement
 
 import pytest
 
 from come.merge.constraints import (
     SpanConstraints,
+    _reachable,
     check_target,
     depths,
     layers_for_sparsity,
@@ -38,6 +40,15 @@ def test_smallest_depth_equals_brute_force(layers, m):
         least = min(t for t in range(1, layers + 1) if reachable((layers,), layers - t, m))
         assert smallest_depth(layers, m, False) == least
     assert smallest_depth(layers, m, True) == 1
+
+
+@pytest.mark.parametrize("m", [3, 4])
+def test_runs_that_can_lose_layers_equal_brute_force(m):
+    """Also if the last, smaller span fits into only one of the runs."""
+    for count in (1, 2, 3):
+        for runs in combinations_with_replacement(range(2, 8), count):
+            for excess in range(1, sum(runs)):
+                assert _reachable(runs, excess, m) == reachable(runs, excess, m), (runs, excess)
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])

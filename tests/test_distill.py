@@ -31,7 +31,8 @@ def pair(family="llama_gqa", groups=GROUPS):
     student, teacher = pico(family), pico(family)
     windows = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(1))
     method = paper(groups=groups)
-    plan = compress(student, windows, method, target_layers=LAYERS - len(groups), progress=False)
+    depth = LAYERS + len(groups) - sum(map(len, groups))
+    plan = compress(student, windows, method, target_layers=depth, progress=False)
     return Pair(ModelAdapter(student), ModelAdapter(teacher.requires_grad_(False)), plan.history)
 
 

@@ -113,12 +113,14 @@ def test_realised_share_of_the_ideal_speedup(seconds, removed, ratio, realised):
     assert generation.details["realised"] == pytest.approx((1 - 24 / 30) / removed)
     assert prompt.details["slowest"] == 10 / max(seconds)
     assert prompt.details["fastest"] == 10 / min(seconds)
-    assert (found["speed/peak_memory"].value, found["speed/kv_cache"].value) == (5, 2)
+    memory, cache = found["speed/peak_memory"], found["speed/kv_cache"]
+    assert (memory.value, cache.value) == (5, 2)
+    assert (memory.relative.value, cache.relative.value) == (5 / 7, 2 / 3)
     assert "realised" not in Speed.compare(_metrics(dense), _metrics(dense))["speed/prompt"].details
 
 
 def test_dense_cache_key_covers_all_inputs(windows, pico_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("COME_CACHE", str(tmp_path))
+    monkeypatch.setenv("COME_CACHE", str(tmp_path / "new" / "cache"))
     tokenizer = load_tokenizer(pico_folder)
     text = TokenWindows(windows, windows.numel(), "text")
     loads = []

@@ -1,6 +1,8 @@
 """What a job passes to its parts: trackers, the merge, and what is shown and checked."""
 
 import importlib
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from come.distill.accelerator import make_accelerator
 from come.distill.hidden_states import states_after
 from come.evaluate.perplexity import HeldOutText
+from come.job.folder import exclusive_lock
 from come.job.processes import processes
 from come.job.run import _trackers
 from come.job.run import run as run_settings
@@ -151,6 +154,25 @@ def test_mixed_precision_by_the_setting():
 
 def test_one_process_trains_layers(pico_folder):
     assert processes(job_settings(pico_folder, "distill=come_mp")).num_processes == 1
+
+
+def test_job_says_that_it_waits_for_another_one_in_its_folder(tmp_path, caplog):
+    entered = threading.Event()
+    caplog.set_level("INFO", "come.job.folder")
+
+    def other():
+        with exclusive_lock(tmp_path):
+            entered.set()
+
+    waiting = threading.Thread(target=other, daemon=True)
+    with exclusive_lock(tmp_path):
+        waiting.start()
+        end = time.monotonic() + 5
+        while "another process runs this job" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.01)
+        assert str(tmp_path) in caplog.text
+        assert not entered.is_set()
+    assert entered.wait(5)
 
 
 def test_worker_checks_memory_with_the_placement_of_the_main_process(base, tmp_path, monkeypatch):

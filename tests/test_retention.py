@@ -90,6 +90,12 @@ def test_moments_are_collected_only_if_needed(windows, monkeypatch):
     assert requested[0]
 
 
+@pytest.mark.parametrize("rule", ["adaptive", "leverage"])
+def test_rules_that_do_not_use_sensitivities(rule):
+    with pytest.raises(ValueError, match=f"no effect with merge.retention={rule}"):
+        paper(retention=rule, sensitivity="wanda")
+
+
 def test_moves_of_a_share():
     assert list(_moves((2, 0))) == [(1, 1)]
     assert list(_moves((1, 1))) == [(0, 2), (2, 0)]

@@ -164,6 +164,12 @@ def test_scores_of_the_weights_of_sublayers(part, windows):
         assert taylor.score(stream, 1, 2) == pytest.approx(expected, rel=1e-3)
 
 
+def test_scores_that_read_targets_need_whole_layers():
+    paper(selection="angular", sublayers=["ffn"])
+    with pytest.raises(ValueError, match="merge.selection=refit_error reconstructs whole layers"):
+        paper(selection="refit_error", sublayers=["ffn"])
+
+
 @pytest.mark.parametrize("family", ["llama_gqa"])
 @pytest.mark.parametrize("name", SELECTION.names())
 @torch.no_grad()

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from come.evaluate.perplexity import perplexity
 from come.job.identity import job_hash
 from come.job.sampled_text import sampled, sampling_key, with_samples
-from come.merge.plan import Plan
+from come.merge.plan import BaseModel, Plan
 from come.merge.saving import plan_path
 from come.merge.selection import trial_kl
 from come.models.adapter import ModelAdapter
@@ -102,6 +103,15 @@ def test_separately_merged_depths(base, tmp_path):
         plan = Plan.load(plan_path(tmp_path / "out" / name))
         assert (plan.num_layers, len(plan.steps)) == (depth, 1)
         assert load_weights(tmp_path / "out" / name).config.num_hidden_layers == depth
+
+
+def test_saved_model_belongs_to_the_job_in_its_plan(tmp_path):
+    base, job = BaseModel("base", "", "llama", 6, {}), SimpleNamespace(hash="this job")
+    plan_path(tmp_path).parent.mkdir()
+    assert not STAGE._saved_by_job(job, tmp_path)
+    for name in ("this job", "another"):
+        Plan(base, "concat", "fold", provenance={"job": name}).save(plan_path(tmp_path))
+        assert STAGE._saved_by_job(job, tmp_path) == (name == job.hash)
 
 
 def test_job_hash_depends_on_plan_and_plugin_code(base, tmp_path):
@@ -255,5 +265,7 @@ def test_plan_gives_the_same_models_at_every_depth(base, tmp_path):
     for name in ("model", "model-5"):
         assert same_checkpoint(tmp_path / "again" / name, tmp_path / "out" / name)
     assert [d["layers"] for d in again["depths"]] == [d["layers"] for d in first["depths"]]
+    cost = again["compression"]  # no hidden states are stored to apply a plan
+    assert (cost["boundary_bytes"], cost["layer_passes"]) == (0, 0)
     with pytest.raises(ValueError, match="the plan passes through 5, 4"):
         prepare_job(base, tmp_path / "no", *plan, "merge.target_layers=4", "merge.save_at=[3]")

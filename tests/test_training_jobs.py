@@ -57,6 +57,10 @@ def test_distillation_of_an_earlier_merge(base, tmp_path):
 
     result = run_job(base, tmp_path / "out", *words("layer"))
     assert [depth["stage"] for depth in result["depths"]] == ["dense", "merged", "distilled"]
+    assert result["compression"] == {
+        "seconds": 0, "peak_bytes": 0, "boundary_bytes": 0, "layer_passes": 0, "resumed_at": 1,
+        "weight_bytes": 4 * result["depths"][0]["parameters"],
+    }  # fmt: skip
     with pytest.raises(ValueError, match="merges the ffn blocks"):
         prepare_job(base, tmp_path / "no", *words("ffn"))
 

@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from come.evaluate.base import Relative
+from come.evaluate.base import Relative, Subject
 from come.evaluate.paired import paired_difference
-from come.evaluate.tasks import load_tasks, tasks_identity
+from come.evaluate.tasks import TaskSet, load_tasks, tasks_identity
 from come.evaluate.zero_shot import ZeroShot, zero_shot
-from come.models.loading import load_model
+from come.models.loading import load_model, load_tokenizer
 from tests.commands import communicate
+from tests.conftest import VOCAB, pico
 
 TASK = """task: {name}
 dataset_path: json
@@ -136,6 +137,18 @@ def test_tasks_without_data(names, missing_file, message, tasks):
         load(tasks, names)
     with pytest.raises(ValueError, match="eval.zero_shot.include_path=/no/folder: no such folder"):
         load_tasks(["layers"], include_path="/no/folder", limit=None, batch_size=4)
+
+
+def test_tasks_are_checked_when_prepared_and_when_measured(pico_folder, monkeypatch):
+    tokenizer = load_tokenizer(pico_folder)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    found = TaskSet(["layers"], None, 1, [], {}, {"layers": []}, None, "")
+    monkeypatch.setattr("come.evaluate.zero_shot.load_tasks", lambda *given, **others: found)
+    message = "the harness needs a begin or end token .* has neither"
+    with pytest.raises(ValueError, match=message):
+        ZeroShot(tasks=["layers"]).prepare(Subject(tokenizer, VOCAB, 512, [], None))
+    with pytest.raises(ValueError, match=message):
+        zero_shot(pico("llama_gqa"), tokenizer, found)
 
 
 def test_task_identity_depends_on_content(tasks):
