@@ -19,7 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.decoder_configs import FORMS, HEADS, KEYS, SIDE, SIZES, WIDTH
+from tests.decoder_configs import HEADS, KEYS, SIDE, SIZES, WIDTH
+from tests.decoder_forms import FORMS
 
 # Types that hold the decoder of another type, with the keys of their other parts.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {

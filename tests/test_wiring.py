@@ -25,17 +25,14 @@ RUN = importlib.import_module("come.job.run")
 # Outputs of a job that change together.
 MERGED = {"plan", "weights", "merged nll"}
 PLANNED = {"plan", "weights", "merged nll", "history"}
-TRAINED = {"trained", "trained nll"}
-CURVE = TRAINED | {"curve", "validation"}
-TASKS = {"dense tasks", "merged tasks"}
-NLL = {"dense nll", "merged nll"}
+TRAINED, CURVE = {"trained", "trained nll"}, {"trained", "trained nll", "curve", "validation"}
+TASKS, NLL = {"dense tasks", "merged tasks"}, {"dense nll", "merged nll"}
 
 # Jobs in which a setting has an effect, as overrides.
-COME = ("merge=come",)
+COME, COME_PLUS = ("merge=come",), ("merge=come_plus", "merge.m=2")
 FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # merges the first layers
 THREE_LAYERS = (*COME, "merge.target_layers=3")
 TWO_GROUPS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
-COME_PLUS = ("merge=come_plus", "merge.m=2")
 SAMPLED = (*COME, "calibration=self_generated", "calibration.path=null")
 TRIALS = ("merge=come", "merge.selection=trial_kl", "merge.refit=ridge", "merge.retention=uniform")
 HEAL = (
@@ -43,7 +40,7 @@ HEAL = (
     "distill.batch_size=4", "distill.micro_batch=2", "distill.validation_samples=4",
     "distill.validate_every=2", "distill.checkpoint_every=2",
 )  # fmt: skip
-SPEED = ("merge=come", "eval=[perplexity,speed]")
+SPEED = (*COME, "eval=[perplexity,speed]")
 CONTINUATIONS = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
 ZERO_SHOT = (
     "merge=come", "eval=[perplexity,zero_shot]",

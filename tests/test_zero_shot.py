@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from come.evaluate.base import Relative, Subject
 from come.evaluate.paired import paired_difference
-from come.evaluate.tasks import TaskSet, load_tasks, tasks_identity
+from come.evaluate.tasks import TaskSet, check_tasks, load_tasks, tasks_identity
 from come.evaluate.zero_shot import ZeroShot, zero_shot
 from come.models.loading import load_model, load_tokenizer
 from tests.commands import communicate
@@ -149,6 +150,20 @@ def test_tasks_are_checked_when_prepared_and_when_measured(pico_folder, monkeypa
         ZeroShot(tasks=["layers"]).prepare(Subject(tokenizer, VOCAB, 512, [], None))
     with pytest.raises(ValueError, match=message):
         zero_shot(pico("llama_gqa"), tokenizer, found)
+
+
+def test_prompts_are_checked_with_the_tokens_that_the_tokenizer_adds(tasks, pico_folder):
+    tokenizer, found = load_tokenizer(pico_folder), load(tasks, ["layers"], 2)
+    check_tasks(found, tokenizer, VOCAB, 512)
+    tokenizer.add_tokens("<last>")
+    added = tokenizer.convert_tokens_to_ids("<last>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <last>", special_tokens=[("<last>", added)]
+    )
+    with pytest.raises(
+        ValueError, match=f"a prompt of layers has the token '<last>' with id {added}"
+    ):
+        check_tasks(found, tokenizer, added, 512)
 
 
 def test_task_identity_depends_on_content(tasks):

@@ -229,7 +229,7 @@ def check_tasks(
         with quiet_harness():
             task.build_all_requests(limit=tasks.limit, rank=0, world_size=1)
         words = [word for i in task.instances for word in i.args if isinstance(word, str) and word]
-        ids = [i for word in words for i in tokenizer(word, add_special_tokens=False)["input_ids"]]
+        ids = [i for word in words for i in tokenizer(word)["input_ids"]]
         check_token_ids(torch.tensor([ids]), rows, f"{_KEY}: a prompt of {name}", tokenizer)
 
 
