@@ -34,7 +34,8 @@ from come.merge.method import Method
 from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import find_checkpoint
-from come.models.loading import ModelShape, choose_device, load_tokenizer, load_weights
+from come.models.loading import choose_device, load_tokenizer, load_weights
+from come.models.shape import ModelShape
 from come.stream.processes import SINGLE, Processes
 from come.stream.sweep import normed_states
 

@@ -19,7 +19,7 @@ import torch
 from bench import COME_PLUS, SHAPES, random_config
 
 from come.job.estimate import Cost, compression_cost
-from come.models.loading import ModelShape
+from come.models.shape import ModelShape
 from come.report.numbers import duration, megabytes
 
 REMOVED = 2  # layers

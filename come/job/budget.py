@@ -14,7 +14,8 @@ from come.data.sampling import BATCH as SAMPLED_TOGETHER
 from come.job.estimate import Cost
 from come.job.job import merge_cost
 from come.job.processes import process_count
-from come.models.loading import ModelShape, choose_device, choose_weights
+from come.models.loading import choose_device, choose_weights
+from come.models.shape import ModelShape
 from come.report.numbers import megabytes
 from come.schema import Settings
 from come.schema.calibration import WINDOWS

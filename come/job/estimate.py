@@ -12,7 +12,7 @@ from come.merge.constraints import depths
 from come.merge.joint_selection import joint_lambda
 from come.merge.method import Method
 from come.merge.work import SpanSize, Work
-from come.models.loading import ModelShape
+from come.models.shape import ModelShape
 from come.report.numbers import duration, megabytes
 
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}

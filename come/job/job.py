@@ -11,7 +11,8 @@ from come.data.windows import TokenWindows
 from come.evaluate.base import Evaluation
 from come.job.estimate import Cost, compression_cost
 from come.merge.plan import Plan
-from come.models.loading import ModelShape, choose_device, choose_weights, load_weights
+from come.models.loading import choose_device, choose_weights, load_weights
+from come.models.shape import ModelShape
 from come.report.numbers import megabytes
 from come.schema import Settings
 

@@ -74,8 +74,7 @@ class LayerStream:
             slice(start, min(start + batch_size, len(windows)))
             for start in range(0, len(windows), batch_size)
         ]
-        shape = (*windows.shape, adapter.config.hidden_size)
-        dtype = adapter.model.dtype
+        shape, dtype = (*windows.shape, adapter.config.hidden_size), adapter.model.dtype
         pinned = adapter.device.type == "cuda"
         self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
         self._middle: MiddleStates | None = None
@@ -205,11 +204,9 @@ class LayerStream:
             yield self._ends(first, last, rows)
 
     def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
-        start, end = self._store[first], self._store[last + 1]
-        if self._middle and self.block == "ffn":
-            start = self._middle.of_layer(first)
-        if self._middle and self.block == "attention":
-            end = self._middle.of_layer(last)
+        start, end, middle = self._store[first], self._store[last + 1], self._middle
+        start = middle.of_layer(first) if middle and self.block == "ffn" else start
+        end = middle.of_layer(last) if middle and self.block == "attention" else end
         return start[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
 
     def pairs(

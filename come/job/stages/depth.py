@@ -16,7 +16,7 @@ from come.merge.method import groups_target
 from come.schema.merge import MergeSettings
 
 if TYPE_CHECKING:
-    from come.models.loading import ModelShape
+    from come.models.shape import ModelShape
 
 
 def stated_target(merge: MergeSettings, num_layers: int) -> int | None:
