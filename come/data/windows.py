@@ -184,7 +184,7 @@ def calibration_windows(
 def _split(
     tokens: Int[Tensor, " tokens"], seq_len: int, begin: int | None
 ) -> Int[Tensor, "windows seq"]:
-    """Consecutive windows, each with `begin` in front of its text if that is given."""
+    """Consecutive windows; with `begin`, each starts with that token."""
     if begin is None:
         return tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
     text = _split(tokens, seq_len - 1, None)
