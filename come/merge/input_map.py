@@ -61,7 +61,9 @@ class InputMap:
         self.streams = streams
         self.gate = gate
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # n, D and w of every block
-        output = output_map(layer.state_dict(), sublayer).weight * sublayer.factor
+        output = output_map(layer.state_dict(), sublayer).weight
+        if sublayer.factor != 1:  # a copy of the weight costs memory
+            output = output * sublayer.factor
         self._norm = OutputNorm(layer, sublayer) if sublayer.post_norm else None
         if self._norm is not None:
             output = output * self._norm.scale[:, None].to(output)
