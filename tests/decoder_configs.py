@@ -236,9 +236,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "gemma3n_text": GEMMA3N,
     "gemma4_text": {
         **GEMMA4,
-        "hidden_size_per_layer_input": 12,
+        "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCAB,
-        "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
     },
     "gemma4_unified_text": GEMMA4,

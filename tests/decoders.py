@@ -31,8 +31,19 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "emu3": ("emu3_text_model", {}),
     "fuyu": ("persimmon", {"image_size": 28, "patch_size": 4}),
     "gemma3": ("gemma3_text", {"vision_config": SIDE, "mm_tokens_per_image": 4}),
-    "gemma4": ("gemma4_text", {}),
-    "gemma4_unified": ("gemma4_unified_text", {}),
+    "gemma4": (
+        "gemma4_text",
+        {"vision_config": {**SIDE, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}},
+    ),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {
+            "vision_config": {
+                **{"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 16},
+                **{"mm_posemb_size": 8, "output_proj_dims": WIDTH},
+            }
+        },
+    ),
     "got_ocr2": (
         "qwen2",
         {"vision_config": {**SIDE, "mlp_dim": 16, "output_channels": 16, "window_size": 2}},

@@ -22,17 +22,34 @@ TYPES = [*(t for t in FAMILIES if t in DECODERS), *VARIANTS]
 OFTEN = {
     *("llama", "opt", "qwen3", "gemma", "granite", "smollm3", "olmo", "starcoder2", "apertus"),
     *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "codegen", "cohere", "recurrent_gemma"),
-    *("gemma3_text", "glm4", "olmo2", "exaone4", "afmoe", "mixtral", "qwen2_moe", "gpt_oss"),
+    *(
+        "gemma3_text",
+        "gemma4_unified_text",
+        "glm4",
+        "olmo2",
+        "exaone4",
+        "afmoe",
+        "mixtral",
+        "qwen2_moe",
+        "gpt_oss",
+    ),
     *("llama4_text", "granitemoeshared", "glm4_moe", "deepseek_v2", "minicpm3", "kimi_linear"),
     *("mamba", "mamba2", "bamba", "falcon_h1", "qwen3_5_text", "lfm2", "nemotron_h", "xlstm"),
 }
 """In the fast tests, one for each kind of layer; the others in the slow ones."""
-MERGED_OFTEN = {"llama", "gemma3_text", "mixtral", "mamba2"}
+MERGED_OFTEN = {"llama", "gemma3_text", "gemma4_unified_text", "mixtral", "mamba2"}
 EACH = [t if t in OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TYPES]
 
 RENAMED = {
-    *("bailing_hybrid-dense", "fuyu", "gemma3", "got_ocr2", "gpt_neox", "gpt_neox-serial"),
-    *("kimi_linear-dense", "lfm3", "lfm3-biases", "nemotron_h-dense", "olmo_hybrid"),
+    *("bailing_hybrid-dense", "fuyu", "gemma3", "gemma4_unified", "got_ocr2", "gpt_neox"),
+    *(
+        "gpt_neox-serial",
+        "kimi_linear-dense",
+        "lfm3",
+        "lfm3-biases",
+        "nemotron_h-dense",
+        "olmo_hybrid",
+    ),
     "olmo_hybrid-biases",
 }
 """Types whose tensors have other names in checkpoints; they cannot be read layer by layer."""
@@ -115,8 +132,9 @@ def test_sublayers_add_up(model_type):
             torch.testing.assert_close(after[sublayer], expected, rtol=1e-4, atol=1e-5)
             assert (after[sublayer] - before).abs().max() > 1e-3, f"{sublayer.name} adds nothing"
             before = after[sublayer]
+        scale = adapter.scale(index)
         states = run_layer(layer, states, keywords[index])
-        assert torch.equal(before, states)
+        assert torch.equal(before if scale is None else before * scale, states)
 
 
 @pytest.mark.parametrize("model_type", EACH)

@@ -17,7 +17,7 @@ from come.stream.stream import LayerStream
 from tests.decoders import pico_decoder
 from tests.methods import come_plus, paper, recipe
 
-TYPES = ["gemma3_text", "glm4", "hyperclovax", "olmo2"]
+TYPES = ["gemma3_text", "gemma4_unified_text", "glm4", "hyperclovax", "olmo2"]
 
 
 def windows_of(model, count=48, seq=16, seed=5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from come.merge.norms import check_norms, fold_norms, folded_roles
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
+from come.merge.scales import SpanScale
 from come.merge.source_layers import KeptUnits, SourceLayers
 from come.models.adapter import ModelAdapter
-from come.models.layer_state import LayerState, overlay
+from come.models.layer_state import LayerState, changed, overlay
 from come.models.layout import Block
 
 if TYPE_CHECKING:
@@ -33,9 +35,16 @@ def source_layers_of(
 ) -> SourceLayers:
     """The tensors of `layers` that the operator reads, and the function that merges them.
 
-    The model is not changed. `slot` is the index of the layer whose kind the merged layer has.
+    The model is not changed. `slot` is the index of the layer whose kind the merged layer has. If
+    layers multiply the residual stream, the tensors are those of layers with the scale of the whole
+    span (see `come.merge.scales`); a drop leaves the kept layer as it is.
     """
     states, roles = [adapter.layer_state(index) for index in layers], adapter.roles(layers[slot])
+    if adapter.layer_layout(layers[slot]).scale and not operator.drops:
+        scale = SpanScale.of(adapter, layers)
+        for number, (index, state) in enumerate(zip(layers, states, strict=True)):
+            own = scale.tensors(adapter, index, state, number)
+            states[number] = changed(state, {name: partial(own.__getitem__, name) for name in own})
     if check_norms(norms) == "fold":
         states = [
             fold_norms(state, adapter.roles(index))

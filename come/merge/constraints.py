@@ -53,6 +53,7 @@ class SpanConstraints:
         m: layers of a span; a drop removes m - 1 of them.
         needed: by layer of the current model, whether it is of the kind of which a drop must leave
             one; empty if there is no such kind.
+        needs_last: whether a drop must leave a layer of that kind as the last one.
         variable_size: whether a span may have fewer layers.
         remerges: whether a merged layer may be merged again.
         drops: whether the scored spans are dropped instead of merged.
@@ -68,6 +69,7 @@ class SpanConstraints:
     variable_size: bool = False
     kinds: tuple[Hashable, ...] = ()
     needed: tuple[bool, ...] = ()
+    needs_last: bool = False
 
     @property
     def protected(self) -> int:
@@ -121,9 +123,12 @@ class SpanConstraints:
             drops = [(first, first + size - 2) for first in range(begin, end - size + 2)]
             allowed = [span for span in drops if self._leaves_needed(*span)]
             if drops and not allowed:
+                why = "none with attention, in which a cache counts its tokens"
+                if self.needs_last:
+                    why = "a last one of a kind that transformers cannot load as the last"
                 raise ValueError(
-                    f"dropping {size - 1} of {depth} layers here would leave none with attention, "
-                    "in which a cache counts its tokens; protect fewer layers, or drop fewer"
+                    f"dropping {size - 1} of {depth} layers here would leave {why}; protect fewer "
+                    "layers, or drop fewer"
                 )
             return allowed
         spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
@@ -149,7 +154,8 @@ class SpanConstraints:
 
     def _leaves_needed(self, first: int, last: int) -> bool:
         """Whether a layer of the needed kind is left if layers first..last are dropped."""
-        return not self.needed or any((*self.needed[:first], *self.needed[last + 1 :]))
+        left = (*self.needed[:first], *self.needed[last + 1 :])
+        return not self.needed or (left[-1] if self.needs_last else any(left))
 
     def removal(self, first: int, last: int) -> tuple[int, int, int | None]:
         """First and last layer to merge for a scored span, and the index of a drop's kept layer.

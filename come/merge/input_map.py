@@ -225,4 +225,4 @@ class InputMap:
         for batch in self.targets:
             read, before = (states[batch.rows].to(device) for states in self.streams)
             keywords = self.targets.keywords(len(read))
-            yield read, (batch.output, before), batch.weights.to(self.output), keywords
+            yield read, (batch.unscaled, before), batch.weights.to(self.output), keywords

@@ -109,7 +109,7 @@ def compress(
             stream.snapshot_dense()
         apply(plan, model)
         rules = method.constraints(adapter.num_layers, target_layers, kinds)
-        rules = replace(rules, needed=needed)
+        rules = replace(rules, needed=needed, needs_last=adapter.needs_last)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan

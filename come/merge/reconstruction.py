@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from come.merge.scales import SpanScale
 from come.models.layout import LayerLayout, Sublayer
 from come.models.sublayers import States, states_after
 from come.stream.stream import LayerStream
@@ -43,8 +44,13 @@ class TargetBatch:
 
     @cached_property
     def output(self) -> States:
-        """The target after the last sublayer."""
+        """The target of the layer's output."""
         return self.targets.output(self.rows)
+
+    @property
+    def unscaled(self) -> States:
+        """The target after the last sublayer, before the layer's scale."""
+        return self.output / self.targets.scale.whole
 
     @property
     def weights(self) -> Float[Tensor, " tokens"]:
@@ -64,12 +70,13 @@ class TargetBatch:
         """What a sublayer should add to the residual stream."""
         layout = self.targets.layout
         if sublayer == layout.last:
-            return self.output - before
+            return self.unscaled - before
         found = before.clone()
         earlier = layout.before(sublayer)
         starts = self._source_states(earlier[-1] if earlier else None)
-        for start, end in zip(starts, self._source_states(sublayer), strict=True):
-            found += end - start
+        ends, factors = self._source_states(sublayer), self.targets.scale.factors
+        for start, end, factor in zip(starts, ends, factors, strict=True):
+            found += factor * (end - start)
         return found - before
 
     def source_inputs(self, sublayer: Sublayer) -> list[States]:
@@ -94,11 +101,12 @@ class TargetBatch:
 class ReconstructionTargets:
     """Reconstruction targets of a span of layers a..b of the current model.
 
-        after a sublayer s:     h + sum_i s_i(h_{i-1}),    h the merged layer's stream before it
-        after the last one:     h_b, of the current or of the dense model
+        after a sublayer s:     h + sum_i f_i s_i(h_{i-1}),    h the merged layer's stream before it
+        after the last one:     h_b / c, of the current or of the dense model
 
     s_i is what sublayer s of layer i adds to its residual stream in the current model. With h_b of
-    the dense model, the fit also corrects the errors of earlier merges.
+    the dense model, the fit also corrects the errors of earlier merges. c and f_i are 1 unless
+    layers multiply the residual stream (see `come.merge.scales`).
 
     Args:
         stream: has boundaries a .. b + 1; for dense targets also a snapshot of the dense model's.
@@ -139,6 +147,11 @@ class ReconstructionTargets:
     def _numbers(self) -> Sequence[int]:
         """The numbers of this process's batches."""
         return self.stream.processes.shard(range(len(self.stream.batches)))
+
+    @cached_property
+    def scale(self) -> SpanScale:
+        """The scales of the span's layers in the merged layer."""
+        return SpanScale.of(self.stream.adapter, range(self.first, self.last + 1))
 
     @property
     def layout(self) -> LayerLayout:

@@ -14,7 +14,8 @@ from come.models.layout import Sublayer
 class StackedMap:
     """The output projections of a span side by side, W = [W_1 ... W_m]; biases are summed.
 
-    Where a norm follows them, each is multiplied by the norm's scale.
+    Where a norm follows them, each is multiplied by the norm's scale. If layers multiply the
+    residual stream, each is multiplied by its layer's factor (see `come.merge.scales`).
 
     W is not stored: it is read layer by layer and is column-major, which is the layout
     of the dual form.
@@ -39,11 +40,13 @@ class StackedMap:
         weight: Tensor | None = None
         total: Tensor | None = None
         filled = 0
-        for number, index in enumerate(layers):
+        for number, (index, factor) in enumerate(zip(layers, targets.scale.factors, strict=True)):
             state = targets.stream.adapter.layer_state(index)
             rows = self._sublayer.output_weight(state).T
             if self._sublayer.post_norm:
-                rows = rows * scale_of(state, self._sublayer).to(rows)
+                rows = rows * (factor * scale_of(state, self._sublayer)).to(rows)
+            elif factor != 1:
+                rows = rows * factor
             width = len(rows)
             if weight is None:
                 size = len(layers) * width if chosen is None else len(chosen)
@@ -54,7 +57,7 @@ class StackedMap:
             weight[filled : filled + len(rows)] = rows
             filled += len(rows)
             if bias in state:
-                added = state[bias].double()
+                added = factor * state[bias].double()
                 total = added if total is None else total + added
         assert weight is not None
         return Map(weight.T, total)

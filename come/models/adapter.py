@@ -18,7 +18,13 @@ from come.models.families import layout_of
 from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
-from come.models.surgery import check_layer_config, check_removal, needed_layers, remove_layers
+from come.models.surgery import (
+    check_layer_config,
+    check_removal,
+    needed_layers,
+    needs_last,
+    remove_layers,
+)
 from come.models.weights import LayersOnDisk, layers_on_disk
 
 if TYPE_CHECKING:
@@ -71,6 +77,11 @@ class ModelAdapter:
         """By layer, whether it is of the kind of which one must be left; empty if there is none."""
         return needed_layers(self.config)
 
+    @property
+    def needs_last(self) -> bool:
+        """Whether the last layer must be of that kind."""
+        return needs_last(self.config)
+
     def roles(self, index: int = 0) -> dict[str, Role]:
         """The role of every tensor of layer `index`."""
         return self._roles[self.layer_layout(index)]
@@ -111,6 +122,11 @@ class ModelAdapter:
         """The tensors of layer `index`, without copying them; those on disk are read on access."""
         layer = self.layers[index]
         return dict(layer.state_dict()) if self.on_disk is None else self.on_disk.state(layer)
+
+    def scale(self, index: int) -> Tensor | None:
+        """The number that multiplies the output of layer `index`, in one element; None for none."""
+        name = self.layer_layout(index).scale
+        return self.layer_state(index)[name] if name else None
 
     def output_map(self, index: int, sublayer: Sublayer) -> nn.Module:
         """The output projection of a sublayer, whose input channels are the units' outputs."""
@@ -243,7 +259,7 @@ class ModelAdapter:
         The new layer has the kind and the configuration of layer first + slot.
 
         Raises:
-            ValueError: the layers that are left could not generate with a cache.
+            ValueError: the layers that are left could not generate with a cache, or be loaded.
         """
         place = first + slot
         assert first <= place <= last

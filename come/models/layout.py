@@ -45,10 +45,13 @@ class LayerLayout:
         sublayers: the sublayers; those of one stage are adjacent.
         kind: what distinguishes the layer from others with the same tensors, such as
             "sliding_attention".
+        scale: name of the buffer c that multiplies the layer's output, y = c (x + sublayers); empty
+            for none.
     """
 
     sublayers: tuple[Sublayer, ...]
     kind: str = ""
+    scale: str = ""
 
     def __iter__(self) -> Iterator[Sublayer]:
         return iter(self.sublayers)
@@ -98,7 +101,8 @@ class LayerLayout:
         Raises:
             ValueError: a tensor is not described.
         """
-        return roles_of(self.sublayers, names)
+        found = roles_of(self.sublayers, (name for name in names if name != self.scale))
+        return found | ({self.scale: Role(Part.SHARED, "")} if self.scale else {})
 
 
 @dataclass(frozen=True)

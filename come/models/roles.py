@@ -29,7 +29,7 @@ class Role:
 
     Attributes:
         part: how a merge treats it.
-        sublayer: name of the sublayer that it belongs to.
+        sublayer: name of the sublayer that it belongs to; empty for the scale of a layer.
         unit: kind of the units (`Part.UNITS` only).
         axis: the dimension that is split into units.
         sizes: rows or columns of one unit, block by block; empty if one unit has all.

@@ -36,7 +36,7 @@ def states_after(
     states: States,
     keywords: Mapping[str, Any],
 ) -> States:
-    """The residual stream after a sublayer.
+    """The residual stream after a sublayer, before the scale of the layer.
 
     Args:
         layer: a layer of a model, or a modified copy of one.
@@ -45,7 +45,7 @@ def states_after(
         states: the layer's input.
         keywords: the layer's keyword arguments for a batch of this size.
     """
-    with _silenced(layer, layout.after(sublayer)):
+    with _silenced(layer, layout.after(sublayer)), _unscaled(layer, layout):
         return run_layer(layer, states, keywords).view(states.shape)
 
 
@@ -191,6 +191,21 @@ def _silenced(layer: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[None]
             for name, returns in sublayer.silenced:
                 stack.enter_context(_replaced(layer.get_submodule(name), partial(_zeros, returns)))
         yield
+
+
+@contextmanager
+def _unscaled(layer: nn.Module, layout: LayerLayout) -> Iterator[None]:
+    """Makes a layer return the sum of its input and its sublayers while open."""
+    if not layout.scale:
+        yield
+        return
+    owner, _, name = layout.scale.rpartition(".")
+    buffers, own = layer.get_submodule(owner)._buffers, layer.get_buffer(layout.scale)
+    buffers[name] = torch.ones_like(own)
+    try:
+        yield
+    finally:
+        buffers[name] = own
 
 
 def _zeros(returns: int, *inputs: Any, **keywords: Any) -> Any:

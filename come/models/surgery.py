@@ -40,6 +40,8 @@ OTHER_LISTS = (
 
 # Kinds of layer whose cache does not count tokens.
 UNCOUNTED = {"linear_attention", "conv", "mlp", "moe"}
+# The kind that transformers gives the last layer when it reads a configuration, by model type.
+LAST_KINDS = dict.fromkeys(("gemma4_text", "gemma4_unified_text"), "full_attention")
 
 _INDICES = ("layer_idx", "layer_id", "layer_number")  # of modules that know their own layer
 
@@ -62,24 +64,40 @@ def check_layer_config(config: PretrainedConfig) -> None:
 
 
 def needed_layers(config: PretrainedConfig) -> tuple[bool, ...]:
-    """By layer, whether it has attention; empty if all have, or none has.
+    """By layer, whether it is of the kind of which one must be left; empty if all are, or none is.
 
     Of a model with several kinds of layer, one with attention must be left, because transformers
-    counts the tokens of its cache there.
+    counts the tokens of its cache there. In some types, the last layer must be of one kind.
     """
     kinds = getattr(config, "layer_types", None) or []
-    found = tuple(kind not in UNCOUNTED for kind in kinds)
+    last = LAST_KINDS.get(config.model_type)
+    found = tuple(kind == last if last else kind not in UNCOUNTED for kind in kinds)
     return found if any(found) and not all(found) else ()
 
 
+def needs_last(config: PretrainedConfig) -> bool:
+    """Whether the last layer must be of the kind of `needed_layers`."""
+    return config.model_type in LAST_KINDS
+
+
 def check_removal(config: PretrainedConfig, removed: Sequence[int]) -> None:
-    """Rejects a cut after which transformers could not generate with a cache.
+    """Rejects a cut after which transformers could not generate with a cache, or load the model.
 
     Raises:
-        ValueError: no layer with attention would be left of several kinds of layer.
+        ValueError: no layer with attention would be left of several kinds of layer, or the last one
+            would be of a kind that transformers replaces.
     """
     needed = [index for index, own in enumerate(needed_layers(config)) if own]
-    if needed and set(needed) <= set(removed):
+    left = [index for index in range(config.num_hidden_layers) if index not in removed]
+    if needed and needs_last(config):
+        if left[-1] not in needed:
+            kind = LAST_KINDS[config.model_type]
+            raise ValueError(
+                f"removing layers {', '.join(map(str, removed))} makes layer {left[-1]} the last "
+                f"one, and transformers loads {config.model_type} with a last layer of the kind "
+                f"{kind}; keep layer {needed[-1]} and those of other kinds before it"
+            )
+    elif needed and set(needed) <= set(removed):
         raise ValueError(
             f"removing layers {', '.join(map(str, removed))} leaves no layer with attention, and "
             "transformers counts the tokens of a cache in such a layer; keep one of layers "

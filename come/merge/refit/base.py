@@ -104,13 +104,14 @@ class Refit(HasSettings, ABC):
 
 
 def check_no_output_norm(setting: str, layouts: Sequence[LayerLayout]) -> None:
-    """Raises ValueError if a norm follows the last output projection of a layer."""
+    """Raises ValueError if a norm, or a scale, follows the last output projection of a layer."""
     for layout in layouts:
-        if layout.last.post_norm is not None:
+        norm, what = layout.last.post_norm, "norm" if layout.last.post_norm else "scale"
+        if norm or layout.scale:
             raise ValueError(
                 f"{setting} solves for the last output projection of a layer, and in this model a "
-                f"norm follows it ({layout.last.post_norm.module}); choose merge.refit=ridge or "
-                "none, without merge.refit.downstream"
+                f"{what} follows it ({norm.module if norm else layout.scale}); choose "
+                "merge.refit=ridge or none, without merge.refit.downstream"
             )
 
 

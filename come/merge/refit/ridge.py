@@ -44,6 +44,7 @@ class Ridge(Refit):
     the input of its output projection, the head outputs of attention or the hidden activations of
     an MLP; target_s: the target after it (see `come.merge.reconstruction`). W_s0 is the projection
     of the merged layer before the refit. Output biases are solved together with their projections.
+    If layers multiply the residual stream, a drop's kept layer first gets the scale of the span.
     With `align`, the input projections of each sublayer are aligned first (see
     `come.merge.alignment`). Where a norm follows the projection, see `come.merge.normed_output`. In
     a trial merge, unit selection may already have solved for all W_s (`sources.solved`), with the
@@ -98,6 +99,10 @@ class Ridge(Refit):
             return _selection_solution(targets, sources)
         layer, layout = adapter.copy_layer(index, state), targets.layout
         found: dict[str, Tensor] = {}
+        scale = state[layout.scale].item() if layout.scale else targets.scale.whole
+        if scale != targets.scale.whole:  # that of the layer that a drop keeps
+            found = targets.scale.tensors(adapter, index, state, index - targets.first)
+            adapter.assign(layer, found)
         for sublayer in layout:
             if sublayer.kind not in self.sublayers:
                 continue

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from come.models.families.changes import opaque, wrapped
 from come.models.families.parts import HEAD_NORMS, Family, attention, ffn, fused_ffn, same_layers
-from come.models.layout import ModelLayout, Norm, Sublayer
+from come.models.layout import LayerLayout, ModelLayout, Norm, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+GEMMA4_REFUSED = {
+    "hidden_size_per_layer_input": "have inputs of their own",
+    "num_kv_shared_layers": "share keys and values",
+    "enable_moe_block": "add experts to their MLP before one norm",
+}
+"""Keys of Gemma 4 that are refused unless they are 0 or false, and what they mean."""
 
 
 def gemma2(config: PretrainedConfig, **others: Any) -> ModelLayout:
@@ -37,6 +44,49 @@ def gemma3(config: PretrainedConfig) -> ModelLayout:
 def gemma3_with_images(config: PretrainedConfig) -> ModelLayout:
     """Gemma 3 with images: its head has no soft bound, whatever the configuration says."""
     return replace(wrapped(gemma3, "model.language_model")(config), logit_cap=0.0)
+
+
+def gemma4(config: PretrainedConfig) -> ModelLayout:
+    """Gemma 4: as Gemma 3, with a scale of every layer, and other heads in full attention.
+
+    Raises:
+        ValueError: layers have inputs of their own, experts, or keys and values of other layers, or
+            read later tokens.
+    """
+    for key, what in GEMMA4_REFUSED.items():
+        if value := getattr(config, key, None):
+            raise ValueError(
+                f"the layers of this Gemma 4 {what} (config.{key}={value}), which is not supported"
+            )
+    if config.use_bidirectional_attention == "all":
+        raise ValueError(
+            "this Gemma 4 also reads later tokens (config.use_bidirectional_attention=all), which "
+            "is not supported"
+        )
+    mlp = ffn(
+        config.intermediate_size,
+        norm=Norm("pre_feedforward_layernorm"),
+        post_norm=Norm("post_feedforward_layernorm"),
+    )
+    base = same_layers(config, mlp, begin_token=True)
+    layers = (
+        LayerLayout((_gemma4_mixer(config, index), mlp), own.kind, scale="layer_scalar")
+        for index, own in enumerate(base.layers)
+    )
+    return replace(base, layers=tuple(layers))
+
+
+def _gemma4_mixer(config: PretrainedConfig, index: int) -> Sublayer:
+    """The attention of one layer, whose keys may also be its values if it is full attention."""
+    mixer = attention(
+        config.per_layer_config[index],
+        post_norm=Norm("post_attention_layernorm"),
+        shared=HEAD_NORMS,
+    )
+    if config.attention_k_eq_v and config.layer_types[index] != "sliding_attention":
+        queries, keys, _ = mixer.inputs
+        return replace(mixer, inputs=(queries, keys))
+    return mixer
 
 
 def glm4(config: PretrainedConfig) -> ModelLayout:
@@ -89,6 +139,10 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2,
     "gemma3": gemma3_with_images,
     "gemma3_text": gemma3,
+    "gemma4": wrapped(gemma4, "model.language_model"),
+    "gemma4_text": gemma4,
+    "gemma4_unified": wrapped(gemma4, "model.language_model"),
+    "gemma4_unified_text": gemma4,
     "glm4": glm4,
     "hyperclovax": hyperclovax,
     "exaone4": exaone4,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 STREAMS = "it has several residual streams, which every layer mixes"
-SCALED = "its layers multiply the whole residual stream by a number"
 
 REFUSED: dict[str, str] = {
     "beam": "it scales the residual stream by a number that depends on the layer's place",
@@ -15,10 +14,6 @@ REFUSED: dict[str, str] = {
     "emu3": "transformers loads its text model alone, and cannot load it again once it is saved",
     "gemma3n": f"{STREAMS}, and inputs of its own for each layer",
     "gemma3n_text": f"{STREAMS}, and inputs of its own for each layer",
-    "gemma4": SCALED,
-    "gemma4_text": SCALED,
-    "gemma4_unified": SCALED,
-    "gemma4_unified_text": SCALED,
     "gpt_neox_japanese": "its last layer adds a bias outside the output projection of attention",
     "hrm_text": "it runs through its layers several times",
     "hy_v4": STREAMS,
