@@ -40,6 +40,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon_h1",
         {**ONE_GROUP, "mamba_rms_norm": False, "mamba_proj_bias": True},
     ),
+    "gemma4_text-same_heads": (
+        "gemma4_text",
+        {"global_head_dim": 16, "num_global_key_value_heads": 2, "attention_k_eq_v": False},
+    ),
     "glm4_moe_lite-dense": ("glm4_moe_lite", DENSE_LAYERS),
     "granitemoehybrid-dense": ("granitemoehybrid", {"num_local_experts": 0}),
     "kimi_linear-dense": ("kimi_linear", DENSE_LAYERS),

@@ -30,7 +30,8 @@ every token reads; routed experts are one unit if their router picks groups of t
 are key and value heads with the query heads that read them, key heads those of linear attention
 with their value heads. Where layers differ, in windows, experts or mixers, each is merged with
 others of its kind; `merge.kinds=first` also merges layers that differ in their kind but not in
-their tensors.
+their tensors. Some forms of a type are refused, with the key of the configuration, such as Gemma 4
+with inputs of its own for each layer or shared keys and values (E2B, E4B), or with experts.
 
 For every supported type, tests check on a small random model that the description reproduces each
 layer, that a layer kept whole stays as it was, and that the model merged by `come` and `come_plus`
