@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from come.merge.output_map import as_tensors, equations, output_map
 from come.merge.reconstruction import ReconstructionTargets
 from come.models.layer_state import LayerState
 from come.models.layout import Sublayer
+from come.stream.processes import Processes
 
 HELD_BYTES = 1 << 29  # largest size of features and targets that is held between the rounds
 ROUNDS = 2
@@ -34,6 +36,12 @@ class OutputNorm:
         self._norm = layer.get_submodule(sublayer.post_norm.module)
         self.scale = scale_of(dict(layer.state_dict()), sublayer)
 
+    @property
+    def divisor(self) -> Float[Tensor, " hidden"]:
+        """g, without values that are too small to divide by."""
+        mean = self.scale.abs().mean()
+        return self.scale.where(self.scale.abs() > SMALLEST * mean, mean)
+
     def inverse_rms(self, outputs: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens 1"]:
         """s_t for the outputs W f_t of the projection.
 
@@ -52,6 +60,15 @@ def scale_of(state: LayerState, sublayer: Sublayer) -> Float[Tensor, " hidden"]:
     weight = state[f"{sublayer.post_norm.module}.weight"]
     wide = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(wide) + sublayer.post_norm.offset
+
+
+def stored_scale(
+    scale: Float[Tensor, " hidden"], sublayer: Sublayer, state: LayerState
+) -> LayerState:
+    """The scale g as the norm after a sublayer stores it, by name."""
+    assert sublayer.post_norm is not None
+    name = f"{sublayer.post_norm.module}.weight"
+    return {name: (scale - sublayer.post_norm.offset).to(state[name])}
 
 
 def scaled_features(
@@ -99,7 +116,6 @@ def solve_normed_output(
     assert sublayer.post_norm is not None
     norm = OutputNorm(layer, sublayer)
     scale = norm.scale
-    divisor = scale.where(scale.abs() > SMALLEST * scale.abs().mean(), scale.abs().mean())
     weight = output_map(layer.state_dict(), sublayer).weight.to(scale.dtype)
     batches = _Batches(targets, layer, sublayer, weight.dtype)
     if kept is not None:
@@ -111,12 +127,18 @@ def solve_normed_output(
         sums.all_reduce(targets.stream.processes)
         initial = Map(scale[:, None] * weight)
         solved = sums.solve(initial, ratio * sums.mean_diagonal(), consume=True)
-        weight = solved.weight.to(weight.dtype) / divisor[:, None]
-    scale = _best_scale(batches, norm, weight)
-    name = f"{sublayer.post_norm.module}.weight"
-    own = layer.get_parameter(name)
-    tensors = as_tensors(sublayer, Map(weight), dict(layer.named_parameters()))
-    return {**tensors, name: (scale - sublayer.post_norm.offset).to(own)}
+        weight = solved.weight.to(weight.dtype) / norm.divisor[:, None]
+    state = dict(layer.named_parameters())
+    scale = best_scale(batches, norm, weight)
+    return {**as_tensors(sublayer, Map(weight), state), **stored_scale(scale, sublayer, state)}
+
+
+class Batches(Protocol):
+    """Features [tokens, width], targets [tokens, hidden] and token weights, batch by batch."""
+
+    processes: Processes
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
 
 
 class _Batches:
@@ -180,11 +202,11 @@ def _rescaled(batches: _Batches, weight: Tensor, scale: Tensor, kept: list[int])
     return weight * factors.repeat_interleave(torch.tensor(kept, device=factors.device))
 
 
-def _best_scale(batches: _Batches, norm: OutputNorm, weight: Tensor) -> Tensor:
+def best_scale(batches: Batches, norm: OutputNorm, weight: Tensor) -> Float[Tensor, " hidden"]:
     """g, by least squares for every channel; the norm's own where a channel is silent."""
     sums = weight.new_zeros(2, len(weight), dtype=torch.float64)
     for features, missing, weights in batches:
-        outputs = features @ weight.T
+        outputs = features @ weight.T.to(features)
         normed = (outputs * norm.inverse_rms(outputs)).double()
         sums[0] += weights.double() @ (missing.double() * normed)
         sums[1] += weights.double() @ normed.square()

@@ -70,7 +70,7 @@ class Refit(HasSettings, ABC):
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises ValueError if it cannot refit layers like these."""
         if self.downstream is not None:
-            check_no_output_norm(f"merge.refit.downstream={self.downstream}", layouts)
+            check_nothing_follows(f"merge.refit.downstream={self.downstream}", layouts)
 
     @abstractmethod
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
@@ -103,15 +103,24 @@ class Refit(HasSettings, ABC):
         return self
 
 
-def check_no_output_norm(setting: str, layouts: Sequence[LayerLayout]) -> None:
-    """Raises ValueError if a norm, or a scale, follows the last output projection of a layer."""
+def check_nothing_follows(
+    setting: str, layouts: Sequence[LayerLayout], *, norms: bool = False
+) -> None:
+    """Raises ValueError if a norm or a scale follows the last output projection of a layer.
+
+    Args:
+        setting: the setting that asks, for the message.
+        layouts: the layers.
+        norms: whether norms may follow it.
+    """
     for layout in layouts:
-        norm, what = layout.last.post_norm, "norm" if layout.last.post_norm else "scale"
+        norm = None if norms else layout.last.post_norm
         if norm or layout.scale:
             raise ValueError(
                 f"{setting} solves for the last output projection of a layer, and in this model a "
-                f"{what} follows it ({norm.module if norm else layout.scale}); choose "
-                "merge.refit=ridge or none, without merge.refit.downstream"
+                f"{'norm' if norm else 'scale'} follows it "
+                f"({norm.module if norm else layout.scale}); choose merge.refit=ridge or none, "
+                "without merge.refit.downstream"
             )
 
 
