@@ -70,7 +70,7 @@ class Refit(HasSettings, ABC):
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises ValueError if it cannot refit layers like these."""
         if self.downstream is not None:
-            check_no_output_norm(f"merge.refit.downstream={self.downstream}", layouts)
+            check_linear_output(f"merge.refit.downstream={self.downstream}", layouts)
 
     @abstractmethod
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
@@ -103,14 +103,16 @@ class Refit(HasSettings, ABC):
         return self
 
 
-def check_no_output_norm(setting: str, layouts: Sequence[LayerLayout]) -> None:
-    """Raises ValueError if a norm follows the last output projection of a layer."""
-    for layout in layouts:
-        if layout.last.post_norm is not None:
+def check_linear_output(setting: str, layouts: Sequence[LayerLayout]) -> None:
+    """Raises ValueError if a norm follows the last output projection of a layer, or a gate."""
+    for last in (layout.last for layout in layouts):
+        follows = f"norm follows it ({last.post_norm.module})" if last.post_norm else ""
+        if last.channel_gate:
+            follows = f"gate multiplies its channels ({last.channel_gate})"
+        if follows:
             raise ValueError(
                 f"{setting} solves for the last output projection of a layer, and in this model a "
-                f"norm follows it ({layout.last.post_norm.module}); choose merge.refit=ridge or "
-                "none, without merge.refit.downstream"
+                f"{follows}; choose merge.refit=ridge or none, without merge.refit.downstream"
             )
 
 

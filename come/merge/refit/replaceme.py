@@ -14,7 +14,7 @@ from come.linalg.gram import Gram
 from come.merge.combination import Combination
 from come.merge.output_map import as_tensors, output_map
 from come.merge.reconstruction import ReconstructionTargets, Target
-from come.merge.refit.base import REFITS, Refit, check_drops, check_no_output_norm
+from come.merge.refit.base import REFITS, Refit, check_drops, check_linear_output
 from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState
 from come.models.layout import LayerLayout
@@ -51,9 +51,9 @@ class ReplaceMe(Refit):
             )
 
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
-        """Raises ValueError for layers whose last output is normed."""
+        """Raises ValueError for layers whose last output is normed or gated."""
         super().check_layers(layouts)
-        check_no_output_norm(f"merge.refit={self.name}", layouts)
+        check_linear_output(f"merge.refit={self.name}", layouts)
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in."""
