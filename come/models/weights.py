@@ -273,8 +273,8 @@ def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None
         for layer in on_disk.layers
         for name, tensor in _saved_tensors(layer).items()
     }
-    names = {id(t): name for name, t in reversed(model.state_dict(keep_vars=True).items())}
-    tensors = {names[id(tensor)]: tensor for tensor in _saved_tensors(model).values()}
+    named = {id(t): name for name, t in reversed(model.state_dict(keep_vars=True).items())}
+    tensors = {named[id(tensor)]: tensor for tensor in _saved_tensors(model).values()}
     split = split_torch_state_dict_into_shards(
         {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
         max_shard_size=shard_bytes,
