@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-# Types of which transformers confuses the sequences of a batch while it generates with a cache: the
-# states of RWKV for the token before, [batch, hidden], are added to [batch, 1, hidden].
-ONE_SEQUENCE = {"rwkv"}
+from come.models.families import layout_of
+
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def sequences(model: torch.nn.Module) -> int:
     """Number of sequences that are continued at once."""
-    return 1 if model.config.model_type in ONE_SEQUENCE else 2
+    return 1 if layout_of(model.config).one_sequence else 2
 
 
 @torch.no_grad()

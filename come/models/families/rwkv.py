@@ -47,7 +47,8 @@ def rwkv(config: PretrainedConfig) -> ModelLayout:
     )
     mixing = replace(opaque(mixing, module), channel_gate=f"{module}.receptance")
     names = {"stack": f"{DECODER}.blocks", "final_norm": f"{DECODER}.ln_out"}
-    return same_layers(config, mixer, mixing, **names, returns=3)
+    # With a batch, transformers adds states of [batch, hidden] to tokens of [batch, 1, hidden].
+    return same_layers(config, mixer, mixing, **names, returns=3, one_sequence=True)
 
 
 def prepare(model: PreTrainedModel) -> None:
