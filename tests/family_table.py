@@ -24,14 +24,15 @@ UNITS = {
 HEAD = """# Decoder families
 
 Every causal decoder type that transformers builds, and the units that `come` chooses from the
-layers of a span. A **whole** mixer, or whole experts, are kept from one layer, because their units
-are coupled; only their output projection is refitted. Shared channels are those of an expert that
-every token reads; routed experts are one unit if their router picks groups of them first. KV groups
-are key and value heads with the query heads that read them, key heads those of linear attention
-with their value heads. Where layers differ, in windows, experts or mixers, each is merged with
-others of its kind; `merge.kinds=first` also merges layers that differ in their kind but not in
-their tensors. Some forms of a type are refused, with the key of the configuration, such as Gemma 4
-with inputs of its own for each layer or shared keys and values (E2B, E4B), or with experts.
+layers of a span. A **whole** mixer or MLP, or whole experts, are kept from one layer, because their
+units are coupled; only their output projection is refitted, and not even that where each channel of
+its output has a gate. Shared channels are those of an expert that every token reads; routed experts
+are one unit if their router picks groups of them first. KV groups are key and value heads with the
+query heads that read them, key heads those of linear attention with their value heads. Where layers
+differ, in windows, experts or mixers, each is merged with others of its kind; `merge.kinds=first`
+also merges layers that differ in their kind but not in their tensors. Some forms of a type are
+refused, with the key of the configuration, such as Gemma 4 with inputs of its own for each layer or
+shared keys and values (E2B, E4B), or with experts.
 
 For every supported type, tests check on a small random model that the description reproduces each
 layer, that a layer kept whole stays as it was, and that the model merged by `come` and `come_plus`
@@ -87,7 +88,7 @@ def page() -> str:
     refused = [name for name in types if name not in names]
     whole = sum(map(is_whole, names))
     counts = f"{len(names)} of {len(types)} types are supported, {whole} of them with a whole "
-    lines = [HEAD, f"{counts}mixer or whole experts.", "", "| type | mixer | MLP |"]
+    lines = [HEAD, f"{counts}mixer, MLP or whole experts.", "", "| type | mixer | MLP |"]
     lines += ["|---|---|---|", *(f"| `{n}` | {' | '.join(columns(n))} |" for n in names)]
     lines += ["", "## Not supported", "", "| type | why |", "|---|---|"]
     lines += [f"| `{name}` | {REFUSED.get(name, 'not described yet')} |" for name in refused]

@@ -13,13 +13,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from come.models.families import layout_of
+
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def sequences(model: torch.nn.Module) -> int:
+    """Number of sequences that are continued at once."""
+    return 1 if layout_of(model.config).one_sequence else 2
 
 
 @torch.no_grad()
 def results(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits, and greedy continuations with and without the cache."""
-    prompt = ids[:2, :12]
+    prompt = ids[: sequences(model), :12]
     options = {"attention_mask": torch.ones_like(prompt), **OPTIONS}
     return {
         "ids": ids,

@@ -17,6 +17,7 @@ from come.models.loading import load_weights
 from come.models.sublayers import hidden_features, run_layer, states_after
 from tests.decoders import DECODERS, VARIANTS, pico_decoder
 from tests.methods import come_plus, paper
+from tests.reload_decoders import sequences
 
 TYPES = [*(t for t in FAMILIES if t in DECODERS), *VARIANTS]
 OFTEN = {
@@ -35,6 +36,7 @@ OFTEN = {
     ),
     *("llama4_text", "granitemoeshared", "glm4_moe", "deepseek_v2", "minicpm3", "kimi_linear"),
     *("mamba", "mamba2", "bamba", "falcon_h1", "qwen3_5_text", "lfm2", "nemotron_h", "xlstm"),
+    "rwkv",
 }
 """In the fast tests, one for each kind of layer; the others in the slow ones."""
 MERGED_OFTEN = {"llama", "gemma3_text", "gemma4_unified_text", "mixtral", "mamba2"}
@@ -62,7 +64,7 @@ def tokens(model, windows=4, seq=20):
 
 
 def generated(model, use_cache):
-    prompt = tokens(model, 2, 12)
+    prompt = tokens(model, sequences(model), 12)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     return model.generate(
         prompt, attention_mask=torch.ones_like(prompt), use_cache=use_cache, **options
@@ -107,6 +109,18 @@ def test_replay(model_type):
     torch.testing.assert_close(adapter.head(adapter.final_norm(states)), logits)
 
 
+def channel_gate(layer, layout, sublayer, states, keywords):
+    """What multiplies the channels of a sublayer's output, relative to the mean over them."""
+    if not sublayer.channel_gate:
+        return 1.0
+    seen = []
+    gate = layer.get_submodule(sublayer.channel_gate)
+    hook = gate.register_forward_hook(lambda module, inputs, output: seen.append(output.sigmoid()))
+    hidden_features(layer, layout, sublayer, states, keywords)
+    hook.remove()
+    return seen[0] / seen[0].mean(dim=-1, keepdim=True)
+
+
 @pytest.mark.parametrize("model_type", EACH)
 @torch.no_grad()
 def test_sublayers_add_up(model_type):
@@ -126,6 +140,7 @@ def test_sublayers_add_up(model_type):
             added = features @ adapter.output_weight(index, sublayer).T
             bias = adapter.layer_state(index).get(sublayer.bias)
             added = added if bias is None else added + bias
+            added = added * channel_gate(layer, layout, sublayer, read, keywords[index])
             if sublayer.post_norm:
                 added = layer.get_submodule(sublayer.post_norm.module)(added)
             expected = before + sublayer.factor * added
@@ -252,10 +267,10 @@ def test_layers_on_disk(model_type, tmp_path):
     model = pico_decoder(model_type)
     model.save_pretrained(tmp_path)
     ids = tokens(model)
+    routed = any(layout.routed for layout in ModelAdapter(model).layout.layers)
     expected = model(ids, use_cache=False).logits
     loaded = load_weights(tmp_path, device="cpu")
     assert torch.equal(loaded(ids, use_cache=False).logits, expected)
-    routed = any(layout.routed for layout in ModelAdapter(model).layout.layers)
     if model_type in RENAMED or routed:
         said = "experts one by one" if routed else "do not fit its configuration"
         with pytest.raises(ValueError, match=said):

@@ -15,7 +15,7 @@ from come.models.layer_state import overlay
 from come.models.sublayers import hidden_features, run_layer, states_after
 from come.stream.stream import LayerStream
 from tests.decoders import pico_decoder
-from tests.methods import come_plus, paper, recipe
+from tests.methods import come_plus, paper
 
 TYPES = ["gemma3_text", "gemma4_unified_text", "glm4", "hyperclovax", "olmo2"]
 
@@ -174,7 +174,6 @@ def test_refit_helps_on_unseen_windows(model_type, opened):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (recipe("replaceme"), "merge.refit=replaceme solves for the last output projection"),
         (come_plus(refit__downstream=0.1), "merge.refit.downstream=0.1 solves for the last"),
     ],
 )
@@ -182,6 +181,49 @@ def test_refits_of_the_last_projection_are_refused(method, message):
     model = pico_decoder("gemma3_text")
     with pytest.raises(ValueError, match=message):
         compress(model, windows_of(model), method, target_layers=3, progress=False)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "glm4", "hyperclovax", "olmo2"])
+@torch.no_grad()
+def test_replaceme_maps_what_the_norm_reads(model_type):
+    """In float64: T by least squares with the norm's factors s_t held fixed, twice; then g."""
+    model, dense = pico_decoder(model_type), ModelAdapter(pico_decoder(model_type))
+    windows, sublayer = windows_of(model), dense.layer_layout(1).last
+    norm = dense.layer(1).get_submodule(sublayer.post_norm.module)
+    seen = {"m": [], "y": [], "h2": [], "h4": []}
+
+    def record(name, module):
+        def hook(module, inputs, output):
+            seen[name].append((output[0] if isinstance(output, tuple) else output).detach())
+
+        module.register_forward_hook(hook)
+
+    record("m", dense.output_map(1, sublayer))
+    record("y", norm)
+    record("h2", dense.layer(1))
+    record("h4", dense.layer(3))
+    dense.model(windows, use_cache=False)
+    m, y, h2, h4 = (torch.cat(seen[name]).flatten(0, 1).double() for name in seen)
+    wanted = y + h4 - h2
+    g = norm.weight.double() + sublayer.post_norm.offset
+    eps = getattr(norm, "eps", None) or norm.variance_epsilon
+    transform = torch.eye(m.shape[1], dtype=torch.float64)
+    for _ in range(2):
+        rows = m * ((m @ transform.T).square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        transform = torch.linalg.lstsq(rows, wanted).solution.T / g[:, None]
+    normed = m @ transform.T
+    normed = normed * (normed.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    scale = (wanted * normed).sum(0) / normed.square().sum(0)
+
+    method = paper(operator="drop", refit="replaceme", groups=((1, 2, 3),))
+    compress(model, windows, method, target_layers=model.config.num_hidden_layers - 2)
+    found = ModelAdapter(model)
+    weight = transform @ dense.output_weight(1, sublayer).double()
+    torch.testing.assert_close(
+        found.output_weight(1, sublayer).double(), weight, rtol=1e-2, atol=1e-3
+    )
+    stored = found.layer(1).get_submodule(sublayer.post_norm.module).weight.double()
+    torch.testing.assert_close(stored + sublayer.post_norm.offset, scale, rtol=1e-2, atol=1e-3)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from come.merge.input_map import InputMap
 from come.merge.loop import compress
 from come.merge.operators.base import OPERATORS
 from come.merge.reconstruction import ReconstructionTargets
-from come.merge.refit.base import check_no_output_norm
+from come.merge.refit.base import check_linear_output
 from come.merge.refit.ridge import Ridge
 from come.merge.scales import SpanScale
 from come.merge.stacked_map import StackedMap
@@ -236,9 +236,9 @@ def test_plan_rebuilds_the_merged_model(method):
 
 def test_refits_of_the_last_projection_are_refused():
     (layout, *_) = layout_of(pico("llama_mha").config).layers
-    check_no_output_norm("merge.refit=replaceme", [layout])
+    check_linear_output("merge.refit=replaceme", [layout])
     with pytest.raises(ValueError, match=r"a scale follows it \(layer_scalar\)"):
-        check_no_output_norm("merge.refit=replaceme", [replace(layout, scale="layer_scalar")])
+        check_linear_output("merge.refit=replaceme", [replace(layout, scale="layer_scalar")])
 
 
 def test_values_of_each_layer_stay_with_it(tmp_path):

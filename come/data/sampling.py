@@ -17,6 +17,8 @@ from torch import Tensor
 from come.data.decoding import fast_single_tokens
 from come.data.windows import TokenWindows
 from come.files import cache_folder, write_bytes
+from come.models.caches import cache_of
+from come.models.families import layout_of
 from come.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -105,21 +107,17 @@ def sample(
     never = [*_special(model), *banned]
     device = model.get_input_embeddings().weight.device
     batches = []
+    rows = 1 if layout_of(model.config).one_sequence else batch_size
     total = starts.shape[0] * seq_len
     shown = ProgressBar(total=total, desc="sampling text", unit="token", shown=progress)
     with shown as bar, fast_single_tokens(model):
-        for ids in starts.split(batch_size):
-            ids, cache = ids[:, :seq_len], None
+        for ids in starts.split(rows):
+            ids, cache = ids[:, :seq_len], dict[str, Any]()
             bar.update(ids.numel())
             while ids.shape[1] < seq_len:
-                step = ids if cache is None else ids[:, -1:]
-                output = model(
-                    input_ids=step.to(device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                cache = output.past_key_values
+                step = ids[:, -1:] if cache else ids
+                output = model(input_ids=step.to(device), use_cache=True, logits_to_keep=1, **cache)
+                cache = cache_of(output)
                 logits = output.logits[:, -1].float().cpu()
                 _check_finite(logits, model)
                 logits[:, never] = -torch.inf
@@ -275,7 +273,8 @@ def _special(model: PreTrainedModel) -> list[int]:
     """Ids of the begin, end and padding tokens that have a row in the embedding."""
     config = model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    named = {i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None}
+    padding = getattr(config, "pad_token_id", None)
+    named = {i for i in (*ends, padding, config.bos_token_id) if i is not None}
     return sorted(i for i in named if 0 <= i < _rows(model))
 
 

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.memory import PeakMemory
+from come.models.caches import cache_of, numbers_of
 from come.progress import ProgressBar
 from come.setting import setting
 
@@ -198,9 +199,9 @@ def _prompt(model: PreTrainedModel, tokens: int) -> Any:
 
 
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the KV cache after a prompt."""
-    layers = _prompt(model, tokens).past_key_values.layers
-    return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+    """Bytes of the KV cache after a prompt, or of the states of a recurrence."""
+    cache = cache_of(_prompt(model, tokens))
+    return sum(tensor.numel() * tensor.element_size() for tensor in numbers_of(cache))
 
 
 def _peak_bytes(model: PreTrainedModel, work: Callable[[], object]) -> int:

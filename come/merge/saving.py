@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from come.files import new_folder, size_in_bytes
 from come.merge.plan import Plan
+from come.models.caches import cache_of
 from come.models.companions import copy_companions, tokenizer_files
 from come.models.dialects import derived_config, write_dialects
 from come.models.loading import load_tokenizer
@@ -155,10 +156,11 @@ def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 1
             f"the merged model's predictions are not finite in {model.dtype}; try "
             "model.dtype=float32 or bfloat16"
         )
-    cache, steps = None, []
+    cache: dict[str, Any] = {}
+    steps = []
     for part in probe.split([length - 2, 1, 1], dim=1):  # read layers from disk a few times only
-        output = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=part, use_cache=True, **cache)
+        cache = cache_of(output)
         steps.append(output.logits.float())
     cached = torch.cat(steps, dim=1)
     return ((cached - whole).abs().max() / whole.abs().max()).item()

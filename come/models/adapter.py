@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from come.models.families import layout_of
+from come.models.families import layout_of, prepare
 from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
@@ -43,6 +43,7 @@ class ModelAdapter:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._layout = layout_of(model.config)
+        prepare(model)
         check_layer_config(self.config)
         self._roles: dict[LayerLayout, dict[str, Role]] = {}
         for layer, layout in zip(self.layers, self._layout.layers, strict=True):

@@ -118,6 +118,8 @@ class ModelLayout:
         logit_scale: multiplies the logits.
         logit_cap: c of c tanh(logits / c); 0 for none.
         begin_token: whether the family predicts well only after its begin token.
+        one_sequence: whether transformers generates correctly with a cache only for one sequence at
+            a time.
         float32_states: whether the residual stream is float32 even if weights are narrower.
     """
 
@@ -129,6 +131,7 @@ class ModelLayout:
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     begin_token: bool = False
+    one_sequence: bool = False
     float32_states: bool = False
 
     @property

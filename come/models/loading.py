@@ -18,7 +18,7 @@ from come.models.checkpoint import (
     stored_tensor,
     weights_dtype,
 )
-from come.models.families import check_model_type, layout_of
+from come.models.families import check_model_type, layout_of, prepare
 from come.models.shape import ModelShape
 from come.models.weights import open_weights
 
@@ -227,6 +227,7 @@ def load_weights(
     # The loader does not tie a head that has its own weights in the checkpoint. The configuration
     # must say so, because later readers would tie the head.
     model.config.tie_word_embeddings = shape.config.tie_word_embeddings
+    prepare(model)
     _check_finite(folder, model)
     return model.to(chosen).eval()
 

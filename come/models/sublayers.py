@@ -122,7 +122,8 @@ def watch_features(
     """Calls `see` with the sublayer's features in every forward pass of the layer, while open.
 
     They are the input of its output projection, times what the output is multiplied by if a gate
-    does so token by token; those of experts are described in `Experts`.
+    does so token by token, or times the mean over channels if it does so channel by channel; those
+    of experts are described in `Experts`.
     """
     seen = dict[str, Tensor]()
 
@@ -143,12 +144,14 @@ def watch_features(
 def _watched(layer: nn.Module, sublayer: Sublayer, see: Callable[[Tensor], None]) -> Iterator[None]:
     """As `watch_features`, for a sublayer that is no sum of others."""
     experts, seen = sublayer.experts, dict[str, Tensor]()
+    gate = sublayer.output_gate or sublayer.channel_gate
 
     def arrive(name: str, found: Tensor) -> None:
         seen[name] = found
-        if len(seen) == 1 + bool(sublayer.output_gate):
+        if len(seen) == 1 + bool(gate):
             features, *gates = (seen.pop(key) for key in sorted(seen))
-            see(features * torch.sigmoid(gates[0]) if gates else features)
+            factors = [torch.sigmoid(given).mean(dim=-1, keepdim=True) for given in gates]
+            see(features * factors[0] if factors else features)
 
     def called(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = (*inputs, *keywords.values())
@@ -159,8 +162,8 @@ def _watched(layer: nn.Module, sublayer: Sublayer, see: Callable[[Tensor], None]
 
     output = layer.get_submodule(sublayer.output)
     handles = [output.register_forward_pre_hook(called, with_kwargs=True)]
-    if sublayer.output_gate:
-        handles.append(layer.get_submodule(sublayer.output_gate).register_forward_hook(gated))
+    if gate:
+        handles.append(layer.get_submodule(gate).register_forward_hook(gated))
     try:
         yield
     finally:

@@ -122,6 +122,9 @@ class Sublayer:
         experts: its routed experts; `inputs` then are those of the router.
         output_gate: a module that reads the norm; the sigmoid of its output multiplies that of the
             sublayer, token by token. None for none.
+        channel_gate: a module; the sigmoid of its output multiplies that of the sublayer, channel
+            by channel. No single linear map leads from features to the output then, so the output
+            projection is not refitted. None for none.
         joined: sublayers whose sum is this one's output, before the norm after it. Its columns are
             theirs side by side; it is opaque.
     """
@@ -144,6 +147,7 @@ class Sublayer:
     opaque: bool = False
     experts: Experts | None = None
     output_gate: str | None = None
+    channel_gate: str | None = None
     joined: tuple[Sublayer, ...] = ()
 
     @property

@@ -25,6 +25,7 @@ from come.files import PARTIAL, write_text
 from come.memory import return_freed_memory
 from come.models.buffers import make_buffers
 from come.models.checkpoint import weight_files
+from come.models.families import prepare
 from come.models.layer_state import LayerState, LazyState
 from come.weak import weak_method
 
@@ -238,15 +239,17 @@ def open_weights(
         )
     found = _places(folder, model)
     make_buffers(model, device)
+    stored = {id(tensor): found[name] for name, tensor in _saved_tensors(model).items()}
+    prepare(model)
     for name, tensor in _saved_tensors(model).items():
         if not name.startswith(f"{layers}."):
-            _set(model, name, found[name].read().to(device, tensor.dtype))
+            _set(model, name, stored[id(tensor)].read().to(device, tensor.dtype))
     model.tie_weights()
     stack = model.get_submodule(layers)
     assert isinstance(stack, nn.ModuleList)
     tensors = [
-        {name: found[f"{layers}.{index}.{name}"] for name in layer.state_dict()}
-        for index, layer in enumerate(stack)
+        {name: stored[id(tensor)] for name, tensor in _saved_tensors(layer).items()}
+        for layer in stack
     ]
     vars(model)[_ATTRIBUTE] = LayersOnDisk(stack, tensors, dtype, device, scratch)
     model.config.name_or_path = str(folder)
@@ -270,7 +273,8 @@ def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None
         for layer in on_disk.layers
         for name, tensor in _saved_tensors(layer).items()
     }
-    tensors = _saved_tensors(model)
+    named = {id(t): name for name, t in reversed(model.state_dict(keep_vars=True).items())}
+    tensors = {named[id(tensor)]: tensor for tensor in _saved_tensors(model).values()}
     split = split_torch_state_dict_into_shards(
         {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
         max_shard_size=shard_bytes,

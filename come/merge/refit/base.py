@@ -70,7 +70,7 @@ class Refit(HasSettings, ABC):
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises ValueError if it cannot refit layers like these."""
         if self.downstream is not None:
-            check_nothing_follows(f"merge.refit.downstream={self.downstream}", layouts)
+            check_linear_output(f"merge.refit.downstream={self.downstream}", layouts)
 
     @abstractmethod
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
@@ -103,24 +103,28 @@ class Refit(HasSettings, ABC):
         return self
 
 
-def check_nothing_follows(
+def check_linear_output(
     setting: str, layouts: Sequence[LayerLayout], *, norms: bool = False
 ) -> None:
-    """Raises ValueError if a norm or a scale follows the last output projection of a layer.
+    """Raises ValueError if the last output projection of a layer is not the last thing in it.
 
     Args:
-        setting: the setting that asks, for the message.
+        setting: the setting that solves for the projection, for the message.
         layouts: the layers.
         norms: whether norms may follow it.
     """
     for layout in layouts:
-        norm = None if norms else layout.last.post_norm
-        if norm or layout.scale:
+        follows, norm = "", layout.last.post_norm
+        if norm and not norms:
+            follows = f"norm follows it ({norm.module})"
+        if layout.scale:
+            follows = f"scale follows it ({layout.scale})"
+        if layout.last.channel_gate:
+            follows = f"gate multiplies its channels ({layout.last.channel_gate})"
+        if follows:
             raise ValueError(
                 f"{setting} solves for the last output projection of a layer, and in this model a "
-                f"{'norm' if norm else 'scale'} follows it "
-                f"({norm.module if norm else layout.scale}); choose merge.refit=ridge or none, "
-                "without merge.refit.downstream"
+                f"{follows}; choose merge.refit=ridge or none, without merge.refit.downstream"
             )
 
 

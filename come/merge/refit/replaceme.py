@@ -15,7 +15,7 @@ from come.merge.combination import Combination
 from come.merge.normed_output import ROUNDS, OutputNorm, best_scale, stored_scale
 from come.merge.output_map import as_tensors, output_map
 from come.merge.reconstruction import ReconstructionTargets, Target
-from come.merge.refit.base import REFITS, Refit, check_drops, check_nothing_follows
+from come.merge.refit.base import REFITS, Refit, check_drops, check_linear_output
 from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState
 from come.models.layout import LayerLayout
@@ -54,9 +54,9 @@ class ReplaceMe(Refit):
             )
 
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
-        """Raises ValueError for layers that scale the residual stream."""
+        """Raises ValueError for layers whose last output is gated or scaled."""
         super().check_layers(layouts)
-        check_nothing_follows(f"merge.refit={self.name}", layouts, norms=True)
+        check_linear_output(f"merge.refit={self.name}", layouts, norms=True)
 
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The kept layer's down projection with T folded in, and the scale of a norm after it."""

@@ -46,10 +46,12 @@ class Ridge(Refit):
     of the merged layer before the refit. Output biases are solved together with their projections.
     If layers multiply the residual stream, a drop's kept layer first gets the scale of the span.
     With `align`, the input projections of each sublayer are aligned first (see
-    `come.merge.alignment`). Where a norm follows the projection, see `come.merge.normed_output`. In
-    a trial merge, unit selection may already have solved for all W_s (`sources.solved`), with the
-    mean diagonal over all units in mu; that solution is used, unless a norm follows, or the layer
-    has experts, whose features depend on which others are kept.
+    `come.merge.alignment`). Where a norm follows the projection, see `come.merge.normed_output`;
+    where a gate multiplies its channels, each channel would need a Gram matrix of its own, and the
+    projection stays as it is. In a trial merge, unit selection may already have solved for all W_s
+    (`sources.solved`), with the mean diagonal over all units in mu; that solution is used, unless a
+    norm or such a gate follows, or the layer has experts, whose features depend on which others are
+    kept.
 
     Source: this project; the closed form is that of arXiv 2505.02819 and 2602.08858, which solve
     for the MLP's projection only.
@@ -94,7 +96,8 @@ class Ridge(Refit):
     def solve(self, targets: ReconstructionTargets, sources: SourceLayers) -> LayerState:
         """The new tensors of the output projections, and of the input projections if aligned."""
         adapter, index, state = targets.stream.adapter, targets.place, sources.state
-        differs = targets.layout.routed or any(each.post_norm for each in targets.layout)
+        changed = any(each.post_norm or each.channel_gate for each in targets.layout)
+        differs = targets.layout.routed or changed
         if self._same_as_selection and sources.solved and not differs:
             return _selection_solution(targets, sources)
         layer, layout = adapter.copy_layer(index, state), targets.layout
@@ -104,7 +107,7 @@ class Ridge(Refit):
             found = targets.scale.tensors(adapter, index, state, index - targets.first)
             adapter.assign(layer, found)
         for sublayer in layout:
-            if sublayer.kind not in self.sublayers:
+            if sublayer.kind not in self.sublayers or sublayer.channel_gate:
                 continue
             if self.align is not None and aligns(sublayer):
                 found |= self._aligned(targets, sources, layer, sublayer)

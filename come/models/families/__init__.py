@@ -21,15 +21,16 @@ from come.models.families import (
     opt,
     post_norm,
     recurrent,
+    rwkv,
     state_space,
     ungated,
     wrappers,
 )
-from come.models.families.parts import Family
+from come.models.families.parts import Family, Preparation
 from come.models.families.refused import REFUSED
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from come.models.layout import ModelLayout
 
@@ -49,11 +50,15 @@ FAMILIES: dict[str, Family] = {
     **opt.FAMILIES,
     **post_norm.FAMILIES,
     **recurrent.FAMILIES,
+    **rwkv.FAMILIES,
     **state_space.FAMILIES,
     **ungated.FAMILIES,
     **wrappers.FAMILIES,
 }
 """The layout of every supported model type, as a function of its configuration."""
+
+PREPARED: dict[str, Preparation] = {**rwkv.PREPARED}
+"""How models are changed whose layers differ from their layouts in transformers."""
 
 
 def check_model_type(model_type: str | None) -> None:
@@ -78,3 +83,9 @@ def layout_of(config: PretrainedConfig) -> ModelLayout:
     """
     check_model_type(config.model_type)
     return FAMILIES[config.model_type](config)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Changes a model in place so that its layout describes it; its logits stay the same."""
+    if model.config.model_type in PREPARED:
+        PREPARED[model.config.model_type](model)

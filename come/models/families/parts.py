@@ -10,10 +10,12 @@ from come.models.layout import Gate, LayerLayout, ModelLayout, Norm, Rows, Subla
 from come.models.surgery import PER_LAYER_LISTS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Family = Callable[["PretrainedConfig"], ModelLayout]
 """Makes the layout of a model from its configuration; raises ValueError for other variants."""
+Preparation = Callable[["PreTrainedModel"], None]
+"""Changes a model in place so that its layout describes it; its logits stay the same."""
 
 
 INPUT_NORM = Norm("input_layernorm")

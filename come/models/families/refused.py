@@ -28,8 +28,6 @@ REFUSED: dict[str, str] = {
     "openai-gpt": "it normalises the residual stream itself after every sublayer",
     "qwen4_exp": STREAMS,
     "qwen4_exp_text": STREAMS,
-    "rwkv": "the output of its MLP is multiplied by a gate of the token, "
-    "and its first layer begins with a norm of the embeddings",
     "zamba": "its attention layers share one transformer block",
     "zamba2": "its attention layers share transformer blocks, chosen by the layer's index",
     "zaya": "its layers scale the residual stream, and routers read the states of earlier routers",
