@@ -86,6 +86,7 @@ def _mamba2(layers: int) -> dict[str, Any]:
         "state_size": 32,
         "chunk_size": 32,
         "residual_in_fp32": True,
+        "initializer_range": 0.02,  # by default 0.1, far from uniform predictions
     }
 
 

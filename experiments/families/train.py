@@ -218,7 +218,7 @@ def report(chosen: Settings, done: int, loss: float, seconds: float) -> None:
     left = min(seconds * (chosen.tokens - done) / done, 60 * chosen.minutes - seconds)
     say(
         f"{chosen.family}: {done} of {chosen.tokens} tokens, loss {loss:.3f}, "
-        f"{done / seconds:.0f} tokens/s, at most {left / 60:.1f} min left"
+        f"{done / seconds:.0f} tokens/s, at most {max(left, 0) / 60:.1f} min left"
     )
 
 
