@@ -184,7 +184,7 @@ def base(tmp_path):
 @pytest.fixture
 def stream(family, windows):
     adapter = ModelAdapter(pico(family))
-    collector = StatisticsCollector(adapter, ("abs", "square", "mean"), "all")
+    collector = StatisticsCollector(adapter, ("abs", "square", "mean", "output_norm"), "all")
     with LayerStream(adapter, windows, batch_size=2, progress=False) as stream:
         stream.embed()
         stream.advance(0, LAYERS - 1, collector)

@@ -46,6 +46,11 @@ def test_every_yaml_composes(group, name, text_file):
         ("calibration", "text_file"): [f"calibration.path={text_file}"],
         ("merge", "from_plan"): ["merge.plan=plan.json"],
         ("experiment", "choices"): [f"calibration.path={text_file}"],
+        ("experiment", "families"): [
+            "model.path=folder",
+            f"calibration.path={text_file}",
+            f"eval.perplexity.path={text_file}",
+        ],
         ("ablation", "continued"): ["calibration=pydocs"],
     }
     composed = settings(f"{group}={name}", *needs.get((group, name), []))
@@ -54,7 +59,8 @@ def test_every_yaml_composes(group, name, text_file):
         assert composed.merge.name == name
         assert composed.merge.operator.name in OPERATORS.names()
     if group == "experiment" and name not in ("main", "smoke"):  # tables have one dtype everywhere
-        assert (composed.model.name, composed.model.dtype) == ("smollm2_135m", "float32")
+        model = "local" if name == "families" else "smollm2_135m"
+        assert (composed.model.name, composed.model.dtype) == (model, "float32")
     first = (CONF / group / f"{name}.yaml").read_text()
     assert f"python run.py {group}={name}" in first or "python run.py\n" in first
 

@@ -54,6 +54,18 @@ def test_metrics_without_gradients(stream, name, windows):
         torch.testing.assert_close(scores[unit][index], expected, rtol=2e-4, atol=1e-12)
 
 
+def test_reap_of_units_that_see_all_tokens(stream, windows):
+    """The mean norm of what a unit adds to the output, in float64, token by token."""
+    reference = Reference(stream.adapter.model, windows)
+    scores = found_scores(stream, "reap", 0, LAYERS - 1)
+    for unit, index in itertools.product(UNITS, range(LAYERS)):
+        weight, x = reference.output(index, unit).weight.double(), reference.inputs[index, unit]
+        size = sublayer_of(stream.adapter, unit).columns
+        pairs = zip(x.double().split(size, dim=1), weight.split(size, dim=1), strict=True)
+        expected = torch.stack([(own @ part.T).norm(dim=1).mean() for own, part in pairs])
+        torch.testing.assert_close(scores[unit][index], expected.detach(), rtol=2e-4, atol=1e-12)
+
+
 def output_map(adapter, index, unit):
     return adapter.output_map(index, sublayer_of(adapter, unit))
 

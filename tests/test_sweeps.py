@@ -120,6 +120,7 @@ EXPERIMENTS = {  # overrides that adapt the depths to the pico models
     "main": ["eval=perplexity", "calibration=pydocs", "merge.sparsity=0.1"],
     "retention": ["merge.target_layers=20", "merge.save_at=[22]"],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
+    "families": ["merge.target_layers=20", "merge.save_at=[22]"],
 }
 
 
@@ -134,7 +135,8 @@ QUICK = {"smoke"}  # the other experiments are slow tests
     ],
 )
 def test_every_experiment_runs(command, base, pico_folder, text_file, tmp_path, name):
-    paths = [f"calibration.path={text_file}"] if name == "choices" else []
+    texts = {"choices": ["calibration"], "families": ["calibration", "eval.perplexity"]}
+    paths = [f"{key}.path={text_file}" for key in texts.get(name, [])]
     folder = tmp_path / "out"
     words = (f"experiment={name}", *EXPERIMENTS[name], *paths, f"hydra.run.dir={folder}")
     model = base if name in QUICK else pico_folder

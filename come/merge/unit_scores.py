@@ -63,6 +63,7 @@ def unit_scores(
                     abs_mean=moments.mean("abs"),
                     square_mean=moments.mean("square"),
                     mean=moments.mean("mean"),
+                    output_norm=layer.output_norms.get(unit),
                     weight_gradient=weight_gradient.get((index, unit)),
                     path=path.get((index, unit)),
                 )

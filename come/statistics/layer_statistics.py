@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,13 @@ from come.models.adapter import ModelAdapter
 from come.models.layout import Unit
 from come.models.sublayers import watch_features
 from come.statistics.influence import TOKENS, block_influence, chosen_tokens, token_cosine
+from come.statistics.output_norms import OutputNorms
 from come.stream.observer import Update
 from come.stream.processes import SINGLE, Processes
 from come.stream.token_blocks import TokenBlocks
 from come.weak import weak_method
+
+OUTPUT_NORM = "output_norm"
 
 
 class InputMoments:
@@ -65,10 +68,13 @@ class LayerStatistics:
     Attributes:
         bi: block influence, mean_tokens(1 - clamp(cos(input, output), 0, 1)), in [0, 1].
         moments: moments of the inputs of the sublayers' output projections, by kind of unit.
+        output_norms: mean norms of what every unit adds to the output, by kind of unit; empty
+            unless they are measured.
     """
 
     bi: float
     moments: dict[Unit, InputMoments]
+    output_norms: dict[Unit, Float[Tensor, " units"]] = field(default_factory=dict)
 
 
 class StatisticsCollector:
@@ -77,7 +83,7 @@ class StatisticsCollector:
     Args:
         adapter: the model.
         kinds: which moments of the output projections' inputs to accumulate: "abs", "square",
-            "mean".
+            "mean"; and "output_norm" for the norms of what every unit adds.
         tokens: tokens that BI averages over: "all", or the "last" of each window.
         processes: the processes that share the windows.
     """
@@ -91,7 +97,8 @@ class StatisticsCollector:
     ) -> None:
         self.adapter = adapter
         self.processes = processes
-        self.kinds = kinds
+        self.kinds = [kind for kind in kinds if kind != OUTPUT_NORM]
+        self.norms = OUTPUT_NORM in kinds
         self.tokens = tokens
         self.found: dict[int, LayerStatistics] = {}
 
@@ -100,6 +107,10 @@ class StatisticsCollector:
         """Accumulates the statistics of layer `index` while open."""
         layout, layer = self.adapter.layer_layout(index), self.adapter.layer(index)
         moments = {each.unit: InputMoments(self.kinds, each.width) for each in layout}
+        norms = {
+            each.unit: OutputNorms(each, self.adapter.output_weight(index, each).detach())
+            for each in (layout if self.norms else ())
+        }
         influence, count = 0.0, 0
 
         def accumulate(values: Tensor) -> None:
@@ -117,13 +128,16 @@ class StatisticsCollector:
             count += cosine.numel()
 
         with ExitStack() as hooks:
-            if self.kinds:
-                for each in layout:
+            for each in layout:
+                if self.kinds:
                     see = moments[each.unit].update
                     hooks.enter_context(watch_features(layer, each, see))
+                if self.norms:
+                    hooks.enter_context(watch_features(layer, each, norms[each.unit].update))
             yield update
         blocks.finish()
         for of_unit in moments.values():
             of_unit.finish(self.processes)
         mean = self.processes.reduced(influence) / self.processes.reduced(count)
-        self.found[index] = LayerStatistics(mean, moments)
+        means = {unit: own.finish(self.processes) for unit, own in norms.items()}
+        self.found[index] = LayerStatistics(mean, moments, means)

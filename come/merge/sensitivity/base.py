@@ -24,6 +24,8 @@ class MapStatistics:
         abs_mean: E|x_j|, [d_in] float64; None unless the metric needs the moment "abs".
         square_mean: E[x_j^2], [d_in] float64; None unless it needs "square".
         mean: E[x_j], [d_in] float64; None unless it needs "mean".
+        output_norm: E|W_u x_u|_2 of every unit u over the tokens that it acts on, [units] float64;
+            None unless it needs "output_norm".
         weight_gradient: dL/dW, [d_out, d_in] float32 or wider, L the mean loss over all calibration
             tokens; None unless the metric needs the gradient "weight".
         path: integrated gradients of L for a scale on each channel, [d_in] float64, nats, signed;
@@ -36,6 +38,7 @@ class MapStatistics:
     abs_mean: Float[Tensor, " in"] | None = None
     square_mean: Float[Tensor, " in"] | None = None
     mean: Float[Tensor, " in"] | None = None
+    output_norm: Float[Tensor, " units"] | None = None
     weight_gradient: Float[Tensor, "out in"] | None = None
     path: Float[Tensor, " in"] | None = None
 
@@ -48,7 +51,8 @@ class SensitivityMetric(HasSettings, ABC):
         name: the registry name, equal to the file's.
         paper: arXiv id of the source, or "".
         source: where the formula is defined, in words.
-        moments: which of "abs", "square", "mean" of the inputs it needs.
+        moments: which of "abs", "square", "mean" of the inputs it needs, and "output_norm" of
+            what every unit adds to the output.
         gradient: "weight", "path", or "" for none; gradients cost backward passes of the stream.
     """
 
