@@ -59,7 +59,7 @@ def test_every_yaml_composes(group, name, text_file):
         assert composed.merge.name == name
         assert composed.merge.operator.name in OPERATORS.names()
     if group == "experiment" and name not in ("main", "smoke"):  # tables have one dtype everywhere
-        model = "local" if name == "families" else "smollm2_135m"
+        model = {"families": "local", "gemma": "gemma3_270m"}.get(name, "smollm2_135m")
         assert (composed.model.name, composed.model.dtype) == (model, "float32")
     first = (CONF / group / f"{name}.yaml").read_text()
     assert f"python run.py {group}={name}" in first or "python run.py\n" in first

@@ -121,6 +121,7 @@ EXPERIMENTS = {  # overrides that adapt the depths to the pico models
     "retention": ["merge.target_layers=20", "merge.save_at=[22]"],
     "domains": ["merge.target_layers=20", "merge.save_at=[22]", "calibration=self_generated"],
     "families": ["merge.target_layers=20", "merge.save_at=[22]"],
+    "gemma": ["calibration.num_samples=8", "merge.target_layers=20", "merge.save_at=[22]"],
 }
 
 
