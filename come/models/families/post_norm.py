@@ -36,7 +36,7 @@ def gemma3(config: PretrainedConfig) -> ModelLayout:
 
 def gemma3_with_images(config: PretrainedConfig) -> ModelLayout:
     """Gemma 3 with images: its head has no soft bound, whatever the configuration says."""
-    return replace(wrapped(gemma3, "model.language_model")(config), logit_cap=0.0)
+    return replace(wrapped(gemma3, "gemma3_text", "model.language_model")(config), logit_cap=0.0)
 
 
 def glm4(config: PretrainedConfig) -> ModelLayout:
