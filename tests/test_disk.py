@@ -242,9 +242,9 @@ KEY = "model.layers.3.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(KEY), f"of another shape are {KEY}"),
-        (lambda tensors: tensors.update({KEY: torch.ones(2, 2)}), f"of another shape are {KEY}"),
-        (lambda tensors: tensors.update(extra=torch.ones(2)), "are extra"),
+        (lambda tensors: tensors.pop(KEY), f"missing keys: {KEY}"),
+        (lambda tensors: tensors.update({KEY: torch.ones(2, 2)}), f"mismatched keys: {KEY}"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "unexpected keys: extra"),
     ],
 )
 def test_weights_that_do_not_match_the_config(change, message, tmp_path):

@@ -238,7 +238,7 @@ def test_save_does_not_replace_other_folders(pico_folder, tmp_path):
         ({"model_type": "lama"}, "'lama' is not known; .* .similar: llama, "),
         ({"hidden_act": "no_such"}, "bad configuration"),
         ({"hidden_size": "wide"}, "bad configuration"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "bad configuration"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method=gptq"),
         ({"num_hidden_layers": 20}, "do not fit its configuration, unexpected keys"),
     ],
 )

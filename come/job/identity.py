@@ -15,7 +15,7 @@ from come.job.processes import process_count
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.models.checkpoint import fingerprint, identity
-from come.models.loading import choose_device, resolve_fast
+from come.models.loading import check_configuration, choose_device, resolve_fast
 from come.schema import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def model_identity(model: ModelSettings) -> str:
     folder = Path(model.path or "").expanduser()
     if model.path and folder.is_dir():
         try:
+            check_configuration(folder)  # before all weights are read to hash them
             return identity(folder)
         except (ValueError, OSError):
             return f"unreadable {folder}"

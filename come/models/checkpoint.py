@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from come.files import cache_folder, file_hash, write_text
 from come.models.companions import companions_hash
 from come.models.packaged import PACKAGED
 
-_DTYPES = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""Floating-point dtypes of weights that are not quantised, by their names in safetensors files."""
+
+_QUANTISED = ("quantization_config", "compression_config")  # the latter of old versions
+_UNQUANTISE = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def find_checkpoint(
@@ -98,8 +103,24 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the configuration or a shard is missing, a file is damaged, there are only
-            pickles, or there is an adapter that the loader would add to the model.
+            pickles or GGUF files, the weights are quantised, or there is an adapter that the loader
+            would add to the model.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
+            "merged: put it into the weights first, with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(OTHER) and the tokenizer next to it, or move the adapter's files away"
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model folder {folder} has GGUF files ({', '.join(ggufs[:3])}), and only safetensors "
+            "are read: take the model that they were made from, or convert one with "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, quantization_config="
+            "GgufConfig(dequantize=True)).save_pretrained(OTHER), and its tokenizer"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
     try:
@@ -110,13 +131,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"model folder {folder}: config.json holds no configuration")  # noqa: TRY004
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model folder {folder} holds an adapter (adapter_config.json), whose layers cannot be "
-            "merged: put it into the weights first, with peft's "
-            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(OTHER) and the tokenizer next to it, or move the adapter's files away"
-        )
+    _check_unquantised(folder, config)
     for path in weight_files(folder):
         if not path.is_file():
             raise ValueError(f"checkpoint is incomplete: {path} is missing")
@@ -128,6 +143,21 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
                 f"checkpoint is truncated or damaged: {path} ({error}); copy it again"
             ) from error
     return config
+
+
+def _check_unquantised(folder: Path, config: dict[str, Any], place: str = "config.json") -> None:
+    for key, value in config.items():
+        if key in _QUANTISED and value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            reader = _UNQUANTISE.get(str(method))
+            convert = f", or write one with transformers' {reader}(dequantize=True)"
+            raise ValueError(
+                f"model folder {folder}: quantised weights cannot be merged ({place} has {key}, "
+                f"quant_method={method}): take the unquantised model{convert if reader else ''}; "
+                f"if the weights are not quantised, remove {key}"
+            )
+        if isinstance(value, dict):
+            _check_unquantised(folder, value, f"{place}, in {key},")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -152,7 +182,10 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
     found = f"it has only pickles ({', '.join(pickles[:3])})" if pickles else "none are there"
+    if others:
+        found = f"{', '.join(others[:3])} are not model.safetensors, nor in an index of shards"
     raise ValueError(
         f"checkpoint {folder} has no safetensors weights: {found}. Pickles are neither read "
         "nor downloaded. Where you trust their source, convert once: "
@@ -192,14 +225,21 @@ def identity(folder: Path) -> str:
 def weights_dtype(folder: Path) -> torch.dtype:
     """The floating-point dtype of most of a checkpoint's bytes, read from the file headers."""
     sizes: dict[str, int] = {}
+    for _, _, entry in tensor_headers(folder):
+        if entry["dtype"] in FLOATS:
+            begin, end = entry["data_offsets"]
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return FLOATS[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
+
+
+def tensor_headers(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Every tensor of a checkpoint: its file, its name, and its dtype, shape and data offsets."""
     for path in weight_files(folder):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in _DTYPES:
-                begin, end = entry["data_offsets"]
-                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
-    return _DTYPES[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
+            if name != "__metadata__":
+                yield path, name, entry
 
 
 def stored_tensor(folder: Path, name: str) -> Tensor | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -19,6 +22,7 @@ from come.models.checkpoint import (
     weights_dtype,
 )
 from come.models.families import check_model_type, layout_of, prepare
+from come.models.fit import check_fit, check_loaded
 from come.models.shape import ModelShape
 from come.models.weights import open_weights
 
@@ -94,6 +98,17 @@ def choose_dtype(
     return own if isinstance(own, torch.dtype) else getattr(torch, str(own))
 
 
+def check_configuration(folder: Path) -> dict[str, Any]:
+    """Checks a checkpoint's files and the type in its config.json; returns the latter's content.
+
+    Raises:
+        ValueError: see `inspect_model`.
+    """
+    config = check_checkpoint(folder)
+    check_model_type(config.get("model_type"), config.get("auto_map"))
+    return config
+
+
 def inspect_model(
     folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> ModelShape:
@@ -101,28 +116,26 @@ def inspect_model(
 
     Raises:
         ValueError: the checkpoint is incomplete, its configuration cannot be read, its weights are
-            quantised, or its architecture is not supported.
+            quantised or do not fit its configuration, or its architecture is not supported.
     """
-    check_model_type(check_checkpoint(folder).get("model_type"))
+    model_type = check_configuration(folder)["model_type"]
+    trusted = trust_remote_code and not _built_in(model_type)
     from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            raise ValueError("quantised weights cannot be merged; take the unquantised model")
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the configuration classes raise many kinds of errors
-        raise ValueError(f"model folder {folder}: bad configuration: {one_line(error)}") from error
-    ModelAdapter(skeleton)  # checks the family
+    with _bad_configuration(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    with _bad_configuration(folder, ValueError):
+        layout_of(config)  # checks the family, also of the text model in a wrapper
+    with _bad_configuration(folder), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    ModelAdapter(skeleton)  # checks the layers
     if skeleton.config.tie_word_embeddings and not _tied(folder):
         skeleton.config.tie_word_embeddings = False
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                skeleton.config, trust_remote_code=trust_remote_code
-            )
+            skeleton = AutoModelForCausalLM.from_config(skeleton.config, trust_remote_code=trusted)
     else:
         skeleton.tie_weights()
+    check_fit(folder, skeleton, layout_of(skeleton.config).stack)
     return ModelShape.of(skeleton, choose_dtype(dtype, config, folder, choose_device(device)))
 
 
@@ -136,7 +149,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of code of the repository, too
         raise ValueError(
             f"model folder {folder}: no tokenizer can be read: {one_line(error)}"
         ) from error
@@ -196,10 +209,11 @@ def load_weights(
     shape = inspect_model(
         folder, dtype=dtype, device=str(chosen), trust_remote_code=trust_remote_code
     )
+    trusted = trust_remote_code and not _built_in(shape.config.model_type)
     if choose_weights(weights, shape, chosen) == "disk":
         model = open_weights(
             folder, shape.config, layout_of(shape.config).stack,
-            dtype=shape.dtype, device=chosen, scratch=scratch, trust_remote_code=trust_remote_code,
+            dtype=shape.dtype, device=chosen, scratch=scratch, trust_remote_code=trusted,
         )  # fmt: skip
         _check_finite(folder, model)
         return model
@@ -210,26 +224,39 @@ def load_weights(
             folder,
             dtype=shape.dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trusted,
             output_loading_info=True,
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"model folder {folder}: cannot load its weights: {one_line(error)}"
         ) from error
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(map(str, info.get(kind) or []))
-        if names:
-            raise ValueError(
-                f"model folder {folder}: its weights do not fit its configuration, "
-                f"{kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)"
-            )
+    check_loaded(folder, info)
     # The loader does not tie a head that has its own weights in the checkpoint. The configuration
     # must say so, because later readers would tie the head.
     model.config.tie_word_embeddings = shape.config.tie_word_embeddings
     prepare(model)
     _check_finite(folder, model)
     return model.to(chosen).eval()
+
+
+def _built_in(model_type: str) -> bool:
+    """Whether transformers has the type; layouts describe its code, not that of a repository."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+@contextmanager
+def _bad_configuration(folder: Path, *own: type[Exception]) -> Iterator[None]:
+    """Turns errors into one line; `own` are those with messages of this package."""
+    try:
+        yield
+    except own:
+        raise
+    except Exception as error:  # the configuration classes raise many kinds of errors
+        text = re.sub(r" (Should contain one of|Access it via) .*", "", one_line(error))
+        raise ValueError(f"model folder {folder}: bad configuration: {text}") from error
 
 
 def _tied(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from come.files import PARTIAL, write_text
 from come.memory import return_freed_memory
 from come.models.buffers import make_buffers
-from come.models.checkpoint import weight_files
+from come.models.checkpoint import tensor_headers
 from come.models.families import prepare
 from come.models.layer_state import LayerState, LazyState
 from come.weak import weak_method
@@ -54,14 +54,10 @@ class StoredTensor:
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name, from the headers of its files."""
-    found: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = StoredTensor(path, name, tuple(entry["shape"]))
-    return found
+    return {
+        name: StoredTensor(path, name, tuple(entry["shape"]))
+        for path, name, entry in tensor_headers(folder)
+    }
 
 
 class LayersOnDisk:

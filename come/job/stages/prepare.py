@@ -23,10 +23,10 @@ from come.job.stages.depth import check_reachable, kinds_of, stated_target, targ
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
-from come.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint
-from come.models.families import check_model_type
+from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
+    check_configuration,
     inspect_model,
     load_tokenizer,
 )
@@ -227,8 +227,7 @@ def _check_configuration(settings: Settings, checkpoint: Path) -> None:
 
     A configuration without its own number of layers is left to the checks that follow.
     """
-    merge, config = settings.merge, check_checkpoint(checkpoint)
-    check_model_type(config.get("model_type"))
+    merge, config = settings.merge, check_configuration(checkpoint)
     layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
     if not merge.enabled or merge.plan is not None or settings.from_run is not None:
         return

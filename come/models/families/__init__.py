@@ -61,17 +61,25 @@ PREPARED: dict[str, Preparation] = {**rwkv.PREPARED}
 """How models are changed whose layers differ from their layouts in transformers."""
 
 
-def check_model_type(model_type: str | None) -> None:
-    """Raises ValueError for an unsupported type, with the reason or what is supported."""
-    if model_type in FAMILIES:
+def check_model_type(model_type: object, code: object = None) -> None:
+    """Raises ValueError for an unsupported type, with the reason or what is supported.
+
+    Args:
+        model_type: `model_type` of a configuration.
+        code: its `auto_map`, which names Python code of the model's repository.
+    """
+    name = str(model_type)
+    if name == model_type and name in FAMILIES:
         return
-    if model_type in REFUSED:
-        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    close = get_close_matches(model_type or "", FAMILIES, n=3)
+    if name in REFUSED:
+        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[name]}")
+    close = get_close_matches(name, FAMILIES, n=3)
     similar = f" (similar: {', '.join(close)})" if close else ""
+    own = " (its layers are defined by code of its repository, auto_map in config.json)"
     raise ValueError(
-        f"model type {model_type!r} is not known; supported are the {len(FAMILIES)} types{similar} "
-        "in docs/families.md, and docs/extend.md tells how to add one, as one function"
+        f"model type {model_type!r} is not known{own if code else ''}; supported are the "
+        f"{len(FAMILIES)} types{similar} in docs/families.md, and docs/extend.md tells how to add "
+        "one, as one function"
     )
 
 

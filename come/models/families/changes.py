@@ -38,16 +38,23 @@ def opaque(sublayer: Sublayer, module: str) -> Sublayer:
     )
 
 
-def wrapped(family: Family, stack: str) -> Family:
+def wrapped(family: Family, text_type: str, stack: str) -> Family:
     """The family of models that contain a text model of another family.
 
     Args:
         family: the family of the text model.
+        text_type: the model type of the text model.
         stack: the module that corresponds to the text model's own "model".
     """
 
     def layout(config: PretrainedConfig) -> ModelLayout:
-        own = family(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        if text.model_type != text_type:
+            raise ValueError(
+                f"model type {config.model_type!r} is described with a text model of type "
+                f"{text_type}; text_config.model_type={text.model_type} is not supported"
+            )
+        own = family(text)
         layers, norm = (stack + name.removeprefix("model") for name in (own.stack, own.final_norm))
         return replace(own, stack=layers, final_norm=norm)
 

@@ -43,7 +43,7 @@ def gemma3(config: PretrainedConfig) -> ModelLayout:
 
 def gemma3_with_images(config: PretrainedConfig) -> ModelLayout:
     """Gemma 3 with images: its head has no soft bound, whatever the configuration says."""
-    return replace(wrapped(gemma3, "model.language_model")(config), logit_cap=0.0)
+    return replace(wrapped(gemma3, "gemma3_text", "model.language_model")(config), logit_cap=0.0)
 
 
 def gemma4(config: PretrainedConfig) -> ModelLayout:
@@ -139,9 +139,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2,
     "gemma3": gemma3_with_images,
     "gemma3_text": gemma3,
-    "gemma4": wrapped(gemma4, "model.language_model"),
+    "gemma4": wrapped(gemma4, "gemma4_text", "model.language_model"),
     "gemma4_text": gemma4,
-    "gemma4_unified": wrapped(gemma4, "model.language_model"),
+    "gemma4_unified": wrapped(gemma4, "gemma4_unified_text", "model.language_model"),
     "gemma4_unified_text": gemma4,
     "glm4": glm4,
     "hyperclovax": hyperclovax,

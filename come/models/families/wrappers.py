@@ -8,7 +8,7 @@ from come.models.families.fused import persimmon
 from come.models.families.parts import Family
 
 FAMILIES: dict[str, Family] = {
-    "fuyu": wrapped(persimmon, "model.language_model"),
-    "got_ocr2": wrapped(gated, "model.language_model"),
-    "moss_transcribe_diarize": wrapped(head_normed, "model.language_model"),
+    "fuyu": wrapped(persimmon, "persimmon", "model.language_model"),
+    "got_ocr2": wrapped(gated, "qwen2", "model.language_model"),
+    "moss_transcribe_diarize": wrapped(head_normed, "qwen3", "model.language_model"),
 }
