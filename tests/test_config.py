@@ -52,6 +52,7 @@ def test_every_yaml_composes(group, name, text_file):
             f"eval.perplexity.path={text_file}",
         ],
         ("ablation", "continued"): ["calibration=pydocs"],
+        ("eval", "generation"): ["eval.generation.include_path=folder"],
     }
     composed = settings(f"{group}={name}", *needs.get((group, name), []))
     composed.check()

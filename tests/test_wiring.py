@@ -17,6 +17,7 @@ from come.merge.method import PARTS
 from come.schema import Settings
 from tests.bases import save_base
 from tests.commands import drop_unused_eval_settings
+from tests.evaluation_rows import COME, EVALUATION_CHANGES, EVALUATION_ELSEWHERE, NLL, ZERO_SHOT
 from tests.jobs import job_settings
 from tests.test_zero_shot import PACKAGES, TASK
 
@@ -26,10 +27,9 @@ RUN = importlib.import_module("come.job.run")
 MERGED = {"plan", "weights", "merged nll"}
 PLANNED = {"plan", "weights", "merged nll", "history"}
 TRAINED, CURVE = {"trained", "trained nll"}, {"trained", "trained nll", "curve", "validation"}
-TASKS, NLL = {"dense tasks", "merged tasks"}, {"dense nll", "merged nll"}
 
 # Jobs in which a setting has an effect, as overrides.
-COME, COME_PLUS = ("merge=come",), ("merge=come_plus", "merge.m=2")
+COME_PLUS = ("merge=come_plus", "merge.m=2")
 FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # merges the first layers
 THREE_LAYERS = (*COME, "merge.target_layers=3")
 TWO_GROUPS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
@@ -40,13 +40,6 @@ HEAL = (
     "distill.batch_size=4", "distill.micro_batch=2", "distill.validation_samples=4",
     "distill.validate_every=2", "distill.checkpoint_every=2",
 )  # fmt: skip
-SPEED = (*COME, "eval=[perplexity,speed]")
-CONTINUATIONS = ("merge=come", "eval=[perplexity,continuations]", "eval.continuations.tokens=3")
-ZERO_SHOT = (
-    "merge=come", "eval=[perplexity,zero_shot]",
-    "eval.zero_shot.include_path={tasks}", "eval.zero_shot.tasks=[a]",
-)  # fmt: skip
-
 # (job, changed setting, outputs that change)
 CHANGES = [
     (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
@@ -143,28 +136,7 @@ CHANGES = [
     ((*HEAL, "distill=come_mp"), "distill.workers=1", set()),
     ((*HEAL, "distill=come_mp", "distill.loss=kl"), "distill.temperature=2", CURVE),
     ((*HEAL, "distill.learning_rate=3"), "distill.patience=1", {"curve", "validation"}),
-    (COME, "eval.perplexity.path={third}", {*NLL, "eval text"}),
-    (COME, "eval.perplexity.max_tokens=256", NLL),
-    (COME, "eval.perplexity.text_range=[0.5,1]", NLL),
-    (COME, "eval.perplexity.seq_len=16", NLL),
-    (COME, "eval=continuations eval.continuations.tokens=3", {*NLL, "eval text", "continuations"}),
-    (COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}", {"also"}),
-    ((*COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}"),
-     "eval.perplexity.extra_texts.a.max_tokens=256", {"also"}),
-    ((*COME, "+eval.perplexity.extra_texts={a:{path:{third},max_tokens:128}}"),
-     "+eval.perplexity.extra_texts.a.text_range=[0.5,1]", {"also"}),
-    (COME, "eval=[perplexity,continuations] eval.continuations.tokens=3", {"continuations"}),
-    (CONTINUATIONS, "eval.continuations.tokens=4", {"continuations"}),
-    (CONTINUATIONS, "eval.continuations.prompts=[a]", {"continuations"}),
-    (COME, "eval=[perplexity,speed]", {"speed", "prompt_tokens", "new_tokens", "batch", "repeats"}),
-    (SPEED, "eval.speed.prompt_tokens=20", {"prompt_tokens"}),
-    (SPEED, "eval.speed.new_tokens=7", {"new_tokens"}),
-    (SPEED, "eval.speed.batch_size=2", {"batch"}),
-    (SPEED, "eval.speed.repeats=2", {"repeats"}),
-    (COME, " ".join(ZERO_SHOT[1:]), TASKS),
-    (ZERO_SHOT, "eval.zero_shot.tasks=[a,b]", TASKS),
-    (ZERO_SHOT, "eval.zero_shot.limit=5", TASKS),
-    (ZERO_SHOT, "eval.zero_shot.include_path={tasks2}", TASKS),
+    *EVALUATION_CHANGES,
 ]  # fmt: skip
 # Settings that change neither a number nor the job hash.
 NOT_HASHED = {
@@ -177,13 +149,11 @@ TESTED_ELSEWHERE = {
     "model.path", "model.revision", "model.device", "model.trust_remote_code",
     "calibration.source", "calibration.dataset", "calibration.subset", "calibration.split",
     "calibration.revision", "calibration.field", "calibration.data_files",
-    "calibration.batch_size", "eval.perplexity.batch_tokens", "eval.zero_shot.batch_size",
+    "calibration.batch_size",
     "distill.micro_batch",
     "distill.source", "distill.dataset", "distill.subset", "distill.split", "distill.revision",
     "distill.field", "distill.data_files", "distill.method",
-    "eval.perplexity.source", "eval.perplexity.dataset", "eval.perplexity.subset",
-    "eval.perplexity.split", "eval.perplexity.revision", "eval.perplexity.field",
-    "eval.perplexity.data_files", "merge.name", "merge.plan", "merge.enabled", "merge.changes",
+    *EVALUATION_ELSEWHERE, "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
 LACO_SETTINGS = {
@@ -292,6 +262,10 @@ def observe(inputs, folder, overrides):
         "eval text": first["metrics"].get("perplexity", {}).get("data", "").partition(" of ")[2],
         "also": [chosen_metrics(d, "perplexity/") for d in result["depths"]],
         "continuations": [chosen_metrics(d, "continuations") for d in result["depths"]],
+        "dense agreement": chosen_metrics(first, "agreement"),
+        "merged agreement": chosen_metrics(merged, "agreement"),
+        "dense answers": chosen_metrics(first, "generation"),
+        "merged answers": chosen_metrics(merged, "generation"),
         "speed": fake_speed.options is not None,
         "dense tasks": chosen_metrics(first, "zero_shot"),
         "merged tasks": chosen_metrics(merged, "zero_shot"),

@@ -228,10 +228,11 @@ def evaluation_windows(
     used = tokens[:max_tokens] if max_tokens else tokens
     windows = _split(used, seq_len, begin)
     if len(windows) < 2:
+        length = f"{'.'.join(key.split('.')[:2])}.seq_len"  # extra texts share it
         raise ValueError(
             f"evaluation text too short: {source.name} ({source.identity}) gives {len(used)} "
-            f"tokens, and two windows of eval.perplexity.seq_len={seq_len} are the least for an "
-            f"interval. Lower eval.perplexity.seq_len, raise {key}.max_tokens, or give more text"
+            f"tokens, and two windows of {length}={seq_len} are the least for an interval. Lower "
+            f"{length}, raise {key}.max_tokens, or give more text"
         )
     return TokenWindows(windows, len(tokens), f"{source.name} ({source.identity})")
 

@@ -1,1 +1,1 @@
-"""Evaluation of a model: perplexity, zero-shot tasks, speed and memory, sample continuations."""
+"""Evaluation of a model: perplexity, tasks, agreement with dense, speed and memory, samples."""

@@ -160,7 +160,7 @@ class Evaluation(HasSettings):
     """Base of evaluations: dataclasses with the settings of `eval.NAME`.
 
     A job calls `check` on the settings alone, `prepare` before any weights are loaded, `measure`
-    for the dense model and every saved model, and `compare` for every saved model.
+    for the dense model, and `measure_compressed` and `compare` for every saved model.
     """
 
     name: ClassVar[str]
@@ -204,6 +204,23 @@ class Evaluation(HasSettings):
             data: what `prepare` returned.
         """
         raise NotImplementedError
+
+    def measure_compressed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Any,
+        dense: Metrics,
+    ) -> Metrics:
+        """Measures a compressed model; by default `measure`, which is not given `dense`.
+
+        Args:
+            model: the compressed model.
+            tokenizer: its tokenizer.
+            data: what `prepare` returned.
+            dense: what `measure` returned for the dense model.
+        """
+        return self.measure(model, tokenizer, data)
 
     def measure_together(
         self,

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: loading by name, hashing by content, and checks against the model."""
+"""Tasks of lm-eval: loading by name, hashing by content, and checks against the model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 # The harness (lm-eval) takes seconds to import, so it is imported inside the functions.
 
-_KEY = "eval.zero_shot.tasks"
 _GENERATED = 256  # the harness's default for max_gen_toks
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Zero-shot tasks with their documents, loaded once for all models of a job.
+    """Tasks with their documents, loaded once for all models of a job.
 
     Attributes:
         names: requested names of tasks and groups.
@@ -43,6 +42,7 @@ class TaskSet:
         members: names of the tasks that each requested name refers to.
         manager: the harness's task manager.
         identity: hash of everything that determines the documents and prompts.
+        evaluation: name of the evaluation, with which the names of its metrics begin.
     """
 
     names: list[str]
@@ -53,6 +53,12 @@ class TaskSet:
     members: dict[str, list[str]]
     manager: Any
     identity: str
+    evaluation: str = "zero_shot"
+
+    @property
+    def key(self) -> str:
+        """Configuration key of the tasks, for error messages."""
+        return f"eval.{self.evaluation}.tasks"
 
 
 def tasks_identity(names: Sequence[str], include_path: str | None, limit: int | None) -> str:
@@ -115,7 +121,12 @@ _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
 
 
 def load_tasks(
-    names: Sequence[str], *, include_path: str | None, limit: int | None, batch_size: int
+    names: Sequence[str],
+    *,
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    evaluation: str = "zero_shot",
 ) -> TaskSet:
     """Finds tasks by name and loads their documents.
 
@@ -129,8 +140,9 @@ def load_tasks(
     """
     from lm_eval.tasks import TaskManager
 
+    folder_key, key = f"eval.{evaluation}.include_path", f"eval.{evaluation}.tasks"
     if include_path and not Path(include_path).expanduser().is_dir():
-        raise ValueError(f"eval.zero_shot.include_path={include_path}: no such folder")
+        raise ValueError(f"{folder_key}={include_path}: no such folder")
     own = str(Path(include_path).expanduser()) if include_path else None
     with quiet_harness():
         manager = TaskManager(include_path=own, include_defaults=False)
@@ -144,20 +156,20 @@ def load_tasks(
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             where = f" in {include_path}" if include_path else ""
-            raise ValueError(f"{_KEY} has {name!r}: no such task{where}{hint}")
+            raise ValueError(f"{key} has {name!r}: no such task{where}{hint}")
         try:
             with quiet_harness():
                 found = manager.load([name])
         except Exception as error:  # datasets raises many kinds of exceptions
             raise ValueError(
-                f"{_KEY} has {name!r}: its documents cannot be read ({one_line(error)}); tasks of "
+                f"{key} has {name!r}: its documents cannot be read ({one_line(error)}); tasks of "
                 "the hub need network, local ones files that are there "
-                "(eval.zero_shot.include_path=FOLDER)"
+                f"({folder_key}=FOLDER)"
             ) from error
         for task, built in found["tasks"].items():
             if built.get_config("output_type") == "loglikelihood_rolling":
                 raise ValueError(
-                    f"{_KEY} has {name!r}: {task} measures a text as a whole and has no score for "
+                    f"{key} has {name!r}: {task} measures a text as a whole and has no score for "
                     "a document; eval=perplexity does that"
                 )
         group = found["groups"].get(name)
@@ -173,6 +185,7 @@ def load_tasks(
         members,
         manager,
         tasks_identity(names, include_path, limit),
+        evaluation,
     )
 
 
@@ -199,27 +212,27 @@ def check_tasks(
     for name, task in tasks.tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
             raise ValueError(
-                f"{_KEY}: {name} runs code that the model writes, which this project does not "
+                f"{tasks.key}: {name} runs code that the model writes, which this project does not "
                 "do; lm-eval's own command line can, on the saved model folder"
             )
         if task.get_config("output_type") != "generate_until":
             continue
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"{_KEY}: {name} generates up to an end token, and the tokenizer has none; "
+                f"{tasks.key}: {name} generates up to an end token, and the tokenizer has none; "
                 "name one as eos_token in tokenizer_config.json"
             )
         generated = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", _GENERATED)
         if longest is not None and generated >= longest:
             raise ValueError(
-                f"{_KEY}: {name} generates {generated} tokens, and the model reads at most "
+                f"{tasks.key}: {name} generates {generated} tokens, and the model reads at most "
                 f"{longest} with the prompt; set max_gen_toks in the task's generation_kwargs"
             )
     prefix = prefix_token(tokenizer)
     if prefix is None or prefix >= rows:
         found = "has neither" if prefix is None else f"has one with id {prefix} (rows: {rows})"
         raise ValueError(
-            f"{_KEY}={','.join(tasks.names)}: the harness needs a begin or end token that the "
+            f"{tasks.key}={','.join(tasks.names)}: the harness needs a begin or end token that the "
             f"model's embedding has a row for, and the tokenizer {found}; name one as bos_token or "
             "eos_token in tokenizer_config.json, or measure with eval=perplexity"
         )
@@ -230,7 +243,7 @@ def check_tasks(
             task.build_all_requests(limit=tasks.limit, rank=0, world_size=1)
         words = [word for i in task.instances for word in i.args if isinstance(word, str) and word]
         ids = [i for word in words for i in tokenizer(word)["input_ids"]]
-        check_token_ids(torch.tensor([ids]), rows, f"{_KEY}: a prompt of {name}", tokenizer)
+        check_token_ids(torch.tensor([ids]), rows, f"{tasks.key}: a prompt of {name}", tokenizer)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

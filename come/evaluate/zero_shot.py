@@ -64,7 +64,7 @@ class ZeroShot(Evaluation):
         """Raises ValueError if there is no task, or a task is named twice."""
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             problem = "names a task twice" if self.tasks else "names no task"
-            raise ValueError(f"eval.zero_shot.tasks={list(self.tasks)} {problem}")
+            raise ValueError(f"{self.config_key}.tasks={list(self.tasks)} {problem}")
 
     def identity(self) -> str:
         """Hash of the tasks."""
@@ -77,6 +77,7 @@ class ZeroShot(Evaluation):
             include_path=self.include_path,
             limit=self.limit,
             batch_size=self.batch_size,
+            evaluation=self.name,
         )
         check_tasks(tasks, subject.tokenizer, subject.vocabulary, subject.longest)
         return tasks
@@ -104,7 +105,10 @@ class ZeroShot(Evaluation):
             if not groups:
                 continue
             pairs = [
-                [(own[f"zero_shot/{t}"].samples, dense[f"zero_shot/{t}"].samples) for t in members]
+                [
+                    (own[f"{cls.name}/{t}"].samples, dense[f"{cls.name}/{t}"].samples)
+                    for t in members
+                ]
                 for members in groups.values()
             ]
             gap = metric.value - dense[name].value
@@ -138,7 +142,8 @@ def zero_shot(
         For every task, its headline metric as "zero_shot/TASK" and the others as
         "zero_shot/TASK/METRIC", with normal intervals from the harness's standard errors; for every
         requested group, the harness's aggregate, or the mean over its tasks if there is none; and
-        as "zero_shot" the mean over the requested tasks and groups. Samples are the scores of the
+        as "zero_shot" the mean over the requested tasks and groups. With another
+        `tasks.evaluation`, names begin with that. Samples are the scores of the
         documents, in order; a metric that is not their mean (a correlation, F1, BLEU) has none.
 
     Raises:
@@ -171,21 +176,22 @@ def zero_shot(
             )
         except OverflowError as error:
             raise ValueError(
-                f"zero-shot: a metric of {', '.join(tasks.names)} is too large for a number; leave "
+                f"{tasks.key}={','.join(tasks.names)}: a metric is too large for a number; leave "
                 "the task out, or measure text with eval=perplexity"
             ) from error
     assert found is not None
     metrics: Metrics = {}
+    prefix = tasks.evaluation
     for name, samples in found["samples"].items():
         _check_answers(name, samples, model)
-        metrics |= _task_metrics(name, found["results"][name], samples)
+        metrics |= _task_metrics(name, found["results"][name], samples, prefix)
     values = {}
     for name, members in tasks.members.items():
-        own = [metrics[f"zero_shot/{task}"].value for task in members]
+        own = [metrics[f"{prefix}/{task}"].value for task in members]
         whole = _plain(found["results"].get(name, {}))
         values[name] = whole[headline(whole)] if whole else sum(own) / len(own)
         if name not in members:
-            metrics[f"zero_shot/{name}"] = Metric(
+            metrics[f"{prefix}/{name}"] = Metric(
                 values[name], comparison="difference", details={"groups": {name: members}}
             )
     average = Metric(
@@ -195,23 +201,26 @@ def zero_shot(
         headline=True,
         details={"groups": tasks.members},
     )
-    return {"zero_shot": average, **metrics}
+    return {prefix: average, **metrics}
 
 
 def _task_metrics(
-    name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    name: str,
+    result: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    prefix: str = "zero_shot",
 ) -> Metrics:
-    """The metrics of one task; the samples of the first of several filters are used."""
+    """The metrics of one task, of the first filter if it has several."""
     plain = _plain(result)
     if not plain:
-        raise ValueError(f"zero-shot: no metric of {name} is a finite number")
+        raise ValueError(f"{prefix}: no metric of {name} is a finite number")
     only = samples[0].get("filter")
     ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
     metrics = {}
     for key, value in plain.items():
         if key.endswith("_stderr"):
             continue
-        place = f"zero_shot/{name}" if key == headline(plain) else f"zero_shot/{name}/{key}"
+        place = f"{prefix}/{name}" if key == headline(plain) else f"{prefix}/{name}/{key}"
         error = plain.get(f"{key}_stderr")
         metrics[place] = Metric(
             value,
@@ -233,7 +242,7 @@ def _check_answers(name: str, samples: Sequence[Mapping[str, Any]], model: PreTr
                 first = answer[0] if isinstance(answer, tuple | list) and answer else answer
                 if isinstance(first, float) and math.isnan(first):
                     raise ValueError(
-                        f"zero-shot: a log-likelihood of {name} is not a number; the model's "
+                        f"lm-eval: a log-likelihood of {name} is not a number; the model's "
                         f"predictions overflow in {model.dtype}: try model.dtype=float32 or "
                         "bfloat16"
                     )

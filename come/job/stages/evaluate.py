@@ -70,7 +70,7 @@ def evaluate_depths(
     cache = MetricCache(job.folder / PARTIAL_METRICS, job.hash)
     _measure_dense(job, model, found, cache)
     for _, _, folder in saved:
-        found[folder] |= _measure_saved(job, model, folder, cache)
+        found[folder] |= _measure_saved(job, model, folder, found[""], cache)
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
     results += [_depth(job, depth, stage, folder, found) for depth, stage, folder in saved]
     for result in results:
@@ -122,7 +122,9 @@ def _measure_dense(job: Job, model: PreTrainedModel, found: Found, cache: Metric
             )
 
 
-def _measure_saved(job: Job, model: PreTrainedModel, folder: str, cache: MetricCache) -> Metrics:
+def _measure_saved(
+    job: Job, model: PreTrainedModel, folder: str, dense: Metrics, cache: MetricCache
+) -> Metrics:
     """Measures a saved model; the job's last model is in memory."""
     found: Metrics = {}
     loaded = [model] if folder == "model" else []
@@ -133,7 +135,8 @@ def _measure_saved(job: Job, model: PreTrainedModel, folder: str, cache: MetricC
         def measure(chosen: Evaluation = evaluation, data: Any = data) -> Found:
             if not loaded:
                 loaded.append(job.load(job.folder / folder, str(model.device)))
-            return {folder: chosen.measure(loaded[0], job.tokenizer, data)}
+            own = chosen.measure_compressed(loaded[0], job.tokenizer, data, dense)
+            return {folder: own}
 
         found |= cache.get(name, [folder], measure)[folder]
     return found
