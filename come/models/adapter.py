@@ -156,6 +156,13 @@ class ModelAdapter:
                 found[block] += sum(sizes.get(n, 0) for n in self.block_tensors(index, block))
         return {block: total // self.num_layers for block, total in found.items()}
 
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters of one FFN channel of the first layer; 0 if it has none."""
+        tensors = dict(self.layers[0].named_parameters())
+        own = [name for name, role in self.roles().items() if role.unit == CHANNEL]
+        return sum(tensors[name].numel() // self.unit_counts[CHANNEL] for name in own)
+
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
         own = {sublayer.name for sublayer in self.layer_layout(index).of(block)}
