@@ -46,7 +46,8 @@ def compress(
         tokenizer: its tokenizer.
         target_layers: number of layers to reach.
         sparsity: share of the parameters to remove, instead of `target_layers`; 0.1 if neither is
-            given. `method.groups` determine the depth themselves.
+            given. `method.groups` determine the depth themselves, and with `method.width` alone
+            no layer is removed.
         text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
             documents, or token ids, either one window per row or a single sequence. None samples
             `num_samples` windows from the model.
@@ -99,6 +100,13 @@ def compress(
     method = method or Method()
     if method.groups:
         target_layers = groups_target(method.groups, ModelAdapter(model).num_layers)
+    elif target_layers is None and method.width < 1:
+        if sparsity is not None:
+            raise ValueError(
+                f"sparsity={sparsity} follows from removed layers alone, and method.width="
+                f"{method.width} removes channels too; give target_layers"
+            )
+        target_layers = ModelAdapter(model).num_layers
     elif target_layers is None:
         target_layers = _depth(model, method, DEFAULT_SPARSITY if sparsity is None else sparsity)
     return compress_layers(model, windows, method, target_layers=target_layers, progress=progress)

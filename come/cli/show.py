@@ -62,6 +62,8 @@ def _depth(settings: Settings) -> tuple[int | None, str]:
         reason = "follows from merge.groups"
     elif merge.sparsity is None and merge.save_at:
         return stated_target(merge, 0), "  # follows from merge.save_at"
+    elif merge.sparsity is None and merge.narrows:
+        reason = "follows from merge.width alone, which keeps all layers"
     elif merge.sparsity is None:
         reason = f"follows from the default merge.sparsity={DEFAULT_SPARSITY}"
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from come.merge.constraints import depths
 from come.merge.joint_selection import joint_lambda
 from come.merge.method import Method
+from come.merge.width import kept_channels
 from come.merge.work import SpanSize, Work
 from come.models.shape import ModelShape
 from come.report.numbers import duration, megabytes
@@ -159,6 +160,11 @@ def compression_cost(
     for size in merges:
         span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
+    channels = kept_channels(method, shape.config, shape.layouts)
+    if channels:  # every layer of the merged model, from the first to the last
+        span = replace(_span(shape, 1, tokens, ratio), kept=channels)
+        steps = span.passes + method.retention.work(span) + method.refit.work(span)
+        work += steps * target
     fitted, validation = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
@@ -223,7 +229,7 @@ def _merged_spans(method: Method, layers: int, target: int) -> list[int]:
 def _trial_spans(method: Method, layers: int, target: int) -> list[int]:
     """Sizes of the spans merged on trial: a shortlist per merge, or the schedule's own count."""
     count = method.selection.num_trials
-    if not count or method.groups:
+    if not count or method.groups or target == layers:
         return []
     if not method.schedule.variable_size:
         return _merged_spans(method, layers, target) * count

@@ -18,6 +18,7 @@ from come.merge.source_layers import KeptUnits, SourceLayers
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import LayerState, changed, overlay
 from come.models.layout import Block
+from come.models.width import channels_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,11 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
         adapter, layers, operator, plan.norms, step.shares, step.kept, step.slot
     )
     merged = overlay(sources.state, step.solved.tensors)
-    if block == "layer":
+    channels = channels_left(adapter.layer_layout(layers[0]).unit_counts, step.kept)
+    if channels:
+        assert step.first == step.last, "a layer is narrowed by a step of its own"
+        adapter.narrow(step.first, merged, channels)
+    elif block == "layer":
         adapter.replace(step.first, step.last, merged, step.slot)
     else:
         for place, state in block_states(adapter, places, step.kept_layer, merged, block).items():
@@ -109,7 +114,16 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model's type, layers or units differ from those of the plan's base model.
     """
-    adapter = ModelAdapter(model)
+    rebuild(plan, ModelAdapter(model))
+    return model
+
+
+def rebuild(plan: Plan, adapter: ModelAdapter) -> None:
+    """As `apply`, for a model that has an adapter.
+
+    The plan of an interrupted compression may leave layers with different numbers of channels,
+    which only this adapter knows.
+    """
     found = (adapter.model.config.model_type, adapter.num_layers, dict(adapter.unit_counts))
     expected = (plan.base.model_type, plan.base.num_layers, dict(plan.base.units))
     if found != expected:
@@ -123,7 +137,6 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
         apply_step(adapter, done, step, operator)
         done = done.with_step(step)
     write_downstream(adapter, plan)
-    return model
 
 
 def write_downstream(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]:

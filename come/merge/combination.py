@@ -23,6 +23,8 @@ class Combination(Protocol):
     protect_last: int
     sublayers: list[str]
     groups: list[list[int]]
+    width: float
+    width_multiple: int
 
     def slot(self, size: int) -> int:
         """The index in a span of the layer whose kind the merged layer has."""

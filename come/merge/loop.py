@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from come.merge.apply import apply, apply_step, source_layers_of, write_downstream
+from come.merge.apply import apply_step, rebuild, source_layers_of, write_downstream
 from come.merge.constraints import check_groups_kinds, check_target, layer_kinds
 from come.merge.downstream import refit_downstream
 from come.merge.method import Method, groups_target
@@ -19,7 +19,9 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.span import LayerSpan
 from come.merge.trial_scores import TrialScores
+from come.merge.width import kept_channels
 from come.models.adapter import ModelAdapter
+from come.models.width import channels_left
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 
@@ -45,6 +47,9 @@ def compress(
 ) -> Plan:
     """Merges spans of layers, in place, until the model has `target_layers` layers.
 
+    With `merge.width`, every layer of the merged model then becomes a layer with fewer FFN
+    channels, from the first to the last, each fitted to the targets of its span.
+
     Source: arXiv 2510.15304, the progressive strategy. With the progressive schedule, statistics
     are measured again after every merge, on the merged model, for the merged layer and all layers
     after it. Layers before it do not change.
@@ -53,7 +58,7 @@ def compress(
         model: the dense model, changed in place (also by an interrupted call).
         windows: calibration windows, packed, without padding, int64.
         method: the merging method; None for the project's own, `merge=come_plus`.
-        target_layers: number of layers to reach.
+        target_layers: number of layers to reach; with `merge.width`, it may be the model's own.
         stops: intermediate depths that spans of variable size must not skip. At each of them
             `on_step` gets a plan with a downstream refit, which is undone before the next merge.
         plan: an empty plan that describes the base model, or the plan of an interrupted call. Its
@@ -80,6 +85,7 @@ def compress(
     kinds = layer_kinds(adapter.layout.layers, method.kinds, method.block)
     needed = adapter.needed_layers if method.block == "layer" else ()
     _check(method, adapter.num_layers, target_layers, stops, kinds)
+    channels = kept_channels(method, model.config, adapter.layout.layers)
     plan = plan or Plan(
         BaseModel.of(adapter),
         method.operator.name,
@@ -89,8 +95,15 @@ def compress(
     )
     if method.schedule.restarts:
         plan = replace(plan, steps=[])
-    finished = method.schedule.finished
-    if not finished(plan, target_layers):
+
+    def merged(plan: Plan) -> bool:
+        """Whether only layers are left to narrow."""
+        return method.schedule.finished(plan, target_layers)
+
+    def finished(plan: Plan) -> bool:
+        return merged(plan) and (not channels or plan.narrowed == plan.num_layers)
+
+    if not finished(plan):
         plan = replace(plan, downstream=SolvedTensors({}))  # valid at that depth only
     spent = float(plan.provenance.get("layer_passes", 0.0))
     with LayerStream(
@@ -103,23 +116,24 @@ def compress(
         block=method.block,
         processes=processes,
     ) as stream:
-        if method.needs_dense and plan.steps and not finished(plan, target_layers):
+        if method.needs_dense and plan.steps and not finished(plan):
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)
             stream.snapshot_dense()
-        apply(plan, model)
+        rebuild(plan, adapter)
         rules = method.constraints(adapter.num_layers, target_layers, kinds)
         rules = replace(rules, needed=needed, needs_last=adapter.needs_last)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan
-        while not finished(chosen, target_layers):
-            search.measure(chosen)
-            step, span = _next_step(search)
+        while not finished(chosen):
+            narrows = merged(chosen)
+            search.measure(chosen, scores=not narrows)
+            step, span = _next_step(search, channels if narrows else 0)
             step = processes.broadcast(step)
             chosen = chosen.with_step(step)
             waiting.append((step, span))
-            if not method.schedule.remeasures and not finished(chosen, target_layers):
+            if not method.schedule.remeasures and not merged(chosen):
                 continue
             while waiting:
                 step = processes.broadcast(_refitted(stream, method, plan, *waiting.pop(0)))
@@ -127,7 +141,7 @@ def compress(
                 passes = spent + round(processes.reduced(stream.layer_passes), 1)
                 plan = plan.with_step(step, layer_passes=passes)
                 search.invalidate_from(_changed_from(stream, plan))
-                last, saved = finished(plan, target_layers), plan.num_layers in stops
+                last, saved = finished(plan), plan.num_layers in stops
                 solved = _downstream(stream, method, plan) if last or saved else plan.downstream
                 complete = replace(plan, downstream=processes.broadcast(solved))
                 before = write_downstream(adapter, complete)
@@ -150,14 +164,19 @@ def _check(
         if target != reached:
             raise ValueError(f"merge.groups lead to {reached} layers, not to {target}")
         return
+    if method.width < 1 and target == num_layers:
+        return
     rules = method.constraints(num_layers, target, kinds)
     check_target(num_layers, target, rules, stops, method.schedule.nested)
     method.schedule.check_depths(num_layers, [*stops, target])
 
 
-def _next_step(search: Search) -> tuple[MergeStep, LayerSpan]:
-    """The next merge with its kept units, before its refit, and its span."""
-    choice, span, split = search.choose()
+def _next_step(search: Search, channels: int) -> tuple[MergeStep, LayerSpan]:
+    """The next merge with its kept units, before its refit, and its span.
+
+    `channels`: FFN channels of the next layer to narrow; 0 for a merge.
+    """
+    choice, span, split = search.narrowed(channels) if channels else search.choose()
     step = MergeStep(
         first=choice.first,
         last=choice.last,
@@ -196,6 +215,8 @@ def _refitted(
             target=method.refit.target,
             weighting=method.refit.weights,
         )
+    counts = stream.adapter.layer_layout(step.first).unit_counts
+    targets = targets.with_channels(channels_left(counts, step.kept))
     solved = SolvedTensors(method.refit.solve(targets, sources))
     return replace(step, solved=solved, output_scale=method.refit.output_scale(targets, sources))
 

@@ -17,6 +17,7 @@ from come.merge.schedules.base import SCHEDULES
 from come.merge.schedules.fixed import Fixed
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
+from come.merge.width import check_width
 from come.models.layout import SUBLAYERS, Block, LayerLayout
 from come.registry import Registry
 from come.setting import HasSettings, setting
@@ -107,6 +108,12 @@ class Method(HasSettings):
         "spans of original layers to merge, in this order, in place of a choice; a single layer "
         "is refitted",
     )
+    width: float = setting(
+        1.0, "share of the FFN channels that every layer keeps, after all merges", above=0, most=1
+    )
+    width_multiple: int = setting(
+        64, "the number of FFN channels with merge.width is a multiple of this", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,6 +125,7 @@ class Method(HasSettings):
         self.selection.tokens = check_tokens(self.tokens)
         for part in (self.operator, self.retention, self.schedule, self.selection, self.refit):
             part.check(self)
+        check_width(self)
 
     def _check_groups(self) -> None:
         """Sets the schedule to `Fixed`; raises ValueError for settings that have no effect."""

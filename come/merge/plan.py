@@ -18,6 +18,7 @@ from come.files import write_bytes, write_text
 from come.models.adapter import ModelAdapter
 from come.models.layout import Block, Unit
 from come.models.surgery import Span
+from come.models.width import channels_left
 
 FORMAT = 1
 
@@ -64,6 +65,8 @@ class SpanCandidate:
 @dataclass(frozen=True)
 class MergeStep:
     """One merge: the span, how much of each layer and which units are kept, and the scores.
+
+    A span of one layer is refitted, and narrowed if fewer FFN channels are kept than it has.
 
     Attributes:
         first: first layer of the span, a position in the model before this step.
@@ -155,6 +158,16 @@ class Plan:
     def num_layers(self) -> int:
         """Layers of the model after all steps; for sublayers, the remaining blocks."""
         return self.base.num_layers - sum(step.last - step.first for step in self.steps)
+
+    @property
+    def narrowed(self) -> int:
+        """Number of layers with fewer FFN channels; they are the first ones of the model."""
+        return sum(bool(channels_left(self.base.units, step.kept)) for step in self.steps)
+
+    @property
+    def channels(self) -> int:
+        """FFN channels of every layer after all steps if `merge.width` left some out, else 0."""
+        return channels_left(self.base.units, self.steps[-1].kept) if self.steps else 0
 
     @property
     def history(self) -> list[Span]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from come.merge.scales import SpanScale
 from come.models.layout import LayerLayout, Sublayer
 from come.models.sublayers import States, states_after
+from come.models.width import with_channels
 from come.stream.stream import LayerStream
 
 Target = Literal["dense", "current"]
@@ -116,6 +118,9 @@ class ReconstructionTargets:
         place: the layer whose kind and arguments the merged layer has; None for a.
         target: "dense" or "current".
         weighting: token weighting, "relative" for 1 / mean_channels(output^2), or "equal".
+
+    Attributes:
+        channels: FFN channels of the merged layer, if they are fewer than a layer has; otherwise 0.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class ReconstructionTargets:
         self.place = first if place is None else place
         self.target: Target = target
         self.weighting: Weighting = weighting
+        self.channels = 0
         self.input_maps: dict[tuple[str, float], list[Tensor]] = {}  # cached, by norm and lambda
         self._source_states: dict[str, list[dict[int, States]]] = {}  # by sublayer
 
@@ -156,7 +162,14 @@ class ReconstructionTargets:
     @property
     def layout(self) -> LayerLayout:
         """The sublayers of the merged layer."""
-        return self.stream.adapter.layer_layout(self.place)
+        layout = self.stream.adapter.layer_layout(self.place)
+        return with_channels(layout, self.channels) if self.channels else layout
+
+    def with_channels(self, channels: int) -> ReconstructionTargets:
+        """The same targets, for a layer with fewer FFN channels; 0 for as many as there are."""
+        found = copy(self)
+        found.channels = channels
+        return found
 
     def keywords(self, batch: int) -> dict[str, Any]:
         """Keyword arguments of the merged layer for a batch of `batch` windows."""

@@ -13,6 +13,7 @@ from come.merge.plan import MergeStep, Plan, SpanCandidate
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.trial_scores import TrialScores
 from come.models.surgery import Span
+from come.models.width import CHANNEL
 from come.progress import ProgressBar
 from come.statistics.influence import check_tokens
 from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
@@ -83,6 +84,7 @@ class Search:
         self._start = 0  # the first layer without valid statistics
         self._embedded = False
         self._ready = False  # whether the selection can score the current model's spans
+        self._scored = True  # whether the next step needs scores
         scored = method.operator.uses_units and method.retention.uses_scores
         kinds = method.sensitivity.moments if scored else ()
         self._collector = StatisticsCollector(
@@ -110,13 +112,13 @@ class Search:
         """Number of spans with the lowest scores that are merged on trial; 0 for no trials."""
         return int(self.method.selection.num_trials)
 
-    def measure(self, plan: Plan) -> None:
+    def measure(self, plan: Plan, *, scores: bool = True) -> None:
         """Sets the plan, and updates statistics and scores to the stream's model.
 
         With `measures_ahead`, a layer of a merged model is measured only when a span or a score
-        needs its statistics.
+        needs its statistics. The same holds without scores, which narrowing a layer does not need.
         """
-        self.plan = plan
+        self.plan, self._scored = plan, scores
         if self._needed:
             needed = tuple(self._needed[index] for index in plan.places)
             self.rules = replace(self.rules, needed=needed)
@@ -130,12 +132,17 @@ class Search:
         if not self._embedded:
             stream.embed()
             self._embedded = True
-        if not self._measures_lazily:
+        lazily = self._measures_lazily
+        if scores and not lazily:
             self._prepare_scores()
+        elif not lazily or (self.method.needs_dense and not stream.has_dense):
+            self._measure_all()
 
     @property
     def _measures_lazily(self) -> bool:
         """Whether layers of the current model are measured only when they are needed."""
+        if not self._scored:
+            return self.method.retention.local or not self.method.sensitivity.gradient
         return self.method.measures_ahead and bool(self.plan.steps)
 
     def influences(self, span: LayerSpan) -> list[float]:
@@ -157,16 +164,26 @@ class Search:
         """Measures all layers, and prepares the selection to score spans of them."""
         if self._ready:
             return
+        self._measure_all()
+        self.method.selection.prepare(self.stream)
+        self._ready = True
+
+    def _measure_all(self) -> None:
+        """Measures all layers; those of the dense model are the first ones."""
         self._measure_through(self.stream.num_layers - 1)
         if self.method.needs_dense and not self.stream.has_dense:
             self.stream.snapshot_dense()
-        self.method.selection.prepare(self.stream)
-        self._ready = True
 
     def invalidate_from(self, layer: int) -> None:
         """Records that the stream's model has changed from this layer on."""
         self._start = min(self._start, layer)
         del self.statistics[layer:]
+
+    def narrowed(self, channels: int) -> tuple[Choice, LayerSpan, UnitAllocation]:
+        """The first layer that still has all FFN channels, and the units that it keeps."""
+        place = self.plan.narrowed
+        span = replace(self.span(place, place), narrower={CHANNEL: channels})
+        return Choice(place, place, None, 0.0, []), span, self.split(span, None)
 
     def choose(self) -> tuple[Choice, LayerSpan, UnitAllocation]:
         """The schedule's choice, its span, and the span's unit allocation."""

@@ -50,6 +50,7 @@ class SpanSize:
         parameters: parameters of one layer.
         input_maps: number of input projections of the MLP.
         ratio: penalty of the refit, relative to the mean diagonal of its Gram matrix.
+        kept: MLP channels of the new layer; None for as many as a layer has.
     """
 
     layers: int
@@ -60,6 +61,7 @@ class SpanSize:
     parameters: int
     input_maps: int = 2
     ratio: float = 0.1
+    kept: int | None = None
 
     @property
     def passes(self) -> Work:

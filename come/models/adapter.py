@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from come.models.families import layout_of, prepare
 from come.models.head import Head
 from come.models.layer_state import LayerState, changed
 from come.models.layout import SUBLAYERS, Block, LayerLayout, ModelLayout, Role, Sublayer, Unit
+from come.models.recording import recording
 from come.models.surgery import (
     check_layer_config,
     check_removal,
@@ -26,11 +26,10 @@ from come.models.surgery import (
     remove_layers,
 )
 from come.models.weights import LayersOnDisk, layers_on_disk
+from come.models.width import CHANNEL, record_sizes, resize, set_channels, with_channels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "use_cache")
 
 
 class ModelAdapter:
@@ -157,6 +156,13 @@ class ModelAdapter:
                 found[block] += sum(sizes.get(n, 0) for n in self.block_tensors(index, block))
         return {block: total // self.num_layers for block, total in found.items()}
 
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters of one FFN channel of the first layer; 0 if it has none."""
+        tensors = dict(self.layers[0].named_parameters())
+        own = [name for name, role in self.roles().items() if role.unit == CHANNEL]
+        return sum(tensors[name].numel() // self.unit_counts[CHANNEL] for name in own)
+
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
         own = {sublayer.name for sublayer in self.layer_layout(index).of(block)}
@@ -202,7 +208,7 @@ class ModelAdapter:
         """
         calls: list[tuple[Tensor, dict[str, Any]]] = []
         decoder = self.model.get_submodule(self.layout.decoder)
-        with _recording(self.layers, self.layout.returns, calls):
+        with recording(self.layers, self.layout.returns, calls):
             decoder(input_ids=tokens.to(self.device), use_cache=False)
         assert len(calls) == self.num_layers
         return calls[0][0], [kwargs for _, kwargs in calls]
@@ -238,6 +244,9 @@ class ModelAdapter:
             blank |= {id(t): t.detach() for t in vars(module).values() if isinstance(t, Tensor)}
         copied = copy.deepcopy(layer, blank)
         copied.load_state_dict(tensors, assign=True)
+        for name, p in layer.named_parameters():
+            if p.shape != tensors[name].shape:
+                record_sizes(copied, name)
         return copied
 
     def copy_norm(self, index: int, sublayer: Sublayer, state: LayerState) -> nn.Module:
@@ -274,6 +283,27 @@ class ModelAdapter:
             remove_layers(self.layers, self.config, removed)
             assert self.layout.layers == expected, "the configuration describes other layers"
 
+    @torch.no_grad()
+    def narrow(self, index: int, state: LayerState, channels: int) -> None:
+        """Replaces layer `index` by one with fewer FFN channels and the tensors `state`.
+
+        The configuration changes together with the last layer, when all are alike again. Until
+        then, other adapters of this model describe it wrongly.
+        """
+        layer, before = self.layers[index], self.layer_layout(index)
+        if self.on_disk is not None:
+            self.on_disk.write(layer, state)
+        resize(layer, state)
+        layers = list(self.layout.layers)
+        layers[index] = with_channels(before, channels)
+        self._roles.setdefault(layers[index], self.roles(index))
+        self._layout = replace(self._layout, layers=tuple(layers))
+        if self.on_disk is None:
+            self.write(index, state)
+        if {layout.unit_counts[CHANNEL] for layout in layers} == {channels}:
+            set_channels(self.model.config, channels)
+            assert layout_of(self.model.config) == self._layout
+
     def scaled_outputs(self, index: int, state: LayerState, factor: float) -> LayerState:
         """The tensors that multiply all sublayer outputs of a layer like `index` by `factor`.
 
@@ -294,37 +324,3 @@ class ModelAdapter:
     def scale_outputs(self, index: int, factor: float) -> None:
         """Multiplies all sublayer outputs of layer `index` by `factor`."""
         self.write(index, self.scaled_outputs(index, self.layer_state(index), factor))
-
-
-@contextmanager
-def _recording(
-    layers: nn.ModuleList, returns: int, calls: list[tuple[Tensor, dict[str, Any]]]
-) -> Iterator[None]:
-    """Makes every layer record its input and arguments and return its input, while open."""
-
-    def recorder(layer: nn.Module) -> Callable[..., Any]:
-        signature = inspect.signature(type(layer).forward)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            (_, states), *given = _arguments(signature, layer, *args, **kwargs)
-            calls.append((states, {name: value for name, value in given if name not in _CACHES}))
-            return (states, *[None] * (returns - 1)) if returns else states
-
-        return forward
-
-    try:
-        for layer in layers:
-            layer.forward = recorder(layer)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-
-
-def _arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> list[tuple[str, Any]]:
-    """The arguments of a method's call by name, without the object itself."""
-    bound = signature.bind(*args, **kwargs).arguments
-    _, *named = bound.items()
-    open_ended = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    found = [(name, value) for name, value in named if name not in open_ended]
-    return found + [pair for name in open_ended for pair in bound.get(name, {}).items()]

@@ -27,6 +27,8 @@ class ModelShape:
         heads: inputs of the output projections of the widest layer, without the last.
         channels: inputs of the last output projection of the widest layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
+        channel_parameters: number of parameters of one FFN channel of the first layer; 0 if its
+            FFN has no channels.
         layouts: the sublayers of every layer.
         begin_token: whether the family predicts well only after its begin token.
     """
@@ -38,6 +40,7 @@ class ModelShape:
     heads: int
     channels: int
     input_maps: int
+    channel_parameters: int
     layouts: tuple[LayerLayout, ...]
     begin_token: bool
 
@@ -55,6 +58,7 @@ class ModelShape:
             heads=sum(sublayer.width for sublayer in others),
             channels=last.width,
             input_maps=len(last.gates),
+            channel_parameters=adapter.channel_parameters,
             layouts=adapter.layout.layers,
             begin_token=adapter.layout.begin_token,
         )

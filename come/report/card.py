@@ -21,6 +21,7 @@ from come.merge.refit.base import REFITS
 from come.merge.saving import PLAN
 from come.models.checkpoint import describe_source
 from come.models.dialects import TESTED_TRANSFORMERS
+from come.models.width import CHANNEL
 from come.records import DepthResult, Result
 from come.report.numbers import comparison, heading, relative, value
 from come.report.tables import Table
@@ -71,6 +72,9 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
             f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are removed "
             "and stay in the file as blocks that add nothing, so that any loader takes it"
         )
+    if plan.channels:
+        width = f"keeping {plan.channels} of {plan.base.units[CHANNEL]} FFN channels in every layer"
+        action = f"{action}, and {width}" if plan.num_layers < plan.base.num_layers else width
     healing, files = _healing(plan)
     rebuilt = "the merged" if "distillation" in plan.provenance else "these"
     origin_name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else named

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from come.merge.plan import Plan
+from come.merge.plan import MergeStep, Plan
 from come.models.layout import Unit
 from come.records import Result
 from come.report.numbers import label, title
@@ -113,6 +113,11 @@ def draw_puzzle(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
+def _searched(plan: Plan) -> list[MergeStep]:
+    """The merges; the steps that narrow layers follow, and no span is chosen for them."""
+    return plan.steps[: len(plan.steps) - plan.narrowed]
+
+
 def draw_influence(plan: Plan, path: Path) -> None:
     """Draws the scored spans and block influence over the original layers, one colour per step.
 
@@ -121,10 +126,11 @@ def draw_influence(plan: Plan, path: Path) -> None:
     """
     figure, (scores, influence) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = plt.get_cmap("viridis")
-    for number, step in enumerate(plan.steps):
-        colour = colours(number / max(1, len(plan.steps) - 1) * 0.9)
+    count = len(_searched(plan))
+    for number, step in enumerate(plan.steps[:count]):
+        colour = colours(number / max(1, count - 1) * 0.9)
         history = replace(plan, steps=plan.steps[:number]).history
-        label = f"step {number + 1}" if number in (0, len(plan.steps) - 1) else None
+        label = f"step {number + 1}" if number in (0, count - 1) else None
         style = {"marker": "|", "markersize": 5, "solid_capstyle": "butt"}
         for index, candidate in enumerate(step.candidates):
             ends = [history[candidate.first][0], history[candidate.last][-1]]
@@ -201,6 +207,7 @@ def draw_all(folder: Path, result: Result, plan: Plan) -> dict[str, Path]:
     drawings: dict[str, Callable[[Path], None]] = {}
     if plan.steps:
         drawings["puzzle"] = lambda path: draw_puzzle(plan, path)
+    if _searched(plan):
         drawings["influence"] = lambda path: draw_influence(plan, path)
     if any("perplexity" in depth["metrics"] for depth in result["depths"]):
         drawings["perplexity"] = lambda path: draw_depth(result, path)

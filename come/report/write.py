@@ -8,6 +8,7 @@ from come.evaluate.base import Metric
 from come.files import write_text
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
+from come.models.width import CHANNEL
 from come.records import DepthResult, Result
 from come.report.card import model_card
 from come.report.console import summary_lines, summary_table
@@ -66,10 +67,16 @@ def _run(result: Result, plan: Plan) -> list[str]:
         "command": f"`{result['command']}`" if result["command"] else "",
         "method": ", ".join(parts),
         "merge history (the original layers of every layer)": f"`{result['merge_history']}`",
+        "FFN channels of every layer": _width(plan),
         "machine": result["machine"],
         "versions": versions,
     }
     return [f"- {name}: {text}" for name, text in lines.items() if text]
+
+
+def _width(plan: Plan) -> str:
+    """How many FFN channels layers have, if they are fewer than in the dense model."""
+    return f"{plan.channels} of {plan.base.units[CHANNEL]}" if plan.channels else ""
 
 
 def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:

@@ -179,6 +179,11 @@ class Settings:
                 f"merge.target_layers={','.join(map(str, merge.save_at))} as a sweep (-m), or "
                 "distill=none"
             )
+        if merge.narrows:
+            raise ValueError(
+                f"merge.width={merge.width}: distillation is for layers of the dense model's "
+                "width; take distill=none"
+            )
         if merge.block != "layer":
             raise ValueError(
                 f"merge.sublayers={list(merge.sublayers)}: distillation trains whole layers; take "

@@ -69,8 +69,30 @@ class MergeSettings(Method):
                     f"both merge.groups and merge.{key}={getattr(self, key)} are given; the groups "
                     "say how many layers are left"
                 )
+        if self.narrows:
+            self._check_width()
         if self.plan is not None and self.sparsity is not None:
             raise ValueError(
                 "merge.sparsity has no effect with merge.plan; "
                 "merge.target_layers stops a plan early"
+            )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether layers get fewer FFN channels."""
+        return self.enabled and self.plan is None and self.width < 1
+
+    def _check_width(self) -> None:
+        """Raises ValueError for settings of the depth that narrower layers do not allow."""
+        if self.sparsity is not None:
+            raise ValueError(
+                f"merge.sparsity={self.sparsity} follows from removed layers alone, and "
+                f"merge.width={self.width} removes channels too; give merge.target_layers"
+            )
+        others = [depth for depth in self.save_at if depth != self.target_layers]
+        if others:
+            raise ValueError(
+                f"merge.save_at={list(self.save_at)}: layers are narrowed once the target is "
+                f"reached, so depths before it would not have merge.width={self.width}; run "
+                "merge.target_layers as a sweep (-m)"
             )

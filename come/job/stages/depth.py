@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def stated_target(merge: MergeSettings, num_layers: int) -> int | None:
     """The depth that the settings name; None if it follows from a share of the parameters.
 
+    With `merge.width` alone, all layers are kept.
+
     Raises:
         ValueError: a group of `merge.groups` is outside the model.
     """
@@ -31,7 +33,7 @@ def stated_target(merge: MergeSettings, num_layers: int) -> int | None:
         return merge.target_layers
     if merge.sparsity is None and merge.save_at:
         return min(merge.save_at)
-    return None
+    return num_layers if merge.narrows and merge.sparsity is None else None
 
 
 def target_layers(merge: MergeSettings, shape: ModelShape) -> int:
@@ -70,6 +72,8 @@ def check_reachable(
     """Raises ValueError if the target, or a depth of `merge.save_at`, cannot be reached."""
     rules = merge.constraints(num_layers, target, kinds)
     check_groups_kinds(merge.groups, rules.kinds)
+    if merge.narrows and target == num_layers:
+        return
     if not merge.groups:
         check_target(num_layers, target, rules, merge.save_at, merge.schedule.nested)
         merge.schedule.check_depths(num_layers, [*merge.save_at, target])

@@ -14,6 +14,7 @@ from come.job.folder import PARTIAL_METRICS
 from come.job.job import Job
 from come.merge.plan import Plan
 from come.models.checkpoint import identity
+from come.models.width import CHANNEL
 from come.records import DepthResult
 from come.tracking.base import Trackers
 
@@ -72,7 +73,9 @@ def evaluate_depths(
     for _, _, folder in saved:
         found[folder] |= _measure_saved(job, model, folder, found[""], cache)
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
-    results += [_depth(job, depth, stage, folder, found) for depth, stage, folder in saved]
+    for depth, stage, folder in saved:
+        channels = plan.channels if depth == plan.num_layers else 0
+        results.append(_depth(job, depth, stage, folder, found, channels))
     for result in results:
         trackers.log(_logged(result))
     headlines = [name for name, metric in found[""].items() if metric.headline]
@@ -157,11 +160,17 @@ def _saved(job: Job) -> list[tuple[int, str, str]]:
     return saved
 
 
-def _depth(job: Job, layers: int, stage: str, folder: str, found: Found) -> DepthResult:
+def _depth(
+    job: Job, layers: int, stage: str, folder: str, found: Found, channels: int = 0
+) -> DepthResult:
+    """The results of one model; `channels`: its FFN channels if they are fewer than the dense's."""
     removed_layers, removed = job.shape.num_layers - layers, 0
     if removed_layers:
         block = job.plan.block if job.plan else job.settings.merge.block
         removed = removed_layers * job.shape.block_parameters[block]
+    if channels:
+        left_out = job.shape.layouts[0].unit_counts[CHANNEL] - channels
+        removed += layers * left_out * job.shape.channel_parameters
     metrics, dense = found[folder], found[""]
     if folder:
         share = removed / (job.shape.num_layers * job.shape.block_parameters["layer"])

@@ -31,6 +31,7 @@ from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
+from come.models.width import CHANNEL
 from come.records import CalibrationResult, CompressionResult
 from come.stream.processes import Processes
 from come.tracking.base import Trackers
@@ -317,6 +318,9 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 
 def _described(step: MergeStep) -> str:
     """Describes a merge step in words."""
+    if len(step.spans) == 1:
+        narrowed = f", {len(step.kept[CHANNEL][0])} FFN channels" if step.kept.get(CHANNEL) else ""
+        return f"fitted layer {_span(step.spans[0])} alone{narrowed}"
     if step.kept_layer is not None:
         dropped = [_span(span) for i, span in enumerate(step.spans) if i != step.kept_layer]
         return f"dropped {'+'.join(dropped)}, kept {_span(step.spans[step.kept_layer])}"

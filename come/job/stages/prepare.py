@@ -23,6 +23,7 @@ from come.job.stages.depth import check_reachable, kinds_of, stated_target, targ
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
+from come.merge.width import kept_channels
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
@@ -83,6 +84,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             plan.truncated(depth)
     else:
         merge.check_layers(shape.layouts)
+        kept_channels(merge, shape.config, shape.layouts)
         target = target_layers(merge, shape)
         check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
@@ -108,6 +110,11 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             raise ValueError(
                 f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
                 "layers, and distillation trains whole layers; take distill=none"
+            )
+        if plan is not None and plan.channels:
+            raise ValueError(
+                f"distill={settings.distill.method}: the layers of {given} have fewer FFN channels "
+                "than the dense model's, which is not supported; take distill=none"
             )
         _check_length("distill.seq_len", settings.distill.seq_len, shape.longest)
     check_folder(folder, needed)
@@ -244,7 +251,7 @@ def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> 
     OPERATORS.get(plan.operator)
     left = plan.base.num_layers
     for number, step in enumerate(plan.steps, start=1):
-        if not 0 <= step.first < step.last < left:
+        if not 0 <= step.first <= step.last < left:
             raise ValueError(
                 f"the plan {given} merges layers {step.first} to {step.last} in step {number}, "
                 f"where the model has {left}"

@@ -102,4 +102,4 @@ class Adaptive(RetentionRule):
     def work(self, size: SpanSize) -> Work:
         """The joint selection, and the elimination of channels."""
         size = replace(size, tokens=min(size.tokens, self.tokens or size.tokens))
-        return joint_work(size) + size.eliminated(size.width, size.channels)
+        return joint_work(size) + size.eliminated(size.width, size.kept or size.channels)

@@ -40,6 +40,8 @@ class Posterior(RetentionRule):
 
     def split(self, span: LayerSpan) -> UnitAllocation:
         """The best allocation found."""
+        if span.size == 1:
+            return with_units([1.0], span)
         losses: dict[str, float] = {}
 
         def tried(counts: Sequence[tuple[int, ...]]) -> list[float]:

@@ -37,7 +37,7 @@ class Fixed(Schedule):
 
     def finished(self, plan: Plan, target: int) -> bool:
         """Whether all spans are merged or refitted."""
-        return len(plan.steps) == len(self.groups)
+        return len(plan.steps) >= len(self.groups)
 
     def choose(self, search: Search) -> Choice:
         """The next span; its score is only recorded."""
