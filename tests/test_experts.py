@@ -316,32 +316,6 @@ def test_moments_are_those_of_the_features(name):
         states = run_layer(layer, states, keywords[index])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "glm4_moe", "dbrx"])
-@torch.no_grad()
-def test_reap_is_the_mean_over_routed_tokens(name):
-    """g_e |E_e(x)|, from each expert by itself, for the tokens that the router sends to it."""
-    adapter, states, keywords = states_of(named(name))
-    ids = tokens(adapter.model)
-    collector = StatisticsCollector(adapter, ("output_norm",))
-    with LayerStream(adapter, ids, batch_size=4, progress=False) as stream:
-        stream.embed()
-        stream.advance(0, adapter.num_layers - 1, collector)
-    for index in range(adapter.num_layers):
-        layer, layout = adapter.layer(index), adapter.layer_layout(index)
-        if layout.routed:
-            sublayer = layout.sublayer("experts")
-            given = routing(layer, sublayer, states, keywords[index])
-            norms = by_expert(layer, sublayer.experts, given).norm(dim=-1)
-            picked = given[1].T[None] == torch.arange(sublayer.count)[:, None, None]
-            routed = picked.any(dim=1)
-            assert (routed.sum(dim=1) > 0).all()
-            assert not routed.all()
-            expected = (norms * routed).sum(dim=1) / routed.sum(dim=1)
-            found = collector.found[index].output_norms["expert"]
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-        states = run_layer(layer, states, keywords[index])
-
-
 @pytest.mark.parametrize("name", ["qwen2_moe", "granitemoeshared", "glm4_moe"])
 def test_derivative_of_a_shared_expert(name):
     """A small change of an input projection changes the features by D times its effect."""
