@@ -131,7 +131,8 @@ class Agreement(HeldOutText, Evaluation):
 
     Windows have equal weight. The dense model's own value is measured in the same way. It is 1
     except where its two most likely tokens are within rounding of each other, because generation
-    with a cache and a pass over the whole window add in a different order.
+    with a cache and a pass over the whole window add in a different order. In bfloat16 this can be
+    a few percent of the tokens.
     """
 
     name = "agreement"
