@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -133,6 +133,7 @@ def solve_normed_output(
     return {**as_tensors(sublayer, Map(weight), state), **stored_scale(scale, sublayer, state)}
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Features [tokens, width], targets [tokens, hidden] and token weights, batch by batch."""
 
