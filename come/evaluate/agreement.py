@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.data.sources.base import TextSource
-from come.data.windows import TokenWindows, check_token_ids, evaluation_windows
+from come.data.windows import TokenWindows
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.evaluate.paired import mean_difference
@@ -165,19 +165,8 @@ class Agreement(HeldOutText, Evaluation):
         """The prompts."""
         key = f"{_KEY}.new_tokens={self.new_tokens} after {self.prompt_tokens} of a prompt"
         subject.check_length(key, self.prompt_tokens + self.new_tokens)
-        text = evaluation_windows(
-            subject.tokenizer,
-            self.held_out(_KEY),
-            seq_len=min(self.seq_len, subject.longest or self.seq_len),
-            max_tokens=self.max_tokens,
-            others=subject.others,
-            begin=subject.begin,
-            key=_KEY,
-        )
-        prompts = replace(text, windows=text.windows[:, : self.prompt_tokens].contiguous())
-        what = f"held-out text {text.source}"
-        check_token_ids(prompts.windows, subject.vocabulary, what, subject.tokenizer)
-        return prompts
+        text = self.held_out_windows(_KEY, subject, self.seq_len)
+        return replace(text, windows=text.windows[:, : self.prompt_tokens].contiguous())
 
     def key(self, data: TokenWindows) -> str:
         """Hash of the prompts."""

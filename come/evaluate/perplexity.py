@@ -125,6 +125,27 @@ class HeldOutText(TextSettings):
         source.part = (part[0], part[1]) if part else None
         return source
 
+    def held_out_windows(self, key: str, subject: Subject, seq_len: int) -> TokenWindows:
+        """The windows of the held-out text, whose tokens the model knows.
+
+        Args:
+            key: configuration key of these settings, for error messages.
+            subject: the model's tokenizer, limits and the other texts of the job.
+            seq_len: tokens of a window; cut to the model's maximum.
+        """
+        text = evaluation_windows(
+            subject.tokenizer,
+            self.held_out(key),
+            seq_len=min(seq_len, subject.longest or seq_len),
+            max_tokens=self.max_tokens,
+            others=subject.others,
+            begin=subject.begin,
+            key=key,
+        )
+        what = f"held-out text {text.source}"
+        check_token_ids(text.windows, subject.vocabulary, what, subject.tokenizer)
+        return text
+
 
 @EVALUATIONS.register
 @dataclass
@@ -165,22 +186,10 @@ class Perplexity(HeldOutText, Evaluation):
 
     def prepare(self, subject: Subject) -> dict[str, TokenWindows]:
         """The held-out windows by name of the text."""
-        found = {
-            name: evaluation_windows(
-                subject.tokenizer,
-                text.held_out(key),
-                seq_len=min(self.seq_len, subject.longest or self.seq_len),
-                max_tokens=text.max_tokens,
-                others=subject.others,
-                begin=subject.begin,
-                key=key,
-            )
+        return {
+            name: text.held_out_windows(key, subject, self.seq_len)
             for name, (key, text) in self._texts.items()
         }
-        for text in found.values():
-            what = f"held-out text {text.source}"
-            check_token_ids(text.windows, subject.vocabulary, what, subject.tokenizer)
-        return found
 
     def key(self, data: dict[str, TokenWindows]) -> Any:
         """Hashes of the windows."""

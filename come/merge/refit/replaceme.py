@@ -20,6 +20,7 @@ from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState
 from come.models.layout import LayerLayout
 from come.setting import setting
+from come.stream.processes import SINGLE
 
 
 @REFITS.register
@@ -33,7 +34,7 @@ class ReplaceMe(Refit):
     float64. If M does not span all channels, T - I is the minimum-norm solution.
 
     Source: arXiv 2505.02819, the least-squares variant. Differs from the paper where a norm follows
-    the down projection: a map behind a norm cannot be folded, so T maps what the norm reads, in two
+    the down projection: a map after a norm cannot be folded, so T maps what the norm reads, in two
     rounds as in `come.merge.normed_output`, and the norm's scale is fitted.
     """
 
@@ -82,22 +83,22 @@ class _Outputs:
     projection, y_t what the layer adds for them, the same unless a norm follows.
     """
 
+    processes = SINGLE  # each process reads all windows
+
     def __init__(self, targets: ReconstructionTargets) -> None:
-        self.processes = targets.stream.processes
         self._targets = targets
         self._hidden = targets.stream.adapter.config.hidden_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         targets, stream, sublayer = self._targets, self._targets.stream, self._targets.layout.last
         projection = stream.adapter.output_map(targets.first, sublayer)
-        norm = sublayer.post_norm
+        layer, norm = stream.adapter.layer(targets.first), sublayer.post_norm
         seen: list[Tensor] = []
         kept = stream.route(targets.first, targets.first)
         pairs = stream.pairs(targets.first + 1, targets.last + 1)
         with _outputs(projection, seen):
             for _, (before, after) in zip(stream.through(targets.first, kept), pairs, strict=True):
                 m = seen.pop()
-                layer = stream.adapter.layer(targets.first)
                 added = m if norm is None else layer.get_submodule(norm.module)(m)
                 gap = after.double() - before.double()
                 missing = (added.double().view_as(gap) + gap).flatten(0, 1)

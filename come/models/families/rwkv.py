@@ -1,4 +1,4 @@
-"""RWKV-4: mixing over tokens by a linear recurrence, and over channels behind a gate."""
+"""RWKV-4: a linear recurrence mixes tokens, then a gated MLP mixes channels."""
 
 from __future__ import annotations
 
