@@ -1,6 +1,7 @@
 """Checkpoints that cannot be merged: one line each, before any weights are loaded."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -245,6 +246,8 @@ def test_command_line(case, weights, saved, tmp_path, command_line, monkeypatch)
     base, change, words = BAD[case]
     folder = copied(saved, base, change, tmp_path / "model")
     monkeypatch.setattr("come.job.job.load_weights", pytest.fail)
+    # As transformers sets it where the environment says CI=true.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     hashed = []
     monkeypatch.setattr("come.models.checkpoint.file_hash", lambda path: f"{hashed.append(path)}")
     settings = (f"model.path={folder}", "merge.target_layers=3", f"model.weights={weights}")

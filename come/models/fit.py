@@ -148,7 +148,9 @@ def _silent() -> Iterator[list[str]]:
         messages.append(record.getMessage())
         return False
 
-    handlers = logging.getLogger("transformers").handlers[:]
+    library = logging.getLogger("transformers")
+    handlers, propagate = library.handlers[:], library.propagate
+    library.propagate = False  # transformers lets records through to the root logger where CI is set
     bars = printing.is_progress_bar_enabled()
     printing.disable_progress_bar()
     for handler in handlers:
@@ -158,5 +160,6 @@ def _silent() -> Iterator[list[str]]:
     finally:
         for handler in handlers:
             handler.removeFilter(keep)
+        library.propagate = propagate
         if bars:
             printing.enable_progress_bar()
