@@ -39,6 +39,7 @@ def next_token(model, ids):
         return int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
 
 
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral_sliding", "opt"])
 def test_equals_a_loop_over_tokens_in_float64(family, windows):
     dense = pico(family)
     other = perturbed(dense)
