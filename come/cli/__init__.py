@@ -259,7 +259,8 @@ def _job_hash(*, _root_: DictConfig) -> str:
 def _repeat_weight(*, _root_: DictConfig) -> float:
     """Default weight of repeated text in trial scores: above 0 if the model generates text."""
     text = _root_.calibration
-    sampled = (text.source == SELF_GENERATED and not text.path) or text.num_continuations > 0
+    sources = text.mix if OmegaConf.is_dict(text.mix) else [] if text.path else [text.source]
+    sampled = SELF_GENERATED in sources or text.num_continuations > 0
     return REPEAT_WEIGHT if sampled else 0.0
 
 

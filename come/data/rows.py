@@ -50,8 +50,15 @@ def row_document(row: Mapping[str, Any], fields: str) -> Document:
     return found[0]
 
 
-def document_text(document: Document, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def document_text(
+    document: Document, tokenizer: PreTrainedTokenizerBase | None, *, answer: bool = False
+) -> str:
     """A document as text; a chat is rendered by the tokenizer's chat template.
+
+    Args:
+        document: text or a chat.
+        tokenizer: provides the chat template.
+        answer: whether the text ends with the beginning of the model's next turn.
 
     Raises:
         ValueError: the document is a chat, and there is no chat template or it fails.
@@ -61,14 +68,27 @@ def document_text(document: Document, tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
             "the text is a chat (messages with roles), and the model's tokenizer has no chat "
-            "template; name a field of plain text, or use a model with a template"
+            "template; name a field of plain text (calibration.field or eval.perplexity.field), or "
+            "use a model with a template"
         )
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=answer)
+        )
     except Exception as error:  # templates raise their own errors
         raise ValueError(
             f"the model's chat template cannot render a chat of the text: {error}"
         ) from error
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat of one word, as an example of what the chat template adds; "" without a template."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return document_text([{"role": "user", "content": "text"}], tokenizer)
+    except ValueError:  # a template for other roles
+        return ""
 
 
 def _document(value: Any) -> Document:

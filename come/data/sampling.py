@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from come.data.decoding import fast_single_tokens
+from come.data.prompts import FREE, prompt_starts
 from come.data.windows import TokenWindows
 from come.files import cache_folder, write_bytes
 from come.models.caches import cache_of
@@ -84,35 +86,40 @@ def sample(
     generator: torch.Generator,
     *,
     banned: Sequence[int] = (),
+    prompts: Sequence[Sequence[int]] = (),
     batch_size: int = BATCH,
     progress: bool = True,
 ) -> Int[Tensor, "windows seq"]:
     """Samples continuations of `starts` from the model, up to `seq_len` tokens per window.
 
-    Begin, end and padding tokens are never drawn, so every window is full.
+    Begin, end and padding tokens are never drawn, so every window is full. With `prompts`, the
+    model may draw an end token, and one of the prompts then follows in the same window.
 
     Args:
         model: the model.
-        starts: the first tokens of every window.
+        starts: the first tokens of every window; -1 after the last one of a shorter start.
         seq_len: tokens per window.
         sampling: temperature and top-p.
         generator: CPU random generator of the draws.
         banned: further ids that are never drawn (see `unused_ids`).
+        prompts: token ids of prompts, of which a random one follows an end token.
         batch_size: windows sampled in parallel.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: the model's logits are not finite.
     """
-    never = [*_special(model), *banned]
+    ends = _ends(model) if prompts else []
+    never = sorted({*_special(model), *banned} - set(ends))
     device = model.get_input_embeddings().weight.device
     batches = []
     rows = 1 if layout_of(model.config).one_sequence else batch_size
     total = starts.shape[0] * seq_len
     shown = ProgressBar(total=total, desc="sampling text", unit="token", shown=progress)
     with shown as bar, fast_single_tokens(model):
-        for ids in starts.split(rows):
-            ids, cache = ids[:, :seq_len], dict[str, Any]()
+        for given in starts.split(rows):
+            given = pad(given[:, :seq_len], (0, max(0, seq_len - given.shape[1])), value=FREE)
+            ids, cache = given[:, : int((given >= 0).all(dim=0).sum())], dict[str, Any]()
             bar.update(ids.numel())
             while ids.shape[1] < seq_len:
                 step = ids[:, -1:] if cache else ids
@@ -121,7 +128,15 @@ def sample(
                 logits = output.logits[:, -1].float().cpu()
                 _check_finite(logits, model)
                 logits[:, never] = -torch.inf
-                ids = torch.cat([ids, sampling.draw(logits, generator)], dim=1)
+                at = ids.shape[1]
+                free = given[:, at] < 0
+                drawn = torch.where(free, sampling.draw(logits, generator)[:, 0], given[:, at])
+                ended = free & torch.isin(drawn, torch.tensor(ends, dtype=torch.long))
+                for row in ended.nonzero():
+                    prompt = prompts[int(torch.randint(len(prompts), (1,), generator=generator))]
+                    following = torch.tensor(prompt[: seq_len - at - 1], dtype=torch.long)
+                    given[row, at + 1 : at + 1 + len(following)] = following
+                ids = torch.cat([ids, drawn[:, None]], dim=1)
                 bar.update(len(ids))
             batches.append(ids)
     return torch.cat(batches)
@@ -136,13 +151,16 @@ def self_generated_windows(
     sampling: Sampling | None = None,
     keep: float = 1.0,
     banned: Sequence[int] = (),
+    prompts: Sequence[Sequence[int]] = (),
     batch_size: int = BATCH,
     progress: bool = True,
 ) -> TokenWindows:
     """Samples windows from the model, each starting with the begin token and one random token.
 
     The begin token is omitted if the model has none. The random token is drawn uniformly from the
-    ids that are not excluded.
+    ids that are not excluded. With `prompts`, each window starts with a prompt instead, and has the
+    model's answer; where the answer ends, another prompt follows. No prompt starts a second window
+    before all have started one.
 
     Args:
         model: the dense model.
@@ -153,6 +171,8 @@ def self_generated_windows(
         keep: fraction of the sampled windows that is returned, in (0, 1]: those with the highest
             mean log-likelihood per token under the model.
         banned: ids that are never drawn, besides begin, end and padding tokens (see `unused_ids`).
+        prompts: token ids of the prompts that the model answers (see `chat_prompts`); empty for
+            text that starts with a random token.
         batch_size: windows sampled in parallel.
         progress: whether to show a progress bar.
 
@@ -161,9 +181,37 @@ def self_generated_windows(
     """
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(seed)
+    count = round(num_samples / keep)
+    starts = (
+        prompt_starts(prompts, count, generator)
+        if prompts
+        else _random_starts(model, count, banned, generator)
+    )
+    windows = sample(
+        model,
+        starts,
+        seq_len,
+        sampling,
+        generator,
+        banned=banned,
+        prompts=prompts,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if count > num_samples:
+        likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
+        windows = windows[likely.sort().values]
+    kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
+    how = f"answers to prompts, {sampling}" if prompts else str(sampling)
+    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({how}{kept})")
+
+
+def _random_starts(
+    model: PreTrainedModel, count: int, banned: Sequence[int], generator: torch.Generator
+) -> Int[Tensor, "windows begin"]:
+    """The begin token, if the model has one, and a random token that is not excluded."""
     allowed = torch.ones(_rows(model))
     allowed[[*_special(model), *banned]] = 0
-    count = round(num_samples / keep)
     starts = torch.multinomial(allowed, count, replacement=True, generator=generator)[:, None]
     begin = model.config.bos_token_id
     if begin is not None and begin >= _rows(model):
@@ -175,21 +223,7 @@ def self_generated_windows(
         )
     elif begin is not None:
         starts = torch.cat([torch.full_like(starts, begin), starts], dim=1)
-    windows = sample(
-        model,
-        starts,
-        seq_len,
-        sampling,
-        generator,
-        banned=banned,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    if count > num_samples:
-        likely = _log_likelihood(model, windows, batch_size).topk(num_samples).indices
-        windows = windows[likely.sort().values]
-    kept = f", the likeliest {keep:.0%}" if count > num_samples else ""
-    return TokenWindows(windows, windows.numel(), f"{SOURCE} ({sampling}{kept})")
+    return starts
 
 
 def continued_windows(
@@ -275,6 +309,15 @@ def _special(model: PreTrainedModel) -> list[int]:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     padding = getattr(config, "pad_token_id", None)
     named = {i for i in (*ends, padding, config.bos_token_id) if i is not None}
+    return sorted(i for i in named if 0 <= i < _rows(model))
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """Ids of the end tokens of configuration and generation that have a row in the embedding."""
+    named = set[int]()
+    for config in (model.config, model.generation_config):
+        end = getattr(config, "eos_token_id", None)
+        named.update(end if isinstance(end, list) else [] if end is None else [end])
     return sorted(i for i in named if 0 <= i < _rows(model))
 
 

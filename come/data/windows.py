@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from come.data.rows import document_text
+from come.data.rows import document_text, template_text
 from come.data.sources.base import TextSource
 
 if TYPE_CHECKING:
@@ -70,12 +70,16 @@ def corpus_text(
 
     Raises:
         ValueError: the source cannot be read or has no text, or it has chats and there is no chat
-            template.
+            template, or it fails; the message has the number of the document.
     """
     documents: list[str] = []
     length = 0
-    for document in source.documents():
-        documents.append(document_text(document, tokenizer))
+    for number, document in enumerate(source.documents(), start=1):
+        try:
+            documents.append(document_text(document, tokenizer))
+        except ValueError as error:
+            place = f"{source.name} ({source.identity}), document {number}"
+            raise ValueError(f"{place}: {error}") from error
         length += len(documents[-1])
         if max_chars is not None and length >= max_chars:
             break
@@ -108,9 +112,13 @@ def _cut(text: str, position: int) -> int:
     return min(position, len(text))
 
 
-def without_lines_of(text: str, held_out: str) -> tuple[str, int]:
-    """Removes the long lines of `held_out` from `text`; also returns how many were removed."""
+def without_lines_of(text: str, held_out: str, template: str = "") -> tuple[str, int]:
+    """Removes the long lines of `held_out` from `text`; also returns how many were removed.
+
+    Lines of `template`, which is in every chat, such as a system message, are not removed.
+    """
     foreign = {line.strip() for line in held_out.splitlines() if len(line.strip()) > _DISTINCT_LINE}
+    foreign -= {line.strip() for line in template.splitlines()}
     lines = text.splitlines(keepends=True)
     kept = [line for line in lines if line.strip() not in foreign]
     return "".join(kept), len(lines) - len(kept)
@@ -128,6 +136,7 @@ def calibration_windows(
     backwards: bool = False,
     begin: int | None = None,
     what: str = "calibration",
+    asked_by: str | None = None,
 ) -> TokenWindows:
     """Draws packed windows from a corpus, disjoint from the held-out text.
 
@@ -150,6 +159,8 @@ def calibration_windows(
             forward draw with the same seed and length takes last.
         begin: token that every window begins with, in addition to its text; None for none.
         what: purpose of the text for error messages, "calibration" or "training".
+        asked_by: the setting that asks for `num_samples` windows, for error messages; None for
+            calibration.num_samples.
 
     Raises:
         ValueError: the corpus cannot be read, or has too few tokens; the message says how many.
@@ -158,9 +169,9 @@ def calibration_windows(
     text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked), tokenizer)
     if source.always_split or any(_same(source, other) for other in held_out):
         text = text_part(text, CALIBRATION_PART)
-    removed = 0
+    removed, template = 0, template_text(tokenizer)
     for other in held_out:
-        text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source))
+        text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source), template)
         removed += lines
     tokens = tokenize(tokenizer, text, special=False)
     split = _split(tokens, seq_len, begin)
@@ -168,7 +179,8 @@ def calibration_windows(
     if available < (1 if at_most else num_samples):
         least = f"one of distill.seq_len={seq_len} is the least"
         if not at_most:
-            least = f"calibration.num_samples={num_samples} asks for {asked} tokens. Lower "
+            least = f"{asked_by or f'calibration.num_samples={num_samples}'} asks for {asked} "
+            least += "tokens. Lower "
             least += "calibration.num_samples or calibration.seq_len"
         raise ValueError(
             f"{what} text too short: {source.name} ({source.identity}) has {len(tokens)} tokens "
@@ -184,11 +196,20 @@ def calibration_windows(
 def _split(
     tokens: Int[Tensor, " tokens"], seq_len: int, begin: int | None
 ) -> Int[Tensor, "windows seq"]:
-    """Consecutive windows; with `begin`, each starts with that token."""
+    """Consecutive windows; with `begin`, each starts with that token.
+
+    It is not added to a window whose text starts with it, as rendered chats may.
+    """
     if begin is None:
         return tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
-    text = _split(tokens, seq_len - 1, None)
-    return torch.cat([torch.full_like(text[:, :1], begin), text], dim=1)
+    windows, first, extra = [], 0, tokens.new_tensor([begin])
+    while first < len(tokens):
+        added = extra[: int(tokens[first] != begin)]
+        text = tokens[first : first + seq_len - len(added)]
+        if len(text) + len(added) == seq_len:
+            windows.append(torch.cat([added, text]))
+        first += len(text)
+    return torch.stack(windows) if windows else tokens.new_empty(0, seq_len)
 
 
 def evaluation_windows(

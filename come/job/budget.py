@@ -123,8 +123,8 @@ def sampling_cost(settings: Settings, shape: ModelShape) -> str | None:
     calibration, device = settings.calibration, choose_device(settings.model.device)
     windows = calibration.num_continuations
     begin = calibration.prefix_tokens
-    if calibration.self_generated:
-        windows, begin = round(calibration.num_samples / calibration.keep_likeliest), 2
+    if calibration.sampled_windows:
+        windows, begin = round(calibration.sampled_windows / calibration.keep_likeliest), 2
     if not windows or choose_weights(settings.weights, shape, device) == "memory":
         return None
     sweeps = -(-windows // SAMPLED_TOGETHER) * (calibration.seq_len - begin)

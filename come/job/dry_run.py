@@ -47,7 +47,9 @@ def _merge(job: Job) -> list[str]:
     if job.plan is not None:
         return [f"merge: the plan of {job.start or method.plan}, {job.target} layers"]
     device = choose_device(settings.model.device)
-    text = settings.calibration.source if job.calibration is None else job.calibration.source
+    text = settings.calibration.label
+    if job.calibration is not None and not settings.calibration.sampled_windows:
+        text = job.calibration.source
     lines = [
         f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
         *job.cost.lines(Speed.measured(device, job.shape.dtype)),

@@ -55,9 +55,7 @@ def job_hash(settings: Settings) -> str:
         "eval": {name: [e.counted(), e.identity()] for name, e in settings.eval.items()},
     }
     if settings.merge.enabled and settings.held_out_texts:  # decides which part is held out
-        calibrating = settings.calibration
-        own = not calibrating.self_generated
-        parts["held_out_from"] = calibrating.text_identity() if own else None
+        parts["held_out_from"] = settings.calibration.text_identity()
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:
@@ -74,9 +72,10 @@ def job_hash(settings: Settings) -> str:
     elif settings.merge.plan is not None:
         parts["plan"] = Plan.load(Path(settings.merge.plan)).hash
     else:
-        self_generated = settings.calibration.self_generated
-        text = "self_generated" if self_generated else settings.calibration.text_identity()
-        parts |= {"calibration": settings.calibration.counted(), "calibration_text": text}
+        parts |= {
+            "calibration": settings.calibration.counted(),
+            "calibration_text": settings.calibration.text_identity(),
+        }
         if process_count() > 1:  # sums are added up in parts
             parts["processes"] = process_count()
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -86,5 +85,10 @@ def job_hash(settings: Settings) -> str:
 def _training_identity(settings: Settings) -> Any:
     if settings.training_text is None:
         calibration = settings.calibration
-        return ["self_generated", str(calibration.sampling), calibration.keep_likeliest]
+        return [
+            "self_generated",
+            str(calibration.sampling),
+            calibration.keep_likeliest,
+            calibration.chat,
+        ]
     return settings.training.text_identity()

@@ -170,6 +170,11 @@ class Settings:
     def _check_distill(self) -> None:
         """Checks the rules between `distill` and the other groups."""
         merge = self.merge
+        if self.training is self.calibration and self.calibration.mix:
+            raise ValueError(
+                f"distill={self.distill.method} trains on one text, not on calibration.mix; choose "
+                "the text with distill.source=NAME or distill.path=FILE"
+            )
         text = self.training_text
         if text is not None:
             text.check()

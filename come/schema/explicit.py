@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from come.merge.method import Method
 from come.schema import Settings
 
+_GROUPS = ("merge", "calibration")  # hold settings besides those of the choice
+
 
 def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
     """Checks that the overrides have an effect.
@@ -39,11 +41,11 @@ def method_changes(overrides: Iterable[str]) -> list[str]:
 
 def _is_part_of(key: str, prefixes: list[str]) -> bool:
     """Whether a key is a setting of a component that one of the prefixes names."""
-    return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix != "merge")
+    return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix not in _GROUPS)
 
 
 def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
-    """Keys of the method and of the distillation that nothing reads, each with the reason."""
+    """Keys of the method, text and distillation that nothing reads, each with the reason."""
     merge = settings.merge
     own = [f"merge.{key}" for key in (*merge.settings(), *merge.record())]
     kept = {"merge.save_weights", "merge.enabled", "merge.name", "merge.changes"}
@@ -56,6 +58,9 @@ def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
         yield [key for key in own if key not in kept], "merge.plan"
     else:
         yield from _unread_parts(settings)
+    if (calibration := settings.calibration).mix:
+        chosen = [] if calibration.source in calibration.mix else ["calibration"]
+        yield ["calibration.source", *chosen], "calibration.mix"
     if not settings.distill.active:
         names = [f"distill.{key}" for key in settings.distill.settings()]
         yield [*names, "distill.loss_weights"], "distill=none"

@@ -69,30 +69,39 @@ class TextFile(TextSource):
             if self.path.suffix == ".txt":
                 yield self.path.read_text(encoding="utf-8")
             elif self.path.suffix == ".jsonl":
-                yield from map(self._document, self._json_rows())
+                for number, row in self._json_rows():
+                    yield self._document(row, f"line {number}")
             else:
-                yield from filter(None, map(self._document, self._parquet_rows()))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                for number, row in enumerate(self._parquet_rows(), start=1):
+                    if document := self._document(row, f"row {number}"):
+                        yield document
+        except UnicodeDecodeError as error:
             raise ValueError(f"text file {self.path} cannot be read: {error}") from error
 
-    def _document(self, row: Any) -> Document:
+    def _document(self, row: Any, place: str) -> Document:
         if not isinstance(row, dict):
             raise ValueError(  # noqa: TRY004 - the file's fault, not the caller's
-                f"text file {self.path} cannot be read: a line is no JSON object"
+                f"text file {self.path} cannot be read: {place} is no JSON object"
             )
         try:
             return row_document(row, self.field)
         except ValueError as error:
             raise ValueError(
-                f"text file {self.path}: {error}; calibration.field or eval.perplexity.field names "
-                "the field of the text"
+                f"text file {self.path}, {place}: {error}; calibration.field or "
+                "eval.perplexity.field names the field of the text"
             ) from error
 
-    def _json_rows(self) -> Iterator[Any]:
+    def _json_rows(self) -> Iterator[tuple[int, Any]]:
         with open(self.path, encoding="utf-8") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"text file {self.path} cannot be read: line {number} is no JSON: {error}"
+                    ) from error
                 if line.strip():
-                    yield json.loads(line)
+                    yield number, row
 
     def _parquet_rows(self) -> Iterator[Any]:
         from pyarrow import ArrowInvalid, parquet

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from come.data.mix import interleaved
 from come.data.sources.base import TextSource
 from come.data.windows import (
     TokenWindows,
@@ -19,6 +21,7 @@ from come.files import check_replaceable
 from come.job.budget import choose_placement
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
+from come.job.sampled_text import prompts_of
 from come.job.stages.depth import check_reachable, kinds_of, stated_target, target_layers
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
@@ -127,37 +130,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         check_replaceable(folder / output, MARKS)
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=source.trust_remote_code)
-    calibration = None
-    known = None if settings.calibration.self_generated else settings.calibration.text_source()
-    text = known if plan is None else None
+    if calibrating.chat:
+        _check_chat(settings, shape, tokenizer, calibrates=plan is None)
     trained = settings.training_text if settings.distill.active else None
-    others = [source for source in (known, trained) if source is not None]
+    others = [*settings.calibration.texts().values(), *([] if trained is None else [trained])]
     evaluations = _evaluations(settings, shape, tokenizer, others)
-    if text is not None:
-        calibration = calibration_windows(
-            tokenizer,
-            text,
-            num_samples=settings.calibration.num_samples,
-            seq_len=settings.calibration.seq_len,
-            seed=settings.calibration.seed,
-            held_out=settings.held_out_texts,
-            begin=begin_token(source.begin_token, shape.begin_token, tokenizer),
-        )
-        check_token_ids(
-            calibration.windows,
-            shape.vocabulary,
-            f"calibration text {calibration.source}",
-            tokenizer,
-        )
-        log.info(
-            "calibration: %s, %d tokens available, %d used%s",
-            calibration.source,
-            calibration.corpus_tokens,
-            calibration.tokens,
-            f", {calibration.removed_lines} lines left out that the held-out text has too"
-            if calibration.removed_lines
-            else "",
-        )
+    calibration = _calibration(settings, shape, tokenizer) if plan is None else None
     return Job(
         settings,
         folder,
@@ -185,6 +163,66 @@ def _evaluations(
     begin = begin_token(settings.model.begin_token, shape.begin_token, tokenizer)
     subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
+
+
+def _check_chat(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase, *, calibrates: bool
+) -> None:
+    """Checks that there is a chat template, and that windows are longer than the prompts."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "calibration.chat=true: the model's tokenizer has no chat template; leave it out, or "
+            "take an instruct model"
+        )
+    lengths = {}
+    if calibrates and settings.calibration.sampled_windows:
+        lengths["calibration.seq_len"] = settings.calibration.seq_len
+    if settings.distill.active and settings.training_text is None:
+        lengths["distill.seq_len"] = settings.distill.seq_len
+    longest = max(map(len, prompts_of(settings, shape, tokenizer))) if lengths else 0
+    for key, tokens in lengths.items():
+        if tokens <= longest:
+            raise ValueError(
+                f"{key}={tokens}: the prompts of calibration.chat=true have up to {longest} "
+                f"tokens, and the answers follow; take {key}={2 * longest} or more"
+            )
+
+
+def _calibration(
+    settings: Settings, shape: ModelShape, tokenizer: PreTrainedTokenizerBase
+) -> TokenWindows | None:
+    """Calibration windows of all sources, without those sampled from the model; None for none.
+
+    Raises:
+        ValueError: a text cannot be read or is too short.
+    """
+    calibration, parts = settings.calibration, []
+    for name, text in calibration.texts().items():
+        asked = f"calibration.num_samples={calibration.num_samples}"
+        share = (calibration.mix or {}).get(name)
+        found = calibration_windows(
+            tokenizer,
+            text,
+            num_samples=calibration.counts[name],
+            seq_len=calibration.seq_len,
+            seed=calibration.seed,
+            held_out=settings.held_out_texts,
+            begin=begin_token(settings.model.begin_token, shape.begin_token, tokenizer),
+            asked_by=f"calibration.mix.{name}={share:g} of {asked}" if share else asked,
+        )
+        what = f"calibration text {found.source}"
+        check_token_ids(found.windows, shape.vocabulary, what, tokenizer)
+        log.info(
+            "calibration: %s, %d tokens available, %d used%s",
+            found.source,
+            found.corpus_tokens,
+            found.tokens,
+            f", {found.removed_lines} lines left out that the held-out text has too"
+            if found.removed_lines
+            else "",
+        )
+        parts.append(replace(found, source=calibration.described(name, found.source)))
+    return interleaved(parts) if parts else None
 
 
 def _training(
