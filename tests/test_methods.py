@@ -50,6 +50,9 @@ def test_every_recipe_on_every_family(family, name, windows, tmp_path):
     assert generated.shape[1] == windows.shape[1] + 4
 
 
+SETS = ("lorp", "pairwise", "swap")
+"""Schedules that choose a set of layers to drop."""
+
 PARTS = [
     *({"sensitivity": name} for name in SENSITIVITY.names()),
     *({"selection": name} for name in SELECTION.names()),
@@ -59,7 +62,11 @@ PARTS = [
         {"norms": "fold", "operator": "drop", "refit": name, "protect_first": 1}
         for name in ("prune_comp", "replaceme")
     ),
-    *({"schedule": name} for name in SCHEDULES.names() if name != "fixed"),
+    *({"schedule": name} for name in SCHEDULES.names() if name not in ("fixed", *SETS)),
+    *(
+        {"schedule": name, "operator": "drop", "selection": "skip_loss", "protect_first": 1}
+        for name in SETS
+    ),
     {"groups": ((3, 4), (0, 1))},
     {"groups": ((3, 4), (0, 1)), "operator": "drop"},
     {"schedule": "progressive", "operator": "drop", "m": 3},
@@ -116,6 +123,7 @@ def test_recipe_names_and_commands():
         {"refit": "ridge", "downstream": 0.5, "allow_remerge": True, "protect_last": 1},
         {"refit": "gauss_newton", "downstream": 0.5, "align": None},
         {"refit": "ridge", "operator": "drop", "selection": "bi_sum", "schedule": "one_shot"},
+        {"refit": "ridge", "operator": "drop", "schedule": "lorp"},
         {"refit": "ridge", "target": "current", "refit__lambda": "auto", "allow_remerge": True},
     ],
     ids=lambda parts: "-".join(map(str, parts.values())),

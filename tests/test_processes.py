@@ -36,6 +36,8 @@ CASES = {
     "replaceme": ("llama_gqa", lambda: recipe("replaceme"), {}),
     "paper": ("llama_bias", paper, {}),
     "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
+    "locality": ("llama_gqa", lambda: recipe("lorp"), {}),
+    "pairs": ("llama_gqa", lambda: recipe("pairwise"), {}),
     "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
     "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
     "ffn": ("llama_gqa", lambda: paper(operator="drop", sublayers=["ffn"]), {}),

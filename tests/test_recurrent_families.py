@@ -71,7 +71,7 @@ def test_bfloat16(model_type):
     assert model(tokens(model), use_cache=False).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", ["shortgpt", "sleb"])
+@pytest.mark.parametrize("recipe", ["shortgpt", "sleb", "sleb_swap"])
 def test_drops_leave_attention(recipe):
     """The only layer with attention is never dropped."""
     for place in range(4):

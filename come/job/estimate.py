@@ -165,6 +165,9 @@ def compression_cost(
         span = replace(_span(shape, 1, tokens, ratio), kept=channels)
         steps = span.passes + method.retention.work(span) + method.refit.work(span)
         work += steps * target
+    through, heads = (0, 0) if target == layers else schedule.passes(layers, target)
+    work += _span(shape, 1, tokens).passes * through
+    work += Work(forward=2.0 * tokens * shape.vocabulary * shape.hidden) * heads
     fitted, validation = selection.trial_tokens(num_samples, seq_len)
     for size in trials:
         span = _span(shape, size, fitted, ratio)
@@ -173,7 +176,7 @@ def compression_cost(
         work += _span(shape, 1, validation).passes * (layers / 2)
         work += Work(forward=2.0 * validation * shape.vocabulary * shape.hidden)
     extra = {
-        f"merge.selection={selection.name}": not selection.local and not selection.num_trials,
+        f"merge.selection={selection.name}": not (selection.local or selection.num_trials or heads),
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
         f"merge.retention={method.retention.name}": method.retention.trials,
         f"merge.schedule={schedule.name}": schedule.trials,

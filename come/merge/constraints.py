@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeVar
 
 from come.models.layout import Block, LayerLayout
 from come.models.surgery import Span
 
+Drop = TypeVar("Drop", bound=Sequence[int])
 DEFAULT_SPARSITY = 0.10  # share of the parameters that is removed unless a depth is given
 
 
@@ -121,16 +123,8 @@ class SpanConstraints:
         begin, end = self.protect_first, depth - self.protect_last
         if self.drops:
             drops = [(first, first + size - 2) for first in range(begin, end - size + 2)]
-            allowed = [span for span in drops if self._leaves_needed(*span)]
-            if drops and not allowed:
-                why = "none with attention, in which a cache counts its tokens"
-                if self.needs_last:
-                    why = "a last one of a kind that transformers cannot load as the last"
-                raise ValueError(
-                    f"dropping {size - 1} of {depth} layers here would leave {why}; protect fewer "
-                    "layers, or drop fewer"
-                )
-            return allowed
+            removed = self.allowed_drops([range(a, b + 1) for a, b in drops], depth)
+            return [(layers[0], layers[-1]) for layers in removed]
         spans = [(first, first + n - 1) for n in sizes for first in range(begin, end - n + 1)]
         spans = [span for span in spans if self.alike(history, *span)]
         if self.remerges:
@@ -152,9 +146,30 @@ class SpanConstraints:
                 eligible.append((first, last))
         return eligible
 
-    def _leaves_needed(self, first: int, last: int) -> bool:
-        """Whether a layer of the needed kind is left if layers first..last are dropped."""
-        left = (*self.needed[:first], *self.needed[last + 1 :])
+    def allowed_drops(self, drops: Sequence[Drop], depth: int) -> list[Drop]:
+        """The sets of layers whose removal leaves a layer of the needed kind.
+
+        Args:
+            drops: layers of the current model, ascending in each set.
+            depth: number of layers of the current model.
+
+        Raises:
+            ValueError: none of the sets may be removed.
+        """
+        allowed = [layers for layers in drops if self._leaves_needed(layers)]
+        if drops and not allowed:
+            why = "none with attention, in which a cache counts its tokens"
+            if self.needs_last:
+                why = "a last one of a kind that transformers cannot load as the last"
+            raise ValueError(
+                f"dropping {len(drops[0])} of {depth} layers here would leave {why}; protect fewer "
+                "layers, or drop fewer"
+            )
+        return allowed
+
+    def _leaves_needed(self, removed: Sequence[int]) -> bool:
+        """Whether a layer of the needed kind is left if these layers are dropped."""
+        left = [need for layer, need in enumerate(self.needed) if layer not in removed]
         return not self.needed or (left[-1] if self.needs_last else any(left))
 
     def removal(self, first: int, last: int) -> tuple[int, int, int | None]:

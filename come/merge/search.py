@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 from come.merge.combination import Combination
 from come.merge.constraints import SpanConstraints
 from come.merge.plan import MergeStep, Plan, SpanCandidate
+from come.merge.selection.skip_loss import losses_without
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.trial_scores import TrialScores
 from come.models.surgery import Span
@@ -20,6 +22,7 @@ from come.statistics.layer_statistics import LayerStatistics, StatisticsCollecto
 from come.stream.candidates import together
 from come.stream.stream import LayerStream
 
+T = TypeVar("T")
 TrialSpan = tuple[int, int, int | None]
 """First and last layer of a span, and the index of the layer that a drop keeps."""
 
@@ -231,6 +234,31 @@ class Search:
         retention = self.method.retention
         split: UnitAllocation = retention.trial_split(span) if trial else retention.split(span)
         return split
+
+    def losses(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """Calibration losses of the stream's model without each set of layers, nats per token."""
+        do, found = partial(losses_without, self.stream.unshared()), list[float]()
+        with ProgressBar(total=len(sets), desc="drops on trial", shown=self.stream.progress) as bar:
+            for some in together(self.stream, sets, self.stream.processes.count):
+                found += self.measured(some, do)
+                bar.update(len(some))
+        return found
+
+    def measured(
+        self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[float]]
+    ) -> list[float]:
+        """A loss for each item, by all processes.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
+        found = self.stream.processes.map(items, do)
+        if not all(map(math.isfinite, found)):
+            raise ValueError(
+                f"merge.schedule={self.method.schedule.name}: a loss without layers is not finite; "
+                "try model.dtype=float32 or bfloat16"
+            )
+        return found
 
     def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
         """The span with the lowest score; with a shortlist, the one with the lowest trial score."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from come.merge.combination import Combination
-from come.merge.plan import Plan
+from come.merge.plan import Plan, SpanCandidate
 from come.merge.search import Choice, Search
 from come.registry import Registry
 from come.setting import HasSettings
@@ -33,6 +33,7 @@ class Schedule(HasSettings, ABC):
         uses_scores: whether it supports selections that try a shortlist of the lowest scores.
         single_span: whether one span contains all layers to remove, regardless of `merge.m`.
         variable_size: whether spans may have fewer than `merge.m` layers.
+        reads_selection: whether it reads `merge.selection`.
     """
 
     config_key = "merge.schedule"
@@ -47,6 +48,7 @@ class Schedule(HasSettings, ABC):
     uses_scores: ClassVar[bool] = True
     single_span: ClassVar[bool] = False
     variable_size: ClassVar[bool] = False
+    reads_selection: ClassVar[bool] = True
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
@@ -60,6 +62,14 @@ class Schedule(HasSettings, ABC):
                 f"{method.operator.name} drops layers; choose merge.schedule=progressive"
             )
 
+    def passes(self, num_layers: int, target: int) -> tuple[int, int]:
+        """Passes of all calibration tokens for its own losses, at most; for the estimate.
+
+        Returns:
+            Passes through one layer, and passes through the LM head.
+        """
+        return 0, 0
+
     def finished(self, plan: Plan, target: int) -> bool:
         """Whether no step follows."""
         return plan.num_layers <= target
@@ -67,6 +77,51 @@ class Schedule(HasSettings, ABC):
     @abstractmethod
     def choose(self, search: Search) -> Choice:
         """The next span."""
+
+
+@dataclass(eq=False)
+class SetSchedule(Schedule):
+    """Chooses the whole set of layers to drop on the dense model, then drops them one by one."""
+
+    remeasures = False
+    restarts = True
+    uses_scores = False
+    _chosen: list[tuple[int, float]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self, method: Combination) -> None:
+        """Raises ValueError unless the method drops single layers."""
+        super().check(method)
+        reason = None
+        if not method.operator.drops:
+            reason = f"drops layers, and merge.operator={method.operator.name} merges them; choose "
+            reason += "merge.operator=drop"
+        elif method.m != 2:
+            reason = f"drops single layers; merge.m={method.m} is not possible with it"
+        elif method.block != "layer":
+            reason = (
+                f"drops whole layers; merge.sublayers={list(method.sublayers)} is not possible "
+                "with it; choose merge.schedule=progressive"
+            )
+        if reason:
+            raise ValueError(f"merge.schedule={self.name} {reason}")
+
+    @abstractmethod
+    def removed(self, search: Search, count: int) -> list[tuple[int, float]]:
+        """The `count` layers to drop, in this order, each with the score to record."""
+
+    def choose(self, search: Search) -> Choice:
+        """The next layer of the set.
+
+        Raises:
+            ValueError: without it, no layer of a kind that the model needs would be left.
+        """
+        if not self._chosen:
+            self._chosen = self.removed(search, len(search.history) - search.target)
+        layer, score = self._chosen[len(search.plan.steps)]
+        place = search.origins.index(layer)
+        search.rules.allowed_drops([[place]], len(search.history))
+        candidate = SpanCandidate(place, place, score)
+        return Choice(*search.rules.removal(place, place), score, [candidate])
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", "come.merge.schedules", "merge.schedule")

@@ -36,6 +36,7 @@ class LaCo(Schedule):
     trials = True
     nested = False
     uses_scores = False
+    reads_selection = False
 
     threshold: float = setting(0.65, "similarity above which a merge is kept")
     interval: int = setting(2, "layers that the walk goes down after a merge", least=1)
