@@ -85,4 +85,4 @@ class LatencyShare:
             for width, time in sorted(self.times.items(), reverse=True)
         ]
         dense = self.seconds(self.layers, self.full)
-        return f"{', '.join(parts)}, {1e3 * self.rest:.2f} ms for the rest; dense {1e3 * dense:.1f}"
+        return f"{', '.join(parts)}, {1e3 * self.rest:.2f} ms for the rest; dense {1e3 * dense:.1f} ms"
