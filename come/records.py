@@ -48,6 +48,24 @@ class CompressionResult(TypedDict):
     resumed_at: int
 
 
+class ShapeResult(TypedDict):
+    """The search of a depth and width for `merge.budget`.
+
+    job: hash of the job.
+    quantity, budget: what is limited, "parameters" or "latency", and its largest share.
+    seconds: time of the search, of its last session.
+    candidates: fields of every `come.merge.budget.CandidateShape`, deepest first.
+    chosen: index of the chosen one; None in the file of an unfinished search.
+    """
+
+    job: str
+    quantity: str
+    budget: float
+    seconds: float
+    candidates: list[dict[str, Any]]
+    chosen: int | None
+
+
 class CalibrationResult(TypedDict):
     """The calibration text.
 
@@ -116,6 +134,7 @@ class Result(TypedDict):
     merge_history: original layers merged into each layer of the last model.
     depths: the dense model and every compressed model, deepest first; a distilled model follows
         the merged model that it was trained from.
+    shape: how depth and width were chosen; None without `merge.budget`.
     calibration: calibration text of the merge. If a plan was applied, the text that the plan was
         computed on; None if it is unknown.
     distillation: None if the job has none.
@@ -133,6 +152,7 @@ class Result(TypedDict):
     plan: str
     merge_history: list[list[int]]
     depths: list[DepthResult]
+    shape: ShapeResult | None
     compression: CompressionResult
     calibration: CalibrationResult | None
     distillation: DistillationResult | None

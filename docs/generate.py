@@ -59,6 +59,9 @@ def table(cls: type[HasSettings], prefix: str) -> list[str]:
         default = cls.defaults()[key]
         shown = "from the calibration text" if str(default).startswith("${") else f"`{default}`"
         rows.append(f"| `{prefix}.{key}` | {shown} | {about.doc} | {about.allowed} |")
+    for key, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and issubclass(kind, HasSettings):
+            rows += table(kind, f"{prefix}.{key}")
     return rows
 
 

@@ -209,7 +209,7 @@ def test_gpu_timings_wait_for_the_gpu(monkeypatch):
     calls = []
     monkeypatch.setattr(speed, "_device", lambda model: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.synchronize", lambda: calls.append("wait"))
-    speed._seconds(pico("llama_gqa"), lambda: calls.append("work"))
+    speed.seconds(pico("llama_gqa"), lambda: calls.append("work"))
     assert calls == ["wait", "work", "wait"]
 
 

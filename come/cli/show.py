@@ -60,6 +60,8 @@ def _depth(settings: Settings) -> tuple[int | None, str]:
         return merge.target_layers, ""
     if merge.groups:
         reason = "follows from merge.groups"
+    elif merge.searches_shape:
+        return None, f"  # follows from the search for {merge.budget}, with merge.width"
     elif merge.sparsity is None and merge.save_at:
         return stated_target(merge, 0), "  # follows from merge.save_at"
     elif merge.sparsity is None and merge.narrows:

@@ -178,8 +178,8 @@ def compare_speed(
             bar.update()
         for _ in range(repeats):
             for label, model in models.items():
-                prompt = _seconds(model, partial(_prompt, model, prompt_tokens))
-                generation = _seconds(model, partial(_generate, model, batch, new_tokens))
+                prompt = seconds(model, partial(_prompt, model, prompt_tokens))
+                generation = seconds(model, partial(_generate, model, batch, new_tokens))
                 found[label]["prompt"].append(prompt)
                 found[label]["generation"].append(generation)
                 bar.update()
@@ -252,7 +252,8 @@ def _device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def _seconds(model: PreTrainedModel, work: Callable[[], object]) -> float:
+def seconds(model: PreTrainedModel, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, and what it leaves to do on the model's device."""
     cuda = _device(model).type == "cuda"
     if cuda:
         torch.cuda.synchronize()

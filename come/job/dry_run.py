@@ -9,6 +9,7 @@ from come.job.estimate import Speed
 from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.stages.prepare import prepare
+from come.job.stages.shape import search_lines
 from come.models.loading import choose_device
 from come.schema import Settings
 
@@ -50,9 +51,15 @@ def _merge(job: Job) -> list[str]:
     text = settings.calibration.label
     if job.calibration is not None and not settings.calibration.sampled_windows:
         text = job.calibration.source
+    speed, goal = Speed.measured(device, job.shape.dtype), f"{job.target} layers"
+    search = search_lines(job, speed, estimated=True)
+    if job.shapes:
+        typical = job.shapes[len(job.shapes) // 2]
+        job, goal = job.with_shape(typical), f"the chosen shape, such as {typical}"
     lines = [
-        f"merge: {method.name}, to {job.target} layers, calibrated on {text}",
-        *job.cost.lines(Speed.measured(device, job.shape.dtype)),
+        *search,
+        f"merge: {method.name}, to {goal}, calibrated on {text}",
+        *job.cost.lines(speed),
         budget_line(settings, job.cost),
     ]
     if (read := sampling_cost(settings, job.shape)) is not None:

@@ -151,30 +151,11 @@ def compression_cost(
     """Estimates the cost of merging a model of `shape` down to `target` layers."""
     layers, tokens = shape.num_layers, num_samples * seq_len
     metric, selection, schedule = method.sensitivity, method.selection, method.schedule
-    merges, trials = _merged_spans(method, layers, target), _trial_spans(method, layers, target)
-    sweeps = len(merges) if schedule.remeasures else 0  # over the layers after a merge
-    if method.measures_ahead:
-        sweeps = min(sweeps, 1)  # each merge continues where the previous one ended
-    work = _span(shape, 1, tokens).passes * (layers + sweeps * layers / 2)
-    ratio = joint_lambda(method.refit)
-    for size in merges:
-        span = _span(shape, size, tokens, ratio)
-        work += method.retention.work(span) + method.refit.work(span)
-    channels = kept_channels(method, shape.config, shape.layouts)
-    if channels:  # every layer of the merged model, from the first to the last
-        span = replace(_span(shape, 1, tokens, ratio), kept=channels)
-        steps = span.passes + method.retention.work(span) + method.refit.work(span)
-        work += steps * target
-    through, heads = (0, 0) if target == layers else schedule.passes(layers, target)
-    work += _span(shape, 1, tokens).passes * through
-    work += Work(forward=2.0 * tokens * shape.vocabulary * shape.hidden) * heads
+    trials = _trial_spans(method, layers, target)
     fitted, validation = selection.trial_tokens(num_samples, seq_len)
-    for size in trials:
-        span = _span(shape, size, fitted, ratio)
-        work += method.retention.work(span)
-        work += method.refit.trial_work(span, method.retention.solves)
-        work += _span(shape, 1, validation).passes * (layers / 2)
-        work += Work(forward=2.0 * validation * shape.vocabulary * shape.hidden)
+    work = merge_work(shape, method, target, tokens)
+    work += trial_work(shape, method, target, fitted, validation)
+    _, heads = _set_passes(method, layers, target)
     extra = {
         f"merge.selection={selection.name}": not (selection.local or selection.num_trials or heads),
         f"merge.sensitivity={metric.name}": bool(metric.gradient),
@@ -206,6 +187,61 @@ def compression_cost(
         extra=[name for name, costs in extra.items() if costs],
         weights=weights,
     )
+
+
+def merge_work(shape: ModelShape, method: Method, target: int, tokens: int) -> Work:
+    """The work of all merges and of narrower layers, without trial merges.
+
+    Args:
+        shape: the dense model.
+        method: the merging method.
+        target: number of layers to reach.
+        tokens: number of calibration tokens.
+    """
+    layers, ratio = shape.num_layers, joint_lambda(method.refit)
+    merges = _merged_spans(method, layers, target)
+    sweeps = len(merges) if method.schedule.remeasures else 0  # over the layers after a merge
+    if method.measures_ahead:
+        sweeps = min(sweeps, 1)  # each merge continues where the previous one ended
+    work = _span(shape, 1, tokens).passes * (layers + sweeps * layers / 2)
+    for size in merges:
+        span = _span(shape, size, tokens, ratio)
+        work += method.retention.work(span) + method.refit.work(span)
+    channels = kept_channels(method, shape.config, shape.layouts)
+    if channels:  # every layer of the merged model, from the first to the last
+        span = replace(_span(shape, 1, tokens, ratio), kept=channels)
+        steps = span.passes + method.retention.work(span) + method.refit.work(span)
+        work += steps * target
+    through, heads = _set_passes(method, layers, target)
+    work += _span(shape, 1, tokens).passes * through
+    return work + Work(forward=2.0 * tokens * shape.vocabulary * shape.hidden) * heads
+
+
+def _set_passes(method: Method, layers: int, target: int) -> tuple[int, int]:
+    """Passes through layers and the head for which a schedule chooses a set of layers."""
+    return (0, 0) if target == layers else method.schedule.passes(layers, target)
+
+
+def trial_work(
+    shape: ModelShape, method: Method, target: int, fitted: int, validation: int
+) -> Work:
+    """The work of all trial merges.
+
+    Args:
+        shape: the dense model.
+        method: the merging method.
+        target: number of layers to reach.
+        fitted: tokens that a trial is fitted to.
+        validation: tokens that score it.
+    """
+    work = Work()
+    for size in _trial_spans(method, shape.num_layers, target):
+        span = _span(shape, size, fitted, joint_lambda(method.refit))
+        work += method.retention.work(span)
+        work += method.refit.trial_work(span, method.retention.solves)
+        work += _span(shape, 1, validation).passes * (shape.num_layers / 2)
+        work += Work(forward=2.0 * validation * shape.vocabulary * shape.hidden)
+    return work
 
 
 def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> SpanSize:

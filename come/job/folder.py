@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 PARTIAL_PLAN = "plan.partial.json"
 TRIALS = "trials.partial.json"
+SHAPE = "shape.partial.json"
 PARTIAL_METRICS = "metrics.partial.json"
 STATES = "distill"  # the folder of training checkpoints
 

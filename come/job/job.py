@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from come.data.windows import TokenWindows
 from come.evaluate.base import Evaluation
 from come.job.estimate import Cost, compression_cost
+from come.merge.budget import CandidateShape
 from come.merge.plan import Plan
 from come.models.loading import choose_device, choose_weights, load_weights
 from come.models.shape import ModelShape
+from come.records import ShapeResult
 from come.report.numbers import megabytes
 from come.schema import Settings
 
@@ -40,6 +42,10 @@ class Job:
     """The folder of a merged model to start from, with its plan."""
     disk_bytes: int = 0
     """Bytes that the job writes to its folder."""
+    shapes: tuple[CandidateShape, ...] = ()
+    """The candidates for `merge.budget`; for a budget of time, as estimated without measuring."""
+    shape_search: ShapeResult | None = None
+    """The finished search among them."""
 
     @property
     def merged(self) -> str:
@@ -62,6 +68,12 @@ class Job:
         """Name of the model in tables and tags."""
         settings = self.settings.model
         return settings.name if settings.name != "local" else self.checkpoint.name
+
+    def with_shape(self, shape: CandidateShape) -> Job:
+        """The same job with the depth and the FFN width of a candidate."""
+        merge = replace(self.settings.merge, width=shape.width)
+        settings = replace(self.settings, merge=merge)
+        return replace(self, settings=settings, target=shape.layers)
 
     def load(self, folder: Path | None = None, device: str | None = None) -> PreTrainedModel:
         """Loads the dense model, or the model in `folder`, on `device` or the job's device."""

@@ -48,6 +48,12 @@ def processes(settings: Settings) -> Accelerator:
             f"calibration.store=memory: {count} processes were launched, which share the hidden "
             "states in files; leave it out"
         )
+    if count > 1 and merges and merge.budget.quantity:
+        raise ValueError(
+            f"{merge.budget}: {count} processes were launched, and the search of a shape is for "
+            "one; search in one process, then merge with the merge.target_layers and merge.width "
+            "of its report"
+        )
     if count > 1 and ":" in settings.model.device:
         raise ValueError(
             f"model.device={settings.model.device}: {count} processes were launched, each with a "

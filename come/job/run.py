@@ -18,6 +18,7 @@ from come.job.environment import machine, versions
 from come.job.folder import (
     PARTIAL_METRICS,
     PARTIAL_PLAN,
+    SHAPE,
     STATES,
     TRIALS,
     exclusive_lock,
@@ -30,6 +31,7 @@ from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
 from come.job.stages.merge import COST, calibration_result, compresses, join_merge, merge
 from come.job.stages.prepare import prepare
+from come.job.stages.shape import choose_shape
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
 from come.models.loading import choose_device
@@ -117,6 +119,11 @@ class State:
     result: Result | None = None
 
 
+def _choose_shape(state: State) -> None:
+    """Chooses depth and width for `merge.budget`. Resumes from the trials made so far."""
+    state.job = choose_shape(state.job)
+
+
 def _merge(state: State) -> None:
     """Merges, or loads a merged model; leaves `model/`, or `model-merged/` before a distillation.
 
@@ -163,14 +170,14 @@ def _report(state: State) -> None:
         state.trackers.figure(title, path)
 
 
-STAGES = (_merge, _distill, _evaluate, _report)
+STAGES = (_choose_shape, _merge, _distill, _evaluate, _report)
 """The stages of a job after its preparation, in order."""
 
 
 def _clean_up(folder: Path, result: Result) -> None:
     """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
-    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, PARTIAL_METRICS, COST)]
+    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, SHAPE, PARTIAL_METRICS, COST)]
     for leftover in (*leftovers, tensors_path(partial)):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
@@ -219,7 +226,8 @@ def _trackers(job: Job) -> Trackers:
     if tracking.backend == "wandb":
         from come.tracking.wandb import WandB
 
-        tags = [job.label, method, f"{job.target} layers"]
+        size = str(merge.budget) if job.shapes else f"{job.target} layers"
+        tags = [job.label, method, size]
         tags += [] if job.plan else [f"m={merge.m}"]
         merges = merge.enabled and job.start is None
         kind = "distill" if distill.active else "compress" if merges else "evaluate"
@@ -255,6 +263,7 @@ def _result(
         "plan": plan.hash,
         "merge_history": plan.history,
         "depths": depths,
+        "shape": job.shape_search,
         "compression": compression,
         "calibration": calibration_result(job) or plan.provenance.get("calibration"),
         "distillation": distillation,

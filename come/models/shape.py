@@ -22,7 +22,8 @@ class ModelShape:
         config: the model's configuration.
         parameters: number of parameters of the model; tied parameters count once.
         block_parameters: number of parameters of one decoder layer, and of its sublayers of each
-            kind, including their norms.
+            kind, including their norms, on average.
+        layer_parameters: number of parameters of every layer.
         dtype: dtype that the model is loaded in.
         heads: inputs of the output projections of the widest layer, without the last.
         channels: inputs of the last output projection of the widest layer.
@@ -36,6 +37,7 @@ class ModelShape:
     config: PretrainedConfig
     parameters: int
     block_parameters: dict[Block, int]
+    layer_parameters: tuple[int, ...]
     dtype: torch.dtype
     heads: int
     channels: int
@@ -54,6 +56,7 @@ class ModelShape:
             model.config,
             sum(p.numel() for p in model.parameters()),
             adapter.block_parameters,
+            tuple(sum(p.numel() for p in layer.parameters()) for layer in adapter.layers),
             dtype,
             heads=sum(sublayer.width for sublayer in others),
             channels=last.width,

@@ -10,7 +10,10 @@ from come.evaluate.base import Metric, Metrics, read_metrics
 from come.renamed import current_keys
 
 PARAMETERS = "parameters"
-_SIZES = ("merge.sparsity", "merge.target_layers", "merge.save_at")  # the x axis shows the size
+_SIZES = (  # the x axis shows the size
+    *("merge.sparsity", "merge.target_layers", "merge.save_at"),
+    *("merge.budget.parameters", "merge.budget.latency"),
+)
 _NO_EFFECT = ("merge.save_weights",)  # has no effect on the measurements
 
 Row = dict[str, Any]

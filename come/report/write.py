@@ -9,7 +9,7 @@ from come.files import write_text
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
 from come.models.width import CHANNEL
-from come.records import DepthResult, Result
+from come.records import DepthResult, Result, ShapeResult
 from come.report.card import model_card
 from come.report.console import summary_lines, summary_table
 from come.report.figures import draw_all
@@ -44,6 +44,7 @@ def write_report(folder: Path, result: Result, plan: Plan, base: Path) -> dict[s
     lines += [f"- {line}" for line in summary_lines(result)]
     for name in dict.fromkeys(key.partition("/")[0] for key in result["depths"][0]["metrics"]):
         lines += _section(name, result["depths"])
+    lines += _shapes(result.get("shape"))
     lines += ["", "## Run", "", *_run(result, plan), ""]
     for name, path in figures.items():
         lines += [f"![{name}]({path.name})", "", CAPTIONS[name], ""]
@@ -72,6 +73,21 @@ def _run(result: Result, plan: Plan) -> list[str]:
         "versions": versions,
     }
     return [f"- {name}: {text}" for name, text in lines.items() if text]
+
+
+def _shapes(search: ShapeResult | None) -> list[str]:
+    """Section with the depths and widths that `merge.budget` allowed; the chosen one is bold."""
+    if search is None:
+        return []
+    rows = []
+    for index, own in enumerate(search["candidates"]):
+        kl = "" if own["kl"] is None else f"{own['kl']:.4f}"
+        row = [str(own["layers"]), str(own["channels"] or ""), f"{own['share']:.3f}", kl]
+        rows.append([f"**{cell}**" if cell and index == search["chosen"] else cell for cell in row])
+    head = ["layers", "FFN channels", f"{search['quantity']} / dense", "KL of a trial, nats/token"]
+    table = Table(head, rows, labels=0).without_empty_columns()
+    limit = f"At most {search['budget']:g} of the dense model's {search['quantity']}."
+    return ["", "## Shape", "", table.markdown().strip(), "", limit]
 
 
 def _width(plan: Plan) -> str:

@@ -184,10 +184,10 @@ class Settings:
                 f"merge.target_layers={','.join(map(str, merge.save_at))} as a sweep (-m), or "
                 "distill=none"
             )
-        if merge.narrows:
+        if merge.narrows or merge.searches_shape:
+            shown = f"merge.width={merge.width}" if merge.narrows else merge.budget
             raise ValueError(
-                f"merge.width={merge.width}: distillation is for layers of the dense model's "
-                "width; take distill=none"
+                f"{shown}: distillation is for layers of the dense model's width; take distill=none"
             )
         if merge.block != "layer":
             raise ValueError(

@@ -76,7 +76,9 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
         yield ["merge.sensitivity"], operator
     elif not merge.retention.uses_scores:
         yield ["merge.sensitivity"], f"merge.retention={merge.retention.name}"
-    if merge.width == 1:
+    if not merge.budget.quantity:
+        yield ["merge.budget.windows"], "neither merge.budget.parameters nor merge.budget.latency"
+    if merge.width == 1 and not merge.budget.quantity:
         yield ["merge.width_multiple"], "merge.width=1, which keeps all channels"
     if merge.groups:
         yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from come.files import size_in_bytes
+from come.merge.budget import Budget
 from come.merge.constraints import DEFAULT_SPARSITY
 from come.merge.method import Method
 from come.setting import HasSettings, setting
@@ -16,7 +17,7 @@ from come.setting import HasSettings, setting
 
 @dataclass
 class MergeSettings(Method):
-    """`merge`: the merging method, its target depth, and what is saved."""
+    """`merge`: the merging method, its target depth or budget, and what is saved."""
 
     name: str = setting("come_plus", "label of the method", counts=False)
     changes: list[str] = setting(
@@ -33,6 +34,7 @@ class MergeSettings(Method):
         below=1,
         optional=True,
     )
+    budget: Budget = field(default_factory=Budget)
     save_at: list[int] = setting(
         [], "depths to save on the way; given alone, the smallest is the target"
     )
@@ -51,7 +53,11 @@ class MergeSettings(Method):
 
     def record(self) -> dict[str, Any]:
         """All settings: those of the method and those of this class."""
-        return {**super().record(), **HasSettings.record(self)}
+        return {
+            **super().record(),
+            **HasSettings.record(self),
+            "budget": self.budget.record(),
+        }
 
     def check(self) -> None:
         """Raises ValueError for depths that contradict each other, a missing plan, or no size."""
@@ -69,6 +75,9 @@ class MergeSettings(Method):
                     f"both merge.groups and merge.{key}={getattr(self, key)} are given; the groups "
                     "say how many layers are left"
                 )
+        self.budget.check()
+        if self.budget.quantity:
+            self._check_budget()
         if self.narrows:
             self._check_width()
         if self.plan is not None and self.sparsity is not None:
@@ -81,6 +90,26 @@ class MergeSettings(Method):
     def narrows(self) -> bool:
         """Whether layers get fewer FFN channels."""
         return self.enabled and self.plan is None and self.width < 1
+
+    @property
+    def searches_shape(self) -> bool:
+        """Whether the job chooses depth and FFN width for `merge.budget`."""
+        return self.enabled and self.plan is None and bool(self.budget.quantity)
+
+    def _check_budget(self) -> None:
+        """Raises ValueError for settings of the shape that a budget determines."""
+        for key in ("target_layers", "sparsity", "groups", "save_at", "width", "plan"):
+            value = getattr(self, key)
+            if value not in (None, [], 1):
+                raise ValueError(
+                    f"both {self.budget} and merge.{key}={value} are given; the budget determines "
+                    "depth and width, so leave one of them out"
+                )
+        if self.block != "layer":
+            raise ValueError(
+                f"{self.budget} chooses a depth, and merge.sublayers={list(self.sublayers)} keeps "
+                "all layers; leave one of them out"
+            )
 
     def _check_width(self) -> None:
         """Raises ValueError for settings of the depth that narrower layers do not allow."""

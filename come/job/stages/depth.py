@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from come.merge.budget import CandidateShape, Share, candidate_shapes, smallest_shape
 from come.merge.constraints import (
     DEFAULT_SPARSITY,
     check_groups_kinds,
@@ -13,6 +16,8 @@ from come.merge.constraints import (
     layers_for_sparsity,
 )
 from come.merge.method import groups_target
+from come.merge.shape_costs import ParameterShare
+from come.models.width import channels_of, set_channels
 from come.schema.merge import MergeSettings
 
 if TYPE_CHECKING:
@@ -86,3 +91,54 @@ def check_reachable(
                 f"merge.save_at has {depth}, and merge.groups passes through "
                 f"{', '.join(map(str, dict.fromkeys(passed)))}"
             )
+
+
+def searched_channels(merge: MergeSettings, shape: ModelShape) -> int:
+    """FFN channels of every layer; 0 if the method or the model does not allow fewer."""
+    try:
+        replace(merge, width=0.5)
+        full = channels_of(shape.layouts)
+        set_channels(copy.deepcopy(shape.config), max(1, full // 2))
+    except ValueError:
+        return 0
+    return full
+
+
+def shapes_within_budget(
+    merge: MergeSettings, shape: ModelShape, share: Share | None = None
+) -> tuple[CandidateShape, ...]:
+    """The candidates for `merge.budget`, deepest first.
+
+    Args:
+        merge: the settings of the merge.
+        shape: the dense model.
+        share: the share of the dense model that a shape has; by default that of its parameters,
+            or for a budget of time that of its layers' parameters, as an estimate. An estimate
+            refuses no budget.
+
+    Raises:
+        ValueError: no depth can be reached, or none within the budget.
+    """
+    budget, full, multiple = merge.budget, searched_channels(merge, shape), merge.width_multiple
+    depths = [*([shape.num_layers] if full else []), *_reachable(merge, shape)]
+    if share is None:
+        share = parameters = ParameterShare.of(shape, full)
+        if budget.latency is not None:
+            share = replace(parameters, total=sum(parameters.sizes))
+            least = smallest_shape(share, depths, full, multiple).share
+            budget = replace(budget, latency=max(budget.latency, least))
+    return tuple(candidate_shapes(budget, share, depths, full, multiple))
+
+
+def _reachable(merge: MergeSettings, shape: ModelShape) -> list[int]:
+    """The depths below the dense model's that the method can reach."""
+    found, layers, kinds = [], shape.num_layers, kinds_of(merge, shape)
+    for depth in range(layers - 1, 0, -1):
+        try:
+            check_reachable(merge, layers, depth, kinds)
+        except ValueError:
+            continue
+        found.append(depth)
+    if not found and layers > 1:
+        check_reachable(merge, layers, layers - 1, kinds)  # says why
+    return found

@@ -22,7 +22,14 @@ from come.job.budget import choose_placement
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
 from come.job.sampled_text import prompts_of
-from come.job.stages.depth import check_reachable, kinds_of, stated_target, target_layers
+from come.job.stages.depth import (
+    check_reachable,
+    kinds_of,
+    shapes_within_budget,
+    stated_target,
+    target_layers,
+)
+from come.merge.budget import CandidateShape, windows_for
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
@@ -79,6 +86,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     start = find_run(settings.from_run) if settings.from_run is not None else None
     given = str(plan_path(start)) if start else merge.plan
     plan = Plan.load(Path(given)) if given is not None else None
+    shapes: tuple[CandidateShape, ...] = ()
     if plan is not None:
         _check_plan(plan, str(given), shape, checkpoint)
         plan = plan.truncated(merge.target_layers) if merge.target_layers else plan
@@ -87,9 +95,13 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             plan.truncated(depth)
     else:
         merge.check_layers(shape.layouts)
-        kept_channels(merge, shape.config, shape.layouts)
-        target = target_layers(merge, shape)
-        check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
+        if merge.searches_shape:
+            shapes = shapes_within_budget(merge, shape)
+            target = shapes[-1].layers  # the largest spans
+        else:
+            kept_channels(merge, shape.config, shape.layouts)
+            target = target_layers(merge, shape)
+            check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
         settings = choose_placement(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
@@ -98,6 +110,12 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     if plan is None:
         _check_length("calibration.seq_len", calibrating.seq_len, shape.longest)
         least = merge.min_windows
+        if merge.searches_shape and calibrating.windows < windows_for(least):
+            raise ValueError(
+                f"calibration.num_samples={calibrating.num_samples}: {merge.budget} compares "
+                "shapes on windows that they are not fitted to, and needs at least "
+                f"{windows_for(least)} windows"
+            )
         if calibrating.windows < least:
             raise ValueError(
                 f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
@@ -150,6 +168,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         _training(settings, shape, tokenizer),
         start,
         needed,
+        shapes,
     )
 
 
