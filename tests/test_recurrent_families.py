@@ -81,6 +81,16 @@ def test_drops_leave_attention(recipe):
         assert model.config.layer_types == ["full_attention"]
 
 
+def test_a_set_without_attention_is_rejected(monkeypatch):
+    """A schedule that chooses a set must not drop the only layer with attention."""
+    model = pico_decoder("lfm2", full_attn_idxs=[1])
+    chosen = "come.merge.schedules.pairwise.best_subset"
+    monkeypatch.setattr(chosen, lambda linear, pairs, size: [1, 2])
+    method = build_method(read_recipe("pairwise"), {})
+    with pytest.raises(ValueError, match="would leave none with attention"):
+        compress(model, tokens(model), method, target_layers=2, batch_size=4, progress=False)
+
+
 def test_copy_after_gradients():
     """A layer that keeps its last state can be copied, also if the state belongs to a graph."""
     model = pico_decoder("recurrent_gemma")

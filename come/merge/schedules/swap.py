@@ -26,10 +26,9 @@ class Swap(SetSchedule):
     searched separately.
 
     Source: the elimination is that of arXiv 2402.09025 (SLEB), which `rounds=0` leaves as it is.
-    Swaps of pruned and kept structures are the local search of
-    arXiv 2403.12983 (OSSCAR). Differs from that paper in what is swapped (there channels and heads
-    inside a layer) and in the objective (there the squared error of that layer's output, with
-    updates of low rank).
+    Swaps of pruned and kept structures are the local search of arXiv 2403.12983 (OSSCAR). Differs
+    from that paper in what is swapped (there channels and heads inside a layer) and in the
+    objective (there the squared error of that layer's output, with updates of low rank).
     """
 
     name = "swap"
