@@ -150,9 +150,7 @@ def _silent() -> Iterator[list[str]]:
 
     library = logging.getLogger("transformers")
     handlers, propagate = library.handlers[:], library.propagate
-    library.propagate = (
-        False  # transformers lets records through to the root logger where CI is set
-    )
+    library.propagate = False  # with CI=true, transformers passes records to the root logger
     bars = printing.is_progress_bar_enabled()
     printing.disable_progress_bar()
     for handler in handlers:
