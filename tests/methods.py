@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -157,3 +158,8 @@ def plain_units(scores, shares):
 
 
 SPANS = [(0, 1), (2, 2), (1, 4), (4, 5)]
+
+
+def slowly(names, quick):
+    """Parameters of which only the quick ones are part of the fast tests."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]

@@ -14,7 +14,7 @@ from come.statistics.layer_statistics import StatisticsCollector
 from come.stream.stream import LayerStream
 from tests.decoder_configs import KEYS
 from tests.decoders import pico_decoder
-from tests.methods import paper
+from tests.methods import paper, slowly
 
 EXPERTS = {
     "mixtral": {},
@@ -251,7 +251,7 @@ def test_ridge_refit_equals_least_squares(name):
         dense.assign(layer, {tensor: value.contiguous() for tensor, value in tensors.items()})
 
 
-@pytest.mark.parametrize("name", ALL_PICKED)
+@pytest.mark.parametrize("name", slowly(ALL_PICKED, ("gpt_oss", "llama4_text")))
 def test_scores_that_need_gradients(name):
     """Gradients are the model's; attributions of all channels add up to the change of the loss.
 

@@ -15,7 +15,7 @@ from come.merge.saving import check_cache
 from come.merge.schedules.base import SCHEDULES
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
-from tests.conftest import LAYERS, VOCAB, pico
+from tests.conftest import FAMILIES, LAYERS, VOCAB, pico
 from tests.methods import (
     CONF,
     dropped_layers,
@@ -24,6 +24,7 @@ from tests.methods import (
     read_recipe,
     recipe,
     same_weights,
+    slowly,
     without,
 )
 from tests.reference import Reference
@@ -33,7 +34,12 @@ RECIPES = sorted(
 )
 
 
+QUICK = ("llama_bias", "mistral_sliding", "qwen3_gqa", "opt")
+"""Families that together have biases, windows, norms of heads, and an MLP without a gate."""
+
+
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", slowly(FAMILIES, QUICK))
 def test_every_recipe_on_every_family(family, name, windows, tmp_path):
     model, method = pico(family), recipe(name)
     plan = compress(model, windows, method, target_layers=LAYERS - 2, progress=False)
@@ -85,7 +91,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(map(str, parts.values())))
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3_gqa", "opt"])
+@pytest.mark.parametrize("family", slowly(("llama_gqa", "qwen3_gqa", "opt"), ("llama_gqa", "opt")))
 def test_every_part_in_the_paper_recipe(family, parts, windows):
     model = pico(family)
     plan = compress(model, windows, paper(**parts), target_layers=LAYERS - 2, progress=False)

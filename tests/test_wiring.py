@@ -160,8 +160,9 @@ TESTED_ELSEWHERE = {
     *EVALUATION_ELSEWHERE, "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
-LACO_SETTINGS = {
-    f"merge.schedule.{key}" for key in ("threshold", "interval", "relax", "trial_windows")
+SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py and tests/test_sets.py
+    f"merge.schedule.{key}"
+    for key in ("threshold", "interval", "relax", "trial_windows", "clusters", "rounds")
 }
 
 
@@ -333,7 +334,7 @@ def test_every_setting_is_covered():
         for name in EVALUATIONS.names()
         for key in EVALUATIONS.get(name).settings()
     }
-    assert parts - changed == LACO_SETTINGS  # see tests/test_repairs.py
+    assert parts - changed == SCHEDULES_ELSEWHERE
     tops = {".".join(key.split(".")[: 3 if key.startswith("eval") else 2]) for key in changed}
     assert not every - tops - TESTED_ELSEWHERE
     assert not TESTED_ELSEWHERE - every
