@@ -5,7 +5,6 @@ import importlib
 import itertools
 import json
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from come.cli.show import all_values
 from come.evaluate.divergence import DenseReference
-from come.job import latency
 from come.job.dry_run import dry_run
 from come.job.processes import processes
 from come.job.stages.depth import searched_channels, shapes_within_budget
@@ -29,10 +27,8 @@ from come.merge.budget import (
 from come.merge.golden_section import find_minimum, lowest
 from come.merge.shape_costs import LatencyShare, ParameterShare
 from come.merge.width import kept_channels
-from come.models.adapter import ModelAdapter
 from come.models.families import layout_of
 from come.models.shape import ModelShape
-from come.models.sublayers import run_layer
 from come.models.width import set_channels
 from come.report.records import varying_keys
 from tests.bases import save_base
@@ -109,15 +105,6 @@ def test_layers_of_several_sizes_count_as_the_smallest_removed():
     assert [share.parameters(layers, 0) for layers in (3, 2, 1)] == [100, 90, 70]
 
 
-def test_times_are_linear_between_measured_widths():
-    assert TABLE.seconds(3, 15) == 1 + 3 * 1.5
-    assert TABLE(6, 6) == 7 / 13
-    assert str(TABLE) == (
-        "2000.00 ms a layer with 24 FFN channels, 1000.00 ms a layer with 6 FFN channels, "
-        "1000.00 ms for the rest; dense 13000.0 ms"
-    )
-
-
 def test_the_smallest_share_is_named_rounded_up():
     share = ParameterShare(1000, (100,) * 6, 24, 3)
     with pytest.raises(ValueError, match=r"parameters=0.4 cannot .* is 0.504 \(2 layers with 8 FF"):
@@ -187,40 +174,6 @@ def test_divergence_of_a_model():
     other.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="predictions of a merged model are not finite"):
         reference.divergence(other)
-
-
-# Latency
-
-
-def test_times_of_layers(monkeypatch):
-    """A clock that counts FFN channels: medians without the warm-up, one of each kind of layer."""
-    taken = []
-
-    def seconds(model, work):
-        work()
-        layer = work.args[0] if isinstance(work, partial) else None
-        width = layer.mlp.down_proj.in_features if layer else 0
-        taken.append(width)
-        return 100.0 if len(taken) <= 5 else 0.5 + width
-
-    monkeypatch.setattr(latency, "seconds", seconds)
-    model, window = pico("mistral_sliding"), torch.arange(3, 3 + SEQ)[None]
-    found = latency.measure_latency(model, window, CHANNELS)
-    assert found == LatencyShare(0.5, {24: 24.5, 18: 18.5, 12: 12.5, 6: 6.5}, LAYERS, CHANNELS)
-    assert taken == [*taken[:5]] * 10
-    assert latency.measure_latency(model, window, 0).times == {0: 24.5}
-
-
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "opt"])
-@torch.no_grad()
-def test_a_measured_layer_has_the_first_channels(model_type):
-    """It gives what the layer gives without the other columns of its output projection."""
-    adapter = ModelAdapter(pico_decoder(model_type))
-    states, keywords = adapter.layer_inputs(torch.arange(3, 11)[None])
-    narrow = run_layer(latency._narrower(adapter, 1, 5), states, keywords[1])
-    name = next(name for name in adapter.layer_layout(1).last.weights)
-    adapter.layer_state(1)[name][:, 5:] = 0
-    torch.testing.assert_close(narrow, run_layer(adapter.layer(1), states, keywords[1]))
 
 
 # Settings
