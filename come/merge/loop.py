@@ -19,7 +19,7 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.span import LayerSpan
 from come.merge.trial_scores import TrialScores
-from come.merge.width import kept_channels
+from come.merge.width import check_depth, kept_channels
 from come.models.adapter import ModelAdapter
 from come.models.width import channels_left
 from come.stream.processes import SINGLE, Processes
@@ -158,6 +158,7 @@ def _check(
     method: Method, num_layers: int, target: int, stops: Collection[int], kinds: Sequence[Hashable]
 ) -> None:
     """Raises ValueError if the target or a stop cannot be reached."""
+    check_depth(method, num_layers, target)
     if method.groups:
         reached = groups_target(method.groups, num_layers)
         check_groups_kinds(method.groups, method.constraints(num_layers, target, kinds).kinds)

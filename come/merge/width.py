@@ -38,6 +38,16 @@ def check_width(method: Combination) -> None:
         raise ValueError(f"{shown} {reason}")
 
 
+def check_depth(method: Combination, num_layers: int, target: int) -> None:
+    """Raises ValueError if a method that only narrows layers should also remove some."""
+    if method.refit.narrows_only and target != num_layers:
+        raise ValueError(
+            f"merge.refit={method.refit.name} narrows layers and merges none, and "
+            f"merge.target_layers={target} is not the model's depth, {num_layers}; leave "
+            "merge.target_layers out"
+        )
+
+
 def kept_channels(
     method: Combination, config: PretrainedConfig, layouts: Sequence[LayerLayout]
 ) -> int:
