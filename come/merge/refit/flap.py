@@ -36,7 +36,8 @@ class Flap(Refit):
     projections that have a bias get the compensation, and LLaMA and its relatives have none, since
     a new one would change the architecture; every layer keeps the same number of channels, so that
     the checkpoint has one intermediate_size, while the paper compares standardised scores of all
-    layers; attention keeps all heads; a layer is measured after the layers before it are narrowed.
+    layers; attention keeps all heads, or with `merge.width_attention` as many KV groups in every
+    layer; a layer is measured after the layers before it are narrowed.
     """
 
     name = "flap"
@@ -50,9 +51,9 @@ class Flap(Refit):
     def check(self, method: Combination) -> None:
         """Raises ValueError if no units are removed, or layers are merged."""
         super().check(method)
-        if method.width == 1:
+        if method.width == 1 and method.width_attention == 1:
             raise ValueError(
-                f"merge.refit={self.name} makes up for FFN channels that a layer loses, and "
+                f"merge.refit={self.name} makes up for units that a layer loses, and "
                 "merge.width=1 keeps all of them; give a smaller merge.width, such as 0.8"
             )
         if method.groups:
@@ -95,7 +96,7 @@ def _mean_output(
 ) -> Float[Tensor, " hidden"]:
     """The mean over all calibration tokens of what units of a layer add, float64, on the CPU."""
     adapter, index = targets.stream.adapter, targets.place
-    inside = InsideLayer(targets.with_channels(0), adapter.layer(index), sublayer)
+    inside = InsideLayer(targets.with_units({}), adapter.layer(index), sublayer)
     moments = InputMoments(("mean",), sublayer.width)
     for batch in targets:
         moments.update(inside.features(batch, inside.streams(batch)[0]))
