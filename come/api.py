@@ -20,6 +20,7 @@ from come.merge.loop import compress as compress_layers
 from come.merge.method import Method, groups_target
 from come.merge.plan import Plan
 from come.merge.selection.trial_kl import REPEAT_WEIGHT, TrialKL
+from come.merge.width import narrows, width_setting
 from come.models.adapter import ModelAdapter
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def compress(
         tokenizer: its tokenizer.
         target_layers: number of layers to reach.
         sparsity: share of the parameters to remove, instead of `target_layers`; 0.1 if neither is
-            given. `method.groups` determine the depth themselves, and with `method.width` alone
-            no layer is removed.
+            given. `method.groups` determine the depth themselves, and with `method.width` or
+            `method.width_attention` alone no layer is removed.
         text: calibration text: a file (.txt, .jsonl, .parquet), a text source, a list of
             documents, or token ids, either one window per row or a single sequence. None samples
             `num_samples` windows from the model.
@@ -100,11 +101,11 @@ def compress(
     method = method or Method()
     if method.groups:
         target_layers = groups_target(method.groups, ModelAdapter(model).num_layers)
-    elif target_layers is None and method.width < 1:
+    elif target_layers is None and narrows(method):
         if sparsity is not None:
             raise ValueError(
-                f"sparsity={sparsity} follows from removed layers alone, and method.width="
-                f"{method.width} removes channels too; give target_layers"
+                f"sparsity={sparsity} follows from removed layers alone, and "
+                f"{width_setting(method)} removes units too; give target_layers"
             )
         target_layers = ModelAdapter(model).num_layers
     elif target_layers is None:

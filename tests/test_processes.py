@@ -38,6 +38,7 @@ CASES = {
     "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
     "locality": ("llama_gqa", lambda: recipe("lorp"), {}),
     "pairs": ("llama_gqa", lambda: recipe("pairwise"), {}),
+    "flap": ("opt", lambda: recipe("flap", width_multiple=8), {"target": LAYERS}),
     "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
     "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
     "ffn": ("llama_gqa", lambda: paper(operator="drop", sublayers=["ffn"]), {}),
@@ -73,9 +74,9 @@ def merged(case, processes, folder):
     LayerStream.__exit__ = leave
     try:
         plan = compress(
-            model, windows, method(), target_layers=LAYERS - 2, progress=False,
-            batch_size=options.get("batch_size", 2), folder=folder, processes=processes,
-            stops=options.get("stops", ()),
+            model, windows, method(), target_layers=options.get("target", LAYERS - 2),
+            progress=False, batch_size=options.get("batch_size", 2), folder=folder,
+            processes=processes, stops=options.get("stops", ()),
         )  # fmt: skip
     finally:
         LayerStream.__exit__ = exit_

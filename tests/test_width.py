@@ -82,7 +82,7 @@ def test_the_refit_lowers_the_error_on_unseen_windows():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", ["come_plus", "come", "flattengpt"])
+@pytest.mark.parametrize("name", ["come_plus", "come", "flattengpt", "flap"])
 def test_checkpoints_of_families(family, name, tmp_path):
     """The narrower model is an ordinary checkpoint, and its plan rebuilds the weights."""
     model, windows = pico_decoder(family), windows_of(7, 6, 96)

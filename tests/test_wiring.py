@@ -82,6 +82,7 @@ CHANGES = [
     ((*COME, "merge.target_layers=null"), "merge.groups=[[0,1]]", PLANNED),
     (COME, "merge.width=0.6 merge.width_multiple=8", MERGED),
     ((*COME, "merge.width=0.6", "merge.width_multiple=8"), "merge.width_multiple=5", MERGED),
+    (COME, "merge.width_attention=0.5", MERGED),
     ((*COME, "merge.target_layers=null"), "merge.budget.parameters=0.7", {*PLANNED, "layers"}),
     ((*COME, "merge.sensitivity=random"), "merge.sensitivity.seed=1", MERGED),
     (COME, "merge.target_layers=4", {*PLANNED, "layers"}),

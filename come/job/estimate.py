@@ -11,9 +11,10 @@ import torch
 from come.merge.constraints import depths
 from come.merge.joint_selection import joint_lambda
 from come.merge.method import Method
-from come.merge.width import kept_channels
+from come.merge.width import kept_units
 from come.merge.work import SpanSize, Work
 from come.models.shape import ModelShape
+from come.models.width import CHANNEL
 from come.report.numbers import duration, megabytes
 
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.45}
@@ -207,9 +208,9 @@ def merge_work(shape: ModelShape, method: Method, target: int, tokens: int) -> W
     for size in merges:
         span = _span(shape, size, tokens, ratio)
         work += method.retention.work(span) + method.refit.work(span)
-    channels = kept_channels(method, shape.config, shape.layouts)
-    if channels:  # every layer of the merged model, from the first to the last
-        span = replace(_span(shape, 1, tokens, ratio), kept=channels)
+    units = kept_units(method, shape.config, shape.layouts)
+    if units:  # every layer of the merged model, from the first to the last
+        span = replace(_span(shape, 1, tokens, ratio), kept=units.get(CHANNEL))
         steps = span.passes + method.retention.work(span) + method.refit.work(span)
         work += steps * target
     through, heads = _set_passes(method, layers, target)

@@ -18,7 +18,7 @@ from come.merge.source_layers import KeptUnits, SourceLayers
 from come.models.adapter import ModelAdapter
 from come.models.layer_state import LayerState, changed, overlay
 from come.models.layout import Block
-from come.models.width import channels_left
+from come.models.width import units_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,10 +66,10 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
         adapter, layers, operator, plan.norms, step.shares, step.kept, step.slot
     )
     merged = overlay(sources.state, step.solved.tensors)
-    channels = channels_left(adapter.layer_layout(layers[0]).unit_counts, step.kept)
-    if channels:
+    left = units_left(adapter.layer_layout(layers[0]).unit_counts, step.kept)
+    if left:
         assert step.first == step.last, "a layer is narrowed by a step of its own"
-        adapter.narrow(step.first, merged, channels)
+        adapter.narrow(step.first, merged, left)
     elif block == "layer":
         adapter.replace(step.first, step.last, merged, step.slot)
     else:
@@ -121,7 +121,7 @@ def apply(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
 def rebuild(plan: Plan, adapter: ModelAdapter) -> None:
     """As `apply`, for a model that has an adapter.
 
-    The plan of an interrupted compression may leave layers with different numbers of channels,
+    The plan of an interrupted compression may leave layers with different numbers of units,
     which only this adapter knows.
     """
     found = (adapter.model.config.model_type, adapter.num_layers, dict(adapter.unit_counts))

@@ -25,6 +25,7 @@ class Combination(Protocol):
     groups: list[list[int]]
     width: float
     width_multiple: int
+    width_attention: float
 
     def slot(self, size: int) -> int:
         """The index in a span of the layer whose kind the merged layer has."""

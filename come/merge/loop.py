@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,10 @@ from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.span import LayerSpan
 from come.merge.trial_scores import TrialScores
-from come.merge.width import kept_channels
+from come.merge.width import check_depth, kept_units, narrows
 from come.models.adapter import ModelAdapter
-from come.models.width import channels_left
+from come.models.layout import Unit
+from come.models.width import units_left
 from come.stream.processes import SINGLE, Processes
 from come.stream.stream import LayerStream
 
@@ -47,8 +48,9 @@ def compress(
 ) -> Plan:
     """Merges spans of layers, in place, until the model has `target_layers` layers.
 
-    With `merge.width`, every layer of the merged model then becomes a layer with fewer FFN
-    channels, from the first to the last, each fitted to the targets of its span.
+    With `merge.width` or `merge.width_attention`, every layer of the merged model then becomes a
+    layer with fewer FFN channels or KV groups, from the first to the last, each fitted to the
+    targets of its span.
 
     Source: arXiv 2510.15304, the progressive strategy. With the progressive schedule, statistics
     are measured again after every merge, on the merged model, for the merged layer and all layers
@@ -85,7 +87,7 @@ def compress(
     kinds = layer_kinds(adapter.layout.layers, method.kinds, method.block)
     needed = adapter.needed_layers if method.block == "layer" else ()
     _check(method, adapter.num_layers, target_layers, stops, kinds)
-    channels = kept_channels(method, model.config, adapter.layout.layers)
+    kept = kept_units(method, model.config, adapter.layout.layers)
     plan = plan or Plan(
         BaseModel.of(adapter),
         method.operator.name,
@@ -101,7 +103,7 @@ def compress(
         return method.schedule.finished(plan, target_layers)
 
     def finished(plan: Plan) -> bool:
-        return merged(plan) and (not channels or plan.narrowed == plan.num_layers)
+        return merged(plan) and (not kept or plan.narrowed == plan.num_layers)
 
     if not finished(plan):
         plan = replace(plan, downstream=SolvedTensors({}))  # valid at that depth only
@@ -127,9 +129,9 @@ def compress(
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
         chosen = plan
         while not finished(chosen):
-            narrows = merged(chosen)
-            search.measure(chosen, scores=not narrows)
-            step, span = _next_step(search, channels if narrows else 0)
+            narrowing = merged(chosen)
+            search.measure(chosen, scores=not narrowing)
+            step, span = _next_step(search, kept if narrowing else {})
             step = processes.broadcast(step)
             chosen = chosen.with_step(step)
             waiting.append((step, span))
@@ -158,25 +160,26 @@ def _check(
     method: Method, num_layers: int, target: int, stops: Collection[int], kinds: Sequence[Hashable]
 ) -> None:
     """Raises ValueError if the target or a stop cannot be reached."""
+    check_depth(method, num_layers, target)
     if method.groups:
         reached = groups_target(method.groups, num_layers)
         check_groups_kinds(method.groups, method.constraints(num_layers, target, kinds).kinds)
         if target != reached:
             raise ValueError(f"merge.groups lead to {reached} layers, not to {target}")
         return
-    if method.width < 1 and target == num_layers:
+    if narrows(method) and target == num_layers:
         return
     rules = method.constraints(num_layers, target, kinds)
     check_target(num_layers, target, rules, stops, method.schedule.nested)
     method.schedule.check_depths(num_layers, [*stops, target])
 
 
-def _next_step(search: Search, channels: int) -> tuple[MergeStep, LayerSpan]:
+def _next_step(search: Search, counts: Mapping[Unit, int]) -> tuple[MergeStep, LayerSpan]:
     """The next merge with its kept units, before its refit, and its span.
 
-    `channels`: FFN channels of the next layer to narrow; 0 for a merge.
+    `counts`: units of the next layer to narrow, by kind; empty for a merge.
     """
-    choice, span, split = search.narrowed(channels) if channels else search.choose()
+    choice, span, split = search.narrowed(counts) if counts else search.choose()
     step = MergeStep(
         first=choice.first,
         last=choice.last,
@@ -216,7 +219,7 @@ def _refitted(
             weighting=method.refit.weights,
         )
     counts = stream.adapter.layer_layout(step.first).unit_counts
-    targets = targets.with_channels(channels_left(counts, step.kept))
+    targets = targets.with_units(units_left(counts, step.kept))
     solved = SolvedTensors(method.refit.solve(targets, sources))
     return replace(step, solved=solved, output_scale=method.refit.output_scale(targets, sources))
 

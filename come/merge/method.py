@@ -114,6 +114,13 @@ class Method(HasSettings):
     width_multiple: int = setting(
         64, "the number of FFN channels with merge.width is a multiple of this", least=1
     )
+    width_attention: float = setting(
+        1.0,
+        "share of the KV groups, each with its query heads, that every layer keeps, after all "
+        "merges",
+        above=0,
+        most=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

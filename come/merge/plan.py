@@ -18,7 +18,7 @@ from come.files import write_bytes, write_text
 from come.models.adapter import ModelAdapter
 from come.models.layout import Block, Unit
 from come.models.surgery import Span
-from come.models.width import channels_left
+from come.models.width import CHANNEL, units_left
 
 FORMAT = 1
 
@@ -66,7 +66,8 @@ class SpanCandidate:
 class MergeStep:
     """One merge: the span, how much of each layer and which units are kept, and the scores.
 
-    A span of one layer is refitted, and narrowed if fewer FFN channels are kept than it has.
+    A span of one layer is refitted, and narrowed if fewer FFN channels or KV groups are kept than
+    it has.
 
     Attributes:
         first: first layer of the span, a position in the model before this step.
@@ -161,13 +162,22 @@ class Plan:
 
     @property
     def narrowed(self) -> int:
-        """Number of layers with fewer FFN channels; they are the first ones of the model."""
-        return sum(bool(channels_left(self.base.units, step.kept)) for step in self.steps)
+        """Number of layers with fewer units; they are the first ones of the model."""
+        return sum(bool(self._left(step)) for step in self.steps)
+
+    @property
+    def narrower(self) -> dict[Unit, int]:
+        """Units of every layer after all steps, of the kinds that layers have fewer of."""
+        return self._left(self.steps[-1]) if self.steps else {}
 
     @property
     def channels(self) -> int:
         """FFN channels of every layer after all steps if `merge.width` left some out, else 0."""
-        return channels_left(self.base.units, self.steps[-1].kept) if self.steps else 0
+        return self.narrower.get(CHANNEL, 0)
+
+    def _left(self, step: MergeStep) -> dict[Unit, int]:
+        single = step.first == step.last  # a layer is narrowed by a step of its own
+        return units_left(self.base.units, step.kept) if single else {}
 
     @property
     def history(self) -> list[Span]:

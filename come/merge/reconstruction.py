@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from come.merge.scales import SpanScale
-from come.models.layout import LayerLayout, Sublayer
+from come.models.layout import LayerLayout, Sublayer, Unit
 from come.models.sublayers import States, states_after
-from come.models.width import with_channels
+from come.models.width import with_units
 from come.stream.stream import LayerStream
 
 Target = Literal["dense", "current"]
@@ -120,7 +120,7 @@ class ReconstructionTargets:
         weighting: token weighting, "relative" for 1 / mean_channels(output^2), or "equal".
 
     Attributes:
-        channels: FFN channels of the merged layer, if they are fewer than a layer has; otherwise 0.
+        narrower: units of the merged layer, by kind, where they are fewer than a layer has.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ReconstructionTargets:
         self.place = first if place is None else place
         self.target: Target = target
         self.weighting: Weighting = weighting
-        self.channels = 0
+        self.narrower: Mapping[Unit, int] = {}
         self.input_maps: dict[tuple[str, float], list[Tensor]] = {}  # cached, by norm and lambda
         self._source_states: dict[str, list[dict[int, States]]] = {}  # by sublayer
 
@@ -163,12 +163,12 @@ class ReconstructionTargets:
     def layout(self) -> LayerLayout:
         """The sublayers of the merged layer."""
         layout = self.stream.adapter.layer_layout(self.place)
-        return with_channels(layout, self.channels) if self.channels else layout
+        return with_units(layout, self.narrower)
 
-    def with_channels(self, channels: int) -> ReconstructionTargets:
-        """The same targets, for a layer with fewer FFN channels; 0 for as many as there are."""
+    def with_units(self, narrower: Mapping[Unit, int]) -> ReconstructionTargets:
+        """The same targets, for a layer with fewer units; those left out stay as many."""
         found = copy(self)
-        found.channels = channels
+        found.narrower = narrower
         return found
 
     def keywords(self, batch: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -14,8 +14,8 @@ from come.merge.plan import MergeStep, Plan, SpanCandidate
 from come.merge.selection.skip_loss import losses_without
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.trial_scores import TrialScores
+from come.models.layout import Unit
 from come.models.surgery import Span
-from come.models.width import CHANNEL
 from come.progress import ProgressBar
 from come.statistics.influence import check_tokens
 from come.statistics.layer_statistics import LayerStatistics, StatisticsCollector
@@ -182,10 +182,10 @@ class Search:
         self._start = min(self._start, layer)
         del self.statistics[layer:]
 
-    def narrowed(self, channels: int) -> tuple[Choice, LayerSpan, UnitAllocation]:
-        """The first layer that still has all FFN channels, and the units that it keeps."""
+    def narrowed(self, counts: Mapping[Unit, int]) -> tuple[Choice, LayerSpan, UnitAllocation]:
+        """The first layer that still has all units, and as many as `counts` that it keeps."""
         place = self.plan.narrowed
-        span = replace(self.span(place, place), narrower={CHANNEL: channels})
+        span = replace(self.span(place, place), narrower=counts)
         return Choice(place, place, None, 0.0, []), span, self.split(span, None)
 
     def choose(self) -> tuple[Choice, LayerSpan, UnitAllocation]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from come.models.width import CHANNEL
+
 if TYPE_CHECKING:
     from come.models.shape import ModelShape
 
@@ -36,7 +38,7 @@ class ParameterShare:
     @classmethod
     def of(cls, shape: ModelShape, full: int) -> ParameterShare:
         """The shares of a model's parameters."""
-        return cls(shape.parameters, shape.layer_parameters, full, shape.channel_parameters)
+        return cls(shape.parameters, shape.layer_parameters, full, shape.unit_parameters[CHANNEL])
 
     def parameters(self, layers: int, channels: int) -> int:
         """The parameters of a shape."""

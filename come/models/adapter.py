@@ -26,7 +26,7 @@ from come.models.surgery import (
     remove_layers,
 )
 from come.models.weights import LayersOnDisk, layers_on_disk
-from come.models.width import CHANNEL, record_sizes, resize, set_channels, with_channels
+from come.models.width import SETTERS, record_sizes, resize, with_units
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -157,11 +157,13 @@ class ModelAdapter:
         return {block: total // self.num_layers for block, total in found.items()}
 
     @property
-    def channel_parameters(self) -> int:
-        """Parameters of one FFN channel of the first layer; 0 if it has none."""
-        tensors = dict(self.layers[0].named_parameters())
-        own = [name for name, role in self.roles().items() if role.unit == CHANNEL]
-        return sum(tensors[name].numel() // self.unit_counts[CHANNEL] for name in own)
+    def unit_parameters(self) -> dict[Unit, int]:
+        """Parameters of one FFN channel and one KV group of the first layer; 0 if it has none."""
+        tensors, found = dict(self.layers[0].named_parameters()), dict.fromkeys(SETTERS, 0)
+        for name, role in self.roles().items():
+            if role.unit in found:
+                found[role.unit] += tensors[name].numel() // self.unit_counts[role.unit]
+        return found
 
     def block_tensors(self, index: int, block: Block) -> list[str]:
         """Names of the tensors of layer `index` that belong to a block, including its norms."""
@@ -284,8 +286,8 @@ class ModelAdapter:
             assert self.layout.layers == expected, "the configuration describes other layers"
 
     @torch.no_grad()
-    def narrow(self, index: int, state: LayerState, channels: int) -> None:
-        """Replaces layer `index` by one with fewer FFN channels and the tensors `state`.
+    def narrow(self, index: int, state: LayerState, counts: Mapping[Unit, int]) -> None:
+        """Replaces layer `index` by one with fewer units, by kind, and the tensors `state`.
 
         The configuration changes together with the last layer, when all are alike again. Until
         then, other adapters of this model describe it wrongly.
@@ -295,13 +297,14 @@ class ModelAdapter:
             self.on_disk.write(layer, state)
         resize(layer, state)
         layers = list(self.layout.layers)
-        layers[index] = with_channels(before, channels)
+        layers[index] = with_units(before, counts)
         self._roles.setdefault(layers[index], self.roles(index))
         self._layout = replace(self._layout, layers=tuple(layers))
         if self.on_disk is None:
             self.write(index, state)
-        if {layout.unit_counts[CHANNEL] for layout in layers} == {channels}:
-            set_channels(self.model.config, channels)
+        if all(counts.items() <= layout.unit_counts.items() for layout in layers):
+            for unit, count in counts.items():
+                SETTERS[unit](self.model.config, count)
             assert layout_of(self.model.config) == self._layout
 
     def scaled_outputs(self, index: int, state: LayerState, factor: float) -> LayerState:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from come.models.adapter import ModelAdapter
-from come.models.layout import Block, LayerLayout
+from come.models.layout import Block, LayerLayout, Unit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,8 +28,8 @@ class ModelShape:
         heads: inputs of the output projections of the widest layer, without the last.
         channels: inputs of the last output projection of the widest layer.
         input_maps: number of input projections of one layer that a Gauss-Newton step can refit.
-        channel_parameters: number of parameters of one FFN channel of the first layer; 0 if its
-            FFN has no channels.
+        unit_parameters: number of parameters of one FFN channel and one KV group of the first
+            layer; 0 if it has none.
         layouts: the sublayers of every layer.
         begin_token: whether the family predicts well only after its begin token.
     """
@@ -42,7 +42,7 @@ class ModelShape:
     heads: int
     channels: int
     input_maps: int
-    channel_parameters: int
+    unit_parameters: dict[Unit, int]
     layouts: tuple[LayerLayout, ...]
     begin_token: bool
 
@@ -61,7 +61,7 @@ class ModelShape:
             heads=sum(sublayer.width for sublayer in others),
             channels=last.width,
             input_maps=len(last.gates),
-            channel_parameters=adapter.channel_parameters,
+            unit_parameters=adapter.unit_parameters,
             layouts=adapter.layout.layers,
             begin_token=adapter.layout.begin_token,
         )

@@ -21,7 +21,7 @@ from come.merge.refit.base import REFITS
 from come.merge.saving import PLAN
 from come.models.checkpoint import describe_source
 from come.models.dialects import TESTED_TRANSFORMERS
-from come.models.width import CHANNEL
+from come.models.width import UNIT_NAMES
 from come.records import DepthResult, Result
 from come.report.numbers import comparison, heading, relative, value
 from come.report.tables import Table
@@ -72,8 +72,8 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
             f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are removed "
             "and stay in the file as blocks that add nothing, so that any loader takes it"
         )
-    if plan.channels:
-        width = f"keeping {plan.channels} of {plan.base.units[CHANNEL]} FFN channels in every layer"
+    if plan.narrower:
+        width = f"keeping {units_kept(plan)} in every layer"
         action = f"{action}, and {width}" if plan.num_layers < plan.base.num_layers else width
     healing, files = _healing(plan)
     rebuilt = "the merged" if "distillation" in plan.provenance else "these"
@@ -222,3 +222,13 @@ def _healing(plan: Plan) -> tuple[str, str]:
     refit = REFITS.get(name)
     trained = "Gradient steps were taken" if refit.batchwise else "No training"
     return f"Refit `{name}`: {refit.source}. {trained}.", files
+
+
+def units_kept(plan: Plan) -> str:
+    """How many FFN channels and KV groups layers have, of the kinds that they have fewer of."""
+    parts = [
+        f"{plan.narrower[unit]} of {plan.base.units[unit]} {name}"
+        for unit, name in UNIT_NAMES.items()
+        if unit in plan.narrower
+    ]
+    return " and ".join(parts)

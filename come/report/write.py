@@ -8,9 +8,8 @@ from come.evaluate.base import Metric
 from come.files import write_text
 from come.merge.plan import Plan
 from come.merge.saving import plan_path
-from come.models.width import CHANNEL
 from come.records import DepthResult, Result, ShapeResult
-from come.report.card import model_card
+from come.report.card import model_card, units_kept
 from come.report.console import summary_lines, summary_table
 from come.report.figures import draw_all
 from come.report.html import html_report
@@ -68,7 +67,7 @@ def _run(result: Result, plan: Plan) -> list[str]:
         "command": f"`{result['command']}`" if result["command"] else "",
         "method": ", ".join(parts),
         "merge history (the original layers of every layer)": f"`{result['merge_history']}`",
-        "FFN channels of every layer": _width(plan),
+        "units of every layer": units_kept(plan),
         "machine": result["machine"],
         "versions": versions,
     }
@@ -88,11 +87,6 @@ def _shapes(search: ShapeResult | None) -> list[str]:
     table = Table(head, rows, labels=0).without_empty_columns()
     limit = f"At most {search['budget']:g} of the dense model's {search['quantity']}."
     return ["", "## Shape", "", table.markdown().strip(), "", limit]
-
-
-def _width(plan: Plan) -> str:
-    """How many FFN channels layers have, if they are fewer than in the dense model."""
-    return f"{plan.channels} of {plan.base.units[CHANNEL]}" if plan.channels else ""
 
 
 def _section(evaluation: str, depths: list[DepthResult]) -> list[str]:

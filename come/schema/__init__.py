@@ -11,6 +11,7 @@ from come.data.sources.base import TextSource
 from come.data.text_settings import TextSettings
 from come.evaluate.base import Evaluation
 from come.merge.method import Method
+from come.merge.width import width_setting
 from come.models.loading import DTYPES, WEIGHTS, choose_device
 from come.schema.calibration import CalibrationSettings
 from come.schema.distill import DistillSettings
@@ -185,7 +186,7 @@ class Settings:
                 "distill=none"
             )
         if merge.narrows or merge.searches_shape:
-            shown = f"merge.width={merge.width}" if merge.narrows else merge.budget
+            shown = width_setting(merge) if merge.narrows else merge.budget
             raise ValueError(
                 f"{shown}: distillation is for layers of the dense model's width; take distill=none"
             )

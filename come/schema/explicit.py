@@ -80,6 +80,10 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
         yield ["merge.budget.windows"], "neither merge.budget.parameters nor merge.budget.latency"
     if merge.width == 1 and not merge.budget.quantity:
         yield ["merge.width_multiple"], "merge.width=1, which keeps all channels"
+    if merge.refit.narrows_only:
+        unread = ("schedule", "selection", "m", "allow_remerge", "protect_first", "protect_last")
+        reason = f"merge.refit={merge.refit.name}, which merges no layers"
+        yield [f"merge.{key}" for key in unread], reason
     if merge.groups:
         yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"
     elif merge.schedule.single_span:

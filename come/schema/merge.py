@@ -9,6 +9,7 @@ from come.files import size_in_bytes
 from come.merge.budget import Budget
 from come.merge.constraints import DEFAULT_SPARSITY
 from come.merge.method import Method
+from come.merge.width import narrows, width_setting
 from come.setting import HasSettings, setting
 
 # Optional[...] rather than `X | None`: OmegaConf reads these annotations.
@@ -88,8 +89,8 @@ class MergeSettings(Method):
 
     @property
     def narrows(self) -> bool:
-        """Whether layers get fewer FFN channels."""
-        return self.enabled and self.plan is None and self.width < 1
+        """Whether layers get fewer FFN channels or KV groups."""
+        return self.enabled and self.plan is None and narrows(self)
 
     @property
     def searches_shape(self) -> bool:
@@ -98,7 +99,8 @@ class MergeSettings(Method):
 
     def _check_budget(self) -> None:
         """Raises ValueError for settings of the shape that a budget determines."""
-        for key in ("target_layers", "sparsity", "groups", "save_at", "width", "plan"):
+        widths = ("width", "width_attention")
+        for key in ("target_layers", "sparsity", "groups", "save_at", *widths, "plan"):
             value = getattr(self, key)
             if value not in (None, [], 1):
                 raise ValueError(
@@ -116,12 +118,12 @@ class MergeSettings(Method):
         if self.sparsity is not None:
             raise ValueError(
                 f"merge.sparsity={self.sparsity} follows from removed layers alone, and "
-                f"merge.width={self.width} removes channels too; give merge.target_layers"
+                f"{width_setting(self)} removes units too; give merge.target_layers"
             )
         others = [depth for depth in self.save_at if depth != self.target_layers]
         if others:
             raise ValueError(
                 f"merge.save_at={list(self.save_at)}: layers are narrowed once the target is "
-                f"reached, so depths before it would not have merge.width={self.width}; run "
+                f"reached, so depths before it would not have {width_setting(self)}; run "
                 "merge.target_layers as a sweep (-m)"
             )

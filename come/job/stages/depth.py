@@ -17,6 +17,7 @@ from come.merge.constraints import (
 )
 from come.merge.method import groups_target
 from come.merge.shape_costs import ParameterShare
+from come.merge.width import check_depth
 from come.models.width import channels_of, set_channels
 from come.schema.merge import MergeSettings
 
@@ -75,6 +76,7 @@ def check_reachable(
     merge: MergeSettings, num_layers: int, target: int, kinds: Sequence[Hashable] = ()
 ) -> None:
     """Raises ValueError if the target, or a depth of `merge.save_at`, cannot be reached."""
+    check_depth(merge, num_layers, target)
     rules = merge.constraints(num_layers, target, kinds)
     check_groups_kinds(merge.groups, rules.kinds)
     if merge.narrows and target == num_layers:

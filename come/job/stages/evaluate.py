@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from come.job.folder import PARTIAL_METRICS
 from come.job.job import Job
 from come.merge.plan import Plan
 from come.models.checkpoint import identity
-from come.models.width import CHANNEL
+from come.models.layout import Unit
 from come.records import DepthResult
 from come.tracking.base import Trackers
 
@@ -74,8 +74,8 @@ def evaluate_depths(
         found[folder] |= _measure_saved(job, model, folder, found[""], cache)
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
     for depth, stage, folder in saved:
-        channels = plan.channels if depth == plan.num_layers else 0
-        results.append(_depth(job, depth, stage, folder, found, channels))
+        units = plan.narrower if depth == plan.num_layers else None
+        results.append(_depth(job, depth, stage, folder, found, units))
     for result in results:
         trackers.log(_logged(result))
     headlines = [name for name, metric in found[""].items() if metric.headline]
@@ -161,16 +161,21 @@ def _saved(job: Job) -> list[tuple[int, str, str]]:
 
 
 def _depth(
-    job: Job, layers: int, stage: str, folder: str, found: Found, channels: int = 0
+    job: Job,
+    layers: int,
+    stage: str,
+    folder: str,
+    found: Found,
+    units: Mapping[Unit, int] | None = None,
 ) -> DepthResult:
-    """The results of one model; `channels`: its FFN channels if they are fewer than the dense's."""
+    """The results of one model; `units`: where layers have fewer than the dense's."""
     removed_layers, removed = job.shape.num_layers - layers, 0
     if removed_layers:
         block = job.plan.block if job.plan else job.settings.merge.block
         removed = removed_layers * job.shape.block_parameters[block]
-    if channels:
-        left_out = job.shape.layouts[0].unit_counts[CHANNEL] - channels
-        removed += layers * left_out * job.shape.channel_parameters
+    for unit, count in (units or {}).items():
+        left_out = job.shape.layouts[0].unit_counts[unit] - count
+        removed += layers * left_out * job.shape.unit_parameters[unit]
     metrics, dense = found[folder], found[""]
     if folder:
         share = removed / (job.shape.num_layers * job.shape.block_parameters["layer"])

@@ -31,7 +31,7 @@ from come.models.adapter import ModelAdapter
 from come.models.checkpoint import fingerprint
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
-from come.models.width import CHANNEL
+from come.models.width import UNIT_NAMES
 from come.records import CalibrationResult, CompressionResult
 from come.stream.processes import Processes
 from come.tracking.base import Trackers
@@ -319,8 +319,12 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 def _described(step: MergeStep) -> str:
     """Describes a merge step in words."""
     if len(step.spans) == 1:
-        narrowed = f", {len(step.kept[CHANNEL][0])} FFN channels" if step.kept.get(CHANNEL) else ""
-        return f"fitted layer {_span(step.spans[0])} alone{narrowed}"
+        counts = [
+            f", {len(step.kept[unit][0])} {name}"
+            for unit, name in UNIT_NAMES.items()
+            if step.kept.get(unit)
+        ]
+        return f"fitted layer {_span(step.spans[0])} alone{''.join(counts)}"
     if step.kept_layer is not None:
         dropped = [_span(span) for i, span in enumerate(step.spans) if i != step.kept_layer]
         return f"dropped {'+'.join(dropped)}, kept {_span(step.spans[step.kept_layer])}"

@@ -33,7 +33,7 @@ from come.merge.budget import CandidateShape, windows_for
 from come.merge.operators.base import OPERATORS
 from come.merge.plan import Plan
 from come.merge.saving import MARKS, plan_path
-from come.merge.width import kept_channels
+from come.merge.width import kept_units
 from come.models.checkpoint import find_checkpoint, fingerprint
 from come.models.loading import (
     ModelShape,
@@ -99,7 +99,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             shapes = shapes_within_budget(merge, shape)
             target = shapes[-1].layers  # the largest spans
         else:
-            kept_channels(merge, shape.config, shape.layouts)
+            kept_units(merge, shape.config, shape.layouts)
             target = target_layers(merge, shape)
             check_reachable(merge, shape.num_layers, target, kinds_of(merge, shape))
     if plan is None:
@@ -132,9 +132,9 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
                 "layers, and distillation trains whole layers; take distill=none"
             )
-        if plan is not None and plan.channels:
+        if plan is not None and plan.narrower:
             raise ValueError(
-                f"distill={settings.distill.method}: the layers of {given} have fewer FFN channels "
+                f"distill={settings.distill.method}: the layers of {given} have fewer units "
                 "than the dense model's, which is not supported; take distill=none"
             )
         _check_length("distill.seq_len", settings.distill.seq_len, shape.longest)

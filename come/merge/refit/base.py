@@ -27,6 +27,7 @@ class Refit(HasSettings, ABC):
         source: where the formula is defined, in words.
         active: whether it changes anything.
         batchwise: whether the result depends on how windows are batched.
+        narrows_only: whether it only fits layers that lose channels, so that none are merged.
 
     Attributes:
         target: the model whose hidden states are the target, also for components that choose units
@@ -44,6 +45,7 @@ class Refit(HasSettings, ABC):
     source: ClassVar[str] = ""
     active: ClassVar[bool] = True
     batchwise: ClassVar[bool] = False
+    narrows_only: ClassVar[bool] = False
     target: Target = setting("dense", "whose states are reconstructed", choices=get_args(Target))
     weights: Weighting = setting("relative", "weights of tokens", choices=get_args(Weighting))
     downstream: float | None = setting(
