@@ -51,7 +51,8 @@ def drop_sublayers(stream: LayerStream, method: Combination, plan: Plan, target:
     stream.embed()
     stream.advance(0, adapter.num_layers - 1)
     drops = processes.broadcast(schedule.dropped(stream, method, target))
-    if method.refit.active:
+    refits = method.refit.active
+    if refits:
         stream.snapshot_dense()
     ends = ends_of_drops(adapter.layout.layers, drops)
     found: dict[str, Tensor] = {}
@@ -60,7 +61,7 @@ def drop_sublayers(stream: LayerStream, method: Combination, plan: Plan, target:
             stream.invalidate_from(index)
         for sublayer in layout:
             end = ends.get((index, sublayer.name))
-            if end is None or not method.refit.active:
+            if end is None or not refits or sublayer.kind not in method.refit.sublayers:
                 continue
             if stream.valid < index:
                 stream.advance(stream.valid, index - 1)

@@ -69,6 +69,9 @@ def _run(result: Result, plan: Plan) -> list[str]:
         "method": ", ".join(parts),
         "merge history (the original layers of every layer)": f"`{result['merge_history']}`",
         "FFN channels of every layer": _width(plan),
+        "dropped sublayers, which stay in the file as zeros": plan.dropped.described()
+        if plan.dropped
+        else "",
         "machine": result["machine"],
         "versions": versions,
     }

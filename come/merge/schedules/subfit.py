@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from come.linalg.equations import Map
 from come.linalg.gram import Gram
@@ -17,6 +16,7 @@ from come.merge.combination import Combination
 from come.merge.dropped import DroppedSublayer, SublayerDrops
 from come.merge.reconstruction import Weighting, token_weights
 from come.merge.schedules.base import SCHEDULES, SublayerSchedule
+from come.models.adapter import ModelAdapter
 from come.models.layout import SUBLAYERS, LayerLayout
 from come.models.sublayers import States, states_after
 from come.setting import setting
@@ -121,9 +121,22 @@ class SubFit(SublayerSchedule):
         Raises:
             ValueError: the unprotected layers have too few parameters, or a cost is not finite.
         """
-        adapter, depth = stream.adapter, stream.num_layers
-        free = range(method.protect_first, depth - method.protect_last)
         costs = sublayer_costs(stream, method.refit.weights, linear=self.cost == "bypass")
+        drops = self.cheapest(stream.adapter, costs, method, target)
+        log.info("SubFit at the cost of %d layers: %s", target, drops.described())
+        return drops
+
+    @staticmethod
+    def cheapest(
+        adapter: ModelAdapter, costs: Sequence[Sequence[float]], method: Combination, target: int
+    ) -> SublayerDrops:
+        """The cheapest set, from the costs of the sublayers of every layer.
+
+        Raises:
+            ValueError: the unprotected layers have too few parameters.
+        """
+        depth = adapter.num_layers
+        free = range(method.protect_first, depth - method.protect_last)
         found = [
             DroppedSublayer(index, kind, adapter.block_size(index, kind), costs[index][number])
             for index in free
@@ -138,9 +151,7 @@ class SubFit(SublayerSchedule):
                 "merge.protect_last, or keep more layers"
             )
         chosen = cheapest_cover(sizes, [each.cost for each in found], least)
-        drops = SublayerDrops(target, [found[item] for item in chosen])
-        log.info("SubFit at the cost of %d layers: %s", target, drops.described())
-        return drops
+        return SublayerDrops(target, [found[item] for item in chosen])
 
 
 @torch.no_grad()
@@ -166,7 +177,7 @@ def sublayer_costs(
         )
         for rows in stream.own_batches:
             is_odd = torch.arange(rows.start, rows.stop) % 2 == 1
-            inside = pairwise(inner_streams(stream, index, rows))
+            inside = pairwise(inner_streams(stream, index, rows, stream.boundary))
             for number, (before, after) in enumerate(inside):
                 weights = token_weights(after, weighting).view(after.shape[:2])
                 for half, chosen in ((even, ~is_odd), (odd, is_odd)):
@@ -196,19 +207,22 @@ def _error(even: Gram, odd: Gram, linear: bool) -> float:
     return max(0.0, of(even, odd) + of(odd, even))
 
 
-def inner_streams(stream: LayerStream, index: int, rows: slice) -> list[Tensor]:
+def inner_streams(
+    stream: LayerStream, index: int, rows: slice, boundary: Callable[[int, slice], States]
+) -> list[States]:
     """The residual stream before layer `index` and after each of its sublayers.
 
     Args:
-        stream: a model whose boundaries around the layer are valid.
+        stream: its model has the layer.
         index: the layer.
         rows: the windows.
+        boundary: gives the states of a boundary, `stream.boundary` or `stream.dense`.
     """
-    adapter, states = stream.adapter, stream.boundary(index, rows)
+    adapter, states = stream.adapter, boundary(index, rows)
     layer, layout = adapter.layer(index), adapter.layer_layout(index)
     keywords = stream.keywords(len(states), index)
-    inside: list[States] = [
+    inside = [
         states_after(layer, layout, sublayer, states, keywords)
         for sublayer in layout.sublayers[:-1]
     ]
-    return [states, *inside, stream.boundary(index + 1, rows)]
+    return [states, *inside, boundary(index + 1, rows)]
