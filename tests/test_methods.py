@@ -29,9 +29,8 @@ from tests.methods import (
 )
 from tests.reference import Reference
 
-RECIPES = sorted(
-    path.stem for path in CONF.glob("*.yaml") if path.stem not in ("from_plan", "none")
-)
+ELSEWHERE = ("from_plan", "none", "subfit")  # subfit keeps all layers: tests/test_subfit.py
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ELSEWHERE)
 
 
 QUICK = ("llama_bias", "mistral_sliding", "qwen3_gqa", "opt")
@@ -68,7 +67,7 @@ PARTS = [
         {"norms": "fold", "operator": "drop", "refit": name, "protect_first": 1}
         for name in ("prune_comp", "replaceme")
     ),
-    *({"schedule": name} for name in SCHEDULES.names() if name not in ("fixed", *SETS)),
+    *({"schedule": name} for name in SCHEDULES.names() if name not in ("fixed", "subfit", *SETS)),
     *(
         {"schedule": name, "operator": "drop", "selection": "skip_loss", "protect_first": 1}
         for name in SETS

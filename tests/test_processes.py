@@ -38,6 +38,7 @@ CASES = {
     "losses": ("llama_gqa", lambda: paper(selection="skip_loss"), {}),
     "locality": ("llama_gqa", lambda: recipe("lorp"), {}),
     "pairs": ("llama_gqa", lambda: recipe("pairwise"), {}),
+    "sublayers": ("llama_gqa", lambda: recipe("subfit"), {}),
     "gradients": ("llama_gqa", lambda: recipe("taylor"), {}),
     "attention": ("llama_gqa", lambda: paper(operator="drop", sublayers=["attention"]), {}),
     "ffn": ("llama_gqa", lambda: paper(operator="drop", sublayers=["ffn"]), {}),
