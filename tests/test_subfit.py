@@ -354,6 +354,7 @@ def test_the_choice_reads_the_calibration_text_alone(base, tmp_path):
         (("distill=come_sp",), "merge.schedule=subfit drops sublayers of layers, and distillation"),
         (("merge.budget.parameters=0.8",), "merge.schedule=subfit keeps all layers"),
         (("merge.selection=sbi",), "merge.selection has no effect with merge.schedule=subfit"),
+        (("merge.kinds=last",), "merge.kinds has no effect with merge.schedule=subfit"),
         (("merge.schedule.cost=loss",), "merge.schedule.cost='loss': must be one of bypass"),
     ],
 )

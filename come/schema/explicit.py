@@ -84,5 +84,8 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
         yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"
     elif merge.schedule.single_span:
         yield ["merge.m"], f"merge.schedule={merge.schedule.name}"
+    if merge.drops_sublayers:
+        unread = [f"merge.{key}" for key in ("tokens", "norms", "kinds", "allow_remerge")]
+        yield unread, f"merge.schedule={merge.schedule.name}"
     if not merge.schedule.reads_selection:
         yield ["merge.selection"], f"merge.schedule={merge.schedule.name}"

@@ -320,7 +320,7 @@ def calibration_result(job: Job) -> CalibrationResult | None:
 def _described(plan: Plan) -> str:
     """Describes the last merge step, or the dropped sublayers, in words."""
     if plan.dropped:
-        return f"dropped {plan.dropped.described()}, at the cost of"
+        return f"dropped {plan.dropped.described()}, in place of whole layers"
     step = plan.steps[-1]
     return f"{_described_step(step)} (score {step.score:.4f})"
 
