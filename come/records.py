@@ -10,7 +10,8 @@ class DepthResult(TypedDict):
 
     layers, parameters: size of the model; tied parameters are counted once. If one sublayer is
         merged (`merge.sublayers`), `layers` is the number of layers that keep that sublayer, and
-        `parameters` excludes the zeroed sublayers.
+        `parameters` excludes the zeroed sublayers. If sublayers are dropped one by one
+        (merge=subfit), `layers` is the depth of the same cost, and `parameters` are those used.
     sparsity: share of the dense model's parameters that is removed.
     stage: dense, merged or distilled.
     folder: model folder, relative to the job folder; "" for the dense model.

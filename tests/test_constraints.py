@@ -209,7 +209,7 @@ def test_what_remerging_can_reach():
 def test_schedules_that_search_every_depth_from_the_dense_model():
     nested = {name: SCHEDULES.get(name).nested for name in SCHEDULES.names()}
     assert [name for name, value in nested.items() if not value] == [
-        *("block", "laco", "pairwise", "swap")
+        *("block", "laco", "pairwise", "subfit", "swap")
     ]
 
 

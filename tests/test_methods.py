@@ -29,11 +29,9 @@ from tests.methods import (
 )
 from tests.reference import Reference
 
-NARROWING = ("flap",)
-"""Recipes that merge no layers (tests/test_flap.py)."""
-RECIPES = sorted(
-    path.stem for path in CONF.glob("*.yaml") if path.stem not in ("from_plan", "none", *NARROWING)
-)
+ELSEWHERE = ("from_plan", "none", "flap", "subfit")
+"""The last two merge no layers (tests/test_flap.py, tests/test_subfit.py)."""
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ELSEWHERE)
 
 
 QUICK = ("llama_bias", "mistral_sliding", "qwen3_gqa", "opt")
@@ -70,7 +68,7 @@ PARTS = [
         {"norms": "fold", "operator": "drop", "refit": name, "protect_first": 1}
         for name in ("prune_comp", "replaceme")
     ),
-    *({"schedule": name} for name in SCHEDULES.names() if name not in ("fixed", *SETS)),
+    *({"schedule": name} for name in SCHEDULES.names() if name not in ("fixed", "subfit", *SETS)),
     *(
         {"schedule": name, "operator": "drop", "selection": "skip_loss", "protect_first": 1}
         for name in SETS
@@ -104,7 +102,7 @@ def test_every_part_in_the_paper_recipe(family, parts, windows):
 
 
 def test_recipe_names_and_commands():
-    for name in (*RECIPES, *NARROWING):
+    for name in (*RECIPES, "flap", "subfit"):
         assert read_recipe(name)["name"] == name
         recipe(name)
         first = (CONF / f"{name}.yaml").read_text().splitlines()[0]

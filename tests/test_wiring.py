@@ -161,9 +161,9 @@ TESTED_ELSEWHERE = {
     *EVALUATION_ELSEWHERE, "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
 }  # fmt: skip
-SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py and tests/test_sets.py
+SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py, tests/test_sets.py and tests/test_subfit.py
     f"merge.schedule.{key}"
-    for key in ("threshold", "interval", "relax", "trial_windows", "clusters", "rounds")
+    for key in ("threshold", "interval", "relax", "trial_windows", "clusters", "rounds", "cost")
 }
 
 

@@ -1,7 +1,8 @@
-"""The subset of a given size with the least quadratic cost."""
+"""Subsets of least cost: of a given size with a quadratic cost, or of items with sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain, combinations
 from math import comb
 
@@ -34,6 +35,40 @@ def best_subset(
     """
     exact = comb(len(linear), size) <= LARGEST
     return sorted((enumerated if exact else swapped)(linear, pairs, size))
+
+
+def cheapest_cover(sizes: Sequence[int], costs: Sequence[float], least: int) -> list[int]:
+    """The items S with the least sum of costs whose sizes sum to at least `least`.
+
+    Exact: item by item, it keeps the sets to which no other set has both a larger size, counted up
+    to `least`, and a lower cost. Of equal sets the first one is kept. No item of the result can be
+    left out, unless its cost is 0.
+
+    Args:
+        sizes: sizes of the items, > 0.
+        costs: costs of the items, >= 0.
+        least: the smallest sum of sizes.
+
+    Returns:
+        The items of the set, ascending.
+
+    Raises:
+        ValueError: all items together are smaller than `least`.
+    """
+    if sum(sizes) < least:
+        raise ValueError(f"all items have {sum(sizes)}, less than {least}")
+    sets: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for item, (size, own) in enumerate(zip(sizes, costs, strict=True)):
+        more = [
+            (min(s + size, least), c + own, (*items, item)) for s, c, items in sets if s < least
+        ]
+        every = sorted([*sets, *more], key=lambda each: (-each[0], each[1]))
+        sets, lowest = [], float("inf")
+        for each in every:
+            if each[1] < lowest:
+                lowest = each[1]
+                sets.append(each)
+    return list(sets[0][2])
 
 
 def cost(linear: Tensor, pairs: Tensor, chosen: list[int]) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from come.merge.dropped import zero_dropped
 from come.merge.norms import check_norms, fold_norms, folded_roles
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
@@ -136,6 +137,9 @@ def rebuild(plan: Plan, adapter: ModelAdapter) -> None:
     for step in plan.steps:
         apply_step(adapter, done, step, operator)
         done = done.with_step(step)
+    if plan.dropped:
+        for index in range(adapter.num_layers):
+            zero_dropped(adapter, plan.dropped, index)
     write_downstream(adapter, plan)
 
 

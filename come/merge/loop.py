@@ -18,6 +18,7 @@ from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.reconstruction import ReconstructionTargets
 from come.merge.search import Search
 from come.merge.span import LayerSpan
+from come.merge.sublayer_drops import drop_sublayers
 from come.merge.trial_scores import TrialScores
 from come.merge.width import check_depth, kept_units, narrows
 from come.models.adapter import ModelAdapter
@@ -50,7 +51,8 @@ def compress(
 
     With `merge.width` or `merge.width_attention`, every layer of the merged model then becomes a
     layer with fewer FFN channels or KV groups, from the first to the last, each fitted to the
-    targets of its span.
+    targets of its span. A schedule that drops single sublayers keeps all layers (see
+    `come.merge.sublayer_drops`).
 
     Source: arXiv 2510.15304, the progressive strategy. With the progressive schedule, statistics
     are measured again after every merge, on the merged model, for the merged layer and all layers
@@ -96,7 +98,7 @@ def compress(
         provenance={"recipe": method.record()},
     )
     if method.schedule.restarts:
-        plan = replace(plan, steps=[])
+        plan = replace(plan, steps=[], dropped=None)
 
     def merged(plan: Plan) -> bool:
         """Whether only layers are left to narrow."""
@@ -118,6 +120,11 @@ def compress(
         block=method.block,
         processes=processes,
     ) as stream:
+        if method.drops_sublayers:
+            plan = drop_sublayers(stream, method, plan, target_layers)
+            if on_step:
+                on_step(plan)
+            return plan
         if method.needs_dense and plan.steps and not finished(plan):
             stream.embed()
             stream.advance(0, adapter.num_layers - 1)

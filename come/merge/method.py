@@ -13,7 +13,7 @@ from come.merge.norms import Norms
 from come.merge.operators.base import OPERATORS
 from come.merge.refit.base import REFITS
 from come.merge.retention.base import RETENTION
-from come.merge.schedules.base import SCHEDULES
+from come.merge.schedules.base import SCHEDULES, SublayerSchedule
 from come.merge.schedules.fixed import Fixed
 from come.merge.selection.base import SELECTION
 from come.merge.sensitivity.base import SENSITIVITY
@@ -165,9 +165,16 @@ class Method(HasSettings):
             )
         return "attention" if self.sublayers[0] == "attention" else "ffn"
 
+    @property
+    def drops_sublayers(self) -> bool:
+        """Whether single sublayers are dropped, in layers that stay."""
+        return isinstance(self.schedule, SublayerSchedule)
+
     def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises ValueError if the method cannot work with layers like these."""
         self.refit.check_layers(layouts)
+        if isinstance(self.schedule, SublayerSchedule):
+            self.schedule.check_layers(layouts)
         kinds = {tuple(sublayer.kind for sublayer in layout) for layout in layouts}
         for own in kinds:
             if self.block != "layer" and set(own) != set(SUBLAYERS):

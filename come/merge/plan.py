@@ -15,6 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from come.files import write_bytes, write_text
+from come.merge.dropped import SublayerDrops
 from come.models.adapter import ModelAdapter
 from come.models.layout import Block, Unit
 from come.models.surgery import Span
@@ -143,7 +144,9 @@ class Plan:
             sublayers stay as blocks whose output is zero, so no layer is removed.
         steps: the merges, in order; for sublayers, positions count the remaining blocks.
         downstream: tensors of merged or unmerged layers, solved by the downstream refit after the
-            last merge; each is named "LAYER/TENSOR" with the layer's position at that point.
+            last merge; each is named "LAYER/TENSOR" with the layer's position at that point. With
+            dropped sublayers, the refitted output projections of the sublayers that are left.
+        dropped: sublayers that are dropped one by one, in place of steps; None for none.
         provenance: all other information (metric, calibration, versions, job).
     """
 
@@ -153,11 +156,17 @@ class Plan:
     block: Block = "layer"
     steps: list[MergeStep] = field(default_factory=list)
     downstream: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
+    dropped: SublayerDrops | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model after all steps; for sublayers, the remaining blocks."""
+        """Layers of the model after all steps; for sublayers, the remaining blocks.
+
+        With sublayers that are dropped one by one, the depth that costs as much.
+        """
+        if self.dropped:
+            return self.dropped.depth
         return self.base.num_layers - sum(step.last - step.first for step in self.steps)
 
     @property
@@ -211,6 +220,8 @@ class Plan:
         parts = [FORMAT, base, self.operator, self.norms, self.block, decisions]
         if self.downstream.hashes:
             parts.append(self.downstream.hashes)
+        if self.dropped:
+            parts.append(self.dropped.decisions)
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -232,10 +243,10 @@ class Plan:
         Raises:
             ValueError: the plan does not pass through this depth.
         """
-        if self.steps and depth == self.num_layers:
+        if (self.steps or self.dropped) and depth == self.num_layers:
             return self
         plan = replace(self, steps=[])
-        depths, found = [], None
+        depths, found = [self.num_layers] if self.dropped else [], None
         for step in self.steps:
             plan = plan.with_step(step)
             depths.append(plan.num_layers)
@@ -299,6 +310,7 @@ class Plan:
                 block=data.get("block", "layer"),
                 steps=steps,
                 downstream=_read_tensors(path, last, data.get(last, {})),
+                dropped=SublayerDrops.read(data.get("dropped")),
                 provenance=data["provenance"],
             )
         except (KeyError, TypeError) as error:

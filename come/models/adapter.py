@@ -149,12 +149,16 @@ class ModelAdapter:
     def block_parameters(self) -> dict[Block, int]:
         """Parameters of a layer, and of its sublayers of each kind with their norms, on average."""
         blocks: tuple[Block, ...] = ("layer", *SUBLAYERS)
-        found = dict.fromkeys(blocks, 0)
-        for index, layer in enumerate(self.layers):
-            sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-            for block in blocks:
-                found[block] += sum(sizes.get(n, 0) for n in self.block_tensors(index, block))
+        found = {
+            block: sum(self.block_size(index, block) for index in range(self.num_layers))
+            for block in blocks
+        }
         return {block: total // self.num_layers for block, total in found.items()}
+
+    def block_size(self, index: int, block: Block) -> int:
+        """Parameters of a block of layer `index`, its norms included."""
+        sizes = {name: p.numel() for name, p in self.layers[index].named_parameters()}
+        return sum(sizes.get(name, 0) for name in self.block_tensors(index, block))
 
     @property
     def unit_parameters(self) -> dict[Unit, int]:

@@ -49,10 +49,12 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     operator = OPERATORS.get(plan.operator)
     given = _front_matter(base / "README.md")
     base_model = _base_model(result, base)
+    what = "layers" if plan.block == "layer" else f"{plan.block} blocks"
+    at_cost = "at the cost of " if plan.dropped else ""
     named = given.get("model_name") or (base_model or result["model"]).rpartition("/")[2]
     data = ModelCardData(
         base_model=base_model,
-        model_name=f"{named}, {depth['layers']} layers ({result['method']})",
+        model_name=f"{named}, {at_cost}{depth['layers']} layers ({result['method']})",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["come", "layer-merging", result["method"]],
@@ -65,12 +67,17 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
         if calibration
         else "none, a given plan was applied"
     )
-    what = "layers" if plan.block == "layer" else f"{plan.block} blocks"
     action = f"dropping {what}" if operator.drops else f"merging adjacent {what}"
     if plan.block != "layer":
         action += (
             f"; {plan.base.num_layers - depth['layers']} of {plan.base.num_layers} are removed "
             "and stay in the file as blocks that add nothing, so that any loader takes it"
+        )
+    if plan.dropped:
+        action = (
+            f"dropping {plan.dropped.described()}, which stay in the file as blocks that add "
+            f"nothing: the {plan.base.num_layers} layers have no fewer bytes, and use as many "
+            f"parameters as {plan.num_layers} layers"
         )
     if plan.narrower:
         width = f"keeping {units_kept(plan)} in every layer"
@@ -89,7 +96,7 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
 {data.to_yaml()}
 ---
 
-# {named}, {depth["layers"]} {what}
+# {named}, {at_cost}{depth["layers"]} {what}
 
 {origin_name}, a model of {plan.base.num_layers} layers, compressed by
 {depth["sparsity"]:.1%} of its parameters by {action}: method

@@ -68,6 +68,9 @@ def _run(result: Result, plan: Plan) -> list[str]:
         "method": ", ".join(parts),
         "merge history (the original layers of every layer)": f"`{result['merge_history']}`",
         "units of every layer": units_kept(plan),
+        "dropped sublayers, which stay in the file as zeros": plan.dropped.described()
+        if plan.dropped
+        else "",
         "machine": result["machine"],
         "versions": versions,
     }

@@ -195,6 +195,11 @@ class Settings:
                 f"merge.sublayers={list(merge.sublayers)}: distillation trains whole layers; take "
                 "distill=none"
             )
+        if merge.drops_sublayers and merge.enabled:
+            raise ValueError(
+                f"merge.schedule={merge.schedule.name} drops sublayers of layers, and distillation "
+                "trains whole layers; take distill=none"
+            )
 
 
 def _plain(value: Any) -> Any:

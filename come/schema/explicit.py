@@ -81,12 +81,15 @@ def _unread_parts(settings: Settings) -> Iterator[tuple[list[str], str]]:
     if merge.width == 1 and not merge.budget.quantity:
         yield ["merge.width_multiple"], "merge.width=1, which keeps all channels"
     if merge.refit.narrows_only:
-        unread = ("schedule", "selection", "m", "allow_remerge", "protect_first", "protect_last")
+        unread = ["schedule", "selection", "m", "allow_remerge", "protect_first", "protect_last"]
         reason = f"merge.refit={merge.refit.name}, which merges no layers"
         yield [f"merge.{key}" for key in unread], reason
     if merge.groups:
         yield ["merge.schedule", "merge.selection", "merge.m"], "merge.groups"
     elif merge.schedule.single_span:
         yield ["merge.m"], f"merge.schedule={merge.schedule.name}"
+    if merge.drops_sublayers:
+        unread = ["tokens", "norms", "kinds", "allow_remerge"]
+        yield [f"merge.{key}" for key in unread], f"merge.schedule={merge.schedule.name}"
     if not merge.schedule.reads_selection:
         yield ["merge.selection"], f"merge.schedule={merge.schedule.name}"

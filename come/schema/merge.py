@@ -112,6 +112,11 @@ class MergeSettings(Method):
                 f"{self.budget} chooses a depth, and merge.sublayers={list(self.sublayers)} keeps "
                 "all layers; leave one of them out"
             )
+        if self.drops_sublayers:
+            raise ValueError(
+                f"{self.budget} chooses a depth, and merge.schedule={self.schedule.name} keeps all "
+                "layers; leave one of them out"
+            )
 
     def _check_width(self) -> None:
         """Raises ValueError for settings of the depth that narrower layers do not allow."""

@@ -13,6 +13,7 @@ from come.files import write_text
 from come.job.folder import PARTIAL_METRICS
 from come.job.job import Job
 from come.merge.plan import Plan
+from come.merge.saving import plan_path
 from come.models.checkpoint import identity
 from come.models.layout import Unit
 from come.records import DepthResult
@@ -75,7 +76,7 @@ def evaluate_depths(
     results = [_depth(job, job.shape.num_layers, "dense", "", found)]
     for depth, stage, folder in saved:
         units = plan.narrower if depth == plan.num_layers else None
-        results.append(_depth(job, depth, stage, folder, found, units))
+        results.append(_depth(job, depth, stage, folder, found, units, _unused(job, folder)))
     for result in results:
         trackers.log(_logged(result))
     headlines = [name for name, metric in found[""].items() if metric.headline]
@@ -160,6 +161,12 @@ def _saved(job: Job) -> list[tuple[int, str, str]]:
     return saved
 
 
+def _unused(job: Job, folder: str) -> int:
+    """Parameters of the sublayers that a saved model's plan drops one by one, or 0."""
+    drops = Plan.load(plan_path(job.folder / folder)).dropped
+    return drops.parameters if drops else 0
+
+
 def _depth(
     job: Job,
     layers: int,
@@ -167,10 +174,15 @@ def _depth(
     folder: str,
     found: Found,
     units: Mapping[Unit, int] | None = None,
+    unused: int = 0,
 ) -> DepthResult:
-    """The results of one model; `units`: where layers have fewer than the dense's."""
-    removed_layers, removed = job.shape.num_layers - layers, 0
-    if removed_layers:
+    """The results of one model.
+
+    `units`: where layers have fewer than the dense model's. `unused`: parameters of sublayers that
+    are dropped one by one, in place of whole layers.
+    """
+    removed_layers, removed = job.shape.num_layers - layers, unused
+    if removed_layers and not unused:
         block = job.plan.block if job.plan else job.settings.merge.block
         removed = removed_layers * job.shape.block_parameters[block]
     for unit, count in (units or {}).items():

@@ -93,8 +93,7 @@ def merge(
             return spent + time.perf_counter() - began
 
         def on_step(plan: Plan) -> None:
-            step = plan.steps[-1]
-            log.info("%s (score %.4f): %d layers", _described(step), step.score, plan.num_layers)
+            log.info("%s: %d layers", _described(plan), plan.num_layers)
             passed = plan.num_layers in method.save_at and plan.num_layers != job.target
             if passed and method.schedule.nested:
                 save(job, model, f"model-{plan.num_layers}", plan)
@@ -285,6 +284,8 @@ def _check_cache(model: PreTrainedModel) -> None:
 
 
 def _log_step(trackers: Trackers, plan: Plan) -> None:
+    if plan.dropped:
+        return
     step = plan.steps[-1]
     trackers.log(
         {
@@ -316,8 +317,15 @@ def calibration_result(job: Job) -> CalibrationResult | None:
     }
 
 
-def _described(step: MergeStep) -> str:
-    """Describes a merge step in words."""
+def _described(plan: Plan) -> str:
+    """Describes the last merge step, or the dropped sublayers, in words."""
+    if plan.dropped:
+        return f"dropped {plan.dropped.described()}, in place of whole layers"
+    step = plan.steps[-1]
+    return f"{_described_step(step)} (score {step.score:.4f})"
+
+
+def _described_step(step: MergeStep) -> str:
     if len(step.spans) == 1:
         counts = [
             f", {len(step.kept[unit][0])} {name}"

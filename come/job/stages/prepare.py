@@ -127,10 +127,11 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             merged = (shape.num_layers - target) * shape.block_parameters["layer"]
             needed += merged * shape.dtype.itemsize
     if settings.distill.active:
-        if plan is not None and plan.block != "layer":
+        if plan is not None and (plan.dropped or plan.block != "layer"):
+            what = "drops sublayers" if plan.dropped else f"merges the {plan.block} blocks"
             raise ValueError(
-                f"distill={settings.distill.method}: {given} merges the {plan.block} blocks of "
-                "layers, and distillation trains whole layers; take distill=none"
+                f"distill={settings.distill.method}: {given} {what} of layers, and distillation "
+                "trains whole layers; take distill=none"
             )
         if plan is not None and plan.narrower:
             raise ValueError(

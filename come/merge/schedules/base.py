@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from come.merge.combination import Combination
+from come.merge.dropped import SublayerDrops
 from come.merge.plan import Plan, SpanCandidate
 from come.merge.search import Choice, Search
+from come.models.layout import LayerLayout
 from come.registry import Registry
 from come.setting import HasSettings
+from come.stream.stream import LayerStream
 
 
 @dataclass(eq=False)
@@ -122,6 +125,37 @@ class SetSchedule(Schedule):
         search.rules.allowed_drops([[place]], len(search.history))
         candidate = SpanCandidate(place, place, score)
         return Choice(*search.rules.removal(place, place), score, [candidate])
+
+
+class SublayerSchedule(Schedule):
+    """Chooses single sublayers to drop, attention and FFN apart, on the dense model.
+
+    The layers stay, and no span is merged (see `come.merge.sublayer_drops`).
+    """
+
+    remeasures = False
+    restarts = True
+    nested = False
+    uses_scores = False
+    reads_selection = False
+
+    @abstractmethod
+    def check_layers(self, layouts: Sequence[LayerLayout]) -> None:
+        """Raises ValueError for layers whose sublayers cannot be dropped one by one."""
+
+    @abstractmethod
+    def dropped(self, stream: LayerStream, method: Combination, target: int) -> SublayerDrops:
+        """The sublayers to drop, with at least the parameters of the layers beyond `target`.
+
+        Args:
+            stream: the dense model, with all boundaries.
+            method: the merging method.
+            target: the depth whose cost is reached.
+        """
+
+    def choose(self, search: Search) -> Choice:
+        """No span is ever chosen."""
+        raise NotImplementedError(f"{self.name} drops sublayers, see `dropped`")
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", "come.merge.schedules", "merge.schedule")
