@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -201,10 +202,13 @@ def _error(even: Gram, odd: Gram, linear: bool) -> float:
     nothing = Map(torch.zeros_like(even.moment.T))
 
     def of(fit: Gram, held_out: Gram) -> float:
-        found = fit.solve(nothing, PENALTY * fit.mean_diagonal()) if linear else nothing
-        return held_out.error(found)
+        penalty = PENALTY * fit.mean_diagonal()
+        if not math.isfinite(penalty):
+            return math.nan
+        return held_out.error(fit.solve(nothing, penalty) if linear else nothing)
 
-    return max(0.0, of(even, odd) + of(odd, even))
+    error = of(even, odd) + of(odd, even)
+    return error if math.isnan(error) else max(0.0, error)  # rounding can make it negative
 
 
 def inner_streams(
