@@ -20,7 +20,8 @@ class TrainConfig:
         micro_batch: windows per forward pass; a step accumulates the gradients.
         learning_rate: peak learning rate.
         warmup: fraction of the steps in which the learning rate warms up.
-        weight_decay: weight decay of AdamW.
+        optimizer: "adamw", "adafactor" or "sgd".
+        weight_decay: weight decay of the optimiser.
         clip: maximum norm of the gradient.
         validate_every: steps between validations.
         checkpoint_every: steps between checkpoints.
@@ -33,6 +34,7 @@ class TrainConfig:
     steps: int
     batch_size: int = 8
     micro_batch: int = 8
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 0.0

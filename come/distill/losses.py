@@ -150,7 +150,7 @@ class _LogitKL(torch.autograd.Function):
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         states, *trained = (slope.to(saved.dtype) * saved for saved in ctx.saved_tensors)
         return states, None, None, None, None, *trained
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from come.distill.objectives.base import Objective
-
-_MOMENTS = 2  # AdamW's moments per parameter, in its dtype
+from come.distill.optimizers import state_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class TrainingMemory:
         parameters: number of trained parameters.
         weights: bytes of the weights of all modules in memory; shared weights count once.
         gradients: bytes of the gradients of the trained parameters.
-        optimizer: bytes of AdamW's two moments of the trained parameters.
+        optimizer: bytes of the optimiser's state of the trained parameters.
     """
 
     parameters: int
@@ -29,8 +28,16 @@ class TrainingMemory:
     optimizer: int
 
 
-def training_memory(objective: Objective, others: Iterable[nn.Module] = ()) -> TrainingMemory:
-    """The training memory of an objective; `others`: further modules in memory."""
+def training_memory(
+    objective: Objective, others: Iterable[nn.Module] = (), optimizer: str = "adamw"
+) -> TrainingMemory:
+    """The training memory of an objective.
+
+    Args:
+        objective: the objective, with its trained parameters chosen.
+        others: further modules in memory.
+        optimizer: name of the optimiser.
+    """
     held = {
         id(p): p.numel() * p.element_size()
         for module in (objective, *others)
@@ -38,6 +45,5 @@ def training_memory(objective: Objective, others: Iterable[nn.Module] = ()) -> T
     }
     trained = list(objective.trained.values())
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    return TrainingMemory(
-        sum(p.numel() for p in trained), sum(held.values()), gradients, _MOMENTS * gradients
-    )
+    states = sum(state_size(optimizer, [p]) * p.element_size() for p in trained)
+    return TrainingMemory(sum(p.numel() for p in trained), sum(held.values()), gradients, states)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from come.distill.config import TrainConfig
 from come.distill.objectives.base import Objective
+from come.distill.optimizers import make_optimizer
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
 from come.progress import ProgressBar
@@ -38,7 +39,7 @@ def train(
     progress_bar: bool = True,
     name: str = "distill",
 ) -> Progress:
-    """Minimises an objective with AdamW and restores the weights with the lowest validation loss.
+    """Minimises an objective and restores the weights with the lowest validation loss.
 
     The learning rate follows `TrainConfig.lr_at`. The first validation runs before the first
     step, so the validation loss of the result is never higher than that of the initial weights.
@@ -69,9 +70,7 @@ def train(
     assert share * accelerator.num_processes == config.batch_size
     trained, sharded = objective.trained, bool(sharded_layers(objective))
     main = accelerator.is_main_process
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = make_optimizer(trained, objective.rates, config)
     restored = load_progress(folder, job, trained, optimizer)
     progress, best = restored or (Progress(), {})
     if progress.done:
@@ -146,7 +145,7 @@ def _step(
 ) -> dict[str, float]:
     """Runs one optimiser step on this process's windows; returns mean losses of all processes."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
+        group["lr"] = config.lr_at(step) * group["rate"]
     parts, layers = rows.split(config.micro_batch), sharded_layers(model)
     total: dict[str, Tensor] = {}
     for number, part in enumerate(parts):

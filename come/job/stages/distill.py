@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from come.data.windows import TokenWindows
 from come.distill.config import TrainConfig
 from come.distill.layerwise import train_layerwise
 from come.distill.memory import TrainingMemory, training_memory
-from come.distill.objectives.base import Pair
+from come.distill.objectives.base import Pair, StorableTeacher
 from come.distill.progress import Progress
 from come.distill.sharding import export_to_student, shard, uses_sharding
 from come.distill.trainer import train
@@ -21,6 +23,7 @@ from come.job.folder import STATES
 from come.job.job import Job
 from come.job.sampled_text import sampled
 from come.job.stages.merge import save
+from come.job.teacher import stored_states
 from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from come.records import DistillationResult
@@ -45,10 +48,11 @@ def distill(
     settings.warn_unread()
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
-    model.float()  # in half precision, small AdamW updates would be rounded away
     sharded = uses_sharding(accelerator)
     if sharded:
         model.cpu()  # sharded training: no device holds the whole model
+    if sharded or method.layerwise or train_config.precision == "float32":
+        model.float()
     teacher = job.load(device="cpu" if sharded else str(accelerator.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
@@ -88,13 +92,27 @@ def distill(
         progress = _together(found)
     else:
         objective = method.objective(pair)
-        memory = training_memory(objective, [teacher] if method.uses_teacher else [])
+        for parameter in objective.trained.values():
+            parameter.data = parameter.data.float()  # half precision would round small updates away
+        stored = None
+        if settings.teacher == "stored":
+            assert isinstance(objective, StorableTeacher)
+            stored = stored_states(job, pair.teacher, objective.after, text.windows, accelerator)
+            objective.release_teacher()
+        others = [teacher] if method.uses_teacher and not stored else []
+        memory = training_memory(objective, others, settings.optimizer)
         working = shard(objective, pair, accelerator) if sharded else objective
+
+        def batch(rows: Tensor, first: int) -> tuple[Tensor, ...]:
+            """Windows of the text, counted from `first`, and the states of the stored teacher."""
+            states = stored.read(rows + first) if stored else ()
+            return text.windows[rows + first], *states
+
         progress = train(
             working,
-            lambda rows: (training[rows],),
+            partial(batch, first=len(validation)),
             len(training),
-            lambda rows: (validation[rows],),
+            partial(batch, first=0),
             len(validation),
             train_config,
             accelerator=accelerator,
