@@ -38,12 +38,16 @@ def training_memory(
         others: further modules in memory.
         optimizer: name of the optimiser.
     """
-    held = {
-        id(p): p.numel() * p.element_size()
-        for module in (objective, *others)
-        for p in module.parameters()
-    }
-    trained = list(objective.trained.values())
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    states = sum(state_size(optimizer, [p]) * p.element_size() for p in trained)
-    return TrainingMemory(sum(p.numel() for p in trained), sum(held.values()), gradients, states)
+    return parameter_memory([objective, *others], optimizer)
+
+
+def parameter_memory(modules: Iterable[nn.Module], optimizer: str) -> TrainingMemory:
+    """The training memory of modules, whose parameters with `requires_grad` are trained."""
+    held = {id(p): p for module in modules for p in module.parameters()}
+    trained = [p for p in held.values() if p.requires_grad]
+    return TrainingMemory(
+        sum(p.numel() for p in trained),
+        sum(p.numel() * p.element_size() for p in held.values()),
+        sum(p.numel() * p.element_size() for p in trained),
+        sum(state_size(optimizer, [p]) * p.element_size() for p in trained),
+    )

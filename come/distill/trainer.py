@@ -36,6 +36,7 @@ def train(
     folder: Path,
     job: str,
     log: Callable[[Mapping[str, float | int]], None] = lambda metrics: None,
+    prepare: Callable[[Tensor], None] = lambda rows: None,
     progress_bar: bool = True,
     name: str = "distill",
 ) -> Progress:
@@ -57,6 +58,7 @@ def train(
         folder: folder for the training state. Training resumes from a state of the same job in it.
         job: identifies the run.
         log: called with the losses of every step and every validation.
+        prepare: called before each step with the indices of its windows, those of all processes.
         progress_bar: whether to show a progress bar.
         name: label of the progress bar and of error messages.
 
@@ -108,8 +110,9 @@ def train(
         if not progress.validation:
             validate()
         while should_continue():
-            began = time.perf_counter()
             rows = config.rows(progress.step, count)
+            prepare(rows)
+            began = time.perf_counter()
             own = rows[accelerator.process_index * share :][:share]
             losses = _step(model, optimizer, windows, own, config, progress.step, accelerator)
             if not math.isfinite(losses["loss"]):

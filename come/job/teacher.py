@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -20,6 +21,9 @@ from come.models.adapter import ModelAdapter
 from come.models.checkpoint import identity
 from come.report.numbers import megabytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
 FOLDER = "teacher"  # in the cache folder
@@ -27,30 +31,30 @@ FOLDER = "teacher"  # in the cache folder
 
 def stored_states(
     job: Job,
-    teacher: ModelAdapter,
     after: Sequence[int],
-    windows: Int[Tensor, "windows seq"],
     accelerator: Accelerator,
+    teacher: PreTrainedModel,
+    windows: Int[Tensor, "windows seq"],
 ) -> StoredStates:
     """The teacher's states for all windows. Those that an earlier job wrote are used again.
 
     Args:
         job: the job.
-        teacher: the dense model.
         after: the layers after which states are stored.
-        windows: token ids of the validation and training windows.
         accelerator: the processes, among which the pass is divided.
+        teacher: the dense model.
+        windows: token ids.
 
     Raises:
         ValueError: the disk is too small.
     """
     text = TokenWindows(windows, windows.numel(), "").hash
-    model = teacher.model
+    adapter = ModelAdapter(teacher)
     key = [
         identity(job.checkpoint),
         package_hash(),
-        str(model.dtype),
-        model.device.type,
+        str(teacher.dtype),
+        teacher.device.type,
         job.settings.model.trust_remote_code,
         *after,
         text,
@@ -58,13 +62,13 @@ def stored_states(
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = cache_folder() / FOLDER / name
-    found = StoredStates(folder, windows, after, teacher.config.hidden_size, model.dtype)
+    found = StoredStates(folder, windows, after, adapter.config.hidden_size, teacher.dtype)
     log.info(
         "teacher: its hidden states after %d layers for %d tokens, %s in %s",
         len(found.after), windows.numel(), megabytes(found.size), folder,
     )  # fmt: skip
     found.write(
-        teacher,
+        adapter,
         job.settings.distill.micro_batch,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,

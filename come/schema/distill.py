@@ -32,6 +32,20 @@ class DistillSettings(TextSettings):
     source: str = setting(
         "calibration", "source of the training text; calibration's by default", counts=False
     )
+    prefix_tokens: int = setting(
+        0,
+        "tokens of each window of the text, which the dense model continues; 0: no window",
+        least=0,
+    )
+    on_policy: float = setting(
+        0.0, "share of the windows that the model in training writes", least=0, most=1
+    )
+    stream: bool = setting(
+        False, "whether training starts before all windows that models write are there"
+    )
+    block_windows: int = setting(
+        256, "windows that are written at a time, and then cached", least=1
+    )
     tokens: int = setting(150_000, "training tokens; a shorter text is read again", least=1)
     seq_len: int = setting(256, "tokens of a window", least=2)
     batch_size: int = setting(8, "windows of an optimiser step, over all processes", least=1)
@@ -97,6 +111,16 @@ class DistillSettings(TextSettings):
         """Whether the method trains anything."""
         return DISTILL.get(self.method).active
 
+    @property
+    def streams(self) -> bool:
+        """Whether training starts before all windows are there."""
+        return self.stream or self.on_policy > 0
+
+    @property
+    def block(self) -> int:
+        """Windows that are written at a time: `block_windows`, rounded up to whole steps."""
+        return -(-self.block_windows // self.batch_size) * self.batch_size
+
     def distillation(self) -> Distillation:
         """Builds the distillation method from the settings."""
         return DISTILL.create_from(
@@ -108,11 +132,11 @@ class DistillSettings(TextSettings):
         precision = resolve_fast(self.precision, torch.device(device))
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" else "float32"
-        names = {f.name for f in fields(TrainConfig)} - {"steps", "precision"}
+        names = {f.name for f in fields(TrainConfig)} - {"steps", "precision", "in_order"}
         steps = max(1, self.tokens // (self.batch_size * self.seq_len))
         own = {name: getattr(self, name) for name in names}
         own["micro_batch"] = min(self.micro_batch, self.batch_size)
-        return TrainConfig(steps=steps, precision=precision, **own)
+        return TrainConfig(steps=steps, precision=precision, in_order=self.streams, **own)
 
     def check(self) -> None:
         """Raises ValueError for settings that the method does not support."""
@@ -124,11 +148,36 @@ class DistillSettings(TextSettings):
                 f"distill.teacher=stored: distill={self.method} has no teacher that can be stored; "
                 "leave it out, or take distill=heal, logits or come_sp"
             )
+        if self.prefix_tokens >= self.seq_len:
+            raise ValueError(
+                f"distill.prefix_tokens={self.prefix_tokens}: must be below "
+                f"distill.seq_len={self.seq_len}"
+            )
+        if self.streams and DISTILL.get(self.method).layerwise:
+            key = f"distill.on_policy={self.on_policy:g}" if self.on_policy else "distill.stream"
+            raise ValueError(
+                f"{key}: distill={self.method} stores the teacher's states before it trains; leave "
+                "it out, or take distill=heal, logits or come_sp"
+            )
         if self.workers > 1 and not DISTILL.get(self.method).layerwise:
             raise ValueError(
                 f"distill.workers={self.workers} is for distill=come_mp; several processes of "
                 f"distill={self.method} are started by accelerate launch"
             )
+
+    def check_sharded(self) -> None:
+        """Raises ValueError for settings that fully sharded training does not support."""
+        shown = {
+            "distill.stream=true": self.stream,
+            f"distill.on_policy={self.on_policy:g}": self.on_policy > 0,
+            f"distill.layers={self.layers}": self.layers == "model",
+            f"distill.optimizer={self.optimizer}": self.optimizer == "adafactor",
+        }
+        for key, given in shown.items():
+            if given:
+                raise ValueError(
+                    f"{key} is not possible with FSDP; leave it out, or launch without"
+                )
 
     def warn_unread(self) -> None:
         """Warns of settings that differ from their default but are not read by the method."""
