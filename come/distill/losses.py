@@ -140,13 +140,14 @@ class _LogitKL(torch.autograd.Function):
             shares = expected.exp()
             total += torch.linalg.vecdot(shares, expected.sub_(found)).sum()
             if wants:
-                slope = found.exp_().sub_(shares).div_(temperature * len(student))
+                slope = found.exp_().sub_(shares)
                 inputs = (own, *trained)
                 first, *others = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
                 gradients.append(first)
                 for summed, more in zip(sums, others, strict=True):
                     summed += more
-        ctx.save_for_backward(*([torch.cat(gradients)] if wants else []), *sums)
+        saved = [*([torch.cat(gradients)] if wants else []), *sums]
+        ctx.save_for_backward(*(tensor.div_(temperature * len(student)) for tensor in saved))
         return total / len(student)
 
     @staticmethod
@@ -162,7 +163,8 @@ def _block(head: nn.Module, device: torch.device) -> int:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Float[Tensor, "tokens vocab"]:
-    return functional.log_softmax(logits.float() / temperature, dim=-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return functional.log_softmax(scaled, dim=-1)
 
 
 def task_loss(head: nn.Module, states: States, ids: Tensor) -> Float[Tensor, ""]:
