@@ -274,11 +274,8 @@ def continuation_starts(
     """
     number, seq_len = given.shape
     rounds = -(-count // number)
-    starts = []
-    for turn in range(rounds):
-        offset = (seq_len - begin) * turn // rounds
-        starts.append(given[:, offset : offset + begin])
-    return torch.cat(starts)[:count]
+    offsets = [(seq_len - begin) * turn // rounds for turn in range(rounds)]
+    return torch.cat([given[:, offset : offset + begin] for offset in offsets])[:count]
 
 
 def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows:

@@ -125,7 +125,8 @@ class StreamedText:
                 with accelerator.autocast():
                     written = student_block(job, self._student, number, own, self._folder)
                 parts.append(written)
-        generator = torch.Generator().manual_seed(number)
+        seed = job.settings.distill.seed * 1_000_003 + number + 1
+        generator = torch.Generator().manual_seed(seed)
         windows = torch.cat(parts)[torch.randperm(count, generator=generator)]
         if self._store is None:
             return CompleteText(windows, None)

@@ -23,6 +23,7 @@ from come.job.job import Job
 from come.job.stages.merge import save
 from come.job.teacher import stored_states
 from come.job.training_text import CompleteText, StreamedText, complete_text
+from come.memory import trim_heap
 from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from come.records import DistillationResult
@@ -101,6 +102,7 @@ def distill(
             store = partial(stored_states, job, objective.after, accelerator)
             states = store(teacher, text.windows)
             objective.release_teacher()
+            trim_heap()
         others = [teacher] if method.uses_teacher and states is None else []
         memory = training_memory(objective, others, settings.optimizer)
         working = shard(objective, pair, accelerator) if sharded else objective
