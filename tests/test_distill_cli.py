@@ -122,11 +122,18 @@ def test_killed_distillation_resumes(method, command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "sharded"), [("come_sp", False), ("come_sp", True), ("lora", True)]
+    ("method", "sharded"),
+    [
+        ("come_sp", False),
+        ("come_sp", True),
+        ("lora", True),
+        ("logits distill.teacher=stored", False),
+        ("logits distill.teacher=stored", True),
+    ],
 )
 def test_two_processes_train_like_one(method, sharded, command, pico_folder, tmp_path):
     single, double = tmp_path / "single", tmp_path / "double"
-    own_words = ["merge=come", f"distill={method}", "distill.micro_batch=1", "eval=none"]
+    own_words = ["merge=come", *f"distill={method}".split(), "distill.micro_batch=1", "eval=none"]
     settings = [*own_words, *without_repeated(TRAIN, own_words)]
     code, _, errors = communicate(command(*settings, f"hydra.run.dir={single}"))
     assert code == 0, errors

@@ -196,6 +196,7 @@ def test_dry_run(command_line, tmp_path, monkeypatch):
         "memory: weights",
         "budget: needs ",
         "distill: come_sp, 10 steps of 8 windows of 32 tokens",
+        "memory of the training: at most ",
         "evaluate: perplexity, speed, continuations",
         "disk: ",
         f"writes to {folder}",

@@ -40,6 +40,7 @@ HEAL = (
     "distill.batch_size=4", "distill.micro_batch=2", "distill.validation_samples=4",
     "distill.validate_every=2", "distill.checkpoint_every=2",
 )  # fmt: skip
+HEAL_SAMPLED = (*HEAL, "distill.source=self_generated")
 # (job, changed setting, outputs that change)
 CHANGES = [
     (COME, "model.dtype=bfloat16", {*MERGED, *NLL, "dtype"}),
@@ -125,6 +126,15 @@ CHANGES = [
     ((*HEAL, "distill.loss=mix", "+distill.loss_weights={mse:1,kl:1}"),
      "distill.loss_weights.kl=0.1", CURVE),
     (HEAL, "distill.logit_weight=1", CURVE),
+    (HEAL, "distill.teacher=stored", set()),
+    (HEAL_SAMPLED, "distill.stream=true", CURVE),
+    ((*HEAL_SAMPLED, "distill.stream=true"), "distill.block_windows=4", CURVE),
+    ((*HEAL_SAMPLED, "distill.stream=true"), "distill.on_policy=0.5", CURVE),
+    (HEAL, "distill.prefix_tokens=8", CURVE),
+    (HEAL, "distill.layers=neighbours", CURVE),
+    ((*HEAL, "distill.layers=neighbours"), "distill.layer_decay=0.5", CURVE),
+    (HEAL, "distill.optimizer=sgd", CURVE),
+    (HEAL, "distill.train=norms_outputs", CURVE),
     (HEAL, "distill.train=norms", CURVE),
     (HEAL, "distill.train=outputs", CURVE),
     (HEAL, "distill.train=lora", CURVE),

@@ -239,10 +239,6 @@ def continued_windows(
 ) -> TokenWindows:
     """The given windows, followed by `count` windows that continue prompts cut from them.
 
-    Prompts are cut in R = ceil(count / number of given windows) rounds. Round r takes one prompt
-    from every window, from offset floor(r (seq_len - begin) / R), so that the prompts of a window
-    start at different tokens.
-
     Args:
         model: the dense model.
         given: windows of real text.
@@ -257,20 +253,29 @@ def continued_windows(
         ValueError: the model's logits are not finite.
     """
     sampling = sampling or Sampling()
-    number, seq_len = given.windows.shape
-    rounds = -(-count // number)
-    starts = []
-    for turn in range(rounds):
-        offset = (seq_len - begin) * turn // rounds
-        starts.append(given.windows[:, offset : offset + begin])
     generator = torch.Generator().manual_seed(seed)
-    begun = torch.cat(starts)[:count]
+    begun, seq_len = continuation_starts(given.windows, count, begin), given.windows.shape[1]
     more = sample(model, begun, seq_len, sampling, generator, banned=banned, progress=progress)
     return replace(
         given,
         windows=torch.cat([given.windows, more]),
         source=f"{given.source} + {count} windows continued from {begin} tokens each ({sampling})",
     )
+
+
+def continuation_starts(
+    given: Int[Tensor, "windows seq"], count: int, begin: int
+) -> Int[Tensor, "count begin"]:
+    """Beginnings of `begin` tokens, cut from the given windows.
+
+    They are cut in R = ceil(count / number of given windows) rounds. Round r takes one from every
+    window, from offset floor(r (seq_len - begin) / R), so that those of a window start at
+    different tokens.
+    """
+    number, seq_len = given.shape
+    rounds = -(-count // number)
+    offsets = [(seq_len - begin) * turn // rounds for turn in range(rounds)]
+    return torch.cat([given[:, offset : offset + begin] for offset in offsets])[:count]
 
 
 def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows:

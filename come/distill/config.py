@@ -20,7 +20,8 @@ class TrainConfig:
         micro_batch: windows per forward pass; a step accumulates the gradients.
         learning_rate: peak learning rate.
         warmup: fraction of the steps in which the learning rate warms up.
-        weight_decay: weight decay of AdamW.
+        optimizer: "adamw", "adafactor" or "sgd".
+        weight_decay: weight decay of the optimiser.
         clip: maximum norm of the gradient.
         validate_every: steps between validations.
         checkpoint_every: steps between checkpoints.
@@ -28,11 +29,14 @@ class TrainConfig:
             never.
         seed: seed of the order of the windows.
         precision: "float32", or "bfloat16" for mixed precision.
+        in_order: whether the first epoch reads the windows in their own order, because they are
+            made while training runs.
     """
 
     steps: int
     batch_size: int = 8
     micro_batch: int = 8
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -42,6 +46,12 @@ class TrainConfig:
     patience: int = 0
     seed: int = 0
     precision: str = "float32"
+    in_order: bool = False
+
+    @property
+    def windows(self) -> int:
+        """Windows of all steps."""
+        return self.steps * self.batch_size
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warmup, then cosine decay towards 0."""
@@ -53,13 +63,17 @@ class TrainConfig:
     def rows(self, step: int, windows: int) -> Int[Tensor, " batch"]:
         """The indices of a step's windows; every epoch visits all windows in a new random order.
 
+        With `in_order`, the first epoch visits them in their own order.
+
         The indices depend only on seed and step, so a resumed run sees the same batches.
         """
         first = step * self.batch_size
         chosen = []
         for place in range(first, first + self.batch_size):
             epoch, index = divmod(place, windows)
-            chosen.append(_order(self.seed, epoch, windows)[index])
+            ordered = self.in_order and epoch == 0
+            order = torch.arange(windows) if ordered else _order(self.seed, epoch, windows)
+            chosen.append(order[index])
         return torch.stack(chosen)
 
 

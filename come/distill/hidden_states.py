@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,9 @@ def states_after(
         The states by layer index; also the input of layer `first` at `first - 1`, and the output
         of the embeddings at -1, unless `first` is 0 and `states` replaces it.
     """
-    embedded, keywords = model.layer_inputs(ids)
+    embeddings = model.model.get_input_embeddings()
+    trains = torch.is_grad_enabled() and embeddings.weight.requires_grad
+    embedded, keywords = model.layer_inputs(ids, gradients=trains)
     states = embedded if states is None else states
     kept = {-1: embedded, first - 1: states}
     for index in range(first, last + 1):

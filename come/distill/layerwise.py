@@ -111,7 +111,7 @@ def train_layerwise(
             jobs[layer] = partial(
                 _train_one, objective, ends, count, config, folder / f"layer-{layer}", job
             )
-            memory = training_memory(objective)
+            memory = training_memory(objective, optimizer=config.optimizer)
         if workers > 1:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 waiting = [

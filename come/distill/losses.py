@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,9 @@ Loss = Callable[[States, States], Float[Tensor, ""]]
 """(student, teacher) -> mean over tokens, float32."""
 
 LOSSES = ("kl", "mse", "cosine", "mix")
-_BLOCK = 512  # tokens whose logits are in memory at a time
+_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits in memory at a time. The C library reuses freed memory of up to 32 MB."""
+_FEWEST = 32  # tokens whose logits are in memory at a time
 
 
 def kl(student: States, teacher: States, temperature: float = 1.0) -> Float[Tensor, ""]:
@@ -88,29 +91,80 @@ def logit_kl(
 ) -> Float[Tensor, ""]:
     """KL( softmax(teacher's logits / T) || softmax(student's logits / T) ), mean over tokens, nats.
 
-    Logits are computed in blocks of tokens and recomputed in the backward pass, so the logits of
-    all tokens are never in memory together.
+    The KL is exact, over the whole vocabulary. Logits are computed in blocks of tokens, and the
+    gradient with respect to the states is computed with them, so the logits of all tokens are
+    never in memory together, and none are computed again in the backward pass.
 
     Args:
-        head: the student's LM head.
+        head: the student's LM head; gradients flow to its trained parameters.
         student: the student's states after its final norm.
         teacher_head: the teacher's LM head.
         teacher: the teacher's states after its final norm.
         temperature: T.
     """
+    trained = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    own, other = student.flatten(0, -2), teacher.flatten(0, -2)
+    loss: Tensor = _LogitKL.apply(own, other, head, teacher_head, temperature, *trained)
+    return loss
 
-    def block(own: Tensor, other: Tensor) -> Tensor:
-        with torch.no_grad():
-            expected = teacher_head(other)
-        return kl(head(own), expected, temperature) * len(own)
 
-    total = torch.zeros((), device=student.device)
-    pairs = zip(
-        student.flatten(0, -2).split(_BLOCK), teacher.flatten(0, -2).split(_BLOCK), strict=True
-    )
-    for own, other in pairs:
-        total = total + checkpoint(block, own, other, use_reentrant=False)
-    return total / student.flatten(0, -2).shape[0]
+class _LogitKL(torch.autograd.Function):
+    """`logit_kl` of states [tokens, hidden], whose gradient is computed in the forward pass.
+
+    With logits z, student's distribution q, teacher's distribution p and N tokens:
+
+        dL/dz = (q - p) / (T N)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        head: nn.Module,
+        teacher_head: nn.Module,
+        temperature: float,
+        *trained: Tensor,
+    ) -> Tensor:
+        wants = ctx.needs_input_grad[0] or bool(trained)
+        total = torch.zeros((), device=student.device)
+        gradients: list[Tensor] = []
+        sums = [torch.zeros_like(parameter) for parameter in trained]
+        size = _block(head, student.device)
+        for own, other in zip(student.split(size), teacher.split(size), strict=True):
+            expected = _log_softmax(teacher_head(other), temperature)
+            with torch.set_grad_enabled(wants):
+                own = own.detach().requires_grad_(wants)
+                logits = head(own)
+            found = _log_softmax(logits.detach(), temperature)
+            shares = expected.exp()
+            total += torch.linalg.vecdot(shares, expected.sub_(found)).sum()
+            if wants:
+                slope = found.exp_().sub_(shares)
+                inputs = (own, *trained)
+                first, *others = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
+                gradients.append(first)
+                for summed, more in zip(sums, others, strict=True):
+                    summed += more
+        saved = [*([torch.cat(gradients)] if wants else []), *sums]
+        ctx.save_for_backward(*(tensor.div_(temperature * len(student)) for tensor in saved))
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        states, *trained = (slope.to(saved.dtype) * saved for saved in ctx.saved_tensors)
+        return states, None, None, None, None, *trained
+
+
+def _block(head: nn.Module, device: torch.device) -> int:
+    """Number of tokens whose logits are in memory at a time."""
+    vocabulary = max(parameter.shape[0] for parameter in head.parameters())
+    return max(_FEWEST, _LOGITS[device.type] // vocabulary)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Float[Tensor, "tokens vocab"]:
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return functional.log_softmax(scaled, dim=-1)
 
 
 def task_loss(head: nn.Module, states: States, ids: Tensor) -> Float[Tensor, ""]:
@@ -127,6 +181,7 @@ def task_loss(head: nn.Module, states: States, ids: Tensor) -> Float[Tensor, ""]
 
     flat, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     total = torch.zeros((), device=states.device)
-    for own, target in zip(flat.split(_BLOCK), targets.split(_BLOCK), strict=True):
+    size = _block(head, states.device)
+    for own, target in zip(flat.split(size), targets.split(size), strict=True):
         total = total + checkpoint(block, own, target, use_reentrant=False)
     return total / len(targets)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from come.distill.objectives.base import Objective
-
-_MOMENTS = 2  # AdamW's moments per parameter, in its dtype
+from come.distill.optimizers import state_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class TrainingMemory:
         parameters: number of trained parameters.
         weights: bytes of the weights of all modules in memory; shared weights count once.
         gradients: bytes of the gradients of the trained parameters.
-        optimizer: bytes of AdamW's two moments of the trained parameters.
+        optimizer: bytes of the optimiser's state of the trained parameters.
     """
 
     parameters: int
@@ -29,15 +28,26 @@ class TrainingMemory:
     optimizer: int
 
 
-def training_memory(objective: Objective, others: Iterable[nn.Module] = ()) -> TrainingMemory:
-    """The training memory of an objective; `others`: further modules in memory."""
-    held = {
-        id(p): p.numel() * p.element_size()
-        for module in (objective, *others)
-        for p in module.parameters()
-    }
-    trained = list(objective.trained.values())
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+def training_memory(
+    objective: Objective, others: Iterable[nn.Module] = (), optimizer: str = "adamw"
+) -> TrainingMemory:
+    """The training memory of an objective.
+
+    Args:
+        objective: the objective, with its trained parameters chosen.
+        others: further modules in memory.
+        optimizer: name of the optimiser.
+    """
+    return parameter_memory([objective, *others], optimizer)
+
+
+def parameter_memory(modules: Iterable[nn.Module], optimizer: str) -> TrainingMemory:
+    """The training memory of modules, whose parameters with `requires_grad` are trained."""
+    held = {id(p): p for module in modules for p in module.parameters()}
+    trained = [p for p in held.values() if p.requires_grad]
     return TrainingMemory(
-        sum(p.numel() for p in trained), sum(held.values()), gradients, _MOMENTS * gradients
+        sum(p.numel() for p in trained),
+        sum(p.numel() * p.element_size() for p in held.values()),
+        sum(p.numel() * p.element_size() for p in trained),
+        sum(state_size(optimizer, [p]) * p.element_size() for p in trained),
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from come.distill.sharding import like, whole
-from come.files import write_bytes, write_text
+from come.files import PARTIAL, write_text
 
 STATE = "state.json"
 
@@ -66,12 +67,21 @@ def save_progress(
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = f"step-{progress.step:07d}{'-end' if progress.done else ''}.safetensors"
-    write_bytes(folder / file, save({k: v.contiguous() for k, v in tensors.items()}))
+    _write(folder / file, {name: tensor.contiguous() for name, tensor in tensors.items()})
     state = {"job": job, "tensors": file, "progress": asdict(progress)}
     write_text(folder / STATE, json.dumps(state))
     for old in folder.glob("step-*.safetensors"):
         if old.name != file:
             old.unlink()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors atomically, without a copy of them in memory."""
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    save_file(dict(tensors), partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def load_progress(

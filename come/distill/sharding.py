@@ -42,13 +42,15 @@ def shard(objective: Objective, pair: Pair, accelerator: Accelerator) -> Objecti
     teacher = pair.teacher
     kept = {id(module): module for module in teacher.model.modules()}
     own = copy.deepcopy(objective, kept)
-    layers = list(teacher.layers)
+    runs = teacher.device.type != "meta"  # else its states are stored
+    layers = list(teacher.layers) if runs else []
     path = pair.student.layout.stack
     layers += list(cast(nn.ModuleList, own.get_submodule(f"student.{path}")))
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    teacher.model.to(accelerator.device)
+    if runs:
+        teacher.model.to(accelerator.device)
     return own.to(accelerator.device)
 
 

@@ -12,7 +12,20 @@ from torch import nn
 from come.models.adapter import ModelAdapter
 from come.models.layout import Part
 
-TRAIN = ("layers", "norms", "outputs", "lora")
+LAYERS = ("merged", "neighbours", "all", "model")
+TRAIN = ("layers", "norms", "outputs", "norms_outputs", "lora")
+
+
+def check_layers(layers: str, train: str) -> str:
+    """Raises ValueError unless `layers` is one of `LAYERS`, and `train` possible with it."""
+    if layers not in LAYERS:
+        raise ValueError(f"distill.layers={layers!r}: allowed are {', '.join(LAYERS)}")
+    if layers == "model" and train != "layers":
+        raise ValueError(
+            f"distill.layers=model trains all weights, and distill.train={train} only some; take "
+            "distill.layers=all, or leave distill.train out"
+        )
+    return layers
 
 
 def check_train(train: str) -> str:
@@ -31,42 +44,97 @@ def check_rank(rank: Any) -> int | Literal["auto"]:
     return rank
 
 
+def trained_layers(layers: str, merged: Iterable[int], depth: int) -> list[int]:
+    """Indices of the layers to train.
+
+    Args:
+        layers: "merged", "neighbours" for those and the layers beside them, "all", or "model" for
+            all layers, embeddings, final norm and head.
+        merged: indices of the merged layers.
+        depth: number of layers of the student.
+    """
+    chosen = set(range(depth)) if layers in ("all", "model") else set(merged)
+    if layers == "neighbours":
+        chosen |= {beside for k in chosen for beside in (k - 1, k + 1)} & set(range(depth))
+    return sorted(chosen)
+
+
 def choose_parameters(
     student: ModelAdapter,
-    layers: Iterable[int],
+    merged: Iterable[int],
     train: str,
     lora_rank: int | Literal["auto"] = "auto",
     seed: int = 0,
+    layers: str = "merged",
 ) -> None:
-    """Freezes all parameters of the student except the chosen ones of the given layers.
+    """Freezes all parameters of the student except the chosen ones.
 
     Args:
         student: the model; with "lora", adapters are added to its linear layers in place.
-        layers: indices of the layers to train.
-        train: "layers" for all of their weights, "norms", "outputs" for the output projections, or
-            "lora" for adapters.
+        merged: indices of the merged layers.
+        train: "layers" for all weights of the layers, "norms", "outputs" for the output
+            projections, "norms_outputs" for both, or "lora" for adapters.
         lora_rank: rank of the adapters, or "auto" (see `equal_rank`).
         seed: seed of the adapters' initial weights.
+        layers: which layers, see `trained_layers`.
     """
-    layers = sorted(layers)
-    student.model.requires_grad_(False)
+    merged = sorted(merged)
+    chosen = trained_layers(layers, merged, student.num_layers)
+    student.model.requires_grad_(layers == "model")
     if train == "lora":
-        add_lora(student, layers, equal_rank(student, layers, len(layers), lora_rank), seed)
+        add_lora(student, chosen, equal_rank(student, chosen, len(merged), lora_rank), seed)
         return
-    for index in layers:
+    for index in chosen:
         choose_in_layer(student, index, student.layers[index], train)
 
 
 def choose_in_layer(student: ModelAdapter, index: int, layer: nn.Module, train: str) -> None:
-    """Sets which weights of a copy of layer `index` train: all ("layers"), "norms" or "outputs"."""
+    """Sets which weights of a copy of layer `index` train, see `choose_parameters`."""
     roles, outputs = student.roles(index), student.output_tensors(index)
     for name, parameter in layer.named_parameters():
+        norm, output = roles[name].part is Part.NORM, name in outputs
         trains = {
-            "layers": True,
-            "norms": roles[name].part is Part.NORM,
-            "outputs": name in outputs,
-        }
+            "layers": True, "norms": norm, "outputs": output, "norms_outputs": norm or output,
+        }  # fmt: skip
         parameter.requires_grad_(trains[train])
+
+
+def first_trained(student: ModelAdapter) -> int:
+    """Index of the first layer with a trained parameter; 0 if the embeddings are trained."""
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in student.layers]
+    embeds = any(p.requires_grad for p in student.model.get_input_embeddings().parameters())
+    return 0 if embeds or not any(trained) else trained.index(True)
+
+
+def layer_rates(
+    student: ModelAdapter,
+    prefix: str,
+    names: Iterable[str],
+    merged: Sequence[int],
+    decay: float,
+) -> dict[str, float]:
+    """Factors decay^distance of the learning rate, by distance from the nearest merged layer.
+
+    Embeddings are at the distance of a layer before the first one, final norm and head at that of
+    a layer after the last one.
+
+    Args:
+        student: the model.
+        prefix: what precedes the model's own names in `names`.
+        names: names of the trained parameters.
+        merged: indices of the merged layers.
+        decay: the factor of one layer.
+    """
+    stack, embeds = f"{prefix}{student.layout.stack}.", student.model.get_input_embeddings()
+    embedded = {f"{prefix}{name}" for name, module in student.model.named_modules()
+                if module is embeds}  # fmt: skip
+    found = {}
+    for name in names:
+        place = -1 if name.rpartition(".")[0] in embedded else student.num_layers
+        if name.startswith(stack):
+            place = int(name.removeprefix(stack).partition(".")[0])
+        found[name] = decay ** min(abs(place - k) for k in merged)
+    return found
 
 
 def equal_rank(

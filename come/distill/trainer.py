@@ -14,6 +14,7 @@ from torch import Tensor
 
 from come.distill.config import TrainConfig
 from come.distill.objectives.base import Objective
+from come.distill.optimizers import make_optimizer
 from come.distill.progress import Progress, load_progress, save_progress
 from come.distill.sharding import like, sharded_layers, whole
 from come.progress import ProgressBar
@@ -35,10 +36,11 @@ def train(
     folder: Path,
     job: str,
     log: Callable[[Mapping[str, float | int]], None] = lambda metrics: None,
+    prepare: Callable[[Tensor], None] = lambda rows: None,
     progress_bar: bool = True,
     name: str = "distill",
 ) -> Progress:
-    """Minimises an objective with AdamW and restores the weights with the lowest validation loss.
+    """Minimises an objective and restores the weights with the lowest validation loss.
 
     The learning rate follows `TrainConfig.lr_at`. The first validation runs before the first
     step, so the validation loss of the result is never higher than that of the initial weights.
@@ -56,6 +58,7 @@ def train(
         folder: folder for the training state. Training resumes from a state of the same job in it.
         job: identifies the run.
         log: called with the losses of every step and every validation.
+        prepare: called before each step with the indices of its windows, those of all processes.
         progress_bar: whether to show a progress bar.
         name: label of the progress bar and of error messages.
 
@@ -69,9 +72,7 @@ def train(
     assert share * accelerator.num_processes == config.batch_size
     trained, sharded = objective.trained, bool(sharded_layers(objective))
     main = accelerator.is_main_process
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = make_optimizer(trained, objective.rates, config)
     restored = load_progress(folder, job, trained, optimizer)
     progress, best = restored or (Progress(), {})
     if progress.done:
@@ -109,8 +110,9 @@ def train(
         if not progress.validation:
             validate()
         while should_continue():
-            began = time.perf_counter()
             rows = config.rows(progress.step, count)
+            prepare(rows)
+            began = time.perf_counter()
             own = rows[accelerator.process_index * share :][:share]
             losses = _step(model, optimizer, windows, own, config, progress.step, accelerator)
             if not math.isfinite(losses["loss"]):
@@ -146,7 +148,7 @@ def _step(
 ) -> dict[str, float]:
     """Runs one optimiser step on this process's windows; returns mean losses of all processes."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
+        group["lr"] = config.lr_at(step) * group["rate"]
     parts, layers = rows.split(config.micro_batch), sharded_layers(model)
     total: dict[str, Tensor] = {}
     for number, part in enumerate(parts):

@@ -10,6 +10,7 @@ from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.stages.prepare import prepare
 from come.job.stages.shape import search_lines
+from come.job.training_cost import training_lines
 from come.models.loading import choose_device
 from come.schema import Settings
 
@@ -29,14 +30,9 @@ def dry_run(settings: Settings, folder: Path) -> list[str]:
         f"{shape.parameters / 1e6:,.1f} M parameters, {dtype} on {device.type}",
         *(_merge(job) if settings.merge.enabled else []),
     ]
-    if settings.distill.active:
-        training = settings.distill.train_config(device.type)
-        lines.append(
-            f"distill: {settings.distill.method}, {training.steps} steps of {training.batch_size} "
-            f"windows of {settings.distill.seq_len} tokens"
-        )
     return [
         *lines,
+        *training_lines(job),
         f"evaluate: {', '.join(job.evaluations) or 'nothing'}",
         job.disk_line,
         f"the same command without --dry-run writes to {folder}",

@@ -59,7 +59,10 @@ def job_hash(settings: Settings) -> str:
     if settings.plugins:
         parts["plugins"] = [file_hash(Path(path).expanduser()) for path in settings.plugins]
     if settings.distill.active:
-        parts["distill"] = settings.distill.counted() | {"text": _training_identity(settings)}
+        parts["distill"] = settings.distill.counted() | {
+            "text": _training_identity(settings),
+            "precision": settings.distill.train_config(device.type).precision,
+        }
     if not settings.merge.enabled:
         parts["merge"] = None
     elif settings.from_run is not None:

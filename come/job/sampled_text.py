@@ -6,19 +6,27 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from come.data.mix import interleaved
 from come.data.prompts import chat_prompts
 from come.data.sampling import (
     SOURCE,
     cached,
+    continuation_starts,
     continued_windows,
+    sample,
     self_generated_windows,
     unused_ids,
 )
 from come.data.windows import TokenWindows, begin_token
-from come.files import package_hash
+from come.files import package_hash, write_bytes
 from come.job.budget import sampling_cost
 from come.job.job import Job
 from come.models.checkpoint import identity
@@ -75,10 +83,92 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
 
 
 def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
-    """Training text sampled from the dense model; cached, and different from calibration text."""
-    settings = job.settings.distill
-    count = windows + settings.validation_samples
-    return _self_generated(job, teacher, count, settings.seq_len, settings.seed + SEED_OFFSET)
+    """Validation and training text written by the dense model, different from calibration text.
+
+    The windows are sampled in blocks, and each block is cached, so that an interrupted job goes on
+    with the next block.
+
+    Args:
+        job: the job.
+        teacher: the dense model.
+        windows: number of training windows.
+    """
+    size = job.settings.distill.block
+    counts = [min(size, windows - first) for first in range(0, windows, size)]
+    blocks = [text_block(job, teacher, number, count) for number, count in enumerate(counts)]
+    parts = [validation_text(job, teacher), *blocks]
+    return replace(
+        parts[0],
+        windows=torch.cat([part.windows for part in parts]),
+        corpus_tokens=sum(part.corpus_tokens for part in parts),
+    )
+
+
+def validation_text(job: Job, teacher: PreTrainedModel) -> TokenWindows:
+    """Held-out windows written by the dense model; cached."""
+    return text_block(job, teacher, -1, job.settings.distill.validation_samples)
+
+
+def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> TokenWindows:
+    """A block of training windows written by the dense model; cached.
+
+    With `distill.prefix_tokens`, they continue beginnings of the training text.
+
+    Args:
+        job: the job.
+        teacher: the dense model.
+        number: number of the block; -1 for the validation windows.
+        count: number of windows.
+    """
+    settings, how = job.settings.distill, job.settings.calibration.sampling
+    seed = settings.seed + SEED_OFFSET * (number + 2)
+    if job.training is None:
+        return _self_generated(job, teacher, count, settings.seq_len, seed)
+    begin, text, held_out = settings.prefix_tokens, job.training, settings.validation_samples
+    if number < 0:
+        starts = continuation_starts(text.windows[:held_out], count, begin)
+    else:
+        total, first = settings.train_config("cpu").windows, number * settings.block
+        starts = continuation_starts(text.windows[held_out:], total, begin)[first : first + count]
+
+    def make() -> TokenWindows:
+        generator = torch.Generator().manual_seed(seed)
+        banned = unused_ids(teacher, job.tokenizer)
+        windows = sample(teacher, starts, settings.seq_len, how, generator, banned=banned)
+        source = f"{text.source}, continued from {begin} tokens each ({how})"
+        return replace(text, windows=windows, source=source)
+
+    return cached(sampling_key(job, teacher, [replace(text, windows=starts).hash, seed]), make)
+
+
+@torch.no_grad()
+def student_block(
+    job: Job, student: PreTrainedModel, number: int, count: int, folder: Path
+) -> Int[Tensor, "windows seq"]:
+    """Windows written by the model in training, in a file of the job, which a resumed run reads.
+
+    Args:
+        job: the job.
+        student: the model as it is when the block is made.
+        number: number of the block.
+        count: number of windows.
+        folder: folder of the files.
+    """
+    path = folder / f"student-{job.hash}-{number:05d}.safetensors"
+    if not path.is_file():
+        settings = job.settings.distill
+        found = self_generated_windows(
+            student,
+            num_samples=count,
+            seq_len=settings.seq_len,
+            seed=settings.seed + SEED_OFFSET * (number + 2) + 1,
+            sampling=job.settings.calibration.sampling,
+            banned=unused_ids(student, job.tokenizer),
+            prompts=prompts_of(job.settings, job.shape, job.tokenizer),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save({"windows": found.windows.contiguous()}))
+    return load_file(path)["windows"]
 
 
 def _self_generated(

@@ -198,9 +198,8 @@ class ModelAdapter:
             assert not tensors[name].is_meta, "weights on the meta device cannot be changed"
             tensors[name].copy_(tensor)
 
-    @torch.no_grad()
     def layer_inputs(
-        self, tokens: Int[Tensor, "batch seq"]
+        self, tokens: Int[Tensor, "batch seq"], *, gradients: bool = False
     ) -> tuple[Float[Tensor, "batch seq hidden"], list[dict[str, Any]]]:
         """The input of the first layer, and the keyword arguments of every layer.
 
@@ -208,13 +207,20 @@ class ModelAdapter:
         masks, positions and rotary embeddings are those of the family. The arguments contain no
         KV cache, because repeated calls would grow it.
 
+        Args:
+            tokens: token ids.
+            gradients: whether gradients flow to the embeddings.
+
         Returns:
             `h_0`, [batch, seq, hidden] in the model's dtype, and one dict of keyword arguments per
             layer.
         """
         calls: list[tuple[Tensor, dict[str, Any]]] = []
         decoder = self.model.get_submodule(self.layout.decoder)
-        with recording(self.layers, self.layout.returns, calls):
+        with (
+            torch.set_grad_enabled(gradients),
+            recording(self.layers, self.layout.returns, calls),
+        ):
             decoder(input_ids=tokens.to(self.device), use_cache=False)
         assert len(calls) == self.num_layers
         return calls[0][0], [kwargs for _, kwargs in calls]

@@ -179,6 +179,17 @@ class Settings:
         text = self.training_text
         if text is not None:
             text.check()
+        if text is None and self.distill.prefix_tokens:
+            raise ValueError(
+                f"distill.prefix_tokens={self.distill.prefix_tokens} continues real text, and the "
+                "training text is sampled from the model; choose a text with distill.source=NAME "
+                "or distill.path=FILE, or leave it out"
+            )
+        if text is not None and self.distill.stream and not self.distill.prefix_tokens:
+            raise ValueError(
+                "distill.stream=true is for text that the model writes; take "
+                "distill.source=self_generated or distill.prefix_tokens=N, or leave it out"
+            )
         if merge.save_at and merge.save_at != [merge.target_layers]:
             raise ValueError(
                 f"merge.save_at={list(merge.save_at)}: one depth is distilled at a time; run "

@@ -50,6 +50,25 @@ class Objective(nn.Module, ABC):
         """The trained parameters, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Factors of the learning rate of the trained parameters, by name."""
+        return dict.fromkeys(self.trained, 1.0)
+
+
+class StorableTeacher(Objective):
+    """An objective that needs no teacher if its batches have the teacher's hidden states.
+
+    Attributes:
+        after: the teacher's layers whose output states are read, ascending; -1 for the embeddings.
+    """
+
+    after: list[int]
+
+    @abstractmethod
+    def release_teacher(self) -> None:
+        """Frees its weights: the states after the layers `after` then follow each batch."""
+
 
 class Distillation(ABC):
     """A method to train a merged model.
@@ -61,6 +80,7 @@ class Distillation(ABC):
         active: whether the method trains anything.
         uses_teacher: whether training runs the dense model.
         layerwise: whether every merged layer is trained separately, on the teacher's hidden states.
+        can_store: whether its objective can read stored states of the teacher (`StorableTeacher`).
     """
 
     name: ClassVar[str]
@@ -69,6 +89,7 @@ class Distillation(ABC):
     active: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
+    can_store: ClassVar[bool] = False
 
     @abstractmethod
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:

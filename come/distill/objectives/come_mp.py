@@ -66,7 +66,7 @@ class ComeMP(Distillation):
         loss: mse, kl (the paper's), cosine or mix.
         loss_weights: weights of the terms of "mix".
         temperature: T of the KL.
-        train: weights of the merged layer to train: layers (all), norms or outputs.
+        train: weights of the merged layer to train: layers (all), norms, outputs or norms_outputs.
     """
 
     name = "come_mp"
@@ -84,7 +84,9 @@ class ComeMP(Distillation):
         self.loss = hidden_loss(loss, loss_weights or {}, temperature)
         self.train = check_train(train)
         if train == "lora":
-            raise ValueError("distill.train=lora: distill=come_mp trains layers, norms or outputs")
+            raise ValueError(
+                "distill.train=lora: distill=come_mp trains layers, norms, outputs or norms_outputs"
+            )
 
     def objective(self, pair: Pair, layer: int | None = None) -> Objective:
         """The loss of merged layer `layer`."""

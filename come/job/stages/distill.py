@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -13,14 +14,16 @@ from come.data.windows import TokenWindows
 from come.distill.config import TrainConfig
 from come.distill.layerwise import train_layerwise
 from come.distill.memory import TrainingMemory, training_memory
-from come.distill.objectives.base import Pair
+from come.distill.objectives.base import Pair, StorableTeacher
 from come.distill.progress import Progress
 from come.distill.sharding import export_to_student, shard, uses_sharding
 from come.distill.trainer import train
 from come.job.folder import STATES
 from come.job.job import Job
-from come.job.sampled_text import sampled
 from come.job.stages.merge import save
+from come.job.teacher import stored_states
+from come.job.training_text import CompleteText, StreamedText, complete_text
+from come.memory import trim_heap
 from come.merge.plan import Plan
 from come.models.adapter import ModelAdapter
 from come.records import DistillationResult
@@ -45,10 +48,11 @@ def distill(
     settings.warn_unread()
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
-    model.float()  # in half precision, small AdamW updates would be rounded away
     sharded = uses_sharding(accelerator)
     if sharded:
         model.cpu()  # sharded training: no device holds the whole model
+    if sharded or method.layerwise or train_config.precision == "float32":
+        model.float()
     teacher = job.load(device="cpu" if sharded else str(accelerator.device)).requires_grad_(False)
     pair = Pair(ModelAdapter(model), ModelAdapter(teacher), plan.history)
     if not pair.merged:
@@ -56,16 +60,18 @@ def distill(
             f"distill={settings.method}: no layer was merged from several layers, so there is "
             "nothing to train"
         )
+    if sharded:
+        settings.check_sharded()
     with accelerator.main_process_first():  # the workers read the sampled text from the cache
-        text = job.training or sampled(job, teacher, train_config.steps * train_config.batch_size)
-    validation, training = text.windows.split(
-        [settings.validation_samples, len(text.windows) - settings.validation_samples]
-    )
+        text = complete_text(job, teacher, train_config)
+    held_out = settings.validation_samples
+    validation, training = text.windows[:held_out], text.windows[held_out:]
+    count = train_config.windows if settings.streams else len(training)
     folder = job.folder / STATES
     log.info(
         "distill: %s, %d steps of %d windows of %d tokens; %d training windows, %d for validation",
         settings.method, train_config.steps, train_config.batch_size, settings.seq_len,
-        len(training), len(validation),
+        count, held_out,
     )  # fmt: skip
 
     def record(prefix: str, losses: Mapping[str, float | int]) -> None:
@@ -88,25 +94,41 @@ def distill(
         progress = _together(found)
     else:
         objective = method.objective(pair)
-        memory = training_memory(objective, [teacher] if method.uses_teacher else [])
+        for parameter in objective.trained.values():
+            parameter.data = parameter.data.float()  # half precision would round small updates away
+        states, store = None, None
+        if settings.teacher == "stored":
+            assert isinstance(objective, StorableTeacher)
+            store = partial(stored_states, job, objective.after, accelerator)
+            states = store(teacher, text.windows)
+            objective.release_teacher()
+            trim_heap()
+        others = [teacher] if method.uses_teacher and states is None else []
+        memory = training_memory(objective, others, settings.optimizer)
         working = shard(objective, pair, accelerator) if sharded else objective
+
+        batches: CompleteText | StreamedText = CompleteText(text.windows, states, held_out)
+        if settings.streams:
+            live = None if store else teacher
+            batches = StreamedText(job, model, live, store, train_config, folder, accelerator)
         progress = train(
             working,
-            lambda rows: (training[rows],),
-            len(training),
-            lambda rows: (validation[rows],),
-            len(validation),
+            batches,
+            count,
+            CompleteText(text.windows, states),
+            held_out,
             train_config,
             accelerator=accelerator,
             folder=folder,
             job=job.hash,
             log=lambda losses: record("", losses),
+            prepare=batches.prepare,
         )
         if sharded:
             export_to_student(objective, working)
         method.write_back(objective, pair)
         model.to(accelerator.device)
-    result = _result(job, text, train_config, progress, memory, len(training), accelerator)
+    result = _result(job, text, train_config, progress, memory, count, accelerator)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not buffers: rotary tables stay in float32
     accelerator.free_memory()
@@ -149,9 +171,10 @@ def _result(
     settings = job.settings.distill
     a_step = train_config.batch_size * settings.seq_len
     tokens = progress.step * a_step
+    written = f", {settings.on_policy:.0%} of training written by the model in training"
     return {
         "method": settings.method,
-        "source": text.source,
+        "source": text.source + written if settings.on_policy else text.source,
         "tokens": tokens,
         "distinct_tokens": min(tokens, windows * settings.seq_len),
         "validation_tokens": settings.validation_samples * settings.seq_len,
