@@ -159,6 +159,7 @@ TESTED_ELSEWHERE = {
     "distill.field", "distill.data_files", "distill.method",
     *EVALUATION_ELSEWHERE, "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
+    "export.format", "export.types", "export.converter", "hub.push", "hub.private",
 }  # fmt: skip
 SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py and tests/test_sets.py
     f"merge.schedule.{key}"
