@@ -1,7 +1,8 @@
 """One environment for every tool.
 
 An environment is a virtual environment that also sees the packages of the project's environment,
-so that pip installs only what a tool adds, and the versions that it needs instead.
+so that pip installs only what a tool adds, and the versions that it needs instead. The version of
+torch is fixed: another one would be a CUDA build of several GB.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import tarfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from catalogue import Tool
@@ -47,6 +49,7 @@ def environment(tool: Tool, folder: Path) -> Environment:
     if not marker.is_file() or marker.read_text() != wanted:
         folder.mkdir(parents=True, exist_ok=True)
         _side_folder(tool, folder) if tool.side_folder else _virtual_environment(tool, folder)
+        folder.mkdir(exist_ok=True)
         marker.write_text(wanted)
     if tool.side_folder:
         return Environment(Path(sys.executable), {"PYTHONPATH": str(folder)})
@@ -62,13 +65,15 @@ def _virtual_environment(tool: Tool, folder: Path) -> None:
     python = folder / "bin" / "python"
     if not python.exists():
         _run([sys.executable, "-m", "venv", str(folder)], {})
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = folder / "lib" / version / "site-packages"
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = folder / "lib" / name / "site-packages"
     (packages / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
     words = list(tool.install)
     if tool.source:
         words = [str(_source(python, tool.install[0], folder)), *words[1:]]
-    _pip(python, words, dict(tool.build))
+    fixed = folder / "fixed.txt"
+    fixed.write_text(f"torch=={version('torch').partition('+')[0]}\n")
+    _pip(python, ["--constraint", str(fixed), *words], dict(tool.build))
 
 
 def _source(python: Path, requirement: str, folder: Path) -> Path:

@@ -1,10 +1,11 @@
 """The models that the tools read, and the reference values from transformers.
 
 smollm2        SmolLM2-135M-Instruct, 30 layers merged to 27 by a short run of the command
-sentencepiece  a small LLaMA, trained for seconds, in bfloat16, with a tokenizer like Llama 2's
+sentencepiece  a small random LLaMA in bfloat16, with a tokenizer like Llama 2's
 llama3         the same shape with llama3 rope scaling, in the files that transformers 4 writes
 
-The last two have 4 layers, merged to 3.
+The last two have 4 layers, merged to 3. Their weights are large, so that every layer and position
+changes the predictions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import come
 from come.files import local_hash, write_text
 
 ROOT = Path(__file__).parents[2]
-VOCAB, STEPS, SEQ = 512, 80, 128
+VOCAB, SEQ = 512, 128
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -46,7 +47,7 @@ PROMPTS = [
     "The statement returns", "An object is", "If the value of the expression", "A class can",
     "When the function is called", "The name of the module", "Lists may be",
 ]  # fmt: skip
-KEPT_PROMPTS, NEW_TOKENS, TEXTS = 3, 24, 6
+KEPT_PROMPTS, NEW_TOKENS, DISTINCT, TEXTS = 3, 24, 8, 6
 
 
 def sentencepiece_tokenizer(folder: Path, text: str) -> None:
@@ -88,36 +89,36 @@ def byte_level_tokenizer(folder: Path, text: str) -> None:
     write_json(path, config)
 
 
-def train(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    """Trains a small model so that its predictions depend on the text."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+@torch.no_grad()
+def randomise(model: LlamaForCausalLM) -> None:
+    """Gives all weights values that matter: projections of gain 1, other norms than 1."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        batch = windows[torch.randint(len(windows), (8,), generator=generator)]
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.dim() == 1:
+            weight.copy_(1 + 0.3 * noise)
+        else:
+            weight.copy_(noise / weight.shape[-1] ** 0.5)
 
 
 def small_model(folder: Path, kind: str, text: str) -> Path:
-    """Makes, trains and merges a small model; returns the merged model's folder."""
+    """Makes and merges a small model; returns the merged model's folder."""
     base, merged = folder / "base", folder / "model"
     base.mkdir(parents=True, exist_ok=True)
     (sentencepiece_tokenizer if kind == "sentencepiece" else byte_level_tokenizer)(base, text)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // SEQ * SEQ]).view(-1, SEQ)
+    ids = tokenizer(text[:20000], add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // SEQ * SEQ]).view(-1, SEQ)[:16]
     rope = LLAMA3 if kind == "llama3" else {"rope_type": "default"}
-    torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters={**rope, "rope_theta": 500000.0}))
-    train(model, windows)
+    randomise(model)
     dtype = torch.bfloat16 if kind == "sentencepiece" else torch.float32
     model.to(dtype).save_pretrained(base)
     if kind == "llama3":
         to_transformers4(base / "config.json")
     model, tokenizer = come.load_model(str(base))
     plan = come.compress(
-        model, tokenizer, target_layers=3, text=windows[:16], method=come.Method(m=2),
+        model, tokenizer, target_layers=3, text=windows, method=come.Method(m=2),
         progress=False,
     )  # fmt: skip
     return come.save_model(model, tokenizer, merged, plan)
@@ -143,8 +144,9 @@ def smollm2(folder: Path) -> Path:
 def probe(folder: Path, texts: list[str]) -> dict[str, Any]:
     """Prompts, texts and reference values of a model.
 
-    Of the prompts, those whose greedy tokens have the largest margins are kept, so that rounding
-    in float32 does not decide. The texts begin with the token that lm-eval puts before a text.
+    Of the prompts whose continuations do not only repeat themselves, those whose greedy tokens have
+    the largest margins are kept, so that rounding in float32 does not decide. The texts begin with
+    the token that lm-eval puts before a text.
     """
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     first = tokenizer.bos_token_id
@@ -163,9 +165,10 @@ def probe(folder: Path, texts: list[str]) -> dict[str, Any]:
             best = logits(ids + tokens)[-1].topk(2)
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
-        if tokenizer.eos_token_id not in tokens:
+        if tokenizer.eos_token_id not in tokens and len(set(tokens)) >= DISTINCT:
             found.append((min(margins), prompt, ids, tokens))
     found = sorted(found, reverse=True)[:KEPT_PROMPTS]
+    assert len(found) == KEPT_PROMPTS, "continuations end or repeat themselves"
     tokens = [tokens for *_, tokens in found]
     return {
         "folder": str(folder),
@@ -192,7 +195,7 @@ def documents() -> Iterator[str]:
     """Python's documentation: one string for every topic."""
     from pydoc_data.topics import topics
 
-    yield from (topics[name] for name in sorted(topics))
+    yield from (" ".join(topics[name].split()) for name in sorted(topics))
 
 
 MODELS = ("smollm2", "sentencepiece", "llama3")

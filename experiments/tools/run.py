@@ -73,7 +73,7 @@ def run_tool(tool: Tool, model: str, probe: dict[str, Any], made: Environment, w
     shutil.rmtree(scratch, ignore_errors=True)
     answers = [json.loads(line) for line in out.open()] if out.is_file() else []
     rows = [judge(answer, probe) for answer in answers]
-    return [*rows, {"reason": reason}] if reason or not rows else rows
+    return [*rows, {"reason": reason or "reported nothing"}] if reason or not rows else rows
 
 
 def last_line(log: Path) -> str:
