@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import come
+from come.cli.words import check_sweep
 from come.export import hub
 from come.merge.saving import PLAN
 from come.schema.export import ExportSettings, HubSettings
@@ -130,6 +131,14 @@ def test_names_of_repositories(name, monkeypatch):
     with pytest.raises(ValueError, match=f"hub.push={name}: must be USER/NAME"):
         HubSettings(push=name).check()
     HubSettings(push=REPO).check()
+
+
+def test_jobs_of_a_sweep_do_not_share_a_repository(command_line):
+    words = ("merge.m=2,3", "-m")
+    code, output = command_line(*words, f"hub.push={REPO}")
+    assert code == 1
+    assert "every job of the sweep would push to this repository; name it after what" in output
+    check_sweep(["hub.push=null", "hub.push=a/b,a/c", "hub.push=a/${merge.m}", "merge.m=2,3"])
 
 
 def test_push_needs_a_token(monkeypatch):
