@@ -108,6 +108,28 @@ def test_table(tools):
     ]
 
 
+def test_versions_in_the_table(tools):
+    row = {"model": "llama3", **tools.judge(answer(tokens=PROBE["tokens"]), PROBE)}
+    rows = [{"tool": "a 1.2", **row}, {"tool": "b serve", **row, "version": "1.2.3"}]
+    shown = tools.table(rows, ["a 1.2", "b serve"], ["llama3"])
+    assert [line.split(" | ")[0] for line in shown.splitlines()[2:]] == [
+        "| a 1.2",
+        "| b serve 1.2.3",
+    ]
+
+
+def test_reasons_below_the_table(tools):
+    wrong = tools.judge(answer(perplexity=11.0), PROBE)
+    rows = [
+        {"tool": "a", "model": "llama3", **wrong},
+        {"tool": "b", "model": "llama3", "reason": "no wheel"},
+        {"tool": "c", "model": "llama3", **tools.judge(answer(perplexity=10.0), PROBE)},
+    ]
+    reasons = {(tool, "llama3"): f"of {tool}" for tool in "abc"}
+    shown = tools.table(rows, ["a", "b", "c"], ["llama3"], reasons).splitlines()
+    assert shown[-3:] == ["", "- a, llama3 rope: of a.", "- b, llama3 rope: of b."]
+
+
 def test_perplexity_and_greedy_tokens(tools):
     torch.manual_seed(0)
     scores = torch.randn(7, 7, dtype=torch.float64) * 30
@@ -139,10 +161,10 @@ def test_done_is_not_done_again(tools, driver):
 
 
 def test_failure_is_a_row_with_the_reason(driver):
-    body = f"request.report('float32', {RIGHT})\nraise RuntimeError('no such kernel')"
+    body = f"request.report('float32', {RIGHT})\nraise RuntimeError('/a/b-1/c.so: no such kernel')"
     first, second = driver(body)
     assert first["verdict"] == "equal"
-    assert second["reason"] == "RuntimeError: no such kernel"
+    assert second["reason"] == "RuntimeError: c.so: no such kernel"
     assert driver(body)[1] == second
     assert driver.runs() == 1
     driver(body, again=True)
@@ -209,7 +231,7 @@ def test_committed_table_is_that_of_the_results(tools):
     rows = [json.loads(line) for line in (HERE / "results.jsonl").open()]
     names = [tool.name for tool in tools.TOOLS]
     assert {row["tool"] for row in rows} <= set(names)
-    shown = tools.table(rows, names, tools.MODELS)
+    shown = tools.table(rows, names, tools.MODELS, tools.REASONS)
     assert (HERE / "table.md").read_text() == shown
 
 
@@ -238,4 +260,4 @@ def test_two_versions_of_transformers(tools, tmp_path, monkeypatch):
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     path.write_text(json.dumps(config | {"rope_scaling": None, "rope_parameters": rope}))
     (row,) = tools.run_tool(tool, "llama3", probe, five, tmp_path / "wrong")
-    assert "perplexity" in row["verdict"]
+    assert "greedy tokens differ" in row["verdict"]

@@ -34,6 +34,8 @@ class Tool:
 
 
 TRANSFORMERS4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+OLDER_DATASETS = "datasets==4.4.1"
+"""For tools with an older huggingface_hub than that of the project."""
 LLAMA_CPP = (
     "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF "
     "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF"
@@ -55,9 +57,10 @@ TOOLS = (
         ("transformers[serving]==5.23.0",),
     ),
     Tool(
-        "OpenVINO", "use_openvino", "openvino", ("optimum-intel==2.2.0", "openvino==2026.4.1")
+        "OpenVINO", "use_openvino", "openvino",
+        ("optimum-intel==2.2.0", "openvino==2026.4.1", OLDER_DATASETS),
     ),
-    Tool("ONNX", "use_onnx", "optimum-onnx", ("optimum-onnx[onnxruntime]==0.1.0",)),
+    Tool("ONNX", "use_onnx", "optimum-onnx", ("optimum-onnx[onnxruntime]==0.1.0", OLDER_DATASETS)),
     Tool(
         "onnxruntime-genai", "use_onnxruntime_genai", "onnxruntime-genai",
         ("onnxruntime-genai==0.18.0", "onnxruntime", "onnx_ir"),
@@ -71,3 +74,11 @@ TOOLS = (
     Tool("llm-compressor", "use_llm_compressor", "llmcompressor", ("llmcompressor==0.14.0.1",)),
     Tool("auto-round", "use_auto_round", "auto-round", ("auto-round==0.16.1",)),
 )  # fmt: skip
+
+REASONS = {
+    ("CTranslate2", "llama3"): (
+        "it does not apply this llama3 scaling: the same tokens and perplexity as transformers "
+        "with `rope_type: default`. Other folders with this rope are read in the same way"
+    ),
+}
+"""Why a tool's result differs on a model, where it is known."""

@@ -2,7 +2,8 @@
 
 An environment is a virtual environment that also sees the packages of the project's environment,
 so that pip installs only what a tool adds, and the versions that it needs instead. The version of
-torch is fixed: another one would be a CUDA build of several GB.
+torch is fixed: another one would be a CUDA build of several GB. torchvision is removed: that of
+PyPI does not fit a CPU build of torch and stops imports of transformers; no tool here needs it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _virtual_environment(tool: Tool, folder: Path) -> None:
     fixed = folder / "fixed.txt"
     fixed.write_text(f"torch=={version('torch').partition('+')[0]}\n")
     _pip(python, ["--constraint", str(fixed), *words], dict(tool.build))
+    _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], {})
 
 
 def _source(python: Path, requirement: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "readers"), str(HERE.parents[1])]
 
-from catalogue import TOOLS, Tool  # noqa: E402
+from catalogue import REASONS, TOOLS, Tool  # noqa: E402
 from environments import CannotInstallError, Environment, environment  # noqa: E402
 from models import MODELS, make  # noqa: E402
 from readers.protocol import Request, write_request  # noqa: E402
@@ -80,7 +81,7 @@ def last_line(log: Path) -> str:
     """The last line of a log, usually the exception, cut to a readable length."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     found = next((line for line in reversed(lines) if line), "failed without a message")
-    return found[:300]
+    return re.sub(r"(?:/[\w.+-]+)+/", "", found)[:300]  # without the folders of this machine
 
 
 def finished(path: Path, key: str, again: bool) -> Rows | None:
@@ -103,7 +104,7 @@ def write(out: Path, new: Rows, tools: Sequence[Tool]) -> str:
     rows = [row for row in rows if row["tool"] in order]
     rows.sort(key=lambda row: (order.index(row["tool"]), MODELS.index(row["model"])))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = table(rows, order, MODELS)
+    shown = table(rows, order, MODELS, REASONS)
     (out / "table.md").write_text(shown)
     return shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 EXACT = "exact"
@@ -70,8 +71,20 @@ def _same(
     return same, sum(map(len, wanted))
 
 
-def table(rows: Sequence[Mapping[str, Any]], tools: Sequence[str], models: Sequence[str]) -> str:
-    """Markdown: a line for every tool and form, a column for every model."""
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    tools: Sequence[str],
+    models: Sequence[str],
+    reasons: Mapping[tuple[str, str], str] = MappingProxyType({}),
+) -> str:
+    """Markdown: a line for every tool and form, a column for every model, then reasons.
+
+    Args:
+        rows: results of `judge`, or reasons why there are none, with their tool and model.
+        tools: names of the tools, in order.
+        models: names of the models, in order.
+        reasons: by tool and model, why a result differs.
+    """
     head = ["tool", "weights", *(LABELS.get(model, model) for model in models)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for tool in tools:
@@ -80,9 +93,24 @@ def table(rows: Sequence[Mapping[str, Any]], tools: Sequence[str], models: Seque
             chosen = {row["model"]: row for row in own if (row.get("form", ""), _title(row)) == key}
             version = next((row["version"] for row in chosen.values() if row.get("version")), "")
             cells = [_cell(chosen[model]) if model in chosen else "" for model in models]
-            name = tool if tool.endswith(version[:4]) else f"{tool} {version}"
-            lines.append(f"| {name.strip()} | {key[1]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(f"| {_name(tool, version)} | {key[1]} | {' | '.join(cells)} |")
+    different = {(row["tool"], row["model"]) for row in rows if _differs(row)}
+    notes = [
+        f"- {tool}, {LABELS.get(model, model)}: {text}."
+        for (tool, model), text in reasons.items()
+        if (tool, model) in different
+    ]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def _differs(row: Mapping[str, Any]) -> bool:
+    return "reason" in row or row["verdict"] not in ("equal", "rounding")
+
+
+def _name(tool: str, version: str) -> str:
+    """Name and version, which may begin with a version in the name."""
+    name, _, last = tool.rpartition(" ")
+    return f"{name if name and version.startswith(last) else tool} {version}".strip()
 
 
 def _title(row: Mapping[str, Any]) -> str:

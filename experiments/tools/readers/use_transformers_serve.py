@@ -1,4 +1,8 @@
-"""`transformers serve`: the server of transformers, asked for completions."""
+"""`transformers serve`: the server of transformers, asked for completions.
+
+The command is started by its entry point: the tool's environment adds only what a server needs, and
+takes transformers from the project's.
+"""
 
 import json
 import socket
@@ -16,7 +20,7 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
 address = f"http://127.0.0.1:{port}"
-program = Path(sys.executable).parent / "transformers"
+program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
 words = ["serve", request.folder, "--device", "cpu", "--dtype", "float32", "--port", str(port)]
 log = (Path(request.work) / "server.log").open("w")
 
@@ -32,7 +36,7 @@ def ask(path: str, **fields: object) -> dict:
 
 
 print("$ transformers", *words)
-server = subprocess.Popen([str(program), *words], stdout=log, stderr=subprocess.STDOUT)
+server = subprocess.Popen([*program, *words], stdout=log, stderr=subprocess.STDOUT)
 try:
     for _ in range(300):
         try:
