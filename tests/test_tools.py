@@ -79,6 +79,8 @@ def answer(**given):
     ({"tokens": [[5, 6], [7, 8]], "perplexity": math.nan}, 4, "perplexity nan x"),
     ({"tokens": [[5, 6], [7, 9]], "perplexity": 10.1, "form": "8 bits"}, 3, "rounding"),
     ({"tokens": [[5, 6], [7, 9]], "perplexity": 10.5, "form": "8 bits"}, 3, "perplexity 1.0500 x"),
+    ({"tokens": [[4, 6], [6, 8]], "perplexity": 10.1, "form": "8 bits"}, 0,
+     "no greedy token is equal"),
     ({"tokens": [[5, 6], [7, 8]], "prompt_ids": [[1], [3]]}, 4, "other token ids of the prompts"),
     ({"tokens": [[5, 6], [7, 8]], "prompt_ids": [[1], [2]]}, 4, "equal"),
     ({"continuations": [" five six", "seven eight"]}, 2, "equal"),

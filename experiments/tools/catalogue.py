@@ -75,10 +75,16 @@ TOOLS = (
     Tool("auto-round", "use_auto_round", "auto-round", ("auto-round==0.16.1",)),
 )  # fmt: skip
 
+GENAI = (
+    "not explained yet. In transformers, neither theta 10000, nor no rope, a tied head, another "
+    "epsilon or norms of one give its perplexity on the sentencepiece model"
+)
 REASONS = {
     ("CTranslate2", "llama3"): (
-        "it does not apply this llama3 scaling: the same tokens and perplexity as transformers "
-        "with `rope_type: default`. Other folders with this rope are read in the same way"
+        "it has the tokens and the perplexity of transformers with `rope_type: default`; its "
+        "converter does not read `original_max_position_embeddings`"
     ),
+    ("onnxruntime-genai", "sentencepiece"): GENAI,
+    ("onnxruntime-genai", "llama3"): GENAI,
 }
 """Why a tool's result differs on a model, where it is known."""

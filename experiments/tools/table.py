@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-EXACT = "exact"
 FORMS: dict[str, float] = {
     "float32": 1e-3,
     "float16": 5e-3,
@@ -16,7 +15,7 @@ FORMS: dict[str, float] = {
     "4 bits": 5e-1,
 }
 """The formats of weights, each with the largest allowed |perplexity / expected - 1|. Greedy tokens
-must be equal where the bound is at most 1e-3. In the other formats rounding may change them."""
+must be equal where the bound is at most 1e-3. In the other formats rounding may change some."""
 ROUNDED = 1e-3
 LABELS = {
     "smollm2": "SmolLM2, 27 layers",
@@ -45,6 +44,8 @@ def judge(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> Row:
         problems.append(f"perplexity {ratio:.4f} x")
     if same < count and bound <= ROUNDED:
         problems.append(f"{count - same} of {count} greedy tokens differ")
+    elif count and not same:
+        problems.append("no greedy token is equal")
     verdict = ", ".join(problems) or ("equal" if same == count else "rounding")
     return {
         "form": answer["form"], "note": answer["note"], "version": answer["version"],
