@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-slow test-shapes test-all report bench mutants gpu-check notebooks docs wheel lint format clean
+.PHONY: help run test test-slow test-shapes test-all report bench tools mutants gpu-check notebooks docs wheel lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,9 @@ report: $(READY) ## tables and figure of a grid from what has finished (GRID=run
 
 bench: $(READY) ## seconds of a compression over seconds of a forward pass, and its memory
 	$(BIN)/python experiments/bench.py $(ARGS)
+
+tools: $(READY) ## installs the tools that read a result, runs and compares them (ARGS="--only PEFT vLLM")
+	HF_HUB_OFFLINE=1 $(BIN)/python experiments/tools/run.py $(ARGS)
 
 wheel: $(READY)  ## builds the wheel and runs its command from another folder
 	rm -rf dist

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from come.data.sources.text_file import TextFile
     from come.data.windows import calibration_windows, evaluation_windows
     from come.evaluate.perplexity import perplexity
+    from come.export.publish import export_gguf, push_to_hub
     from come.merge.apply import apply
     from come.merge.method import Method
     from come.merge.plan import Plan
@@ -30,8 +31,10 @@ __all__ = [
     "calibration_windows",
     "compress",
     "evaluation_windows",
+    "export_gguf",
     "load_model",
     "perplexity",
+    "push_to_hub",
     "save_model",
 ]
 
@@ -44,8 +47,10 @@ _MODULES = {
     "calibration_windows": "data.windows",
     "compress": "api",
     "evaluation_windows": "data.windows",
+    "export_gguf": "export.publish",
     "load_model": "models.loading",
     "perplexity": "evaluate.perplexity",
+    "push_to_hub": "export.publish",
     "save_model": "merge.saving",
 }
 

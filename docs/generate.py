@@ -1,4 +1,4 @@
-"""Pages made from the registries and the typed settings: methods.md and settings.md."""
+"""Pages made from the registries, the typed settings and results: methods, settings, tools."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from come.setting import HasSettings
 
 DOCS = Path(__file__).parent
 CONF = DOCS.parent / "conf"
+TOOLS = DOCS.parent / "experiments" / "tools"
 
 
 def link(paper: str) -> str:
@@ -87,7 +88,14 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
+def tools() -> str:
+    """The tools that read a compressed model, from the committed results of `make tools`."""
+    _, _, rest = (TOOLS / "README.md").read_text().partition("\n\n")
+    return f"# Tools that read the result\n\n{rest.strip()}\n\n{(TOOLS / 'table.md').read_text()}"
+
+
 def main() -> None:
+    (DOCS / "tools.md").write_text(tools())
     (DOCS / "methods.md").write_text(methods())
     (DOCS / "settings.md").write_text(settings())
 

@@ -53,6 +53,7 @@ def test_every_yaml_composes(group, name, text_file):
         ],
         ("ablation", "continued"): ["calibration=pydocs"],
         ("eval", "generation"): ["eval.generation.include_path=folder"],
+        ("export", "gguf"): [f"export.converter={text_file}"],
     }
     composed = settings(f"{group}={name}", *needs.get((group, name), []))
     composed.check()
@@ -197,6 +198,8 @@ def test_typos_fail_at_composition(override, message):
         ),
         (["model.device=tpux"], "model.device=tpux"),
         (["model.dtype=float8"], "model.dtype='float8'"),
+        (["export.types=[f16]"], "export.types has no effect with export=none"),
+        (["hub.private=false"], "hub.private has no effect with hub.push=null"),
         (["eval.perplexity.max_tokens=-5"], "eval.perplexity.max_tokens=-5"),
     ],
 )
@@ -213,6 +216,8 @@ def test_job_hash_covers_what_determines_the_result(pico_folder, text_file, tmp_
         "tracking=wandb",
         "model.name=other",
         "model.base_model=me/mine",
+        "hub.push=me/mine",
+        "export.format=gguf",
     ):
         assert job_hash(settings(*local, same)) == base, same
     for other in (

@@ -170,6 +170,7 @@ TESTED_ELSEWHERE = {
     "distill.field", "distill.data_files", "distill.method",
     *EVALUATION_ELSEWHERE, "merge.name", "merge.plan", "merge.enabled", "merge.changes",
     "tracking.backend", "tracking.mode", "tracking.group",
+    "export.format", "export.types", "export.converter", "hub.push", "hub.private",
 }  # fmt: skip
 SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py, tests/test_sets.py and tests/test_subfit.py
     f"merge.schedule.{key}"

@@ -34,7 +34,7 @@ from come.cli.overrides import (
     renamed,
 )
 from come.cli.show import all_values, captured
-from come.cli.words import check_overrides, flag_words, read_flags
+from come.cli.words import check_overrides, check_sweep, flag_words, read_flags
 from come.data.sampling import SOURCE as SELF_GENERATED
 from come.evaluate.base import EVALUATIONS
 from come.files import LISTING
@@ -154,6 +154,8 @@ def main() -> int:
         load_plugins(overrides)
         register_parts()
         check_overrides(overrides, [*schema(), *(f"merge.{part}" for part in PARTS)])
+        if flags.multirun:
+            check_sweep(overrides)
         package = flags.package
         if flags.cfg == "job":
             flags.resolve, flags.package = True, None

@@ -94,3 +94,15 @@ def check_overrides(overrides: Sequence[str], groups: Sequence[str]) -> None:
                 f"(several values are a sweep: {plain}=A,B -m)"
             )
         seen[plain] = override
+
+
+def check_sweep(overrides: Sequence[str]) -> None:
+    """Raises ValueError if all jobs of a sweep would push to the same repository."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == "hub.push" and value != "null" and not {"$", ","} & set(value):
+            raise ValueError(
+                f"{override}: every job of the sweep would push to this repository; name it after "
+                f"what varies, as in 'hub.push={value}-${{merge.target_layers}}', or push a "
+                "finished run with its own command"
+            )

@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from come.export.publish import export_gguf, push_to_hub
 from come.files import write_text
 from come.job.budget import memory_shortage
 from come.job.environment import machine, versions
@@ -62,14 +63,17 @@ def run(settings: Settings, folder: Path) -> Result:
 
     Raises:
         ValueError: settings contradict each other or do not fit the model or the texts, which is
-            checked before any weights are loaded; or a result is not finite.
+            checked before any weights are loaded; or a result is not finite; or the finished
+            model cannot be exported or uploaded.
     """
     settings.check()
     name, accelerator = job_hash(settings), processes(settings)
     if not accelerator.is_main_process:
         return _run_worker(settings, folder, name, accelerator)
     with exclusive_lock(folder):
-        return _run_main(settings, folder, name, accelerator)
+        result = _run_main(settings, folder, name, accelerator)
+        publish(settings, folder)
+        return result
 
 
 def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
@@ -186,6 +190,15 @@ def _clean_up(folder: Path, result: Result) -> None:
         for depth in result["depths"][1:]:
             for weights in (folder / depth["folder"]).glob("model*.safetensors*"):
                 weights.unlink()
+
+
+def publish(settings: Settings, folder: Path) -> None:
+    """Exports and uploads the model of a finished job, as `export` and `hub` say."""
+    if settings.export.format == "gguf":
+        for kind in settings.export.types:
+            export_gguf(folder, kind, settings.export.converter)
+    if settings.hub.push is not None:
+        push_to_hub(folder, settings.hub.push, private=settings.hub.private)
 
 
 def _run_worker(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:

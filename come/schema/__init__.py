@@ -15,6 +15,7 @@ from come.merge.width import width_setting
 from come.models.loading import DTYPES, WEIGHTS, choose_device
 from come.schema.calibration import CalibrationSettings
 from come.schema.distill import DistillSettings
+from come.schema.export import ExportSettings, HubSettings
 from come.schema.merge import MergeSettings
 from come.setting import HasSettings, setting
 
@@ -112,6 +113,8 @@ class Settings:
     distill: DistillSettings = field(default_factory=DistillSettings)
     eval: dict[str, Evaluation] = field(default_factory=dict)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    hub: HubSettings = field(default_factory=HubSettings)
     plugins: list[str] = field(default_factory=list)
     from_run: Optional[str] = None
     command: str = ""
@@ -155,6 +158,7 @@ class Settings:
         for evaluation in self.eval.values():
             evaluation.check()
         self.tracking.check()
+        self._check_export()
 
     @property
     def training(self) -> TextSettings:
@@ -167,6 +171,20 @@ class Settings:
         """The source of the training text; None if it is sampled from the model."""
         chosen = self.training
         return None if chosen.source == SELF_GENERATED and not chosen.path else chosen.text_source()
+
+    def _check_export(self) -> None:
+        """Checks that there will be a model to export or to push."""
+        self.export.check()
+        self.hub.check()
+        used = "export=gguf" if self.export.format != "none" else "hub.push"
+        if self.export.format == "none" and self.hub.push is None:
+            return
+        if not self.merge.enabled:
+            raise ValueError(f"{used}: merge=none makes no model; leave it out")
+        if not self.merge.save_weights:
+            raise ValueError(
+                f"{used}: merge.save_weights=false keeps no weights; take merge.save_weights=true"
+            )
 
     def _check_distill(self) -> None:
         """Checks the rules between `distill` and the other groups."""

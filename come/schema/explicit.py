@@ -61,6 +61,10 @@ def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:
     if (calibration := settings.calibration).mix:
         chosen = [] if calibration.source in calibration.mix else ["calibration"]
         yield ["calibration.source", *chosen], "calibration.mix"
+    if settings.export.format == "none":
+        yield ["export.types", "export.converter"], "export=none"
+    if settings.hub.push is None:
+        yield ["hub.private"], "hub.push=null"
     if not settings.distill.active:
         names = [f"distill.{key}" for key in settings.distill.settings()]
         yield [*names, "distill.loss_weights"], "distill=none"

@@ -1,0 +1,1 @@
+"""What happens to a finished model: conversion to GGUF, upload to the Hugging Face hub."""

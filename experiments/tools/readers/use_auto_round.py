@@ -1,0 +1,17 @@
+"""auto-round: weights in 4 bits in groups of 64, saved and read again by transformers."""
+
+from pathlib import Path
+
+from auto_round import AutoRound
+from protocol import Request, load, with_transformers
+from transformers import AutoTokenizer
+
+request = Request.read()
+folder = Path(request.work) / "w4a16"
+rounding = AutoRound(
+    load(request.folder), AutoTokenizer.from_pretrained(request.folder), scheme="W4A16",
+    group_size=64, iters=0, device_map="cpu",
+)  # fmt: skip
+rounding.quantize_and_save(str(folder), format="auto_round")
+saved = next(path.parent for path in folder.rglob("config.json"))
+request.report("4 bits", **with_transformers(load(saved, device_map="cpu"), request))
