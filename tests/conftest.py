@@ -199,6 +199,15 @@ def fixed_machine_speed(request, monkeypatch):
         monkeypatch.setattr("come.job.estimate._products", fixed_products)
 
 
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Forgets the precision of a training job, which accelerate keeps for the whole process."""
+    yield
+    if "accelerate" in sys.modules:
+        AcceleratorState = sys.modules["accelerate"].state.AcceleratorState
+        AcceleratorState._reset_state()
+
+
 @pytest.fixture
 def command(pico_folder, tmp_path, request):
     """Starts run.py in a forked process; tests marked slow or process get a new interpreter."""

@@ -364,7 +364,7 @@ def test_learning_rate_warmup_and_decay():
         ("come_sp", {"temperature": 0.0}, "distill.temperature=0.0: must be above 0"),
         ("come_sp", {"logit_weight": -1.0}, "distill.logit_weight=-1.0: must be at least 0"),
         ("come_sp", {"train": "bias"}, "distill.train='bias': allowed are layers, norms, outputs"),
-        ("come_mp", {"train": "lora"}, "distill=come_mp trains layers, norms or outputs"),
+        ("come_mp", {"train": "lora"}, "distill=come_mp trains layers, norms, outputs or norms_o"),
         ("lora", {"lora_rank": 0}, "distill.lora_rank=0: must be a whole number above 0, or auto"),
         ("come_sp", {"lora_rank": "all"}, "distill.lora_rank=all: must be a whole number"),
         ("come_ps", {}, "unknown distillation; did you mean 'come_sp'"),
