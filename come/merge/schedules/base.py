@@ -77,6 +77,11 @@ class Schedule(HasSettings, ABC):
         """Whether no step follows."""
         return plan.num_layers <= target
 
+    @property
+    def surrogate(self) -> Schedule:
+        """A cheaper schedule for trials of a whole compression, which only have to rank shapes."""
+        return self
+
     @abstractmethod
     def choose(self, search: Search) -> Choice:
         """The next span."""
