@@ -58,4 +58,3 @@ class TrialLayers:
     def _file(self, first: int, last: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{first}-{last}.safetensors"
-

@@ -78,6 +78,11 @@ class Schedule(HasSettings, ABC):
         return plan.num_layers <= target
 
     @property
+    def sets_compared(self) -> int:
+        """How many sets of spans are scored with the layers of all their trial merges, or 0."""
+        return 0
+
+    @property
     def surrogate(self) -> Schedule:
         """A cheaper schedule for trials of a whole compression, which only have to rank shapes."""
         return self

@@ -70,6 +70,11 @@ class OptimalPartition(Schedule):
     )
 
     @property
+    def sets_compared(self) -> int:
+        """The candidate sets, if they are compared."""
+        return self.candidate_sets if self.candidate_sets > 1 else 0
+
+    @property
     def surrogate(self) -> Schedule:
         """Sums of scores only."""
         return replace(self, candidate_sets=1)
@@ -99,7 +104,7 @@ class OptimalPartition(Schedule):
         """The first span of the next depth's set."""
         first_choice = not search.plan.steps and search.plan.block == "layer"
         together: SetScores | None = None
-        if first_choice and self.candidate_sets > 1 and search.method.selection.scores_sets:
+        if first_choice and self.sets_compared and search.method.selection.scores_sets:
             together = SetScores(search)
         costs = SpanCosts(search)
         ruled_out = frozenset(span for step in search.steps for span in step.ruled_out)
