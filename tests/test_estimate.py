@@ -117,6 +117,16 @@ def test_cost_grows_with_tokens_depth_and_trials(shape):
     assert cost(shape, method=recipe("come_plus", m=2)).work.bytes < cost(shape).work.bytes
 
 
+def test_compared_sets_cost_passes_and_disk(shape):
+    method, plain = recipe("come_plus"), cost(shape, target=6)
+    assert plain.trial_bytes == 0
+    method.schedule.candidate_sets = 4
+    found = cost(shape, method=method, target=6)
+    assert found.trial_bytes == len(plain.trials) * 4 * shape.block_parameters["layer"]
+    assert found.work.forward > plain.work.forward
+    assert found.work.single == plain.work.single
+
+
 def test_small_penalty_needs_float64(shape):
     small = cost(shape, method=recipe("come_plus", refit__lambda=1e-6)).work
     assert small.double > cost(shape).work.double

@@ -174,7 +174,16 @@ TESTED_ELSEWHERE = {
 }  # fmt: skip
 SCHEDULES_ELSEWHERE = {  # in tests/test_repairs.py, tests/test_sets.py and tests/test_subfit.py
     f"merge.schedule.{key}"
-    for key in ("threshold", "interval", "relax", "trial_windows", "clusters", "rounds", "cost")
+    for key in (
+        "threshold",
+        "interval",
+        "relax",
+        "trial_windows",
+        "clusters",
+        "rounds",
+        "cost",
+        "candidate_sets",
+    )
 }
 
 

@@ -83,6 +83,7 @@ class Cost:
         weights: where the decoder layers are, "memory" or "disk".
         batch_bytes: bytes of one layer's activations for a batch of windows.
         validation_bytes: bytes of the hidden states of the validation windows of trial merges.
+        trial_bytes: bytes of the layers of trial merges, if sets of them are compared; on disk.
         layer_bytes: bytes of the layers on disk that are in memory during a forward pass.
     """
 
@@ -97,6 +98,7 @@ class Cost:
     weights: str = "memory"
     batch_bytes: int = 0
     validation_bytes: int = 0
+    trial_bytes: int = 0
     layer_bytes: int = 0
 
     def lines(self, speed: Speed) -> list[str]:
@@ -176,6 +178,7 @@ def compression_cost(
         tokens=tokens,
         work=work,
         trials=trials,
+        trial_bytes=len(trials) * layer if schedule.sets_compared else 0,
         weight_bytes=shape.weight_bytes - (0 if weights == "memory" else layers * layer),
         layer_bytes=0 if weights == "memory" else 2 * layer,  # the second one is read ahead
         validation_bytes=validation * shape.hidden * shape.dtype.itemsize * (layers + 1)
@@ -240,9 +243,16 @@ def trial_work(
         span = _span(shape, size, fitted, joint_lambda(method.refit))
         work += method.retention.work(span)
         work += method.refit.trial_work(span, method.retention.solves)
-        work += _span(shape, 1, validation).passes * (shape.num_layers / 2)
-        work += Work(forward=2.0 * validation * shape.vocabulary * shape.hidden)
+        work += _judged(shape, validation)
+    if _merged_spans(method, shape.num_layers, target)[1:]:  # several spans
+        work += _judged(shape, validation) * method.schedule.sets_compared
     return work
+
+
+def _judged(shape: ModelShape, tokens: int) -> Work:
+    """The work of comparing a merged model's predictions with the dense model's."""
+    head = Work(forward=2.0 * tokens * shape.vocabulary * shape.hidden)
+    return _span(shape, 1, tokens).passes * (shape.num_layers / 2) + head
 
 
 def _span(shape: ModelShape, layers: int, tokens: int, ratio: float = 0.1) -> SpanSize:

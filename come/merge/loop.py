@@ -198,6 +198,7 @@ def _next_step(search: Search, counts: Mapping[Unit, int]) -> tuple[MergeStep, L
         bi=search.influences(span),
         kept_layer=choice.kept,
         slot=span.slot,
+        ruled_out=list(choice.ruled_out),
     )
     return step, span
 

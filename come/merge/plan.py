@@ -86,6 +86,8 @@ class MergeStep:
             drop, the kept layer.
         solved: tensors of the merged layer that were solved on calibration data.
         output_scale: factor on the output projections of all layers after the span.
+        ruled_out: spans of original layers that no later step may merge, because a set without
+            them was better as a whole.
     """
 
     first: int
@@ -100,6 +102,7 @@ class MergeStep:
     slot: int = 0
     solved: SolvedTensors = field(default_factory=lambda: SolvedTensors({}))
     output_scale: float = 1.0
+    ruled_out: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,9 @@ def _read_step(path: Path, number: int, step: dict[str, Any]) -> MergeStep:
     if "keeper" in step:  # earlier versions
         step["kept_layer"] = step.pop("keeper")
     step.setdefault("slot", step["kept_layer"] or 0)
-    return MergeStep(**{**step, "candidates": candidates, "solved": solved})
+    ruled_out = [(first, last) for first, last in step.get("ruled_out", [])]
+    read = {"candidates": candidates, "solved": solved, "ruled_out": ruled_out}
+    return MergeStep(**{**step, **read})
 
 
 def _read_tensors(path: Path, prefix: str, hashes: Mapping[str, str]) -> SolvedTensors:

@@ -37,6 +37,7 @@ class Choice:
         kept: index in the span of the layer that a drop keeps; None for a merge.
         score: score of the chosen span.
         candidates: all spans scored for this choice; with a shortlist, only the spans tried.
+        ruled_out: spans of original layers that no later choice may take.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Choice:
     kept: int | None
     score: float
     candidates: list[SpanCandidate]
+    ruled_out: Sequence[tuple[int, int]] = ()
 
 
 class Search:
@@ -60,6 +62,7 @@ class Search:
         trials: cache of trial-merge scores.
 
     Attributes:
+        trials: that cache.
         plan: the merges so far.
         origins: position in the stream's model of every layer of the plan's model.
         statistics: statistics of the stream's layers measured so far, from the first layer on.
@@ -82,7 +85,7 @@ class Search:
         self.statistics: list[LayerStatistics] = []
         self._needed = rules.needed  # by layer of the base model
         self._stops = stops
-        self._trials = trials
+        self.trials = trials
         self._scores: dict[tuple[int, int], float] = {}
         self._start = 0  # the first layer without valid statistics
         self._embedded = False
@@ -255,8 +258,8 @@ class Search:
         found = self.stream.processes.map(items, do)
         if not all(map(math.isfinite, found)):
             raise ValueError(
-                f"merge.schedule={self.method.schedule.name}: a loss without layers is not finite; "
-                "try model.dtype=float32 or bfloat16"
+                f"merge.schedule={self.method.schedule.name}: the loss or divergence of a smaller "
+                "model is not finite; try model.dtype=float32 or bfloat16"
             )
         return found
 
@@ -286,29 +289,29 @@ class Search:
     def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges, or drops."""
         plan, removals = self.plan.hash, [self.rules.removal(*span) for span in spans]
-        missing = [r for r in dict.fromkeys(removals) if self._trials.get(plan, *r[:2]) is None]
+        missing = [r for r in dict.fromkeys(removals) if self.trials.get(plan, r[:2]) is None]
         if missing:
             self._prepare_scores()
         with ProgressBar(total=len(spans), desc="trial merges", shown=self.stream.progress) as bar:
             bar.update(len(spans) - len(missing))
             for some in together(self.stream, missing, self.stream.processes.count):
-                found = self.stream.processes.map(some, self._trial_scores)
-                self._trials.add(
+                found = self.stream.processes.map(some, self.trial_scores)
+                self.trials.add(
                     plan,
                     {
-                        (first, last): self._number(score, first, last)
+                        ((first, last),): self._number(score, first, last)
                         for (first, last, _), score in zip(some, found, strict=True)
                     },
                 )
                 bar.update(len(some))
-        scores = [self._trials.get(plan, first, last) for first, last, _ in removals]
+        scores = [self.trials.get(plan, removal[:2]) for removal in removals]
         return [
             SpanCandidate(*span, score)
             for span, score in zip(spans, scores, strict=True)
             if score is not None
         ]
 
-    def _trial_scores(self, spans: Sequence[TrialSpan]) -> list[float]:
+    def trial_scores(self, spans: Sequence[TrialSpan]) -> list[float]:
         """Scores of trial merges, by this process."""
         return self.method.selection.refine_all(self._trial_merges(spans), self.method.refit)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from come.files import write_text
@@ -26,13 +26,17 @@ class TrialScores:
             if data["job"] == job:
                 self.scores = data["scores"]
 
-    def get(self, plan: str, first: int, last: int) -> float | None:
-        """The score of merging layers first..last after a plan; None if it is not known."""
-        return self.scores.get(f"{plan}/{first}-{last}")
+    def get(self, plan: str, *spans: tuple[int, int]) -> float | None:
+        """The score of merging layers first..last of each span after a plan; None if not known."""
+        return self.scores.get(_key(plan, spans))
 
-    def add(self, plan: str, scores: Mapping[tuple[int, int], float]) -> None:
-        """Adds the scores of merges after a plan, by their first and last layer."""
-        self.scores |= {f"{plan}/{first}-{last}": s for (first, last), s in scores.items()}
+    def add(self, plan: str, scores: Mapping[tuple[tuple[int, int], ...], float]) -> None:
+        """Adds the scores of merges after a plan, by the first and last layer of their spans."""
+        self.scores |= {_key(plan, spans): score for spans, score in scores.items()}
         if self.path is not None:
             data = {"job": self.job, "scores": self.scores}
             write_text(self.path, json.dumps(data, indent=1) + "\n")
+
+
+def _key(plan: str, spans: Sequence[tuple[int, int]]) -> str:
+    return f"{plan}/{','.join(f'{first}-{last}' for first, last in spans)}"

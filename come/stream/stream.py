@@ -294,11 +294,20 @@ class LayerStream:
         return [(index, self.adapter.layers[index]) for index in range(first, last + 1)]
 
     def run(
-        self, index: int, states: Float[Tensor, "batch seq hidden"]
+        self,
+        index: int,
+        states: Float[Tensor, "batch seq hidden"],
+        layer: nn.Module | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """One batch through layer `index` of the model."""
+        """One batch through layer `index` of the model, or through `layer` in its place."""
         self._meter.tokens += states.shape[:2].numel()
-        return run_layer(self.adapter.layer(index), states, self.keywords(len(states), index))
+        layer = self.adapter.layer(index) if layer is None else layer
+        return run_layer(layer, states, self.keywords(len(states), index))
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of files; None for the system's temporary folder."""
+        return self._folder
 
     @torch.no_grad()
     def through(

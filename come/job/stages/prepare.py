@@ -121,8 +121,10 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"calibration.num_samples={calibrating.num_samples}: merge={merge.name} compares "
                 f"layers by one state a window, and needs at least {least} windows"
             )
+        cost = merge_cost(settings, shape, target)
+        needed += cost.trial_bytes
         if settings.calibration.place == "disk":
-            needed += merge_cost(settings, shape, target).boundary_bytes
+            needed += cost.boundary_bytes
         if settings.weights == "disk":
             merged = (shape.num_layers - target) * shape.block_parameters["layer"]
             needed += merged * shape.dtype.itemsize

@@ -159,7 +159,7 @@ def _trial(
 
 def _trial_method(job: Job, shape: CandidateShape) -> MergeSettings:
     method = job.with_shape(shape).settings.merge
-    return replace(method, refit=method.refit.surrogate)
+    return replace(method, refit=method.refit.surrogate, schedule=method.schedule.surrogate)
 
 
 def _windows(job: Job) -> tuple[int, int]:

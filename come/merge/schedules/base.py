@@ -77,6 +77,16 @@ class Schedule(HasSettings, ABC):
         """Whether no step follows."""
         return plan.num_layers <= target
 
+    @property
+    def sets_compared(self) -> int:
+        """How many sets of spans are scored with the layers of all their trial merges, or 0."""
+        return 0
+
+    @property
+    def surrogate(self) -> Schedule:
+        """A cheaper schedule for trials of a whole compression, which only have to rank shapes."""
+        return self
+
     @abstractmethod
     def choose(self, search: Search) -> Choice:
         """The next span."""

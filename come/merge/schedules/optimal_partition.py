@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from statistics import fmean
@@ -11,15 +13,21 @@ from come.merge.combination import Combination
 from come.merge.plan import MergeStep, SpanCandidate
 from come.merge.schedules.base import SCHEDULES, Schedule
 from come.merge.search import Choice, Search
+from come.merge.set_scores import SetScores
+from come.setting import setting
+
+log = logging.getLogger(__name__)
 
 Bounds = tuple[int, int]  # first and last layer
 Cost = Callable[[int, int], float | None]  # of the span first..last; None if it must not merge
+Sets = list[list[Bounds]]  # the spans merged at each remaining depth
 State = tuple[int, ...]  # layers removed so far for each remaining depth
 Found = tuple[float, tuple[tuple[int, Bounds], ...]]  # total cost; each span with its depth's index
 LARGEST = 1 << 17  # most dynamic-programming states at one layer
 
 
 @SCHEDULES.register
+@dataclass(eq=False)
 class OptimalPartition(Schedule):
     """Chooses all spans for all depths together, such that their total cost is lowest.
 
@@ -37,6 +45,10 @@ class OptimalPartition(Schedule):
     the best set contains them, until all spans of the set have been tried. Sums for untried spans
     are scaled by the mean ratio of trial score to sum over the tried ones.
 
+    Spans that are good alone can be bad together. So the layers of the trial merges of several
+    sets are put into the model, and the set with the lowest score of the whole model is taken
+    (`candidate_sets`; whole layers only).
+
     Source: this project.
 
     Raises:
@@ -49,6 +61,23 @@ class OptimalPartition(Schedule):
     source = "least sum of span costs"
     variable_size = True
     plans_ahead = True
+
+    candidate_sets: int = setting(
+        1,
+        "sets of spans whose trial merges are put into the model together and compared; 1 takes "
+        "the set with the least sum of scores",
+        least=1,
+    )
+
+    @property
+    def sets_compared(self) -> int:
+        """The candidate sets, if they are compared."""
+        return self.candidate_sets if self.candidate_sets > 1 else 0
+
+    @property
+    def surrogate(self) -> Schedule:
+        """Sums of scores only."""
+        return replace(self, candidate_sets=1)
 
     @classmethod
     def check_depths(cls, num_layers: int, depths: Collection[int]) -> None:
@@ -73,54 +102,152 @@ class OptimalPartition(Schedule):
 
     def choose(self, search: Search) -> Choice:
         """The first span of the next depth's set."""
+        first_choice = not search.plan.steps and search.plan.block == "layer"
+        together: SetScores | None = None
+        if first_choice and self.sets_compared and search.method.selection.scores_sets:
+            together = SetScores(search)
+        costs = SpanCosts(search)
+        ruled_out = frozenset(span for step in search.steps for span in step.ruled_out)
+        sets = costs.cheapest(ruled_out)
+        if sets is None:
+            raise ValueError(
+                "no spans are left that lead to "
+                f"{', '.join(map(str, search.stops))} layers; leave depths of merge.save_at out"
+            )
+        if together is not None and sum(map(len, sets)) > 1:
+            sets, ruled_out = self._best_together(together, costs, sets)
+        first, last = sets[0][0]
+        score = costs.of(first, last)
+        assert score is not None
+        found = costs.measured or [SpanCandidate(first, last, score)]
+        return Choice(first, last, None, score, found, sorted(ruled_out))
+
+    def _best_together(
+        self, together: SetScores, costs: SpanCosts, sets: Sets
+    ) -> tuple[Sets, frozenset[Bounds]]:
+        """The best of `candidate_sets` sets when merged together, and the spans that it rules out.
+
+        Starts from the cheapest set. Each further candidate is the cheapest one without one of the
+        spans of the best set so far.
+        """
+        best, out, least = sets, frozenset[Bounds](), _total(together, sets)
+        seen = {_key(sets)}
+        while len(seen) < self.candidate_sets:
+            nearby = []
+            for span in _key(best):
+                other = costs.estimated(out | {span})
+                if other is not None and _key(other) not in seen:
+                    nearby.append((costs.total(other), sorted(out | {span})))
+            if not nearby:
+                break
+            without = frozenset(min(nearby)[1])
+            found = costs.cheapest(without)
+            if found is None or _key(found) in seen:  # trials of its spans changed the estimate
+                break
+            seen.add(_key(found))
+            total = _total(together, found)
+            if total < least:
+                best, out, least = found, without, total
+        return best, out
+
+
+class SpanCosts:
+    """Costs of the spans of the current model's layers, measured when a set contains them.
+
+    Args:
+        search: the search; the costs of its earlier steps are used.
+
+    Attributes:
+        measured: the spans measured so far, with their scores.
+    """
+
+    def __init__(self, search: Search) -> None:
         history, rules, depth = search.history, search.rules, len(search.history)
-        saved = [a - b for a, b in pairwise([depth, *search.stops])]
         layers = sum(map(len, history))
-        own = [span[0] for span in history]
-        free = [
+        self.measured: list[SpanCandidate] = []
+        self._search = search
+        self._saved = [a - b for a, b in pairwise([depth, *search.stops])]
+        self._own = [span[0] for span in history]
+        self._free = [
             len(span) == 1 and rules.protect_first <= i < depth - rules.protect_last
             for i, span in enumerate(history)
         ]
-        costs = known_costs(search.steps, layers)
-        waiting = [
+        self._costs = known_costs(search.steps, layers)
+        self._waiting = [
             (i, i + 1)
             for i in range(depth - 1)
-            if free[i] and free[i + 1] and rules.alike(history, i, i + 1)
-            if (own[i], own[i + 1]) not in costs
+            if self._free[i] and self._free[i + 1] and rules.alike(history, i, i + 1)
+            if (self._own[i], self._own[i + 1]) not in self._costs
         ]
-        count = len(waiting)
+        self._count = len(self._waiting)
         if search.shortlist:
-            count = max(search.shortlist, 2 * (layers - search.target))
-        known = sum(last - first == 1 for first, last in costs)
-        missing = _ranked(search, waiting)[: count - known] if count > known else []
-        measured: list[SpanCandidate] = []
+            self._count = max(search.shortlist, 2 * (layers - search.target))
+        known = sum(last - first == 1 for first, last in self._costs)
+        self._measure(_ranked(search, self._waiting)[: max(0, self._count - known)])
+
+    def of(self, first: int, last: int) -> float | None:
+        """The measured or estimated cost of a span; None if it must not merge."""
+        if not all(self._free[first : last + 1]):
+            return None
+        return estimate(self._costs)(self._own[first], self._own[last])
+
+    def total(self, sets: Sets) -> float:
+        """The cost of all spans of a set; a span counts for every depth that has it."""
+        depths = len(self._saved)
+        costs = [(depths - at, self.of(*span)) for at, part in enumerate(sets) for span in part]
+        return sum(times * cost for times, cost in costs if cost is not None)
+
+    def estimated(self, ruled_out: Collection[Bounds]) -> Sets | None:
+        """The cheapest set by the costs known so far, without the spans ruled out.
+
+        `ruled_out` has spans of original layers. None if no set leads to the depths.
+        """
+        of = estimate(self._costs)
+
+        def cost(first: int, last: int) -> float | None:
+            own = self._own[first], self._own[last]
+            return of(*own) if all(self._free[first : last + 1]) and own not in ruled_out else None
+
+        return optimal_partition(cost, len(self._own), self._search.rules.m, self._saved)
+
+    def cheapest(self, ruled_out: Collection[Bounds]) -> Sets | None:
+        """The cheapest set, all of whose spans are measured, without the spans ruled out."""
         while True:
-            waiting = [pair for pair in waiting if pair not in missing]
-            found = search.tried(missing) if search.shortlist else search.scored(missing)
-            measured += found
-            costs |= {(own[c.first], own[c.last]): c.score for c in found}
-            estimated = estimate(costs)
-
-            def cost(first: int, last: int, of: Cost = estimated) -> float | None:
-                return of(own[first], own[last]) if all(free[first : last + 1]) else None
-
-            sets = optimal_partition(cost, depth, rules.m, saved)
+            sets = self.estimated(ruled_out)
             if sets is None:
-                missing = _ranked(search, waiting)[:count]
+                missing = _ranked(self._search, self._waiting)[: self._count]
                 if not missing:
-                    raise ValueError(
-                        "no spans are left that lead to "
-                        f"{', '.join(map(str, search.stops))} layers; leave depths of "
-                        "merge.save_at out"
-                    )
-                continue
-            missing = [g for part in sets for g in part if (own[g[0]], own[g[1]]) not in costs]
-            if not missing or not search.shortlist:
-                break
-        first, last = sets[0][0]
-        score = cost(first, last)
-        assert score is not None
-        return Choice(first, last, None, score, measured or [SpanCandidate(first, last, score)])
+                    return None
+            else:
+                spans = [span for part in sets for span in part]
+                missing = [
+                    s for s in spans if (self._own[s[0]], self._own[s[1]]) not in self._costs
+                ]
+                if not missing or not self._search.shortlist:
+                    return sets
+            self._measure(missing)
+
+    def _measure(self, spans: list[Bounds]) -> None:
+        search = self._search
+        self._waiting = [pair for pair in self._waiting if pair not in spans]
+        found = search.tried(spans) if search.shortlist else search.scored(spans)
+        self.measured += found
+        self._costs |= {(self._own[c.first], self._own[c.last]): c.score for c in found}
+
+
+def _key(sets: Sets) -> tuple[Bounds, ...]:
+    """All spans of a set, ascending."""
+    return tuple(sorted(span for part in sets for span in part))
+
+
+def _total(together: SetScores, sets: Sets) -> float:
+    """The sum over depths of the scores of the model with all spans merged down to that depth."""
+    depths = [_key(sets[: at + 1]) for at in range(len(sets)) if sets[at]]
+    scores = together.scored(depths)
+    for spans, score in zip(depths, scores, strict=True):
+        shown = ", ".join(f"{first}-{last}" for first, last in spans)
+        log.info("together %s: %.4f", shown, score)
+    return sum(scores)
 
 
 def _ranked(search: Search, pairs: list[Bounds]) -> list[Bounds]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from come.merge.combination import Combination
 from come.merge.refit.base import Refit
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.trial_layers import TrialLayers
 from come.registry import Registry
 from come.setting import HasSettings
 from come.statistics.influence import TOKENS, chosen_tokens, token_cosine
@@ -34,9 +35,11 @@ class SpanScore(HasSettings, ABC):
             while only those change.
         min_windows: smallest number of calibration windows that it needs.
         uses_targets: whether `refine` reads the reconstruction targets even without a refit.
+        scores_sets: whether `score_together` scores several trial merges at once.
 
     Attributes:
         tokens: which tokens a mean over tokens includes, from `merge.tokens`.
+        layers: where trial merges keep their layers; None to keep none.
     """
 
     config_key = "merge.selection"
@@ -46,7 +49,9 @@ class SpanScore(HasSettings, ABC):
     local: ClassVar[bool] = True
     uses_targets: ClassVar[bool] = False
     min_windows: ClassVar[int] = 1
+    scores_sets: ClassVar[bool] = False
     tokens: TOKENS = field(init=False, repr=False, default="last")
+    layers: TrialLayers | None = field(init=False, repr=False, default=None)
 
     @property
     def num_trials(self) -> int:
@@ -81,7 +86,9 @@ class SpanScore(HasSettings, ABC):
         return [self.score(stream, first, last) for first, last in spans]
 
     def release(self) -> None:
-        """Called after a choice; frees the memory that trial merges hold."""
+        """Called after a choice; frees the memory and the files that trial merges hold."""
+        if self.layers is not None:
+            self.layers.clear()
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
         """The windows that trial merges are fitted to; by default all windows."""
@@ -96,6 +103,12 @@ class SpanScore(HasSettings, ABC):
     ) -> list[float]:
         """Scores of several trial merges; may need fewer passes than scoring each by itself."""
         return [self.refine(span, split, refit) for span, split in trials]
+
+    def score_together(
+        self, stream: LayerStream, spans: Sequence[tuple[int, int]], layers: TrialLayers
+    ) -> float:
+        """Score of the model in which all spans, ascending, are replaced by their trial layers."""
+        raise NotImplementedError
 
 
 def token_mean(

@@ -14,6 +14,7 @@ from come.merge.refit.base import Refit
 from come.merge.selection.base import SELECTION, SpanScore
 from come.merge.selection.cosine import mean_angle
 from come.merge.span import LayerSpan, UnitAllocation
+from come.merge.trial_layers import TrialLayers
 from come.models.layer_state import overlay
 from come.models.loss import Predictions, predictions, token_divergence
 from come.setting import setting
@@ -45,6 +46,7 @@ class TrialKL(SpanScore):
     name = "trial_kl"
     paper = ""
     source = "divergence of trial merges"
+    scores_sets = True
 
     shortlist: int = setting(12, "spans that are merged on trial", least=1)
     trial_windows: int = setting(
@@ -74,6 +76,7 @@ class TrialKL(SpanScore):
 
     def release(self) -> None:
         """Frees the hidden states of the validation windows."""
+        super().release()
         self._validation, self._reference = None, []
 
     def trial_stream(self, stream: LayerStream) -> LayerStream:
@@ -108,12 +111,31 @@ class TrialKL(SpanScore):
         for span, split in trials:
             fitted = fitted_trial(span, split, refit)
             validation = self._validation_stream(span.stream)
+            if self.layers is not None:
+                self.layers.add(span.first, span.last, fitted)
             states = [states for _, states in validation.through(span.first, fitted)]
             candidates.append(Candidate(span.first, [], span.last + 1, states))
             del span, split, fitted  # frees them before the next trial
         assert validation is not None
         batches = final_states(validation, candidates)
         return [self._divergence(validation, states) for states in batches]
+
+    @torch.no_grad()
+    def score_together(
+        self, stream: LayerStream, spans: Sequence[tuple[int, int]], layers: TrialLayers
+    ) -> float:
+        """The divergence with the layers of all trial merges of a set in the model at once."""
+        validation = self._validation_stream(stream)
+        place, _ = spans[0]
+        batches = [validation.boundary(place, rows) for rows in validation.batches]
+        for first, last in spans:
+            for index in range(place, first):
+                batches[:] = [validation.run(index, states) for states in batches]
+            for index, layer in layers.route(validation.adapter, first, last):
+                batches[:] = [validation.run(index, states, layer) for states in batches]
+            place = last + 1
+        rest = Candidate(spans[0][0], [], place, batches)
+        return self._divergence(validation, final_states(validation, [rest])[0])
 
     def _validation_stream(self, stream: LayerStream) -> LayerStream:
         """The validation windows in the current model, whose predictions are the reference."""
