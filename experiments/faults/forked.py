@@ -121,6 +121,7 @@ def start(
     arm: Callable[[], None] | None = None,
     main: Callable[[], int] | None = None,
     after: Callable[[], object] | None = None,
+    printed: Path | None = None,
 ) -> Started:
     """Starts a command in a forked child.
 
@@ -131,8 +132,9 @@ def start(
         arm: called in the child before the command, to prepare a fault.
         main: what the child runs; the command by default.
         after: called in the child at its end.
+        printed: folder of its stdout and stderr; "printed" in `cwd` by default.
     """
-    printed = cwd / "printed"
+    printed = printed or cwd / "printed"
     printed.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

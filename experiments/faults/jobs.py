@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-TEXT = [f"Line {i} of the text speaks of {i * i} layers in {i % 7} groups." for i in range(1500)]
-HELD_OUT = [f"Row {i} says that {i * 3} heads read {i % 11} tokens of it." for i in range(400)]
-LAYERS, VOCABULARY = 8, 300
+TEXT = [f"Line {i} of the text speaks of {i * i} layers in {i % 7} groups." for i in range(400)]
+HELD_OUT = [f"Row {i} says that {i * 3} heads read {i % 11} tokens of it." for i in range(100)]
+LAYERS, VOCABULARY = 6, 300
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Workspace:
 
 
 def save_model(folder: Path, **config: object) -> None:
-    """Saves a random LLaMA of 8 layers with a byte-level tokenizer of its own."""
+    """Saves a random LLaMA of 6 layers with a byte-level tokenizer of its own."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -95,7 +95,8 @@ class Scenario:
     name: of the stage that it is about.
     words: overrides, without the folder of the run.
     sweep: whether it is a grid, whose jobs are in folders of their own.
-    cases: its share of the kills.
+    share: its share of the kills; 0 for jobs that run in new interpreters, which have kills of
+        their own.
     """
 
     name: str
@@ -114,48 +115,50 @@ def scenarios(work: Workspace) -> dict[str, Scenario]:
     """All jobs, by name."""
     model = ("model=local", f"model.path={work.base}")
     read = ("calibration=text_file", f"calibration.path={work.text}")
-    sizes = ("calibration.num_samples=8", "calibration.seq_len=32")
+    sizes = ("calibration.num_samples=4", "calibration.seq_len=16")
     perplexity = (
         "eval=perplexity",
         f"eval.perplexity.path={work.held_out}",
-        "eval.perplexity.seq_len=64",
-        "eval.perplexity.max_tokens=1024",
+        "eval.perplexity.seq_len=32",
+        "eval.perplexity.max_tokens=256",
     )
     plain = (*model, *read, *sizes)
-    both = ("eval=[perplexity,continuations]", *perplexity[1:], "eval.continuations.tokens=8")
+    both = ("eval=[perplexity,continuations]", *perplexity[1:], "eval.continuations.tokens=4")
     train = (
-        "distill.tokens=2048", "distill.seq_len=32", "distill.batch_size=4",
-        "distill.validation_samples=4", "distill.checkpoint_every=2", "distill.validate_every=4",
+        "distill.tokens=640", "distill.seq_len=16", "distill.batch_size=4",
+        "distill.validation_samples=2", "distill.checkpoint_every=2", "distill.validate_every=4",
     )  # fmt: skip
     found = [
-        Scenario("memory", (*plain, "merge=come", "merge.target_layers=4", *perplexity)),
+        Scenario("memory", (*plain, "merge=come", "merge.target_layers=3", *perplexity)),
         Scenario(
             "disk",
             (
-                *plain, "merge=come", "merge.target_layers=4", "model.weights=disk",
+                *plain, "merge=come", "merge.target_layers=3", "model.weights=disk",
                 "calibration.store=disk", *perplexity,
             ),
         ),
-        Scenario("trials", (*plain, "merge=come_plus", "merge.target_layers=5", "eval=none")),
+        Scenario("trials", (*plain, "merge=come_plus", "merge.target_layers=4", "eval=none")),
         Scenario("plan", (*model, "merge=from_plan", f"merge.plan={work.merged}/plan.json",
                           "eval=none"), share=3),
         Scenario(
             "shards",
             (
-                *plain, "merge=come", "merge.save_at=[6,4]", "merge.shard_size=40KB", "eval=none",
+                *plain, "merge=come", "merge.save_at=[5,3]", "merge.shard_size=40KB", "eval=none",
                 "model.weights=disk",
             ),
         ),
-        Scenario("distill", (*plain, "merge=come", "merge.target_layers=5", "distill=come_sp",
+        Scenario("distill", (*plain, "merge=come", "merge.target_layers=4", "distill=come_sp",
                              *train, "eval=none")),
-        Scenario("layerwise", (*plain, "merge=come", "merge.target_layers=5", "distill=come_mp",
+        Scenario("layerwise", (*plain, "merge=come", "merge.target_layers=4", "distill=come_mp",
                                *train, "eval=none"), share=2),
         Scenario("sampling", (*model, "calibration=self_generated", *sizes, "merge=come",
-                              "merge.target_layers=6", "eval=none")),
+                              "merge.target_layers=4", "eval=none")),
         Scenario("evaluate", (*model, f"from_run={work.merged}", *both)),
         Scenario("dense", (*model, "merge=none", *both), share=2),
-        Scenario("grid", (*plain, "merge=come", "merge.target_layers=5,6", "eval=none",
-                          "hydra/launcher=processes"), sweep=True, share=1),
+        Scenario("grid", (*plain, "merge=come", "merge.target_layers=4,5", "eval=none"),
+                 sweep=True, share=2),
+        Scenario("parallel", (*plain, "merge=come", "merge.target_layers=4,5", "eval=none",
+                              "hydra/launcher=processes"), sweep=True, share=0),
     ]  # fmt: skip
     return {scenario.name: scenario for scenario in found}
 

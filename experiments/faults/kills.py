@@ -65,7 +65,7 @@ def kills(work: Workspace, record: Record, *, count: int = 260, only: str = "") 
     )
     references: dict[str, Reference] = {}
     for index in range(count // CHAIN):
-        name = order[index % len(order)][1]
+        name = order[index % len(order)][1] if index % 12 != 11 else "parallel"
         case = f"kill-{record.seed}-{index:03d}-{name}"
         if not record.wants(case):
             continue
@@ -80,13 +80,16 @@ def one(case: str, scenario: Scenario, reference: Reference, folder: Path, recor
     rng = random.Random(case)
     shutil.rmtree(folder, ignore_errors=True)
     kind = rng.choice([*SIGNALS, "SIGKILL", "out of memory", "file change", "file change"])
-    if rng.random() < 0.06:
+    if not scenario.share:
+        kind = rng.choice(list(SIGNALS))
+    elif rng.random() < 0.06:
         kind = "new interpreter"
+    chain = CHAIN if scenario.share and kind != "new interpreter" else 2
     found: dict[str, str] = {}
     happened, seconds = [], 0.0
     groups: list[Started] = []
     words = scenario.command(folder / "run")
-    for _ in range(CHAIN):
+    for _ in range(chain):
         run, what = _disturb(kind, words, folder, reference, rng, scenario, groups)
         happened.append(what)
         seconds += run.seconds
@@ -101,7 +104,7 @@ def one(case: str, scenario: Scenario, reference: Reference, folder: Path, recor
         group.send(signal.SIGKILL, group=True)
     seconds += last.seconds
     found |= compared(last, folder / "run", reference)
-    record.add(case, found, kind=kind, stage=scenario.name, faults=CHAIN, happened=happened,
+    record.add(case, found, kind=kind, stage=scenario.name, faults=chain, happened=happened,
                seconds=round(seconds, 1))  # fmt: skip
 
 

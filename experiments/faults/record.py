@@ -17,18 +17,23 @@ BAD = ("lost", "half_written", "traceback", "hang", "leftover", "outside", "uncl
 
 @dataclass
 class Record:
-    """Appends cases to `results.jsonl`; cases that are there already are not run again."""
+    """Appends cases to `results.jsonl`; cases that are there already are not run again.
+
+    With `again`, cases that found a defect are run again, after its repair.
+    """
 
     path: Path
     part: str
     seed: int
     deadline: float
+    again: bool = False
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.path.is_file():
-            for row in rows(self.path):
-                self.done.add(row["case"])
+            self.done = {
+                row["case"] for row in rows(self.path) if not (self.again and row["found"])
+            }
 
     def wants(self, case: str) -> bool:
         """Whether a case is still to run, and there is time for it."""
@@ -46,12 +51,15 @@ class Record:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The cases of a file; an incomplete last line of a killed campaign is left out."""
-    for line in path.read_text().splitlines():
+    """The cases of a file, the last row of each; an incomplete line is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except ValueError:
             continue
+        found[row["case"]] = row
+    yield from found.values()
 
 
 def counts(path: Path) -> str:

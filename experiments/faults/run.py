@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="kills or examples, for a shorter campaign")
     parser.add_argument("--only", default="", help="one scenario of kills or disk")
+    parser.add_argument("--again", action="store_true", help="repeats cases that found a defect")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--work", type=Path, help="a folder to keep; a temporary one by default")
     arguments = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> int:
             assert first.code == 0, first.err
         for part in PARTS if arguments.part == "all" else (arguments.part,):
             deadline = time.monotonic() + 60 * arguments.minutes
-            record = Record(arguments.results, part, arguments.seed, deadline)
+            record = Record(arguments.results, part, arguments.seed, deadline, arguments.again)
             options = {"count": arguments.count} if arguments.count else {}
             if arguments.only:
                 options["only"] = arguments.only
