@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from come.errors import one_line
-from come.files import cache_folder, file_hash, write_text
+from come.files import cache_folder, file_hash, read_again, write_text
 from come.models.companions import companions_hash
 from come.models.packaged import PACKAGED
 
@@ -257,8 +258,9 @@ def _cached_hash(path: Path) -> str:
     # A copied file may keep its modification time, but its inode and change time differ.
     key = f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     known = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if known.is_file():
-        return known.read_text()
+    hashed = read_again(known, Path.read_text)
+    if hashed is not None and re.fullmatch("[0-9a-f]{16}", hashed):
+        return hashed
     found = file_hash(path)
     known.parent.mkdir(parents=True, exist_ok=True)
     write_text(known, found)
