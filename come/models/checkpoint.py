@@ -126,7 +126,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
     try:
         config: Any = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"model folder {folder}: config.json cannot be read: {one_line(error)}"
         ) from error
@@ -170,16 +170,19 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: there are no safetensors files, or the index of shards cannot be read.
     """
     named = _named_weights(folder)
-    single = folder / (named or "model.safetensors")
+    single = folder / _inside(folder, named or "model.safetensors")
     if single.is_file() and single.suffix == ".safetensors":
         return [single]
     index = folder / (named or "model.safetensors.index.json")
     if index.is_file():
         try:
             shards = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"checkpoint is damaged: {index} cannot be read: {error}") from error
-        return [folder / name for name in sorted(set(shards))]
+            names = [str(name) for name in shards]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"checkpoint is damaged: {index} cannot be read: {one_line(error)}"
+            ) from error
+        return [folder / _inside(folder, name) for name in sorted(set(names))]
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
@@ -196,11 +199,22 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _inside(folder: Path, name: str) -> str:
+    """The name of a file of a checkpoint.
+
+    Raises:
+        ValueError: it leads out of the folder, where a checkpoint of a stranger has no business.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"model folder {folder} names weights outside of it: {name}")
+    return name
+
+
 def _named_weights(folder: Path) -> str | None:
     """The value of `transformers_weights`, a file name that takes precedence, or None."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     name = named.get("transformers_weights") if isinstance(named, dict) else None
     return name if isinstance(name, str) else None

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -33,12 +34,12 @@ def disk(work: Workspace, record: Record, *, count: int = 120, only: str = "") -
         case = f"disk-{record.seed}-{index:03d}-{name}-{kind.replace(' ', '-')}"
         if not record.wants(case):
             continue
-        if name not in references:
-            references[name] = undisturbed(jobs[name], work.folder / "reference" / name)
         with small_disk(work.folder / "small") as folder:
             if folder is None:
                 record.add(case, {}, kind=kind, stage=name, faults=0, skipped="mount needs root")
                 continue
+            if name not in references:
+                references[name] = undisturbed(jobs[name], folder / "case")
             one(case, kind, jobs[name], references[name], folder / "case", record)
 
 
@@ -66,6 +67,7 @@ def one(
 ) -> None:
     """Disturbs a run, undoes the disturbance, completes the run, and compares."""
     rng = random.Random(case)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     words = scenario.command(folder / "run")
     at = rng.randint(1, reference.events)
@@ -73,10 +75,13 @@ def one(
     if kind == "two processes":
         runs, happened = _several(words, folder, reference, rng)
     elif kind == "jumping clock":
-        runs, happened = [start(words, folder, arm=_jumps(rng)).wait()], "the clock jumps"
+        runs, happened = (
+            [start(words, folder, main=reference.main, arm=_jumps(rng)).wait()],
+            "the clock jumps",
+        )
     else:
         arm, happened = _disturbance(kind, folder, at, rng)
-        runs = [start(words, folder, arm=arm).wait()]
+        runs = [start(words, folder, main=reference.main, arm=arm).wait()]
         for made in [folder, *folder.rglob("*")]:
             if made.is_dir():
                 made.chmod(0o755)
@@ -90,7 +95,7 @@ def one(
         found["hang"] = happened
     if wrong := half_written(folder):
         found["half_written"] = "; ".join(wrong)[:500]
-    last = start(words, folder).wait()
+    last = start(words, folder, main=reference.main).wait()
     found |= compared(last, folder / "run", reference)
     record.add(case, found, kind=kind, stage=scenario.name, happened=happened,
                codes=[run.code for run in runs], said=runs[0].errors[:1])  # fmt: skip
@@ -155,10 +160,12 @@ def _several(
     number, kill = rng.choice([2, 3]), rng.random() < 0.5
     started = []
     for index in range(number):
-        started.append(start(words, folder, printed=folder / "printed" / str(index)))
-        time.sleep(rng.uniform(0, 0.3) * reference.seconds)
+        started.append(
+            start(words, folder, main=reference.main, printed=folder / "printed" / str(index))
+        )
+        time.sleep(rng.uniform(0, 2.0))
     if kill:
-        time.sleep(rng.uniform(0, 0.5) * reference.seconds)
+        started[0].spend(rng.uniform(0, 1.0) * reference.seconds)
         started[0].send(signal.SIGKILL)
     runs = [process.wait() for process in started]
     wrong = [run for run in runs[kill:] if run.code != 0]
