@@ -124,8 +124,9 @@ class Started:
 
 
 def composed(words: Sequence[str]) -> Callable[[], int]:
-    """The same job as `main` runs, without composing the configuration again: that is half of the
-    CPU time of a small job, before anything is written. A child runs it.
+    """A function that runs the same job as `main` with settings composed here, for a child.
+
+    Composing the configuration is half of the CPU time of a small job, before it writes anything.
     """
     import shlex
 
