@@ -81,7 +81,8 @@ def one(
         )
     else:
         arm, happened = _disturbance(kind, folder, at, rng)
-        runs = [start(words, folder, main=reference.main, arm=arm).wait()]
+        printed = folder.parents[1] / "printed"  # not on the full disk
+        runs = [start(words, folder, main=reference.main, arm=arm, printed=printed).wait()]
         for made in [folder, *folder.rglob("*")]:
             if made.is_dir():
                 made.chmod(0o755)

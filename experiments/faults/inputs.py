@@ -133,7 +133,7 @@ def inputs(work: Workspace, record: Record, *, count: int = 1000, only: str = ""
         elif run.code == 0 or len(run.errors) != 1 or len(run.errors[0]) > 1200:
             found["unclear"] = f"exit {run.code}: {run.err[-400:]}"
         written = [p.name for p in (folder / "run").rglob("*") if p.is_file()]
-        if set(written) - {"run.log"}:
+        if set(written) - {"run.log", ".lock"}:
             found["leftover"] = ", ".join(written)
         record.add(f"input-{name}", found, kind="setting" if name in SETTINGS else "file",
                    said=run.errors[:1])  # fmt: skip

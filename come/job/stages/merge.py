@@ -76,6 +76,10 @@ def merge(
         earlier = None  # the schedule chooses spans on the dense model, so it starts over
     if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
         earlier = None  # made from other weights, for example after an update on the hub
+    if earlier is not None and method.schedule.nested:
+        passed = [depth for depth in method.save_at if job.target < depth >= earlier.num_layers]
+        if not all(_saved_by_job(job, job.folder / f"model-{depth}") for depth in passed):
+            earlier = None  # a model that it has passed is damaged, and is made again
     if earlier is not None:
         log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
