@@ -97,7 +97,8 @@ class Metric:
             kept = {key: getattr(owner, key, None) for key in ("low", "high", "p")}
             numbers |= {key: value for key, value in kept.items() if value is not None}
         for key, value in numbers.items():
-            if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+            huge = isinstance(value, int) and abs(value) > sys.float_info.max
+            if not isinstance(value, int | float) or huge:
                 raise ValueError(f"{key} of a metric is {value!r:.60}, which is no number")
         texts = (found.unit, found.comparison, found.data)
         if not all(isinstance(text, str) for text in texts) or not isinstance(found.details, dict):
