@@ -175,6 +175,7 @@ def test_solved_tensors_fit_the_layer(planned, tmp_path):
     for own, message in (
         ({name: tensor[:1].clone()}, "has the shape"),
         ({name: tensor.long()}, "has the shape"),
+        ({name: torch.tensor(1.0)}, "has the shape"),
         ({"mlp.nosuch.weight": tensor.clone()}, "which the layer does not have"),
     ):
         solved = plan.steps[0].solved.tensors | own
@@ -258,6 +259,8 @@ def test_configuration_of_a_billion_layers_is_refused_at_once(base):
         (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
         (OSError(errno.ENOSPC, "full", "a", None, "b"), "b: full"),
         (MemoryError(), "out of memory; calibration.memory=SIZE"),
+        (ImportError("a.so: failed to map segment from shared object"), "out of memory"),
+        (RuntimeError("can't start new thread"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
     ],
 )

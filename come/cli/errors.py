@@ -65,7 +65,13 @@ def user_line(error: Exception) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch could not allocate memory."""
-    words = ("can't allocate memory", "out of memory", "cannot allocate memory", "start new thread")
+    words = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "out of memory",
+        "start new thread",
+        "failed to map segment",  # of a library that is imported when it is needed
+    )
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 

@@ -49,7 +49,7 @@ class SolvedTensors:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 _DROPS = {"replaceme": "drop", "prune_comp": "drop"}  # operators of earlier versions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 BAD = ("lost", "half_written", "traceback", "hang", "leftover", "outside", "unclear")
 """What a case may find, each a defect."""
 
@@ -27,6 +29,7 @@ class Record:
     seed: int
     deadline: float
     again: bool = False
+    work: Path = Path("work")
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -35,6 +38,13 @@ class Record:
                 row["case"] for row in rows(self.path) if not (self.again and row["found"])
             }
 
+    def _without_paths(self, value: Any) -> str:
+        """JSON in which the folder of the work and that of the package have names of their own."""
+        text = json.dumps(value)
+        for path, name in ((str(self.work), "WORK"), (str(ROOT), "CLONE"), (sys.prefix, "VENV")):
+            text = text.replace(path, name)
+        return text
+
     def wants(self, case: str) -> bool:
         """Whether a case is still to run, and there is time for it."""
         return case not in self.done and time.monotonic() < self.deadline
@@ -42,6 +52,8 @@ class Record:
     def add(self, case: str, found: dict[str, str], **about: Any) -> None:
         """Writes a case; `found` has what is wrong with it, by the words of `BAD`."""
         assert set(found) <= set(BAD)
+        about = json.loads(self._without_paths(about))
+        found = json.loads(self._without_paths(found))
         row = {"case": case, "part": self.part, "seed": self.seed, **about, "found": found}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -57,7 +57,9 @@ def main() -> int:
             assert first.code == 0, first.err
         for part in PARTS if arguments.part == "all" else (arguments.part,):
             deadline = time.monotonic() + 60 * arguments.minutes
-            record = Record(arguments.results, part, arguments.seed, deadline, arguments.again)
+            record = Record(
+                arguments.results, part, arguments.seed, deadline, arguments.again, work.folder
+            )
             options = {"count": arguments.count} if arguments.count else {}
             if arguments.only:
                 options["only"] = arguments.only
