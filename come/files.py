@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from glob import glob
 from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+
+from come.errors import one_line
+
+Read = TypeVar("Read")
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 RESULT = "result.json"  # the last file that a job writes
@@ -81,6 +91,47 @@ def package_hash() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    SafetensorError,
+)  # fmt: skip
+"""What reading a damaged file of JSON or tensors raises."""
+
+
+def read_again(path: Path, read: Callable[[Path], Read | None]) -> Read | None:
+    """What `read` makes of a file that an earlier session wrote; None if it cannot be used.
+
+    All files are written atomically, so a damaged file comes from a damaged disk or from a copy.
+    What it holds is computed again, after a warning.
+
+    Args:
+        path: the file, which may be missing.
+        read: reads the file and checks its content; None if it is of no use here.
+    """
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except DAMAGED as error:
+        log.warning("%s is damaged and is not used (%s)", path, one_line(error))
+        return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file does not hold one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"holds no JSON object but {type(found).__name__}")  # noqa: TRY004
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -157,6 +157,17 @@ def test_the_choice_survives_an_interruption(windows, opposed, tmp_path):
     assert len(opposed) == count + 1  # its layers are fitted again
 
 
+@pytest.mark.parametrize("value", [[[1]], [[1, 2, 3]], [["1", 2]], "1-2"])
+def test_ruled_out_spans_of_a_file_are_checked(windows, opposed, tmp_path, value):
+    plan = merged(windows, 3)
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["steps"][0]["ruled_out"] = value
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"steps\[0\].ruled_out must be"):
+        Plan.load(tmp_path / "plan.json")
+
+
 def test_one_span_needs_no_comparison(windows, opposed):
     assert len(merged(windows, 4, target=5).steps) == 1
     assert not opposed

@@ -24,7 +24,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from come.cli.errors import USER_ERRORS, no_such_setting, user_line
+from come.cli.errors import (
+    OUT_OF_MEMORY,
+    STORAGE_ERRORS,
+    USER_ERRORS,
+    is_out_of_memory,
+    no_such_setting,
+    user_line,
+)
 from come.cli.grid import DRY_RUN, GridReport
 from come.cli.overrides import (
     as_groups,
@@ -112,6 +119,7 @@ def main() -> int:
         sweep fails, the other jobs still run.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra must not shorten errors
+    logging.raiseExceptions = False  # a full disk must not print a traceback per line of the log
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
@@ -196,12 +204,18 @@ def _guarded(job: Callable[[], Any]) -> int:
         _print_error(user_line(error))
         return 1
     except OSError as error:
-        if error.filename is None:
+        place = error.filename2 or error.filename  # of a copy, the file that is written
+        if place is None and error.errno not in STORAGE_ERRORS:
             raise
         _print_error(
-            f"{error.filename}: {error.strerror}; hydra.run.dir=FOLDER chooses the output folder, "
-            "COME_CACHE=FOLDER the cache"
+            f"{place or 'output'}: {error.strerror}; hydra.run.dir=FOLDER chooses the output "
+            "folder, COME_CACHE=FOLDER the cache; the same command resumes"
         )
+        return 1
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _print_error(OUT_OF_MEMORY)
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
@@ -234,9 +248,10 @@ def _close_failed_job(folder: Path, name: str, error: Exception) -> None:
         _stop_log_file()  # launchers log the error again
         shutil.rmtree(folder, ignore_errors=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a") as file:
-        traceback.print_exc(file=file)
+    with contextlib.suppress(OSError):  # the disk may be full
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "a") as file:
+            traceback.print_exc(file=file)
 
 
 def _finish_sweep(folder: Path) -> None:

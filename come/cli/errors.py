@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import shlex
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ from come.merge.method import PARTS
 from come.registry import Registry
 from come.schema import Settings
 
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of a disk that may come without the name of a file."""
+OUT_OF_MEMORY = (
+    "out of memory; calibration.memory=SIZE limits what a merge uses, model.weights=disk and "
+    "calibration.batch_size=1 need less; the same command resumes"
+)
 USER_ERRORS = (ValueError, HydraException, OmegaConfBaseException)
 
 _EXPECTED = {
@@ -54,6 +61,18 @@ def user_line(error: Exception) -> str:
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _wrong_setting(text)
     return text
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not allocate memory."""
+    words = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "out of memory",
+        "start new thread",
+        "failed to map segment",  # of a library that is imported when it is needed
+    )
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def near(name: str, names: list[str]) -> str:

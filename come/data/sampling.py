@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from come.data.decoding import fast_single_tokens
 from come.data.prompts import FREE, prompt_starts
 from come.data.windows import TokenWindows
-from come.files import cache_folder, write_bytes
+from come.files import cache_folder, read_again, read_object, write_bytes
 from come.models.caches import cache_of
 from come.models.families import layout_of
 from come.progress import ProgressBar
@@ -288,9 +289,16 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
     name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
     path = cache_folder() / "generated" / f"{name}.safetensors"
     about = path.with_suffix(".json")
-    if about.is_file():
+
+    def read(about: Path) -> TokenWindows:
         windows = load_file(path)["windows"]
-        return TokenWindows(windows, **json.loads(about.read_text()))
+        if windows.dim() != 2 or windows.dtype != torch.long:
+            raise ValueError(f"{path.name} holds no windows of token ids")
+        return TokenWindows(windows, **read_object(about))
+
+    known = read_again(about, read)
+    if known is not None:
+        return known
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save({"windows": made.windows.contiguous()}))

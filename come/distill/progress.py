@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from come.distill.sharding import like, whole
-from come.files import PARTIAL, write_text
+from come.files import PARTIAL, read_again, read_object, write_text
 
 STATE = "state.json"
 
@@ -95,13 +96,27 @@ def load_progress(
     Returns:
         The progress and the best weights; None if there is no state of this job.
     """
-    path = folder / STATE
-    if not path.is_file():
+
+    def read(path: Path) -> tuple[Progress, dict[str, Tensor]] | None:
+        state = read_object(path)
+        if state["job"] != job:
+            return None
+        name = str(state["tensors"])
+        if not re.fullmatch(r"step-\d+(-end)?\.safetensors", name):
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        tensors = load_file(folder / name)
+        for own, parameter in trained.items():
+            for key in (f"weight/{own}", f"best/{own}"):
+                if key in tensors and tensors[key].shape != parameter.shape:
+                    raise ValueError(f"{name}: {key} has another shape")
+            if f"weight/{own}" not in tensors:
+                raise ValueError(f"{name} has no weight/{own}")
+        return Progress(**state["progress"]), tensors
+
+    found = read_again(folder / STATE, read)
+    if found is None:
         return None
-    state = json.loads(path.read_text())
-    if state["job"] != job:
-        return None
-    tensors = load_file(folder / state["tensors"])
+    progress, tensors = found
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(like(tensors[f"weight/{name}"], parameter))
@@ -113,4 +128,4 @@ def load_progress(
                     if key.startswith(own)
                 }
     best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
-    return Progress(**state["progress"]), best
+    return progress, best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -84,9 +85,26 @@ class Metric:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Metric:
-        """The metric of a `record`."""
+        """The metric of a `record`.
+
+        Raises:
+            ValueError: a field has another type; the message names it.
+        """
         relative = record.get("relative")
-        return cls(**{**record, "relative": Relative(**relative) if relative else None})
+        found = cls(**{**record, "relative": Relative(**relative) if relative else None})
+        numbers: dict[Any, Any] = {"value": found.value}
+        numbers |= dict(enumerate(_listed(found.samples)))
+        for owner in (found, found.relative):
+            kept = {key: getattr(owner, key, None) for key in ("low", "high", "p")}
+            numbers |= {key: value for key, value in kept.items() if value is not None}
+        for key, value in numbers.items():
+            huge = isinstance(value, int) and abs(value) > sys.float_info.max
+            if not isinstance(value, int | float) or huge:
+                raise ValueError(f"{key} of a metric is {value!r:.60}, which is no number")
+        texts = (found.unit, found.comparison, found.data)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(found.details, dict):
+            raise ValueError("unit, comparison, data or details of a metric have another type")
+        return found
 
     def against(self, other: Metric) -> Relative | None:
         """Compares the metric with another model's; None if it is not compared.
@@ -116,6 +134,12 @@ class Metric:
 
     def __str__(self) -> str:
         return _shown(self.value, self.low, self.high)
+
+
+def _listed(samples: Any) -> Sequence[float]:
+    if not isinstance(samples, list | tuple):
+        raise ValueError(f"the samples of a metric are {samples!r:.60}")  # noqa: TRY004
+    return samples
 
 
 def _shown(value: float, low: float | None, high: float | None) -> str:

@@ -14,7 +14,14 @@ import torch
 from filelock import FileLock
 
 from come.evaluate.base import Evaluation, Metrics, read_metrics
-from come.files import cache_folder, file_hash, package_hash, write_text
+from come.files import (
+    cache_folder,
+    file_hash,
+    package_hash,
+    read_again,
+    read_object,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,8 +67,10 @@ def evaluate_dense(
     path = cache_folder() / "evaluations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # parallel jobs wait for the first
-        if not path.is_file():
+        known = read_again(path, lambda path: read_metrics(read_object(path)))
+        if not known:
             measured = evaluation.measure(load(), tokenizer, data)
             records = {name: metric.record() for name, metric in measured.items()}
             write_text(path, json.dumps(records, allow_nan=False))
-    return read_metrics(json.loads(path.read_text()))
+            known = read_metrics(read_object(path))
+    return known

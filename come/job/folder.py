@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from come.files import RESULT, write_text
+from come.files import PARTIAL, RESULT, read_again, read_object, write_text
 from come.merge.plan import Plan
 from come.merge.saving import PLAN, plan_path
+from come.models.checkpoint import check_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +71,40 @@ def finished_result(folder: Path, job: str) -> dict[str, Any] | None:
     Raises:
         ValueError: the folder holds the result of another job.
     """
-    path = folder / RESULT
-    if not path.is_file():
+    result = read_again(folder / RESULT, lambda path: _read_result(path, job))
+    if result is None:
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
     if result.get("job") != job:
         raise ValueError(
             f"{folder} holds the result of another job ({result.get('job')}, this is {job}); "
             "choose another hydra.run.dir or remove it"
         )
     return result
+
+
+def _read_result(path: Path, job: str) -> dict[str, Any]:
+    """A result; the models of this job's are whole, or their folders have been removed since."""
+    result = read_object(path)
+    if result.get("job") != job:
+        return result
+    kept = result["settings"]["merge"]["save_weights"]
+    for depth in result["depths"][1:]:
+        model = path.parent / _own(depth["folder"])
+        if kept and model.is_dir():
+            check_checkpoint(model)
+            Plan.load(plan_path(model))
+    return result
+
+
+def _own(name: str) -> str:
+    """The name of a model's folder in a job's; others are of no job.
+
+    Raises:
+        ValueError: it is another name, which may lead out of the job's folder.
+    """
+    if not re.fullmatch(r"model(-merged|-\d+)?", name):
+        raise ValueError(f"{name!r} is not the folder of a model")
+    return name
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -103,13 +129,19 @@ def check_finite(values: Any, place: str) -> None:
         raise ValueError(f"{place} is {values}, which is no result; the models are kept")
 
 
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed process of the job was writing; needs the job's lock."""
+    for left in folder.rglob(f"*{PARTIAL}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def partial_plan(folder: Path, job: str) -> Plan | None:
     """The partial plan of an interrupted compression of the same job, or None."""
-    path = folder / PARTIAL_PLAN
-    if not path.is_file():
-        return None
-    plan = Plan.load(path)
-    return plan if plan.provenance.get("job") == job else None
+    plan = read_again(folder / PARTIAL_PLAN, Plan.load)
+    return plan if plan and plan.provenance.get("job") == job else None
 
 
 def check_folder(folder: Path, needed: int) -> None:

@@ -24,6 +24,7 @@ from come.job.folder import (
     TRIALS,
     exclusive_lock,
     finished_result,
+    remove_partial,
     write_result,
 )
 from come.job.identity import job_hash
@@ -77,6 +78,7 @@ def run(settings: Settings, folder: Path) -> Result:
 
 
 def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelerator) -> Result:
+    remove_partial(folder)
     finished = finished_result(folder, name)
     broadcast_object_list([finished is None])  # the worker processes wait for this
     if finished is not None:

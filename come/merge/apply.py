@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -66,6 +66,7 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     sources = source_layers_of(
         adapter, layers, operator, plan.norms, step.shares, step.kept, step.slot
     )
+    _check_solved(sources.state, step.solved.tensors, left=step.first == step.last)
     merged = overlay(sources.state, step.solved.tensors)
     left = units_left(adapter.layer_layout(layers[0]).unit_counts, step.kept)
     if left:
@@ -79,6 +80,25 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     if step.output_scale != 1:
         for index in range(step.first + 1, adapter.num_layers):
             adapter.scale_outputs(index, step.output_scale)
+
+
+def _check_solved(state: LayerState, tensors: Mapping[str, Tensor], *, left: bool = False) -> None:
+    """Raises ValueError unless solved tensors have names, shapes and dtypes of the layer's own.
+
+    `left`: of a layer that may have fewer units, and tensors with fewer rows or columns.
+    """
+    for name, tensor in tensors.items():
+        if name not in state:
+            raise ValueError(f"the plan solves for {name}, which the layer does not have")
+        own = tuple(state[name].shape)
+        fits = len(own) == tensor.dim() and all(
+            n <= m for n, m in zip(tensor.shape, own, strict=True)
+        )
+        if not (fits if left else own == tuple(tensor.shape)) or not tensor.is_floating_point():
+            raise ValueError(
+                f"the plan's {name} has the shape {tuple(tensor.shape)} in {tensor.dtype}, and the "
+                f"layer's {own} in {state[name].dtype}"
+            )
 
 
 def block_states(
@@ -156,6 +176,7 @@ def write_downstream(adapter: ModelAdapter, plan: Plan) -> dict[int, LayerState]
     before: dict[int, LayerState] = {}
     for index, tensors in layers.items():
         state = adapter.layer_state(index)
+        _check_solved(state, tensors)
         before[index] = {name: state[name].clone() for name in tensors}
         adapter.write(index, tensors)
     return before

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from come.files import write_bytes, write_text
+from come.files import read_object, write_bytes, write_text
 from come.merge.dropped import SublayerDrops
+from come.merge.plan_fields import check_fields, invalid
 from come.models.adapter import ModelAdapter
 from come.models.layout import Block, Unit
 from come.models.surgery import Span
@@ -48,7 +49,7 @@ class SolvedTensors:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 _DROPS = {"replaceme": "drop", "prune_comp": "drop"}  # operators of earlier versions
@@ -297,12 +298,13 @@ class Plan:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text())
+            data = read_object(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"merge.plan={path}: cannot be read as a plan: {error}") from error
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        if data.get("format") != FORMAT:
             raise ValueError(f"merge.plan={path}: not a plan of format {FORMAT}")
         try:
+            check_fields(data, path)
             operator = str(data["operator"])
             steps = [_read_step(path, number, step) for number, step in enumerate(data["steps"])]
             last = "finish" if "finish" in data else "downstream"  # earlier versions: finish
@@ -317,9 +319,7 @@ class Plan:
                 provenance=data["provenance"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"merge.plan={path}: a field is missing or invalid: {error}"
-            ) from error
+            raise ValueError(f"{invalid(path)}: {error}") from error
 
 
 def tensors_path(path: Path) -> Path:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from come.files import write_text
+from come.files import read_again, read_object, write_text
 
 
 class TrialScores:
@@ -21,10 +21,14 @@ class TrialScores:
         self.path = path
         self.job = job
         self.scores: dict[str, float] = {}
-        if path is not None and path.is_file():
-            data = json.loads(path.read_text())
-            if data["job"] == job:
-                self.scores = data["scores"]
+        if path is not None:
+            self.scores = read_again(path, self._read) or {}
+
+    def _read(self, path: Path) -> dict[str, float]:
+        data = read_object(path)
+        if data["job"] != self.job:
+            return {}
+        return {key: float(score) for key, score in data["scores"].items()}
 
     def get(self, plan: str, *spans: tuple[int, int]) -> float | None:
         """The score of merging layers first..last of each span after a plan; None if not known."""

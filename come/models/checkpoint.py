@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from come.errors import one_line
-from come.files import cache_folder, file_hash, write_text
+from come.files import cache_folder, file_hash, read_again, write_text
 from come.models.companions import companions_hash
 from come.models.packaged import PACKAGED
 
@@ -125,7 +126,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint")
     try:
         config: Any = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"model folder {folder}: config.json cannot be read: {one_line(error)}"
         ) from error
@@ -169,16 +170,19 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: there are no safetensors files, or the index of shards cannot be read.
     """
     named = _named_weights(folder)
-    single = folder / (named or "model.safetensors")
+    single = folder / _inside(folder, named or "model.safetensors")
     if single.is_file() and single.suffix == ".safetensors":
         return [single]
     index = folder / (named or "model.safetensors.index.json")
     if index.is_file():
         try:
             shards = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"checkpoint is damaged: {index} cannot be read: {error}") from error
-        return [folder / name for name in sorted(set(shards))]
+            names = [str(name) for name in shards]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"checkpoint is damaged: {index} cannot be read: {one_line(error)}"
+            ) from error
+        return [folder / _inside(folder, name) for name in sorted(set(names))]
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
@@ -195,11 +199,22 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _inside(folder: Path, name: str) -> str:
+    """The name of a file of a checkpoint.
+
+    Raises:
+        ValueError: it leads out of the folder, where a checkpoint of a stranger has no business.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"model folder {folder} names weights outside of it: {name}")
+    return name
+
+
 def _named_weights(folder: Path) -> str | None:
     """The value of `transformers_weights`, a file name that takes precedence, or None."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     name = named.get("transformers_weights") if isinstance(named, dict) else None
     return name if isinstance(name, str) else None
@@ -257,8 +272,9 @@ def _cached_hash(path: Path) -> str:
     # A copied file may keep its modification time, but its inode and change time differ.
     key = f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     known = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if known.is_file():
-        return known.read_text()
+    hashed = read_again(known, Path.read_text)
+    if hashed is not None and re.fullmatch("[0-9a-f]{16}", hashed):
+        return hashed
     found = file_hash(path)
     known.parent.mkdir(parents=True, exist_ok=True)
     write_text(known, found)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "memory", "disk")
+MOST_LAYERS = 10_000
 
 
 def choose_device(device: str) -> torch.device:
@@ -106,6 +107,12 @@ def check_configuration(folder: Path) -> dict[str, Any]:
     """
     config = check_checkpoint(folder)
     check_model_type(config.get("model_type"), config.get("auto_map"))
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # would be built before it is compared
+        raise ValueError(
+            f"model folder {folder}: config.json has num_hidden_layers={layers}, and at most "
+            f"{MOST_LAYERS} are supported"
+        )
     return config
 
 

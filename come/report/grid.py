@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from come.files import LISTING, RESULT, write_text
+from come.files import DAMAGED, LISTING, RESULT, read_again, read_object, write_text
 from come.renamed import current_key, current_keys
 from come.report.grid_figure import draw_grid
-from come.report.records import PARAMETERS, ModelRecord, Row, label, model_records, varying_keys
+from come.report.records import (
+    PARAMETERS,
+    ModelRecord,
+    Row,
+    check_depths,
+    label,
+    model_records,
+    varying_keys,
+)
 from come.report.tables import depth_table, long_table, metric_table
 
 
@@ -30,24 +38,25 @@ def read_grid(folder: Path, also: Sequence[Path] = ()) -> tuple[list[Row], list[
     listing = folder / LISTING
     jobs: dict[str, tuple[dict[str, str], Path]] = {}
     for line in listing.read_text().splitlines() if listing.is_file() else []:
+        overrides = {}
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            for item in entry["overrides"]:
+                key, _, value = item.lstrip("+").partition("=")
+                overrides[key] = value
+            jobs[json.dumps(overrides, sort_keys=True)] = overrides, Path(entry["folder"])
+        except DAMAGED:
             continue  # incomplete because the job was killed; a rerun lists the job again
-        overrides = {}
-        for item in entry["overrides"]:
-            key, _, value = item.lstrip("+").partition("=")
-            overrides[key] = value
-        jobs[json.dumps(overrides, sort_keys=True)] = overrides, Path(entry["folder"])
     short = _short_paths([overrides for overrides, _ in jobs.values()])
     rows, missing, seen = [], [], []
     for overrides, job in jobs.values():
         shown = {key: short.get(value, value) for key, value in overrides.items()}
         seen.append(current_keys(shown))
-        if (job / RESULT).is_file():
-            rows.append(_row(shown, json.loads((job / RESULT).read_text())))
-        else:
+        row = read_again(job / RESULT, lambda path: _row(shown, read_object(path)))  # noqa: B023
+        if row is None:
             missing.append(shown)
+        else:
+            rows.append(row)
     for path in also:
         others = [json.loads(line) for line in path.read_text().splitlines()]
         rows += [row for row in others if current_keys(row["overrides"]) not in seen]
@@ -142,6 +151,7 @@ def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     """The part of a result for tables and figure, without per-window and per-document data."""
+    check_depths(result["depths"])
     depths = [
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"metrics": {name: _numbers(metric) for name, metric in depth["metrics"].items()}}

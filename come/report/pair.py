@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from come.errors import one_line
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, read_metrics
-from come.files import RESULT
+from come.files import DAMAGED, RESULT, read_object
 from come.records import Result
 from come.report.numbers import plain_value, relative
+from come.report.records import check_depths
 from come.report.tables import Table
 
 HEAD = ["layers", "measured", "run", "other", "run against other [95%]", "McNemar's p"]
@@ -105,8 +106,14 @@ def _read(folder: Path) -> Result:
     path = folder / RESULT if folder.is_dir() else folder
     if not path.is_file():
         raise ValueError(f"{path} is not there; a finished run writes it")
-    result = json.loads(path.read_text())
-    if any("metrics" not in depth for depth in result["depths"]):
+    try:
+        result = read_object(path)
+        earlier = any("metrics" not in depth for depth in result["depths"])
+        if not earlier:
+            check_depths(result["depths"])
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read as a result: {one_line(error)}") from error
+    if earlier:
         raise ValueError(
             f"{path} is of an earlier version; measure its models again with from_run={folder}"
         )

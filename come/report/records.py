@@ -22,6 +22,21 @@ result `method`, `depths` (dense first), `compression`, `merge_history` and, if 
 """
 
 
+def check_depths(depths: Any) -> None:
+    """Checks the models of a result, which may be damaged or of a stranger.
+
+    Raises:
+        ValueError: there are none, or one is not described as in `come.records.DepthResult`.
+    """
+    if not isinstance(depths, list) or not depths:
+        raise ValueError("there are no models in it")
+    for depth in depths:
+        for key, kind in (("layers", int), ("parameters", int), ("stage", str), ("metrics", dict)):
+            if not isinstance(depth[key], kind):
+                raise ValueError(f"{key} of a model is {depth[key]!r:.60}")  # noqa: TRY004
+        read_metrics(depth["metrics"])
+
+
 @dataclass(frozen=True)
 class ModelRecord:
     """One model of one job: its position in tables and figure, and its measurements.

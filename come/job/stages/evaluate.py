@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from come.evaluate.base import Evaluation, Metrics, read_metrics
 from come.evaluate.dense import evaluate_dense
-from come.files import write_text
+from come.files import read_again, read_object, write_text
 from come.job.folder import PARTIAL_METRICS
 from come.job.job import Job
 from come.merge.plan import Plan
@@ -37,11 +37,16 @@ class MetricCache:
     def __init__(self, path: Path, job: str) -> None:
         self.path = path
         self.job = job
-        self.metrics: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            data = json.loads(path.read_text())
-            if data["job"] == job:
-                self.metrics = data["metrics"]
+        self.metrics: dict[str, dict[str, Any]] = read_again(path, self._read) or {}
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        data = read_object(path)
+        if data["job"] != self.job:
+            return {}
+        metrics: dict[str, dict[str, Any]] = data["metrics"]
+        for records in metrics.values():
+            read_metrics(records)
+        return metrics
 
     def get(
         self, evaluation: str, folders: Sequence[str], measure: Callable[[], dict[str, Metrics]]

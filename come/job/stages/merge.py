@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
 
-from come.files import write_text
+from come.files import read_again, read_object, write_text
 from come.job.budget import budget_line
 from come.job.environment import versions
 from come.job.estimate import Speed
@@ -28,7 +28,7 @@ from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
-from come.models.checkpoint import fingerprint
+from come.models.checkpoint import check_checkpoint, fingerprint
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
 from come.models.width import UNIT_NAMES
@@ -76,6 +76,10 @@ def merge(
         earlier = None  # the schedule chooses spans on the dense model, so it starts over
     if earlier is not None and earlier.base.fingerprint != fingerprint(job.checkpoint):
         earlier = None  # made from other weights, for example after an update on the hub
+    if earlier is not None and method.schedule.nested:
+        passed = [depth for depth in method.save_at if job.target < depth >= earlier.num_layers]
+        if not all(_saved_by_job(job, job.folder / f"model-{depth}") for depth in passed):
+            earlier = None  # a model that it has passed is damaged, and is made again
     if earlier is not None:
         log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
@@ -210,7 +214,7 @@ def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, Co
     log.info("already merged, %d layers: %s", plan.num_layers, folder)
     compression = _no_cost(job, len(plan.steps))
     if job.start is None and cost.is_file():
-        compression = json.loads(cost.read_text())
+        compression = cast(CompressionResult, read_again(cost, read_object) or compression)
     if job.start is not None:
         plan = replace(plan, provenance={**plan.provenance, "job": job.hash})
         save(job, model, job.merged, plan)
@@ -243,8 +247,12 @@ def _compress_separately(job: Job) -> None:
 
 def _saved_by_job(job: Job, folder: Path) -> bool:
     """Whether an earlier session of this job has saved the complete model in this folder."""
-    path = plan_path(folder)
-    return path.is_file() and Plan.load(path).provenance.get("job") == job.hash
+
+    def read(path: Path) -> bool:
+        check_checkpoint(folder)
+        return bool(Plan.load(path).provenance.get("job") == job.hash)
+
+    return bool(read_again(plan_path(folder), read))
 
 
 def _empty_plan(job: Job, model: PreTrainedModel) -> Plan:

@@ -6,12 +6,13 @@ import json
 import logging
 import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from come.evaluate.divergence import DenseReference
-from come.files import write_text
+from come.files import read_again, read_object, write_text
 from come.job.estimate import Speed, merge_work, trial_work
 from come.job.folder import SHAPE
 from come.job.job import Job
@@ -188,9 +189,17 @@ def _shapes(search: ShapeResult) -> tuple[CandidateShape, ...]:
 
 def _earlier(job: Job) -> ShapeResult | None:
     """The search of an earlier session of this job."""
-    path = job.folder / SHAPE
-    found: ShapeResult | None = json.loads(path.read_text()) if path.is_file() else None
-    return found if found and found["job"] == job.hash else None
+
+    def read(path: Path) -> ShapeResult | None:
+        found = cast(ShapeResult, read_object(path))
+        if found["job"] != job.hash:
+            return None
+        chosen, shapes = found["chosen"], _shapes(found)
+        if chosen is not None and not 0 <= chosen < len(shapes):
+            raise ValueError(f"there is no shape {chosen}")
+        return found
+
+    return read_again(job.folder / SHAPE, read)
 
 
 def _write(job: Job, chosen: int | None = None, seconds: float = 0.0) -> ShapeResult:
