@@ -233,6 +233,9 @@ def test_metrics_are_numbers(value):
         read_metrics({"x": {"value": value}})
     with pytest.raises((ValueError, TypeError)):
         read_metrics({"x": {"value": 1.0, "samples": [value]}})
+    if value is not None:
+        with pytest.raises((ValueError, TypeError)):
+            read_metrics({"x": {"value": 1.0, "low": value, "relative": {"value": 1.0, "low": 1}}})
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors"])

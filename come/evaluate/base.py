@@ -93,9 +93,11 @@ class Metric:
         relative = record.get("relative")
         found = cls(**{**record, "relative": Relative(**relative) if relative else None})
         numbers: dict[Any, Any] = {"value": found.value}
-        numbers |= dict(enumerate(_listed(found.samples)))
-        for owner in (found, found.relative):
-            kept = {key: getattr(owner, key, None) for key in ("low", "high", "p")}
+        numbers.update(enumerate(_listed(found.samples)))
+        if found.relative is not None:
+            numbers["relative"] = found.relative.value
+        for name, owner in (("", found), ("relative ", found.relative)):
+            kept = {f"{name}{key}": getattr(owner, key, None) for key in ("low", "high", "p")}
             numbers |= {key: value for key, value in kept.items() if value is not None}
         for key, value in numbers.items():
             huge = isinstance(value, int) and abs(value) > sys.float_info.max

@@ -152,6 +152,8 @@ def _short_paths(jobs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _row(overrides: dict[str, str], result: Mapping[str, Any]) -> Row:
     """The part of a result for tables and figure, without per-window and per-document data."""
     check_depths(result["depths"])
+    if any("parameters" not in depth for depth in result["depths"]):
+        raise ValueError("a model has no number of parameters")
     depths = [
         {key: depth[key] for key in ("layers", "parameters", "sparsity", "stage") if key in depth}
         | {"metrics": {name: _numbers(metric) for name, metric in depth["metrics"].items()}}

@@ -32,8 +32,10 @@ def check_depths(depths: Any) -> None:
         raise ValueError("there are no models in it")
     for depth in depths:
         for key, kind in (("layers", int), ("parameters", int), ("stage", str), ("metrics", dict)):
-            if not isinstance(depth[key], kind):
-                raise ValueError(f"{key} of a model is {depth[key]!r:.60}")  # noqa: TRY004
+            if key in depth and not isinstance(depth[key], kind):
+                raise ValueError(f"{key} of a model is {depth[key]!r:.60}")
+        if not isinstance(depth["layers"], int):
+            raise ValueError("a model has no number of layers")  # noqa: TRY004
         read_metrics(depth["metrics"])
 
 

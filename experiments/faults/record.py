@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,9 +92,8 @@ def counts(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-@contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """Seconds of a block, in a list of one number."""
-    took, began = [0.0], time.monotonic()
-    yield took
-    took[0] = round(time.monotonic() - began, 2)
+def write_counts(results: Path, page: Path) -> None:
+    """Replaces the table of a page of the documentation."""
+    before, begin, rest = page.read_text().partition("<!-- counts -->\n")
+    _, end, after = rest.partition("<!-- end of counts -->")
+    page.write_text(before + begin + counts(results) + end + after)

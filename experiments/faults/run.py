@@ -44,7 +44,7 @@ def main() -> int:
 
     from forked import preload, start
     from jobs import Workspace, scenarios
-    from record import Record, counts
+    from record import Record, counts, write_counts
 
     preload()
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
@@ -65,6 +65,8 @@ def main() -> int:
                 options["only"] = arguments.only
             getattr(importlib.import_module(part), part)(work, record, **options)
     print(counts(arguments.results))
+    if arguments.results == HERE / "results.jsonl":
+        write_counts(arguments.results, HERE.parents[1] / "docs" / "faults.md")
     from record import rows
 
     return int(any(row["found"] for row in rows(arguments.results)))
