@@ -302,8 +302,9 @@ def test_sampled_training_text_differs_from_calibration(pico_folder, tmp_path):
 
 def test_finished_result_rejects_another_job(tmp_path):
     assert finished_result(tmp_path, "abc") is None
-    write_result(tmp_path, {"job": "abc", "x": 1})
-    assert finished_result(tmp_path, "abc") == {"job": "abc", "x": 1}
+    result = {"job": "abc", "settings": {"merge": {"save_weights": False}}, "depths": [{}]}
+    write_result(tmp_path, result)
+    assert finished_result(tmp_path, "abc") == result
     with pytest.raises(ValueError, match=r"holds the result of another job \(abc, this is def\)"):
         finished_result(tmp_path, "def")
 

@@ -238,7 +238,7 @@ def test_dashboard_is_printed_without_network():
 
 def test_grid_rows_have_no_samples(tmp_path):
     task = Metric(0.5, samples=[1.0, 0.0], details={"metric": "acc", "texts": {"a": "b"}})
-    depth = {"layers": 3, "metrics": {"zero_shot/a": task.record()}}
+    depth = {"layers": 3, "parameters": 9, "metrics": {"zero_shot/a": task.record()}}
     cost = {"seconds": 1.0, "layer_passes": 2.0, "peak_bytes": 3}
     found = {"job": "x", "method": "come", "depths": [depth], "compression": cost}
     (tmp_path / "result.json").write_text(json.dumps(found | {"merge_history": []}))

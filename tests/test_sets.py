@@ -276,7 +276,7 @@ def test_combinations_that_are_not_possible(changes, message):
 def test_losses_that_are_not_finite(windows):
     model = pico("llama_gqa")
     model.lm_head.weight.data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"merge.schedule=swap: a loss .* model.dtype=float32"):
+    with pytest.raises(ValueError, match=r"merge.schedule=swap: the loss .* model.dtype=float32"):
         compress(model, windows, recipe("sleb_swap"), target_layers=4, progress=False)
 
 

@@ -105,7 +105,8 @@ def test_separately_merged_depths(base, tmp_path):
         assert load_weights(tmp_path / "out" / name).config.num_hidden_layers == depth
 
 
-def test_saved_model_belongs_to_the_job_in_its_plan(tmp_path):
+def test_saved_model_belongs_to_the_job_in_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(STAGE, "check_checkpoint", lambda folder: None)
     base, job = BaseModel("base", "", "llama", 6, {}), SimpleNamespace(hash="this job")
     plan_path(tmp_path).parent.mkdir()
     assert not STAGE._saved_by_job(job, tmp_path)
