@@ -85,11 +85,14 @@ def arguments_of(description: str) -> argparse.Namespace:
 
 
 def windows_of(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    arguments: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    part: tuple[float, float] = (0.8, 1.0),
+    max_tokens: int = 10240,
 ) -> tuple[Tensor, Tensor]:
-    """Windows of the text for calibration, and of its last 20% for the perplexity."""
+    """Windows of the text for calibration, and of a part of it for the perplexity."""
     text, held_out = come.TextFile(str(arguments.text)), come.TextFile(str(arguments.text))
-    held_out.part = (0.8, 1.0)
+    held_out.part = part
     windows = come.calibration_windows(
         tokenizer,
         text,
@@ -99,7 +102,7 @@ def windows_of(
         held_out=[held_out],
     ).windows
     unseen = come.evaluation_windows(
-        tokenizer, held_out, seq_len=256, max_tokens=10240, others=[text]
+        tokenizer, held_out, seq_len=256, max_tokens=max_tokens, others=[text]
     ).windows
     return windows, unseen
 

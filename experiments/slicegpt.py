@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ghosted import windows_of
 from torch import Tensor, nn
 
 import come
@@ -218,20 +219,8 @@ def main(words: Sequence[str] | None = None) -> None:
     shares = [float(share) for share in arguments.keep.split(",")]
     check_type(model.config)
     sizes = [kept_size(model.config, share, arguments.multiple) for share in shares]
-    text, held_out = come.TextFile(str(arguments.text)), come.TextFile(str(arguments.text))
     first, last = map(float, arguments.part.split(","))
-    held_out.part = (first, last)
-    windows = come.calibration_windows(
-        tokenizer,
-        text,
-        num_samples=arguments.windows,
-        seq_len=256,
-        seed=arguments.seed,
-        held_out=[held_out],
-    ).windows
-    unseen = come.evaluation_windows(
-        tokenizer, held_out, seq_len=256, max_tokens=arguments.max_tokens, others=[text]
-    ).windows
+    windows, unseen = windows_of(arguments, tokenizer, (first, last), arguments.max_tokens)
     dense = come.perplexity(model, unseen).value
     moments, total = second_moments(model, windows), model.num_parameters()
     print(f"dense: perplexity {dense:.2f}, {total / 1e6:.1f} M parameters", flush=True)

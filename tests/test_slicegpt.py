@@ -8,10 +8,15 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from tests.commands import load_script
+from tests.commands import ROOT, load_script
 from tests.conftest import SEQ, VOCAB, pico
 
 FAMILIES = ("llama_bias", "llama_tied", "mistral_gqa", "qwen2_gqa", "qwen3_wide")
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
 
 
 def windows_of(seed, count=12):

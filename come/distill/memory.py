@@ -49,5 +49,5 @@ def parameter_memory(modules: Iterable[nn.Module], optimizer: str) -> TrainingMe
         sum(p.numel() for p in trained),
         sum(p.numel() * p.element_size() for p in held.values()),
         sum(p.numel() * p.element_size() for p in trained),
-        sum(state_size(optimizer, [p]) * p.element_size() for p in trained),
+        sum(state_size(optimizer, p) * p.element_size() for p in trained),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,18 +41,14 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **given)
 
 
-def state_size(optimizer: str, shapes: Iterable[torch.Size | Tensor]) -> int:
-    """Numbers that an optimiser keeps for parameters of these shapes.
+def state_size(optimizer: str, parameter: Tensor) -> int:
+    """Numbers that an optimiser keeps for a parameter.
 
     AdamW keeps two moments of every parameter, SGD one, and Adafactor sums over the rows and over
     the columns of matrices.
     """
-    total = 0
-    for each in shapes:
-        *others, last = (1, *(each.shape if isinstance(each, Tensor) else each))
-        rest = torch.Size(others).numel()
-        if optimizer == "adafactor" and len(others) > 1:
-            total += rest + rest // others[-1] * last
-        else:
-            total += {"adamw": 2, "sgd": 1, "adafactor": 1}[optimizer] * rest * last
-    return total
+    *others, last = (1, *parameter.shape)
+    if optimizer == "adafactor" and len(others) > 1:
+        rows = torch.Size(others).numel()
+        return rows + rows // others[-1] * last
+    return {"adamw": 2, "sgd": 1, "adafactor": 1}[optimizer] * parameter.numel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from come.distill.sharding import like, whole
-from come.files import PARTIAL, read_again, read_object, write_text
+from come.files import new_file, read_again, read_object, write_text
 
 STATE = "state.json"
 
@@ -68,21 +67,13 @@ def save_progress(
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = f"step-{progress.step:07d}{'-end' if progress.done else ''}.safetensors"
-    _write(folder / file, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    with new_file(folder / file) as partial:  # without a copy of all tensors in memory
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     state = {"job": job, "tensors": file, "progress": asdict(progress)}
     write_text(folder / STATE, json.dumps(state))
     for old in folder.glob("step-*.safetensors"):
         if old.name != file:
             old.unlink()
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors atomically, without a copy of them in memory."""
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    save_file(dict(tensors), partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_progress(

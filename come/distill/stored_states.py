@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from come.distill.hidden_states import states_after
-from come.files import PARTIAL, write_bytes, write_text
+from come.files import new_file, write_bytes, write_text
 from come.models.adapter import ModelAdapter
 from come.progress import ProgressBar
 from come.stream.boundaries import MappedStates
@@ -103,21 +102,13 @@ class StoredStates:
     def _write_shard(
         self, number: int, teacher: ModelAdapter, batch: int, bar: ProgressBar
     ) -> None:
-        path = self._path(number)
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        try:
-            with open(partial, "wb") as file:
-                for rows in torch.tensor(self._rows(number)).split(batch):
-                    found = states_after(teacher, self.ids[rows], max(self.after), self.after)
-                    states = torch.stack([found[index] for index in self.after], dim=1)
-                    raw = states.to(self.dtype).cpu().contiguous().view(torch.uint8)
-                    raw.numpy().tofile(file)
-                    bar.update(self.ids[rows].numel())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(self._path(number)) as partial, open(partial, "wb") as file:
+            for rows in torch.tensor(self._rows(number)).split(batch):
+                found = states_after(teacher, self.ids[rows], max(self.after), self.after)
+                states = torch.stack([found[index] for index in self.after], dim=1)
+                raw = states.to(self.dtype).cpu().contiguous().view(torch.uint8)
+                raw.numpy().tofile(file)
+                bar.update(self.ids[rows].numel())
 
     def read(self, rows: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch seq hidden"], ...]:
         """The states of some windows after each layer of `after`, on the CPU."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from come.merge.norms import Norms
+from come.models.checkpoint import MOST_LAYERS
 from come.models.units import SUBLAYERS, Block
 
-MOST_LAYERS = 10_000
 _TENSOR = re.compile(r"[\w.]+")  # of a layer; solved tensors are stored under names of the plan
 _BOOKED: dict[str, type | tuple[type, ...]] = {
     "job": str,

@@ -28,6 +28,8 @@ FLOATS = {
 }
 """Floating-point dtypes of weights that are not quantised, by their names in safetensors files."""
 
+MOST_LAYERS = 10_000
+
 _QUANTISED = ("quantization_config", "compression_config")  # the latter of old versions
 _UNQUANTISE = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 

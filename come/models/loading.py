@@ -16,6 +16,7 @@ import torch
 from come.errors import one_line
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import (
+    MOST_LAYERS,
     check_checkpoint,
     find_checkpoint,
     stored_tensor,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "memory", "disk")
-MOST_LAYERS = 10_000
 
 
 def choose_device(device: str) -> torch.device:

@@ -102,6 +102,7 @@ class OptimalPartition(Schedule):
 
     def choose(self, search: Search) -> Choice:
         """The first span of the next depth's set."""
+        # only at the first choice: positions are those of the dense model, and so of its trials
         first_choice = not search.plan.steps and search.plan.block == "layer"
         together: SetScores | None = None
         if first_choice and self.sets_compared and search.method.selection.scores_sets:

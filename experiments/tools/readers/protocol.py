@@ -29,7 +29,7 @@ class Request:
         prompts: texts to continue greedily.
         prompt_ids: their token ids in transformers.
         texts: texts whose perplexity is measured.
-        windows: their token ids, each after the begin or end token that is in front of a text.
+        windows: their token ids, each with the token that the model expects before a text.
         new_tokens: number of tokens in a continuation.
         package: the package whose version the table names.
     """
