@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -334,3 +335,12 @@ for last in (first, second):
     )
     assert done.stdout == "1 []\n" * 2, done.stderr
     assert all(f"error: {override}" in done.stderr for override in refused)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_log_that_cannot_be_written_is_not_reported_line_by_line(command, base, tmp_path):
+    words = ("hydra.job_logging.handlers.file.filename=/dev/full", f"hydra.run.dir={tmp_path}")
+    code, _, errors = communicate(command(*words, "eval=none", model=base))
+    assert "Logging error" not in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "result.json").is_file() == (code == 0)

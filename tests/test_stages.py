@@ -64,6 +64,18 @@ def test_interrupted_merge_resumes_for_the_same_job_only(base, tmp_path):
     assert whole["compression"]["resumed_at"] == 0
 
 
+def test_resumed_merge_makes_a_damaged_model_of_a_passed_depth_again(base, tmp_path):
+    words, folder = ("merge.target_layers=4", "merge.save_at=[5]", *QUICK), tmp_path / "out"
+    for length, resumed in (None, 1), (-100, 0):
+        interrupted_job(base, folder, *words)
+        weights = folder / "model-5" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:length])
+        assert run_job(base, folder, *words)["compression"]["resumed_at"] == resumed
+        assert weights.read_bytes() == whole
+        (folder / "result.json").unlink()
+
+
 def test_interrupted_merge_starts_again_for_other_weights(base, tmp_path, monkeypatch):
     """The fingerprint of the base model, for a job that has the same hash."""
     words = ("merge.target_layers=4", *QUICK)

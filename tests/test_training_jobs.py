@@ -1,6 +1,7 @@
 """Jobs that train the merged layers: their numbers, precision, texts, and earlier merges."""
 
 import importlib
+import json
 import time
 
 import pytest
@@ -107,3 +108,20 @@ def test_interrupted_distillation_reuses_only_its_own_merge(base, tmp_path):
             result = run_job(base, folder, *HEAL, *QUICK, *again)
         assert len(calls) == merges
         assert result["compression"]["seconds"] > 0
+
+
+def test_damaged_cost_of_the_merge_does_not_stop_a_resumed_distillation(base, tmp_path):
+    stage = importlib.import_module("come.job.stages.distill")
+
+    def stop(*args, **kwargs):
+        raise Interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "train", stop)
+        with pytest.raises(Interrupt):
+            run_job(base, tmp_path, *HEAL, *QUICK)
+    assert json.loads((tmp_path / STAGE.COST).read_text())["seconds"] > 0
+    (tmp_path / STAGE.COST).write_text("{")
+    result = run_job(base, tmp_path, *HEAL, *QUICK)
+    assert result["compression"]["seconds"] == 0
+    assert result["distillation"]["steps"] > 0

@@ -1,16 +1,16 @@
-"""lm-eval's command line: a task of log-likelihoods and one of greedy text, from local files."""
+"""lm-eval's command line: a task of log-likelihoods and one of greedy text, from local files.
+
+lm-eval puts the begin token before a text itself, so a tokenizer that does so too must not.
+"""
 
 import json
 import math
 from pathlib import Path
 
 from protocol import Request, command
-from transformers import AutoTokenizer
 
 request = Request.read()
-work, tokenizer = Path(request.work), AutoTokenizer.from_pretrained(request.folder)
-begin = tokenizer.bos_token_id
-starts = [tokenizer.bos_token if ids[0] == begin else "" for ids in request.prompt_ids]
+work = Path(request.work)
 TASKS = {
     "come_texts": (
         [{"text": text} for text in request.texts],
@@ -20,7 +20,7 @@ TASKS = {
         },
     ),
     "come_greedy": (
-        [{"text": start + text} for start, text in zip(starts, request.prompts, strict=True)],
+        [{"text": text} for text in request.prompts],
         {
             "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x",
             "generation_kwargs": {
@@ -36,16 +36,18 @@ for name, (documents, task) in TASKS.items():
     about = {"task": name, "dataset_path": "json", "test_split": "train"}
     files = {"dataset_kwargs": {"data_files": str(data)}}
     (work / f"{name}.yaml").write_text(json.dumps(about | files | task))
-command(
-    "lm_eval", "--model", "hf", "--model_args", f"pretrained={request.folder},dtype=float32",
-    "--tasks", ",".join(TASKS), "--include_path", work, "--device", "cpu", "--batch_size", "1",
-    "--output_path", work / "out", "--log_samples", HF_DATASETS_CACHE=str(work / "cache"),
-)  # fmt: skip
-(results,) = (work / "out").rglob("results_*.json")
+for name, more in {"come_texts": ",add_bos_token=False", "come_greedy": ""}.items():
+    given = f"pretrained={request.folder},dtype=float32{more}"
+    command(
+        "lm_eval", "--model", "hf", "--model_args", given, "--tasks", name, "--include_path", work,
+        "--device", "cpu", "--batch_size", "1", "--output_path", work / name, "--log_samples",
+        HF_DATASETS_CACHE=str(work / "cache"),
+    )  # fmt: skip
+(results,) = (work / "come_texts").rglob("results_*.json")
 bits = json.loads(results.read_text())["results"]["come_texts"]["bits_per_byte,none"]
 size = sum(len(text.encode()) for text in request.texts)
 tokens = sum(len(ids) - 1 for ids in request.windows)
-(samples,) = (work / "out").rglob("samples_come_greedy_*.jsonl")
+(samples,) = (work / "come_greedy").rglob("samples_come_greedy_*.jsonl")
 answers = sorted((json.loads(line) for line in samples.open()), key=lambda row: row["doc_id"])
 request.report(
     "float32",
