@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import MistralForCausalLM
 
 from come.distill.memory import training_memory
 from come.distill.objectives.base import DISTILL
+from tests.commands import ROOT, load_script
 from tests.methods import decoder_layers
 from tests.test_distill import pair, run
 
@@ -68,3 +71,20 @@ def test_scale_of_adapters():
     DISTILL.create_from("lora", {"lora_rank": 3}).objective(given)
     layers = [m for m in given.student.model.modules() if isinstance(m, LoraLayer)]
     assert {layer.scaling["default"] for layer in layers} == {2.0}
+
+
+def test_memory_of_a_large_model_from_its_shape(monkeypatch):
+    """Two of four layers train: in float32 instead of bfloat16, with gradients and two moments."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    script = load_script("distill/large_models")
+    config = script.random_config("pico", 4)
+    model = MistralForCausalLM(config)
+    whole = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    found = script.student_memory(config, 2, "merged", "layers", 1, "adamw")
+    assert found.parameters == 2 * layer
+    assert found.weights == 2 * whole + 2 * 2 * layer
+    assert (found.gradients, found.optimizer) == (4 * 2 * layer, 8 * 2 * layer)
+    lora = script.student_memory(config, 2, "all", "lora", 3, "adamw")
+    maps = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    assert lora.parameters == sum(3 * (m.in_features + m.out_features) for m in maps)

@@ -17,7 +17,7 @@ Loss = Callable[[States, States], Float[Tensor, ""]]
 """(student, teacher) -> mean over tokens, float32."""
 
 LOSSES = ("kl", "mse", "cosine", "mix")
-_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+_LOGITS = {"cpu": 2**21, "cuda": 2**27}
 """Logits in memory at a time. The C library reuses freed memory of up to 32 MB."""
 _FEWEST = 32  # tokens whose logits are in memory at a time
 
