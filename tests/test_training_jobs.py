@@ -6,7 +6,10 @@ import time
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from come.distill.objectives.come_sp import MatchedStates
+from come.job.job import Job
 from come.merge.plan import Plan
 from tests.bases import save_base
 from tests.commands import same_checkpoint
@@ -125,3 +128,29 @@ def test_damaged_cost_of_the_merge_does_not_stop_a_resumed_distillation(base, tm
     result = run_job(base, tmp_path, *HEAL, *QUICK)
     assert result["compression"]["seconds"] == 0
     assert result["distillation"]["steps"] > 0
+
+
+@pytest.mark.parametrize("teacher", ["stored", "live"])
+def test_student_leaves_the_device_to_a_teacher_whose_states_are_stored(base, tmp_path, teacher):
+    seen = []
+
+    def noted(patch, owner, name):
+        whole = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.append(name)
+            return whole(*args, **kwargs)
+
+        patch.setattr(owner, name, call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        noted(patch, Job, "load")
+        noted(patch, PreTrainedModel, "cpu")
+        for name in ("release_teacher", "to"):
+            noted(patch, MatchedStates, name)
+        run_job(base, tmp_path, *HEAL, f"distill.teacher={teacher}", "eval=none")
+    if teacher == "stored":
+        assert seen[:5] == ["load", "cpu", "load", "release_teacher", "to"]
+    else:
+        assert seen[:2] == ["load", "load"]
+        assert not {"cpu", "release_teacher"} & set(seen)

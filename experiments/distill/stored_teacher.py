@@ -73,7 +73,7 @@ def measured(
         history = Plan.load(plan_path(start)).history
         pair = Pair(ModelAdapter(student), ModelAdapter(teacher.requires_grad_(False)), history)
         given = {
-            "layers": layers, "train": arguments.train,
+            "layers": layers, "train": arguments.train, "lora_rank": arguments.rank,
             "gradient_checkpointing": arguments.gradient_checkpointing,
         }  # fmt: skip
         objective = DISTILL.create_from("logits", given).objective(pair)
@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", default="merged,neighbours", help="values of distill.layers")
     parser.add_argument("--train", default="layers", choices=TRAIN, help="distill.train")
+    parser.add_argument("--rank", type=int, default=32, help="of --train lora")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=6)

@@ -160,12 +160,12 @@ def _freeze_after(student: ModelAdapter, last: int) -> None:
 
 
 def _equal(own: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have equal tensors, in the dtypes of the second.
+    """Whether two modules have equal tensors, in the dtypes and on the devices of the second.
 
-    A half-precision student may train in float32.
+    A half-precision student may train in float32, and waits on the CPU for a stored teacher.
     """
     pairs = zip(own.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(a.to(b.dtype), b) for a, b in pairs)
+    return all(torch.equal(a.to(b), b) for a, b in pairs)
 
 
 @DISTILL.register

@@ -48,9 +48,9 @@ def distill(
     settings.warn_unread()
     method, train_config = settings.distillation(), settings.train_config(model.device.type)
     dtype = model.dtype
-    sharded = uses_sharding(accelerator)
-    if sharded:
-        model.cpu()  # sharded training: no device holds the whole model
+    sharded, stores = uses_sharding(accelerator), settings.teacher == "stored"
+    if sharded or stores:  # no device holds the whole model, or this one holds the teacher first
+        model.cpu()
     if sharded or method.layerwise or train_config.precision == "float32":
         model.float()
     teacher = job.load(device="cpu" if sharded else str(accelerator.device)).requires_grad_(False)
@@ -97,12 +97,14 @@ def distill(
         for parameter in objective.trained.values():
             parameter.data = parameter.data.float()  # half precision would round small updates away
         states, store = None, None
-        if settings.teacher == "stored":
+        if stores:
             assert isinstance(objective, StorableTeacher)
             store = partial(stored_states, job, objective.after, accelerator)
             states = store(teacher, text.windows)
             objective.release_teacher()
             trim_heap()
+            if not sharded:
+                objective.to(accelerator.device)
         others = [teacher] if method.uses_teacher and states is None else []
         memory = training_memory(objective, others, settings.optimizer)
         working = shard(objective, pair, accelerator) if sharded else objective
