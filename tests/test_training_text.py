@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from come.data.windows import shifted
 from come.distill.config import TrainConfig
 from come.job.job import Job
 from come.job.sampled_text import sampled, text_block
@@ -46,6 +47,30 @@ def test_written_text_is_sampled_in_cached_blocks(base, tmp_path, monkeypatch):
     assert len(set(map(tuple, text.windows.tolist()))) == 14
     assert torch.equal(text.windows[8:12], text_block(job, model, 1, 4).windows)
     assert len(seeds) == 5
+
+
+def test_shifted_windows_begin_inside_a_text():
+    windows = torch.arange(5 * 7).view(5, 7)
+    found = shifted(windows, 0.6)
+    assert torch.equal(found[:2], windows[:2])
+    assert found[2].tolist() == [*windows[2, 3:].tolist(), *windows[3, :3].tolist()]
+    assert found[4].tolist() == [*windows[4, 3:].tolist(), *windows[2, :3].tolist()]
+    assert torch.equal(shifted(windows, 0), windows)
+    assert sorted(shifted(windows, 1).flatten().tolist()) == list(range(35))
+
+
+def test_half_of_the_written_windows_begin_inside_a_text(base, tmp_path):
+    model, found = load_weights(base), {}
+    for share in ("0", "0.5"):
+        words = (*WRITTEN, f"distill.shifted={share}")
+        job = prepare_job(base, tmp_path / share, *words)
+        found[share] = sampled(job, model, 8).windows
+    begin = model.config.bos_token_id
+    assert (found["0"][:, 0] == begin).all()
+    for part in range(3):  # validation, and two blocks of training windows
+        plain, moved = (found[share][4 * part : 4 * part + 4] for share in ("0", "0.5"))
+        assert torch.equal(moved, shifted(plain, 0.5))
+        assert (moved[:, 0] == begin).tolist() == [True, True, False, False]
 
 
 def test_continued_text_begins_with_the_given_one(base, tmp_path):

@@ -25,13 +25,14 @@ RUN = importlib.import_module("come.job.run")
 
 # Outputs of a job that change together.
 MERGED = {"plan", "weights", "merged nll"}
-PLANNED = {"plan", "weights", "merged nll", "history"}
+PLANNED, RESIZED = {*MERGED, "history"}, {*MERGED, "history", "layers"}
 TRAINED, CURVE = {"trained", "trained nll"}, {"trained", "trained nll", "curve", "validation"}
 
 # Jobs in which a setting has an effect, as overrides.
 COME_PLUS = ("merge=come_plus", "merge.m=2")
-FRONT = (*COME, "merge.target_layers=4", "merge.selection=magnitude")  # merges the first layers
-THREE_LAYERS = (*COME, "merge.target_layers=3")
+FOUR = (*COME, "merge.target_layers=4")
+FRONT = (*FOUR, "merge.selection=magnitude")  # merges the first layers
+PREFIX = (*COME, "calibration.prefix_tokens=4")
 TWO_GROUPS = (*COME, "merge.target_layers=null", "merge.groups=[[0,1],[2,3]]")
 SAMPLED = (*COME, "calibration=self_generated", "calibration.path=null")
 TRIALS = ("merge=come", "merge.selection=trial_kl", "merge.refit=ridge", "merge.retention=uniform")
@@ -52,9 +53,8 @@ CHANGES = [
     (COME, "calibration.seq_len=17", MERGED),
     (COME, "calibration.seed=1", PLANNED),
     (COME, "calibration.path={other}", MERGED),
-    ((*COME, "calibration.prefix_tokens=4"), "calibration.num_continuations=2", MERGED),
-    ((*COME, "calibration.prefix_tokens=4", "calibration.num_continuations=2"),
-     "calibration.prefix_tokens=8", MERGED),
+    (PREFIX, "calibration.num_continuations=2", MERGED),
+    ((*PREFIX, "calibration.num_continuations=2"), "calibration.prefix_tokens=8", MERGED),
     (COME, "calibration.mix={text_file:0.5,mmlu:0.5}", MERGED),
     (COME, "calibration.store=disk", set()),
     (COME, "calibration.memory=900GB", set()),
@@ -71,25 +71,24 @@ CHANGES = [
     (COME, "merge.retention=uniform", MERGED),
     (COME, "merge.schedule=one_shot", set()),  # the order of a single merge does not matter
     (FRONT, "merge.schedule=one_shot", MERGED),
-    ((*COME, "merge.target_layers=4"), "merge.m=3", PLANNED),
+    (FOUR, "merge.m=3", PLANNED),
     (COME, "merge.retention.p=50", MERGED),
     (COME, "merge.tokens=all", MERGED),
     (COME, "merge.norms=fold", MERGED),
     (COME, "merge.kinds=last", {"plan"}),
-    (THREE_LAYERS, "merge.protect_first=1 merge.target_layers=4", {*PLANNED, "layers"}),
+    ((*COME, "merge.target_layers=3"), "merge.protect_first=1 merge.target_layers=4", RESIZED),
     (COME, "merge.protect_last=3", PLANNED),
     (COME, "merge.sublayers=[ffn]", {*MERGED, "history"}),
-    ((*COME, "merge.target_layers=4"), "merge.allow_remerge=true", PLANNED),
+    (FOUR, "merge.allow_remerge=true", PLANNED),
     ((*COME, "merge.target_layers=null"), "merge.groups=[[0,1]]", PLANNED),
     (COME, "merge.width=0.6 merge.width_multiple=8", MERGED),
     ((*COME, "merge.width=0.6", "merge.width_multiple=8"), "merge.width_multiple=5", MERGED),
     (COME, "merge.width_attention=0.5", MERGED),
-    ((*COME, "merge.target_layers=null"), "merge.budget.parameters=0.7", {*PLANNED, "layers"}),
+    ((*COME, "merge.target_layers=null"), "merge.budget.parameters=0.7", RESIZED),
     ((*COME, "merge.sensitivity=random"), "merge.sensitivity.seed=1", MERGED),
-    (COME, "merge.target_layers=4", {*PLANNED, "layers"}),
-    ((*COME, "merge.target_layers=null"), "merge.sparsity=0.35", {*PLANNED, "layers"}),
-    ((*COME, "merge.target_layers=4"), "merge.save_at=[5]",
-     {"layers", "depths", "also", "continuations"}),
+    (COME, "merge.target_layers=4", RESIZED),
+    ((*COME, "merge.target_layers=null"), "merge.sparsity=0.35", RESIZED),
+    (FOUR, "merge.save_at=[5]", {"layers", "depths", "also", "continuations"}),
     (COME, "merge.save_weights=false", {"files", "weights"}),
     (COME, "merge.refit=ridge", MERGED),
     ((*COME, "merge.refit=ridge"), "merge.refit.lambda=1", MERGED),
@@ -128,6 +127,7 @@ CHANGES = [
     (HEAL, "distill.logit_weight=1", CURVE),
     (HEAL, "distill.teacher=stored", set()),
     (HEAL_SAMPLED, "distill.stream=true", CURVE),
+    (HEAL_SAMPLED, "distill.shifted=0", CURVE),
     ((*HEAL_SAMPLED, "distill.stream=true"), "distill.block_windows=4", CURVE),
     ((*HEAL_SAMPLED, "distill.stream=true"), "distill.on_policy=0.5", CURVE),
     (HEAL, "distill.prefix_tokens=8", CURVE),

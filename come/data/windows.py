@@ -56,6 +56,22 @@ class TokenWindows:
         return digest.hexdigest()[:16]
 
 
+def shifted(windows: Int[Tensor, "windows seq"], share: float) -> Int[Tensor, "windows seq"]:
+    """The windows, the last `share` of which are shifted by half a window.
+
+    A shifted window has the second half of one window and the first half of the next (the last
+    one: of the first shifted one). So it begins inside a text, and not with the begin token.
+
+    Args:
+        windows: token ids.
+        share: share of the windows that are shifted, rounded, in [0, 1].
+    """
+    seq_len, count = windows.shape[1], round(share * len(windows))
+    first = len(windows) - count
+    moved = windows[first:].flatten().roll(-(seq_len // 2)).view(count, seq_len)
+    return torch.cat([windows[:first], moved])
+
+
 def corpus_text(
     source: TextSource,
     max_chars: int | None = None,

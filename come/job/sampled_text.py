@@ -25,7 +25,7 @@ from come.data.sampling import (
     self_generated_windows,
     unused_ids,
 )
-from come.data.windows import TokenWindows, begin_token
+from come.data.windows import TokenWindows, begin_token, shifted
 from come.files import package_hash, write_bytes
 from come.job.budget import sampling_cost
 from come.job.job import Job
@@ -112,7 +112,8 @@ def validation_text(job: Job, teacher: PreTrainedModel) -> TokenWindows:
 def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> TokenWindows:
     """A block of training windows written by the dense model; cached.
 
-    With `distill.prefix_tokens`, they continue beginnings of the training text.
+    With `distill.prefix_tokens`, they continue beginnings of the training text. Otherwise a share
+    `distill.shifted` of them is shifted, because all begin with the begin token.
 
     Args:
         job: the job.
@@ -123,7 +124,8 @@ def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> T
     settings, how = job.settings.distill, job.settings.calibration.sampling
     seed = settings.seed + SEED_OFFSET * (number + 2)
     if job.training is None:
-        return _self_generated(job, teacher, count, settings.seq_len, seed)
+        found = _self_generated(job, teacher, count, settings.seq_len, seed)
+        return replace(found, windows=shifted(found.windows, settings.shifted))
     begin, text, held_out = settings.prefix_tokens, job.training, settings.validation_samples
     if number < 0:
         starts = continuation_starts(text.windows[:held_out], count, begin)
@@ -168,7 +170,7 @@ def student_block(
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save({"windows": found.windows.contiguous()}))
-    return load_file(path)["windows"]
+    return shifted(load_file(path)["windows"], job.settings.distill.shifted)
 
 
 def _self_generated(

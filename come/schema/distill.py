@@ -37,6 +37,13 @@ class DistillSettings(TextSettings):
         "tokens of each window of the text, which the dense model continues; 0: no window",
         least=0,
     )
+    shifted: float = setting(
+        0.5,
+        "share of the windows that models write that begin inside a text: the others begin with "
+        "the begin token",
+        least=0,
+        most=1,
+    )
     on_policy: float = setting(
         0.0, "share of the windows that the model in training writes", least=0, most=1
     )

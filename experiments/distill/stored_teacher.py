@@ -1,6 +1,7 @@
 """Speed and peak memory of healing with a stored teacher, over those with a live one.
 
-    python experiments/distill/stored_teacher.py --layers merged,neighbours
+    python experiments/distill/stored_teacher.py
+    python experiments/distill/stored_teacher.py --layers merged,neighbours --train layers
 
 SmolLM2 is reduced to 24 of 30 layers and trained by the KL of the logits, as by distill=heal: in
 bfloat16, with trained weights in float32. Each kind of teacher runs in a process of its own, in
@@ -114,8 +115,8 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", default="merged,neighbours", help="values of distill.layers")
-    parser.add_argument("--train", default="layers", choices=TRAIN, help="distill.train")
+    parser.add_argument("--layers", default="all", help="values of distill.layers")
+    parser.add_argument("--train", default="lora", choices=TRAIN, help="distill.train")
     parser.add_argument("--rank", type=int, default=32, help="of --train lora")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--gradient-checkpointing", action="store_true")
