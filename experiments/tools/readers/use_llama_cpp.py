@@ -10,25 +10,28 @@ import runpy
 import sys
 from pathlib import Path
 
-import gguf
-import llama_cpp
-from protocol import Request, greedy, load, perplexity, with_transformers
-from transformers import AutoModelForCausalLM, GgufConfig
+SOURCE = Path(sys.prefix) / "source" / "vendor" / "llama.cpp"
+sys.path.insert(0, str(SOURCE / "gguf-py"))  # the converter needs the version beside it
+
+import gguf  # noqa: E402
+import llama_cpp  # noqa: E402
+from protocol import Request, greedy, load, perplexity, with_transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, GgufConfig  # noqa: E402
 
 FORMS = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
-request, source = Request.read(), Path(sys.prefix) / "source" / "vendor" / "llama.cpp"
+request = Request.read()
 work = Path(request.work)
 
 
 def convert(kind: str) -> Path:
     """Runs the converter; returns the file."""
-    sys.path.insert(0, str(source))
+    sys.path.insert(0, str(SOURCE))
     import conversion.base
 
     if request.model == "llama3":
         conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
     path = work / f"{kind}.gguf"
-    script = source / "convert_hf_to_gguf.py"
+    script = SOURCE / "convert_hf_to_gguf.py"
     sys.argv = [str(script), request.folder, "--outfile", str(path), "--outtype", kind]
     runpy.run_path(str(script), run_name="__main__")
     return path
