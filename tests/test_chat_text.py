@@ -214,7 +214,8 @@ def test_another_prompt_follows_the_end_of_an_answer(chat_base, tokenizer):
 def test_chat_reaches_calibration_and_training_text(chat_base, tokenizer, tmp_path, short_prompts):
     """Also after a job without it has filled the cache."""
     model = load_weights(chat_base)
-    words = (*SIZES, "distill=come_sp", "distill.seq_len=40", "distill.validation_samples=2")
+    words = (*SIZES, "distill=come_sp", "distill.seq_len=40", "distill.validation_samples=2",
+             "distill.shifted=0")  # fmt: skip
     with_chat, without = (
         prepare_job(chat_base, tmp_path / "out", *sampling, *words)
         for sampling in (SAMPLED, (SAMPLED[0], SAMPLED[2]))
