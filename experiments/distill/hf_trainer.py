@@ -92,10 +92,10 @@ def main() -> None:
         "model": model, "args": arguments, "processing_class": tokenizer,
         "train_dataset": Windows(own.text, tokenizer, own.seq_len),
     }  # fmt: skip
-    trainer = Trainer(**given)
     if own.teacher:
-        teacher = AutoModelForCausalLM.from_pretrained(own.teacher)
-        trainer = TeacherTrainer(teacher, **given)
+        trainer = TeacherTrainer(AutoModelForCausalLM.from_pretrained(own.teacher), **given)
+    else:
+        trainer = Trainer(**given)
     trainer.train()
     model.to(dtype)
     trainer.save_model(str(own.out))
