@@ -264,6 +264,7 @@ def test_configuration_of_a_billion_layers_is_refused_at_once(base):
         (MemoryError(), "out of memory; calibration.memory=SIZE"),
         (ImportError("a.so: failed to map segment from shared object"), "out of memory"),
         (RuntimeError("can't start new thread"), "out of memory"),
+        (SystemError("error return without exception set"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
     ],
 )

@@ -212,7 +212,7 @@ def _guarded(job: Callable[[], Any]) -> int:
             "folder, COME_CACHE=FOLDER the cache; the same command resumes"
         )
         return 1
-    except (MemoryError, RuntimeError, ImportError) as error:
+    except (MemoryError, RuntimeError, ImportError, SystemError) as error:
         if not is_out_of_memory(error):
             raise
         _print_error(OUT_OF_MEMORY)

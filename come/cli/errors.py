@@ -71,6 +71,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory",
         "start new thread",
         "failed to map segment",  # of a library that is imported when it is needed
+        "error return without exception set",  # Python could not allocate the MemoryError
     )
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
