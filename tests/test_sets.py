@@ -11,6 +11,7 @@ from come.merge.loop import compress
 from come.merge.schedules.lorp import allocate, clusters, locality, num_clusters, similarity
 from come.merge.schedules.pairwise import losses_without_pairs
 from come.merge.selection.skip_loss import losses_without
+from come.merge.trial_scores import TrialScores
 from come.models.loading import inspect_model
 from come.schema.explicit import check_explicit
 from come.statistics.influence import chosen_tokens
@@ -165,8 +166,9 @@ def test_losses_without_layers(stream, windows):
         measured_losses(model, windows, sets), rel=1e-4
     )
     for first, others in ((0, [1, 2, 5]), (2, [4, 5]), (4, [5])):
-        expected = measured_losses(model, windows, [(first, other) for other in others])
-        found = losses_without_pairs(stream, first, others)
+        pairs = [(first, other) for other in others]
+        expected = measured_losses(model, windows, pairs)
+        found = losses_without_pairs(stream, pairs)
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -250,6 +252,28 @@ def test_passes_are_those_of_the_estimate(windows, tmp_path):
         head = 2 * 80 * shape.vocabulary * shape.hidden
         assert found.work.forward == (LAYERS + through) * each + heads * head
         assert found.extra == []
+
+
+@pytest.mark.parametrize("name", ["pairwise", "sleb_swap"])
+def test_no_loss_is_measured_twice(name, windows):
+    """Another depth, or a resumed search, measures only the losses that are not known."""
+
+    def found(target, trials):
+        method = recipe(name)
+        model = pico("llama_gqa", 5)
+        return compress(model, windows, method, target_layers=target, trials=trials, progress=False)
+
+    trials = TrialScores()
+    found(4, trials)
+    expected, deeper = found(3, TrialScores()), found(3, trials)
+    assert dropped_layers(deeper) == dropped_layers(expected)
+    assert deeper.steps[0].score == pytest.approx(expected.steps[0].score, rel=1e-6)
+    spent = [plan.provenance["layer_passes"] for plan in (found(3, trials), deeper, expected)]
+    assert spent[0] == LAYERS <= spent[1] < spent[2]
+    key, other = list(trials.scores)[2], TrialScores()
+    other.scores = {each: loss for each, loss in trials.scores.items() if each != key}
+    assert LAYERS < found(3, other).provenance["layer_passes"] < spent[2]
+    assert other.scores == pytest.approx(trials.scores, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from come.job.identity import job_hash
 from come.job.sampled_text import sampled, sampling_key, with_samples
 from come.merge.plan import BaseModel, Plan
 from come.merge.saving import plan_path
-from come.merge.selection import trial_kl
+from come.merge.selection import skip_loss, trial_kl
 from come.models.adapter import ModelAdapter
 from come.models.loading import load_tokenizer, load_weights
 from tests.bases import save_base
@@ -115,6 +115,21 @@ def test_separately_merged_depths(base, tmp_path):
         plan = Plan.load(plan_path(tmp_path / "out" / name))
         assert (plan.num_layers, len(plan.steps)) == (depth, 1)
         assert load_weights(tmp_path / "out" / name).config.num_hidden_layers == depth
+
+
+def test_separately_merged_depths_share_losses(base, tmp_path, monkeypatch):
+    """A loss belongs to one set of layers; other depths take it from the job's file."""
+    measured, losses = [], skip_loss.losses
+    monkeypatch.setattr(
+        skip_loss, "losses", lambda stream, some: measured.extend(some) or losses(stream, some)
+    )
+    words = ("merge=sleb_swap", "merge.schedule.rounds=0", "merge.target_layers=4")
+    counts = []
+    for name, depths in ("one", "[]"), ("two", "[5]"):
+        measured.clear()
+        run_job(base, tmp_path / name, *words, f"merge.save_at={depths}", *QUICK)
+        counts.append(len(measured))
+    assert counts == [6 + 5, 6 + 5]
 
 
 def test_saved_model_belongs_to_the_job_in_its_plan(tmp_path, monkeypatch):

@@ -243,9 +243,25 @@ class Search:
         do, found = partial(losses_without, self.stream.unshared()), list[float]()
         with ProgressBar(total=len(sets), desc="drops on trial", shown=self.stream.progress) as bar:
             for some in together(self.stream, sets, self.stream.processes.count):
-                found += self.measured(some, do)
+                found += self.losses_by(do, some)
                 bar.update(len(some))
         return found
+
+    def losses_by(
+        self,
+        do: Callable[[Sequence[Sequence[int]]], Sequence[float]],
+        sets: Sequence[Sequence[int]],
+    ) -> list[float]:
+        """The losses without each set of layers: known ones, the others by one call of `do`."""
+        plan = self.plan.hash
+        keys = [tuple((layer, layer) for layer in removed) for removed in sets]
+        known = [self.trials.get(plan, *key) for key in keys]
+        missing = [index for index, loss in enumerate(known) if loss is None]
+        if missing:
+            found = self.measured([sets[index] for index in missing], do)
+            added = {keys[i]: loss for i, loss in zip(missing, found, strict=True)}
+            self.trials.add(plan, added)
+        return [loss for key in keys if (loss := self.trials.get(plan, *key)) is not None]
 
     def measured(
         self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[float]]

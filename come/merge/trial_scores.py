@@ -1,4 +1,4 @@
-"""A cache of trial-merge scores, so that a resumed search does not repeat trial merges."""
+"""A cache of trial merges' scores and losses without layers, which no search measures twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from come.files import read_again, read_object, write_text
 
 
 class TrialScores:
-    """Scores of trial merges, keyed by the plan so far and the span.
+    """Scores of trial merges, keyed by the plan so far and the spans.
+
+    The loss without a set of layers is that of spans of one layer each.
 
     Args:
         path: JSON file to which every new score is written atomically; None keeps them in memory.

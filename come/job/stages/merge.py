@@ -226,6 +226,7 @@ def _compress_separately(job: Job) -> None:
     """Compresses the dense model separately to every other depth, for schedules not `nested`."""
     settings = job.settings
     assert job.calibration is not None
+    trials = TrialScores(job.folder / TRIALS, job.hash)
     for depth in settings.merge.save_at:
         folder = job.folder / f"model-{depth}"
         if depth == job.target or _saved_by_job(job, folder):
@@ -240,6 +241,7 @@ def _compress_separately(job: Job) -> None:
             batch_size=settings.calibration.batch,
             store=settings.calibration.place,
             folder=job.folder,
+            trials=trials,
         )
         save(job, model, folder.name, plan)
         del model

@@ -29,7 +29,7 @@ class Pairwise(SetSchedule):
     c_i and c_ij: growth of the calibration loss L without layer i, and without layers i and j, so
     that L(S) is exact for one and two layers. Its minimum over all sets of the needed size is found
     by enumeration (see `come.linalg.subsets`). The score of every step is L(S) of the whole set.
-    Every depth of `merge.save_at` is searched separately.
+    Every depth of `merge.save_at` is searched separately, with the same losses.
 
     Source: arXiv 2602.00161, block removal as a constrained binary quadratic problem (an Ising
     model of fixed magnetisation). Differs from the paper in the coefficients: there they come from
@@ -65,11 +65,11 @@ class Pairwise(SetSchedule):
         total = len(free) * (len(free) - 1) // 2
         with ProgressBar(total=total, desc="pairs of layers", shown=stream.progress) as bar:
             for row, first in enumerate(free[:-1]):
-                others = free[row + 1 :]
-                found = search.measured(others, partial(losses_without_pairs, stream, first))
+                pairs = [(first, other) for other in free[row + 1 :]]
+                found = search.losses_by(partial(losses_without_pairs, stream), pairs)
                 growth = torch.tensor(found, dtype=torch.float64) - dense
                 both[row, row + 1 :] = growth - alone[row] - alone[row + 1 :]
-                bar.update(len(others))
+                bar.update(len(pairs))
         both = both + both.T
         best = best_subset(alone, both, count)
         loss = dense + cost(alone, both, best)
@@ -77,18 +77,18 @@ class Pairwise(SetSchedule):
 
 
 @torch.no_grad()
-def losses_without_pairs(stream: LayerStream, first: int, others: Sequence[int]) -> list[float]:
-    """Calibration loss without layers `first` and j, for every j of `others`.
+def losses_without_pairs(stream: LayerStream, pairs: Sequence[Sequence[int]]) -> list[float]:
+    """Calibration loss without both layers of each pair.
 
     Args:
         stream: the layer stream; all boundaries must be valid.
-        first: the first layer that is left out.
-        others: the second layers, after it, ascending.
+        pairs: one first layer, and second layers after it, ascending.
 
     Returns:
         Mean cross-entropy, nats per predicted token, >= 0.
     """
     found: list[float] = []
+    first, others = pairs[0][0], [other for _, other in pairs]
     states = [stream.boundary(first, rows) for rows in stream.batches]
     reached = first + 1  # the layer that `states` enter
     for some in together(stream, others):

@@ -23,7 +23,7 @@ class Swap(SetSchedule):
 
     L(S): calibration loss without the layers of S. Rounds end after `rounds`, or after one without
     a swap. The score of every step is L(S) of the whole set. Every depth of `merge.save_at` is
-    searched separately.
+    searched separately, and no loss is measured twice.
 
     Source: the elimination is that of arXiv 2402.09025 (SLEB), which `rounds=0` leaves as it is.
     Swaps of pruned and kept structures are the local search of arXiv 2403.12983 (OSSCAR). Differs
