@@ -2,8 +2,9 @@
 
 An environment is a virtual environment that also sees the packages of the project's environment,
 so that pip installs only what a tool adds, and the versions that it needs instead. The version of
-torch is fixed: another one would be a CUDA build of several GB. torchvision is removed: that of
-PyPI does not fit a CPU build of torch and stops imports of transformers; no tool here needs it.
+torch is fixed: another one would be a CUDA build of several GB. torchvision, torchaudio and
+torchcodec are removed: those of PyPI do not fit a CPU build of torch and stop imports of
+transformers; no tool here needs them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _virtual_environment(tool: Tool, folder: Path) -> None:
     fixed = folder / "fixed.txt"
     fixed.write_text(f"torch=={version('torch').partition('+')[0]}\n")
     _pip(python, ["--constraint", str(fixed), *words], dict(tool.build))
-    _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], {})
+    unfit = ["torchvision", "torchaudio", "torchcodec"]
+    _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unfit], {})
 
 
 def _source(python: Path, requirement: str, folder: Path) -> Path:

@@ -125,13 +125,15 @@ def greedy(
 
 
 def with_transformers(model: Any, request: Request) -> dict[str, Any]:
-    """Greedy tokens (with the cache) and perplexity of a model of transformers."""
+    """Greedy tokens (with the cache) and perplexity of a model with transformers' interface."""
     import torch
 
-    model = model.eval()
+    if isinstance(model, torch.nn.Module):
+        model.eval()
 
     def logits(ids: list[int]) -> Any:
-        return model(torch.tensor([ids])).logits[0].float().numpy()
+        given = torch.tensor([ids])
+        return model(given, attention_mask=torch.ones_like(given)).logits[0].float().numpy()
 
     tokens = []
     with torch.no_grad():
