@@ -55,7 +55,9 @@ def read(folders, out, version=None):
 @pytest.fixture(scope="module")
 def readings(results, tmp_path_factory):
     """Output of tests.read_models for the merged models, by version and folder."""
-    assert TRANSFORMERS4.is_dir(), "make test-slow installs tests/transformers4.txt into the environment"
+    assert TRANSFORMERS4.is_dir(), (
+        "make test-slow installs tests/transformers4.txt into the environment"
+    )
     out = tmp_path_factory.mktemp("out")
     folders = [result for _, result in results.values()]
     both = {"5": read(folders, out / "5"), "4.57": read(folders, out / "4", TRANSFORMERS4)}

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from come.job.estimate import compression_cost
-from come.linalg.subsets import best_subset, cost, enumerated, swapped
+from come.linalg.subsets import (
+    best_consistent_subset,
+    best_subset,
+    consistent_cost,
+    cost,
+    enumerated,
+    swapped,
+)
 from come.merge.loop import compress
 from come.merge.schedules.lorp import allocate, clusters, locality, num_clusters, similarity
 from come.merge.schedules.pairwise import losses_without_pairs
@@ -50,6 +57,37 @@ def test_best_subset_is_that_of_all_subsets(items, size):
     found = best_subset(linear, pairs, size)
     assert found == list(best)
     assert cost(linear, pairs, found) == pytest.approx(costs[best])
+
+
+def saturated(items, seed):
+    """Costs of which some stop growing at 8, as losses without layers that a model needs."""
+    generator = torch.Generator().manual_seed(seed)
+    alone = torch.rand(items, generator=generator, dtype=torch.float64)
+    alone[: items // 2] += 7
+    noise = torch.rand(items, items, generator=generator, dtype=torch.float64)
+    joint = (alone[:, None] + alone).clamp(max=8) + 0.15 * (noise + noise.T)
+    return alone, (joint - (alone[:, None] + alone)).fill_diagonal_(0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("items", "size"), [(8, 1), (8, 2), (8, 4), (9, 6), (8, 8)])
+def test_no_set_is_cheaper_than_its_worst_pair(items, size, seed):
+    for linear, pairs in (saturated(items, seed), quadratic(items, seed)):
+
+        def bounded(chosen, linear=linear, pairs=pairs):
+            worst = [plain_cost(linear, pairs, pair) for pair in combinations(chosen, 2)]
+            return max([plain_cost(linear, pairs, chosen), *worst])
+
+        best = min(combinations(range(items), size), key=bounded)
+        found = best_consistent_subset(linear, pairs, size)
+        assert bounded(found) == pytest.approx(bounded(best))
+        assert consistent_cost(linear, pairs, found) == pytest.approx(bounded(best))
+
+
+def test_layers_that_a_model_needs_are_not_dropped_together():
+    linear, pairs = saturated(10, 0)
+    assert plain_cost(linear, pairs, best_subset(linear, pairs, 4)) < 0
+    assert min(best_consistent_subset(linear, pairs, 4)) >= 5
 
 
 def test_enumeration_in_parts(monkeypatch):
@@ -181,7 +219,7 @@ def test_pairwise_drops_the_set_with_the_least_quadratic_cost(family, windows):
         growth = sum(known[i,] - known[()] for i in chosen)
         for i, j in combinations(chosen, 2):
             growth += known[i, j] - known[i,] - known[j,] + known[()]
-        return known[()] + growth
+        return max([known[()] + growth, *(known[pair] for pair in combinations(chosen, 2))])
 
     for target in (LAYERS - 2, LAYERS - 3):
         plan = compress(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain, combinations
-from math import comb
+from math import comb, inf
 
 import numpy as np
 import torch
@@ -35,6 +37,51 @@ def best_subset(
     """
     exact = comb(len(linear), size) <= LARGEST
     return sorted((enumerated if exact else swapped)(linear, pairs, size))
+
+
+def best_consistent_subset(
+    linear: Float[Tensor, " items"], pairs: Float[Tensor, "items items"], size: int
+) -> list[int]:
+    """The set S of `size` items with the least cost, which counts no less than its worst pair.
+
+        max(E(S), max_{i < j in S} E({i, j}))
+
+    A quadratic cost that is exact for pairs may fall below them in larger sets, and even below 0,
+    where costs saturate. Exact where `best_subset` is: the best set is one without pairs above the
+    least bound on pairs that a set keeps with its cost, or above the next lower bound.
+
+    Args:
+        linear: a, float64.
+        pairs: b, symmetric with a diagonal of zeros, float64.
+        size: items of the set, at least 1 and at most all.
+
+    Returns:
+        The items of the set, ascending.
+    """
+    if size == 1:
+        return best_subset(linear, pairs, size)
+    every = linear[:, None] + linear + pairs
+    bounds = every[torch.ones_like(pairs).triu(1) > 0].unique().tolist()
+    barred = 4 * float(linear.abs().sum() + pairs.abs().sum()) + 1  # more than any set costs
+
+    @cache
+    def best(index: int) -> tuple[float, list[int]]:
+        """The least E(S) of sets without pairs above a bound, infinite without such a set."""
+        allowed = (every <= bounds[index]).fill_diagonal_(True)
+        costs = torch.where(allowed, pairs, barred)
+        found = best_subset(linear, costs, size)
+        least = cost(linear, costs, found)
+        return (least if least < barred / 2 else inf), found
+
+    reached = bisect_left(range(len(bounds)), True, key=lambda i: best(i)[0] <= bounds[i])
+    around = [best(i)[1] for i in (reached - 1, reached) if 0 <= i < len(bounds)]
+    return min(around, key=lambda chosen: consistent_cost(linear, pairs, chosen))
+
+
+def consistent_cost(linear: Tensor, pairs: Tensor, chosen: list[int]) -> float:
+    """max(E(S), max_{i < j in S} E({i, j}))."""
+    worst = [cost(linear, pairs, [*pair]) for pair in combinations(chosen, 2)]
+    return max([cost(linear, pairs, chosen), *worst])
 
 
 def cheapest_cover(sizes: Sequence[int], costs: Sequence[float], least: int) -> list[int]:

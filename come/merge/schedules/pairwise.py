@@ -9,7 +9,7 @@ from itertools import combinations
 
 import torch
 
-from come.linalg.subsets import best_subset, cost
+from come.linalg.subsets import best_consistent_subset, consistent_cost
 from come.merge.combination import Combination
 from come.merge.schedules.base import SCHEDULES, SetSchedule
 from come.merge.search import Search
@@ -24,17 +24,21 @@ from come.stream.stream import LayerStream
 class Pairwise(SetSchedule):
     """Drops the set of layers with the least quadratic cost.
 
-        L(S) = L + sum_{i in S} c_i + sum_{i < j in S} (c_ij - c_i - c_j)
+        E(S) = sum_{i in S} c_i + sum_{i < j in S} (c_ij - c_i - c_j)
+        L(S) = L + max(E(S), max_{i < j in S} c_ij)
 
     c_i and c_ij: growth of the calibration loss L without layer i, and without layers i and j, so
-    that L(S) is exact for one and two layers. Its minimum over all sets of the needed size is found
-    by enumeration (see `come.linalg.subsets`). The score of every step is L(S) of the whole set.
+    that L(S) is exact for one and two layers. Losses without layers that a model needs saturate,
+    and then the sum falls below the loss of a pair in the set, or below 0; so no set counts as
+    better than its worst pair. The minimum over all sets of the needed size is found by enumeration
+    (see `come.linalg.subsets`). The score of every step is L(S) of the whole set.
     Every depth of `merge.save_at` is searched separately, with the same losses.
 
     Source: arXiv 2602.00161, block removal as a constrained binary quadratic problem (an Ising
     model of fixed magnetisation). Differs from the paper in the coefficients: there they come from
     forward and backward passes over a few parameters, here from the losses without one and two
-    layers; and in the solver: there any, at least approximate, Ising solver.
+    layers, with the bound by the worst pair; and in the solver: there any, at least approximate,
+    Ising solver.
     """
 
     name = "pairwise"
@@ -71,8 +75,8 @@ class Pairwise(SetSchedule):
                 both[row, row + 1 :] = growth - alone[row] - alone[row + 1 :]
                 bar.update(len(pairs))
         both = both + both.T
-        best = best_subset(alone, both, count)
-        loss = dense + cost(alone, both, best)
+        best = best_consistent_subset(alone, both, count)
+        loss = dense + consistent_cost(alone, both, best)
         return [(free[index], loss) for index in best]
 
 
