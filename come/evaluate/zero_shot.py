@@ -133,11 +133,6 @@ def zero_shot(
     Prompts, numbers of few-shot examples and metrics are those of the task definitions. The
     harness seeds all global random generators.
 
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        tasks: the tasks, from `load_tasks`.
-
     Returns:
         For every task, its headline metric as "zero_shot/TASK" and the others as
         "zero_shot/TASK/METRIC", with normal intervals from the harness's standard errors; for every

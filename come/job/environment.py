@@ -62,12 +62,7 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
-    """Description of the machine: "Linux x86_64, 2 cores, 24 GB of memory, NVIDIA H100, bfloat16".
-
-    Args:
-        device: where the model is.
-        dtype: what it computes in.
-    """
+    """Describes the machine: "Linux x86_64, 2 cores, 24 GB of memory, NVIDIA H100, bfloat16"."""
     memory = psutil.virtual_memory().total / 1e9
     parts = [
         f"{platform.system()} {platform.machine()}",

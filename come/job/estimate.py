@@ -194,14 +194,7 @@ def compression_cost(
 
 
 def merge_work(shape: ModelShape, method: Method, target: int, tokens: int) -> Work:
-    """The work of all merges and of narrower layers, without trial merges.
-
-    Args:
-        shape: the dense model.
-        method: the merging method.
-        target: number of layers to reach.
-        tokens: number of calibration tokens.
-    """
+    """The work of all merges and of narrower layers, without trial merges."""
     layers, ratio = shape.num_layers, joint_lambda(method.refit)
     merges = _merged_spans(method, layers, target)
     sweeps = len(merges) if method.schedule.remeasures else 0  # over the layers after a merge

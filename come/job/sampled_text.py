@@ -85,13 +85,8 @@ def with_samples(job: Job, model: PreTrainedModel) -> TokenWindows:
 def sampled(job: Job, teacher: PreTrainedModel, windows: int) -> TokenWindows:
     """Validation and training text written by the dense model, different from calibration text.
 
-    The windows are sampled in blocks, and each block is cached, so that an interrupted job goes on
-    with the next block.
-
-    Args:
-        job: the job.
-        teacher: the dense model.
-        windows: number of training windows.
+    `windows` is the number of training windows. They are sampled in blocks, and each block is
+    cached, so that an interrupted job goes on with the next block.
     """
     size = job.settings.distill.block
     counts = [min(size, windows - first) for first in range(0, windows, size)]

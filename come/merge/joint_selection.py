@@ -243,10 +243,6 @@ def stacked_equations(features: Features, dtype: torch.dtype = torch.float64) ->
 
     In the dual form, only one of the layers is in memory at a time.
 
-    Args:
-        features: the features of the units.
-        dtype: dtype of the normal equations.
-
     Returns:
         The equations from the features to what the sublayer should add. For the last sublayer that
         is the remaining difference from the target output, for the others what the sublayers of

@@ -19,9 +19,6 @@ class SetScores:
 
     Every layer was fitted to the inputs that it has in the dense model, so a set is scored without
     another fit: by one pass of the validation windows.
-
-    Args:
-        search: the search.
     """
 
     def __init__(self, search: Search) -> None:

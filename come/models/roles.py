@@ -66,10 +66,6 @@ class Role:
 def roles_of(sublayers: Iterable[Sublayer], names: Iterable[str]) -> dict[str, Role]:
     """The role of every tensor of a layer.
 
-    Args:
-        sublayers: the sublayers of the layer.
-        names: the names of its tensors.
-
     Raises:
         ValueError: a tensor is not described.
     """

@@ -39,12 +39,6 @@ def model_card(result: Result, depth: DepthResult, plan: Plan, base: Path) -> Mo
     Licence and language are copied from the base model's card, if it has one. `base_model` is
     `model.base_model`, or else the hub id that the model was loaded from or that its configuration
     names; without any of them it is omitted.
-
-    Args:
-        result: result of the job.
-        depth: result of the model.
-        plan: plan of the model.
-        base: folder of the base model.
     """
     operator = OPERATORS.get(plan.operator)
     given = _front_matter(base / "README.md")

@@ -28,10 +28,6 @@ _DARK = 1.2  # labels are white if the colour's red + green + blue is below this
 def unit_origins(plan: Plan, unit: Unit) -> list[dict[int, float]]:
     """The original layers that every merged layer consists of, with the units of each.
 
-    Args:
-        plan: the plan.
-        unit: the kind of unit.
-
     Returns:
         For every layer of the merged model, a map from original layer to number of units, ordered
         by original layer. Operators that mix layers contribute fractions of units, by their shares.

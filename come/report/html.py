@@ -17,12 +17,7 @@ img { max-width: 100%; }
 
 
 def html_report(markdown: str, folder: Path) -> str:
-    """Renders a report; images are embedded, so the file is self-contained.
-
-    Args:
-        markdown: the report.
-        folder: folder of its images.
-    """
+    """Renders a report; its images in `folder` are embedded, so the file is self-contained."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)

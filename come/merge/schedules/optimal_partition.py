@@ -260,12 +260,7 @@ def _ranked(search: Search, pairs: list[Bounds]) -> list[Bounds]:
 
 
 def known_costs(steps: Sequence[MergeStep], num_layers: int) -> dict[Bounds, float]:
-    """Costs measured before earlier merges, for spans of unmerged original layers.
-
-    Args:
-        steps: the merges so far.
-        num_layers: layers of the dense model.
-    """
+    """Costs measured before earlier merges, for spans of unmerged original layers."""
     history, known = [[i] for i in range(num_layers)], {}
     for step in steps:
         for c in step.candidates:

@@ -73,13 +73,7 @@ def routed(
 
 
 def shared(channels: int, module: str, **others: Any) -> Sublayer:
-    """A shared expert, a gated MLP that reads every token; its units are channels.
-
-    Args:
-        channels: number of channels.
-        module: the module.
-        others: further attributes of the sublayer.
-    """
+    """A shared expert, a gated MLP that reads every token; its units are channels."""
     found = ffn(
         channels,
         inputs=(f"{module}.gate_proj", f"{module}.up_proj"),
