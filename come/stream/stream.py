@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from come.models.adapter import ModelAdapter
 from come.models.layout import Block
-from come.models.sublayers import run_layer
+from come.models.sublayers import run_layer, states_after
 from come.progress import ProgressBar
-from come.stream.boundaries import make_store, mapped_zeros
+from come.stream.boundaries import BoundaryStore, make_store, mapped_zeros
 from come.stream.observer import LayerObserver, Meter
 from come.stream.processes import SINGLE, Processes
-from come.stream.sublayers import MiddleStates
 
 Route = Sequence[tuple[int, nn.Module]]
 """Layers to run in sequence, each with the layer index whose keyword arguments it receives."""
@@ -77,10 +76,9 @@ class LayerStream:
         shape, dtype = (*windows.shape, adapter.config.hidden_size), adapter.model.dtype
         pinned = adapter.device.type == "cuda"
         self._store = make_store(store, shape, dtype, folder, name, processes, pinned=pinned)
-        self._middle: MiddleStates | None = None
+        self._middle: BoundaryStore | None = None  # states after attention, one slot a layer
         if block != "layer":
-            states = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
-            self._middle = MiddleStates(adapter, states)
+            self._middle = make_store(store, shape, dtype, folder, f"{name}-middle", processes)
         self._dense: list[Float[Tensor, "windows seq hidden"]] | None = None
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._meter = meter or Meter()
@@ -175,10 +173,7 @@ class LayerStream:
                 bar.set_postfix_str(f"layer {index + 1}/{self.num_layers}")
                 following = self._store.writable(index + 1)
                 if middle:
-                    middle.allocate(index)
-                    for rows in own:
-                        states = self._store[index][rows].to(self.adapter.device)
-                        middle.fill(index, rows, states, self.keywords(len(states), index))
+                    self._fill_middle(index, middle.writable(index))
                 with observer.layer(index) if observer else nullcontext(_ignore) as update:
                     for rows in own:
                         before = self._store[index][rows].to(self.adapter.device)
@@ -189,6 +184,15 @@ class LayerStream:
                         bar.update()
                 self._valid = index + 1
         self.processes.barrier()
+
+    def _fill_middle(self, index: int, middle: Float[Tensor, "windows seq hidden"]) -> None:
+        """Computes the residual stream after the last sublayer of a layer that mixes tokens."""
+        layout = self.adapter.layer_layout(index)
+        last = layout.of("attention")[-1]
+        for rows in self.own_batches:
+            states = self._store[index][rows].to(self.adapter.device)
+            layer, keywords = self.adapter.layer(index), self.keywords(len(states), index)
+            middle[rows] = states_after(layer, layout, last, states, keywords)
 
     def span(
         self, first: int, last: int
@@ -205,8 +209,8 @@ class LayerStream:
 
     def _ends(self, first: int, last: int, rows: slice) -> tuple[Tensor, Tensor]:
         start, end, middle = self._store[first], self._store[last + 1], self._middle
-        start = middle.of_layer(first) if middle and self.block == "ffn" else start
-        end = middle.of_layer(last) if middle and self.block == "attention" else end
+        start = middle[first] if middle and self.block == "ffn" else start
+        end = middle[last] if middle and self.block == "attention" else end
         return start[rows].to(self.adapter.device), end[rows].to(self.adapter.device)
 
     def pairs(
