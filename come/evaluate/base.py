@@ -8,32 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from come.data.sources.base import TextSource
-from come.evaluate.paired import exp_interval, paired_difference
+from come.evaluate.paired import Relative, exp_interval, paired_difference
 from come.registry import Registry
 from come.setting import HasSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A metric of a model compared with the same metric of another, usually the dense model.
-
-    Attributes:
-        value: ratio of the two values, or their difference; see `Metric.comparison`.
-        low: lower end of its 95% confidence interval; None if there is none.
-        high: upper end of that interval; None if there is none.
-        p: p-value of McNemar's exact test; None if the samples are not scores of documents.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-
-    def __str__(self) -> str:
-        return _shown(self.value, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -123,29 +103,22 @@ class Metric:
         if self.comparison == "ratio":
             if not paired:
                 return Relative(self.value / other.value) if other.value else None
-            gaps = [a - b for a, b in zip(self.samples, other.samples, strict=True)]
-            ratio = exp_interval(gaps)
-            return Relative(ratio.value, ratio.low, ratio.high)
+            return exp_interval([a - b for a, b in zip(self.samples, other.samples, strict=True)])
         if self.comparison == "difference":
             gap = self.value - other.value
             if not paired:
                 return Relative(gap)
-            found = paired_difference(self.samples, other.samples)
-            return Relative(gap, found.low, found.high, found.p)
+            return replace(paired_difference(self.samples, other.samples), value=gap)
         return None
 
     def __str__(self) -> str:
-        return _shown(self.value, self.low, self.high)
+        return str(Relative(self.value, self.low, self.high))
 
 
 def _listed(samples: Any) -> Sequence[float]:
     if not isinstance(samples, list | tuple):
         raise ValueError(f"the samples of a metric are {samples!r:.60}")  # noqa: TRY004
     return samples
-
-
-def _shown(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low is not None else "")
 
 
 Metrics = dict[str, Metric]

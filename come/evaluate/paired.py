@@ -15,34 +15,29 @@ _BLOCK = 500  # resamples per batch, to bound memory
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A number with its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean score of a model minus that of a reference model, on the same documents.
+class Relative:
+    """A metric of a model compared with the same metric of another, usually the dense model.
 
     Attributes:
-        value: the difference.
-        low: lower end of its 95% confidence interval, by a paired bootstrap over documents.
-        high: upper end of that interval.
+        value: ratio of the two values, or their difference; see `Metric.comparison`.
+        low: lower end of its 95% confidence interval; None if there is none.
+        high: upper end of that interval; None if there is none.
         p: two-sided p-value of McNemar's exact test: the probability, if both models are equally
             good, of a split at least as uneven as the observed one among the documents that only
-            one of the models answers correctly.
+            one of the models answers correctly. None if the samples are not scores of documents.
     """
 
     value: float
-    low: float
-    high: float
-    p: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    def __str__(self) -> str:
+        shown = f"{self.value:.4g}"
+        return shown if self.low is None else f"{shown} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def exp_interval(values: Sequence[float]) -> Interval:
+def exp_interval(values: Sequence[float]) -> Relative:
     """Exp of a mean and of the ends of its Student's t interval.
 
     Results above the largest float are clipped to it. The interval of a single value is
@@ -53,10 +48,10 @@ def exp_interval(values: Sequence[float]) -> Interval:
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
-        return Interval(_exp(mean), 0.0, math.inf)
+        return Relative(_exp(mean), 0.0, math.inf)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
     half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * spread
-    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half))
+    return Relative(_exp(mean), _exp(mean - half), _exp(mean + half))
 
 
 def _exp(value: float) -> float:
@@ -94,7 +89,7 @@ def mean_difference(
     return float(low), float(high)
 
 
-def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Difference:
+def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Relative:
     """The mean difference of two models' scores, with its bootstrap interval and McNemar's test.
 
     For scores other than 0 and 1, the test is the sign test of which model scores higher.
@@ -109,7 +104,7 @@ def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Di
     better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
     p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
     if not gaps.any() or len(gaps) < 2:
-        return Difference(float(gaps.mean()), float(gaps.mean()), float(gaps.mean()), p)
+        return Relative(float(gaps.mean()), float(gaps.mean()), float(gaps.mean()), p)
     found = stats.bootstrap(
         (gaps,),
         np.mean,
@@ -118,4 +113,4 @@ def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> Di
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Difference(float(gaps.mean()), float(found.low), float(found.high), p)
+    return Relative(float(gaps.mean()), float(found.low), float(found.high), p)
