@@ -96,6 +96,28 @@ _like_opt = partial(
     maps=("fc1", "fc2"),
 )
 
+
+def opt(config: PretrainedConfig) -> ModelLayout:
+    """The pre-norm sizes of OPT.
+
+    Raises:
+        ValueError: the model is a post-norm OPT, or an OPT with projected embeddings.
+    """
+    if not config.do_layer_norm_before:
+        raise ValueError(
+            "this OPT normalises after each block (do_layer_norm_before=false, as opt-350m); "
+            "supported are the pre-norm sizes: 125m, 1.3b and larger"
+        )
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise ValueError(
+            f"this OPT projects its embeddings from {config.word_embed_proj_dim} to "
+            f"{config.hidden_size} channels, which is not supported; "
+            "supported are 125m, 1.3b and larger"
+        )
+    final_norm = "model.decoder.final_layer_norm"
+    return _like_opt(config, stack="model.decoder.layers", final_norm=final_norm)
+
+
 FAMILIES: dict[str, Family] = {
     "apertus": partial(
         ungated,
@@ -136,6 +158,7 @@ FAMILIES: dict[str, Family] = {
     "jais2": ungated,
     "nanochat": partial(ungated, maps=("mlp.fc1", "mlp.fc2")),  # its norms have no parameters
     "nemotron": partial(ungated, offset=1.0),
+    "opt": opt,
     "phi": phi,
     "starcoder2": partial(ungated, maps=("mlp.c_fc", "mlp.c_proj")),
     "xglm": partial(_like_opt, final_norm="model.layer_norm"),
