@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,15 @@ from come.models.families.experts import corrected_experts, routed, shared, summ
 from come.models.families.mixers import latent_attention
 from come.models.families.parts import FFN_NORM, Family, ffn, same_layers
 from come.models.families.sparse import SparseRule, after_dense, listed, sparse_layers
-from come.models.layout import Norm
+from come.models.layout import Norm, Sublayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from come.models.layout import ModelLayout
+
+Mixers = Callable[["PretrainedConfig"], Sublayer | Sequence[Sublayer]]
+"""Reads from a configuration the mixer of all layers, or of each."""
 
 
 def latent(config: PretrainedConfig, factor: float = 1.0, **others: Any) -> ModelLayout:
@@ -30,10 +34,12 @@ def minicpm3(config: PretrainedConfig) -> ModelLayout:
     return latent(config, factor, logit_scale=config.dim_model_base / config.hidden_size)
 
 
-def deepseek(config: PretrainedConfig, sparse: SparseRule = listed) -> ModelLayout:
-    """Latent attention, then a gated MLP or experts."""
+def deepseek(
+    config: PretrainedConfig, sparse: SparseRule = listed, mixers: Mixers = latent_attention
+) -> ModelLayout:
+    """Latent attention or other mixers, then a gated MLP or experts."""
     mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
-    return sparse_layers(config, sparse(config), latent_attention(config), experts, mlp)
+    return sparse_layers(config, sparse(config), mixers(config), experts, mlp)
 
 
 def deepseek_v2(config: PretrainedConfig) -> ModelLayout:
@@ -48,16 +54,12 @@ def deepseek_v2(config: PretrainedConfig) -> ModelLayout:
     return sparse_layers(config, after_dense(config), latent_attention(config), experts, mlp)
 
 
-def axk1(config: PretrainedConfig) -> ModelLayout:
-    """A.X K1: as DeepSeek 3, with a norm of the sum of all experts."""
-    both = summed(corrected_experts(config), "mlp", FFN_NORM, Norm("mlp.post_mlp_layernorm"))
-    mlp = ffn(config.intermediate_size)
-    return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
+def axk(config: PretrainedConfig, after: Norm | None = None) -> ModelLayout:
+    """A.X K: as DeepSeek 3, but all experts are kept from one layer, together with their norm.
 
-
-def axk2(config: PretrainedConfig) -> ModelLayout:
-    """A.X K2: gates on the outputs of norms, so experts are kept from one layer with their norm."""
-    both = summed(corrected_experts(config), "mlp", FFN_NORM)
+    Their sum has a norm in A.X K1, and the norms have gates on their outputs in A.X K2.
+    """
+    both = summed(corrected_experts(config), "mlp", FFN_NORM, after)
     mlp = ffn(config.intermediate_size)
     return sparse_layers(config, listed(config), latent_attention(config), (both,), mlp)
 
@@ -88,8 +90,8 @@ def dots3_note(config: PretrainedConfig) -> ModelLayout:
 
 
 FAMILIES: dict[str, Family] = {
-    "axk1": axk1,
-    "axk2": axk2,
+    "axk1": partial(axk, after=Norm("mlp.post_mlp_layernorm")),
+    "axk2": axk,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": partial(deepseek, sparse=after_dense),
     "deepseek_v32": deepseek,

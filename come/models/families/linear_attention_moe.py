@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from come.models.families.experts import corrected_experts, routed, shared
+from come.models.families.experts import routed, shared
+from come.models.families.latent import deepseek
 from come.models.families.linear_attention import (
     QWEN_FFN_NORM,
     bailing_mixers,
@@ -13,7 +15,7 @@ from come.models.families.linear_attention import (
     qwen3_next_mixers,
 )
 from come.models.families.parts import Family, ffn
-from come.models.families.sparse import all_sparse, in_steps, listed, sparse_layers
+from come.models.families.sparse import all_sparse, in_steps, sparse_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,21 +49,9 @@ def _qwen_experts(config: PretrainedConfig) -> tuple[Sublayer, ...]:
     )
 
 
-def kimi_linear(config: PretrainedConfig) -> ModelLayout:
-    """Kimi Linear, the experts of which are those of DeepSeek 3."""
-    mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
-    return sparse_layers(config, listed(config), kimi_mixers(config), experts, mlp)
-
-
-def bailing_hybrid(config: PretrainedConfig) -> ModelLayout:
-    """Bailing Hybrid, the experts of which are those of DeepSeek 3."""
-    mlp, experts = ffn(config.intermediate_size), corrected_experts(config)
-    return sparse_layers(config, listed(config), bailing_mixers(config), experts, mlp)
-
-
 FAMILIES: dict[str, Family] = {
-    "bailing_hybrid": bailing_hybrid,
-    "kimi_linear": kimi_linear,
+    "bailing_hybrid": partial(deepseek, mixers=bailing_mixers),
+    "kimi_linear": partial(deepseek, mixers=kimi_mixers),
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe,
     "qwen3_next": qwen3_next,

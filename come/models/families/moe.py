@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from come.models.families.changes import opaque, per_head, with_rows
 from come.models.families.experts import (
+    CORRECTED,
     CORRECTED_BLOCK,
     beside_experts,
     corrected_experts,
@@ -129,31 +130,28 @@ def gpt_oss(config: PretrainedConfig) -> ModelLayout:
 
 
 def corrected(
-    config: PretrainedConfig, sparse: SparseRule = listed, head_norms: bool = True
+    config: PretrainedConfig,
+    sparse: SparseRule = listed,
+    head_norms: bool = True,
+    router: tuple[Rows, ...] = CORRECTED,
 ) -> ModelLayout:
-    """Routers with a correction bias and with groups, and a shared expert.
+    """Routers with a correction bias, with or without groups, and a shared expert.
 
     Args:
         config: the model's configuration.
         sparse: which layers have experts.
         head_norms: whether there are norms over each head.
+        router: the rows of the router.
     """
     own = attention(config, shared=HEAD_NORMS if head_norms else ())
     layers = sparse(config)
     dense = None if all(layers) else ffn(config.intermediate_size)
-    return sparse_layers(config, layers, own, corrected_experts(config), dense)
+    return sparse_layers(config, layers, own, corrected_experts(config, router), dense)
 
 
 def glm4_moe(config: PretrainedConfig) -> ModelLayout:
     """As `corrected`, with norms over each head in the larger models only."""
     return corrected(config, after_dense, config.use_qk_norm)
-
-
-def hy_v3(config: PretrainedConfig) -> ModelLayout:
-    """As `corrected` without groups, the correction bias beside the router."""
-    experts = corrected_experts(config, CORRECTED_BLOCK)
-    own = attention(config, shared=HEAD_NORMS)
-    return sparse_layers(config, listed(config), own, experts, ffn(config.intermediate_size))
 
 
 FAMILIES: dict[str, Family] = {
@@ -169,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": partial(coupled_heads, corrected=True),
     "mellum": qwen3_moe,
     "exaone_moe": corrected,
-    "hy_v3": hy_v3,
+    "hy_v3": partial(corrected, router=CORRECTED_BLOCK),
     "solar_open": partial(corrected, sparse=all_sparse, head_norms=False),
     "flint": flint,
 }
