@@ -33,25 +33,14 @@ if TYPE_CHECKING:
 
     from come.models.layout import ModelLayout
 
+_MODULES = (
+    alibi, dense, fused, latent, lfm, linear_attention, linear_attention_moe, mamba_hybrids,
+    moe, moe_attention, moe_blocks, moe_post_norms, post_norm, recurrent, rwkv, state_space,
+    ungated, wrappers,
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
-    **dense.FAMILIES,
-    **alibi.FAMILIES,
-    **fused.FAMILIES,
-    **latent.FAMILIES,
-    **lfm.FAMILIES,
-    **linear_attention.FAMILIES,
-    **linear_attention_moe.FAMILIES,
-    **mamba_hybrids.FAMILIES,
-    **moe.FAMILIES,
-    **moe_attention.FAMILIES,
-    **moe_blocks.FAMILIES,
-    **moe_post_norms.FAMILIES,
-    **post_norm.FAMILIES,
-    **recurrent.FAMILIES,
-    **rwkv.FAMILIES,
-    **state_space.FAMILIES,
-    **ungated.FAMILIES,
-    **wrappers.FAMILIES,
+    name: family for module in _MODULES for name, family in module.FAMILIES.items()
 }
 """The layout of every supported model type, as a function of its configuration."""
 
