@@ -21,6 +21,7 @@ from come.merge.refit.base import Refit
 from come.merge.source_layers import UnitSolution
 from come.merge.span import LayerSpan, UnitAllocation
 from come.merge.stacked_map import StackedMap
+from come.merge.units import by_layer
 from come.merge.work import SpanSize, Work
 from come.models.layer_state import LayerState
 from come.models.layout import Sublayer, Unit
@@ -301,11 +302,6 @@ def states_after_kept(
                 after = after + (read @ (factor * weight).to(read).T).cpu()
         states[batch.rows] = after
     return states if found.bias is None else states + (factor * found.bias).to(states)
-
-
-def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
-    """Splits unit indices of the stacked map into ascending lists per layer of `count` units."""
-    return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]
 
 
 def joint_lambda(refit: Refit) -> float:

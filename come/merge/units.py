@@ -40,6 +40,11 @@ def top_units(scores: Float[Tensor, " units"], count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
+def by_layer(units: list[int], count: int, layers: int) -> list[list[int]]:
+    """Splits ascending indices of the units of all layers into lists per layer of `count` units."""
+    return [[i - count * layer for i in units if i // count == layer] for layer in range(layers)]
+
+
 def choose_units(
     scores: UnitScores, shares: Sequence[float], counts: Mapping[Unit, int]
 ) -> dict[Unit, list[list[int]]]:

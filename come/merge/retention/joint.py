@@ -6,7 +6,7 @@ import torch
 
 from come.merge.retention.base import RETENTION, RetentionRule
 from come.merge.span import LayerSpan, UnitAllocation
-from come.merge.units import top_units
+from come.merge.units import by_layer, top_units
 from come.models.layout import Unit
 
 
@@ -38,13 +38,9 @@ class Joint(RetentionRule):
         assert span.scores is not None, "joint retention ranks units"
         kept: dict[Unit, list[list[int]]] = {}
         for unit, layers in span.scores.items():
-            count = len(layers[0])
             ranked = torch.cat([layer / layer.abs().sum().clamp_min(1e-300) for layer in layers])
             best = top_units(ranked, span.unit_counts[unit])
-            kept[unit] = [
-                [i - count * layer for i in best if i // count == layer]
-                for layer in range(len(layers))
-            ]
+            kept[unit] = by_layer(best, len(layers[0]), len(layers))
         counted = kept[span.layout.of(span.stream.block)[-1].unit]
         total = sum(map(len, counted))
         return UnitAllocation([len(layer) / total for layer in counted], kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from come.models.families.parts import INPUT_NORM
@@ -43,9 +44,7 @@ def mixer(
         unit=unit,
         count=count,
         norm=norm,
-        inputs=tuple(
-            Rows(f"{module}.{rows.name}", rows.sizes, rows.axis, rows.reads) for rows in inputs
-        ),
+        inputs=tuple(replace(rows, name=f"{module}.{rows.name}") for rows in inputs),
         output=f"{module}.{output}",
         columns=columns,
         silenced=((module, returns),),
