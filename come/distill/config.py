@@ -58,7 +58,8 @@ class TrainConfig:
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
-        return self.learning_rate * _cosine_decay((step - rise) / max(1, self.steps - rise))
+        share = (step - rise) / max(1, self.steps - rise)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
     def rows(self, step: int, windows: int) -> Int[Tensor, " batch"]:
         """The indices of a step's windows; every epoch visits all windows in a new random order.
@@ -75,10 +76,6 @@ class TrainConfig:
             order = torch.arange(windows) if ordered else _order(self.seed, epoch, windows)
             chosen.append(order[index])
         return torch.stack(chosen)
-
-
-def _cosine_decay(share: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _order(seed: int, epoch: int, windows: int) -> Int[Tensor, " windows"]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
@@ -210,7 +211,7 @@ def _task_metrics(
     if not plain:
         raise ValueError(f"{prefix}: no metric of {name} is a finite number")
     only = samples[0].get("filter")
-    ordered = sorted((s for s in samples if s.get("filter") == only), key=_document)
+    ordered = sorted((s for s in samples if s.get("filter") == only), key=itemgetter("doc_id"))
     metrics = {}
     for key, value in plain.items():
         if key.endswith("_stderr"):
@@ -249,10 +250,6 @@ def _scores(values: Sequence[Any], metric: float) -> list[float]:
         return []
     scores = [float(value) for value in values]
     return scores if math.isclose(sum(scores) / len(scores), metric, abs_tol=1e-6) else []
-
-
-def _document(sample: Mapping[str, Any]) -> int:
-    return sample["doc_id"]
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from come.merge.refit.base import Refit
 from come.merge.sensitivity.base import SensitivityMetric
 from come.merge.source_layers import SourceLayers, UnitSolution
 from come.merge.unit_scores import UnitScores, unit_scores
-from come.models.layer_state import LayerState
 from come.models.layout import LayerLayout, Unit
 from come.models.surgery import Span
 from come.statistics.layer_statistics import LayerStatistics
@@ -139,14 +138,10 @@ class LayerSpan:
         )  # fmt: skip
         return replace(sources, solved=split.solved)
 
-    def merge(self, split: UnitAllocation) -> LayerState:
-        """The tensors of the merged layer, without a refit."""
-        return self.sources(split).state
-
     def trial(self, split: UnitAllocation) -> Route:
         """The layers that would replace the span; changed layers are copies outside the model."""
         adapter, block = self.stream.adapter, self.stream.block
-        merged = self.merge(split)
+        merged = self.sources(split).state
         if block == "layer":
             return [(self.place, adapter.copy_layer(self.place, merged))]
         kept_layer = split.shares.index(1.0) if self.operator.drops else None
@@ -157,10 +152,6 @@ class LayerSpan:
             for index in range(self.first, self.last + 1)
         ]
 
-    def candidate(self, split: UnitAllocation) -> Candidate:
-        """The model in which `split` merges the span."""
-        return Candidate(self.first, self.trial(split), self.last + 1)
-
     def losses(self, splits: Sequence[UnitAllocation]) -> list[float]:
         """Calibration loss, nats per predicted token, if each of `splits` merges the span.
 
@@ -168,5 +159,6 @@ class LayerSpan:
         """
         found: list[float] = []
         for group in together(self.stream, splits):
-            found += losses(self.stream, [self.candidate(split) for split in group])
+            models = [Candidate(self.first, self.trial(split), self.last + 1) for split in group]
+            found += losses(self.stream, models)
         return found

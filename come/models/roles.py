@@ -81,8 +81,9 @@ def roles_of(sublayers: Iterable[Sublayer], names: Iterable[str]) -> dict[str, R
             raise ValueError(
                 f"layer tensor {name!r} is not known, so this model cannot be merged safely"
             )
-        is_bias = name.endswith(".bias") and role.part is Part.UNITS and bool(role.sizes)
-        roles[name] = _of_bias(role) if is_bias else role
+        if name.endswith(".bias") and role.part is Part.UNITS and role.sizes:
+            role = replace(role, axis=0, input_axis=-1)
+        roles[name] = role
     return roles
 
 
@@ -143,8 +144,3 @@ def _owner(found: dict[str, Role], name: str) -> Role | None:
             role = found[module]
             return role if role.part is not Part.UNITS or not role.sizes else None
     return None
-
-
-def _of_bias(role: Role) -> Role:
-    """The role of the bias beside a weight."""
-    return replace(role, axis=0, input_axis=-1)

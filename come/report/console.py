@@ -31,13 +31,10 @@ def summary_table(result: Result) -> Table:
             parameters += f" (-{depth['sparsity']:.1%})"
         row = [f"{depth['layers']}{stage}", parameters]
         for name in headlines:
-            row += _cells(found.get(name))
+            metric = found.get(name)
+            row += [value(metric), relative(metric)] if metric else ["", ""]
         rows.append(row)
     return Table(head, rows, labels=0).without_empty_columns()
-
-
-def _cells(metric: Metric | None) -> tuple[str, str]:
-    return (value(metric), relative(metric)) if metric else ("", "")
 
 
 def summary_lines(result: Result) -> list[str]:

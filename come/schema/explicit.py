@@ -23,8 +23,9 @@ def check_explicit(settings: Settings, overrides: Iterable[str]) -> None:
     given = [override.lstrip("+").partition("=") for override in overrides]
     keys = [key.replace("/", ".") for key, _, value in given if value != "null" and key[0] != "~"]
     for prefixes, reason in _unread(settings):
+        components = tuple(f"{prefix}." for prefix in prefixes if prefix not in _GROUPS)
         for key in keys:
-            if key in prefixes or _is_part_of(key, prefixes):
+            if key in prefixes or key.startswith(components):
                 raise ValueError(f"{key} has no effect with {reason}; leave it out")
 
 
@@ -37,11 +38,6 @@ def method_changes(overrides: Iterable[str]) -> list[str]:
         if group == "merge" and own.partition(".")[0] in Method.__dataclass_fields__:
             found.append(f"{own}={value}")
     return found
-
-
-def _is_part_of(key: str, prefixes: list[str]) -> bool:
-    """Whether a key is a setting of a component that one of the prefixes names."""
-    return any(key.startswith(f"{prefix}.") for prefix in prefixes if prefix not in _GROUPS)
 
 
 def _unread(settings: Settings) -> Iterator[tuple[list[str], str]]:

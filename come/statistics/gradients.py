@@ -43,7 +43,10 @@ def backward(
     gradient = _loss_gradient(stream)
     for index in range(adapter.num_layers - 1, first - 1, -1):
         tensors = list(leaves(index))
-        sums = [torch.zeros_like(leaf, dtype=_wide(leaf)) for leaf in tensors]
+        sums = [
+            torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+            for leaf in tensors
+        ]
         for rows, before in stream.through(index, []):
             with torch.enable_grad():
                 inputs = before.detach().requires_grad_()
@@ -145,10 +148,6 @@ def path_gradients(
                     part = gradient.double().cpu() / steps
                     total[index, unit] = total.get((index, unit), 0) + part
     return total
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @contextmanager
