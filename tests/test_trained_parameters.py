@@ -22,7 +22,7 @@ def test_train_setting_selects_the_trained_parameters(trained, windows, tmp_path
     method = DISTILL.create_from("come_sp", {"train": trained})
     objective = method.objective(given)
     run(objective, windows[:4], windows[:4], tmp_path, steps=2, learning_rate=1e-3)
-    method.write_back(objective, given)
+    method.write_back(given)
     changed = {
         name.split(".", 3)[-1]
         for (name, new), old in zip(

@@ -41,7 +41,7 @@ def check_push(repo: str) -> None:
         )
 
 
-def push(model: Path, repo: str, *, private: bool = True, message: str = "") -> str:
+def push(model: Path, repo: str, *, private: bool = True) -> str:
     """Uploads a model folder in one commit; creates the repository if it does not exist.
 
     The card names the repository. The plan and its tensors are included, so that the repository
@@ -51,7 +51,6 @@ def push(model: Path, repo: str, *, private: bool = True, message: str = "") -> 
         model: the model folder, with weights, plan and card.
         repo: "USER/NAME".
         private: whether a new repository is private.
-        message: of the commit.
 
     Returns:
         The address of the commit.
@@ -77,7 +76,7 @@ def push(model: Path, repo: str, *, private: bool = True, message: str = "") -> 
     try:
         _check_repository(api, repo, private)
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.create_commit(repo, operations, commit_message=message or "Upload the model")
+        commit = api.create_commit(repo, operations, commit_message="Upload the model")
     except (_HTTP_ERROR, OSError) as error:
         raise ValueError(
             f"hub.push={repo}: {one_line(error)}. The run is finished; run the same command again"

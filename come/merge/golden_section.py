@@ -8,24 +8,21 @@ MOST_EVALUATIONS = 6
 _GOLDEN = 0.382  # where it divides an interval: (3 - sqrt 5) / 2
 
 
-def find_minimum(
-    count: int, value: Callable[[int], float], *, most: int = MOST_EVALUATIONS
-) -> dict[int, float]:
+def find_minimum(count: int, value: Callable[[int], float]) -> dict[int, float]:
     """Values at some of the positions 0 .. count - 1, by a golden-section search.
 
-    The first and the last position are always evaluated. If values fall and then rise, and `most`
-    is 6, the lowest of up to 9 values is found.
+    The first and the last position are always evaluated, and at most `MOST_EVALUATIONS`. If values
+    fall and then rise, these find the lowest of up to 9 values.
 
     Args:
         count: number of positions.
         value: the function.
-        most: largest number of evaluations, at least 2.
 
     Returns:
         The evaluated positions with their values.
     """
     found = {at: value(at) for at in dict.fromkeys((0, count - 1))}
-    while len(found) < most:
+    while len(found) < MOST_EVALUATIONS:
         best = lowest(found)
         below = best - max((at for at in found if at < best), default=best)
         above = min((at for at in found if at > best), default=best) - best

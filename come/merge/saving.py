@@ -129,7 +129,7 @@ def _readable_by_group(folder: Path) -> None:
 
 
 @torch.no_grad()
-def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 12) -> float:
+def check_cache(model: PreTrainedModel, length: int = 12) -> float:
     """Largest difference between cached and uncached logits, relative to the largest logit.
 
     Incremental decoding silently gives wrong results if layer indices or per-layer configuration
@@ -137,7 +137,6 @@ def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 1
 
     Args:
         model: the model.
-        vocab_limit: upper bound of the probe's token ids, exclusive.
         length: number of tokens in the probe.
 
     Returns:
@@ -147,7 +146,7 @@ def check_cache(model: PreTrainedModel, vocab_limit: int = 1000, length: int = 1
         ValueError: the model's logits are not finite.
     """
     device = model.get_input_embeddings().weight.device
-    limit = min(vocab_limit, model.config.vocab_size)
+    limit = min(1000, model.config.vocab_size)  # of the probe's token ids
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     probe = (torch.arange(length, device=device) * 37 % limit)[None]
     whole = model(input_ids=probe, use_cache=False).logits.float()

@@ -66,18 +66,16 @@ class Gate:
     Attributes:
         name: a module with a weight, relative to the layer.
         start: the row of the first activation.
-        step: distance between the rows of adjacent activations.
         axis: the dimension of the weight that the rows are.
     """
 
     name: str
     start: int = 0
-    step: int = 1
     axis: int = 0
 
     def slice(self, count: int) -> slice:
         """The positions of `count` rows."""
-        return slice(self.start, self.start + self.step * count, self.step)
+        return slice(self.start, self.start + count)
 
     def rows(self, weight: Tensor, count: int) -> Float[Tensor, "channels hidden"]:
         """The rows of `count` activations, a view of the weight."""

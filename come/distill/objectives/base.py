@@ -100,7 +100,7 @@ class Distillation(ABC):
             layer: the merged layer to train, if `layerwise`; None otherwise.
         """
 
-    def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:  # noqa: B027
+    def write_back(self, pair: Pair) -> None:  # noqa: B027
         """Writes the trained parameters to the student, if they are not already its weights."""
 
 

@@ -92,8 +92,3 @@ class ComeMP(Distillation):
         """The loss of merged layer `layer`."""
         assert layer is not None
         return OneLayer(pair, layer, self.loss, self.train)
-
-    def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
-        """Writes the trained layer into the student."""
-        assert isinstance(objective, OneLayer)
-        pair.student.write(objective.index, objective.layer.state_dict())

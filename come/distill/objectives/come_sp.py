@@ -236,6 +236,6 @@ class ComeSP(Distillation):
             self.layer_decay,
         )
 
-    def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+    def write_back(self, pair: Pair) -> None:
         """Merges the adapters into the weights."""
         merge_lora(pair.student)

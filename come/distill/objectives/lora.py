@@ -70,6 +70,6 @@ class Lora(Distillation):
         add_lora(pair.student, layers, rank, self.seed)
         return TaskLoss(pair, self.recompute)
 
-    def write_back(self, objective: Objective, pair: Pair, layer: int | None = None) -> None:
+    def write_back(self, pair: Pair) -> None:
         """Merges the adapters into the weights."""
         merge_lora(pair.student)

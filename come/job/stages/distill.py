@@ -128,7 +128,7 @@ def distill(
         )
         if sharded:
             export_to_student(objective, working)
-        method.write_back(objective, pair)
+        method.write_back(pair)
         model.to(accelerator.device)
     result = _result(job, text, train_config, progress, memory, count, accelerator)
     for parameter in model.parameters():
