@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from come.merge.reconstruction import ReconstructionTargets, TargetBatch
-from come.merge.refit.base import REFITS, Refit
+from come.merge.refit.base import REFITS
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.models.layer_state import LayerState, overlay
@@ -65,11 +65,6 @@ class Adam(Ridge):
                 schedule.step()
         found = layer.state_dict()
         return {name: found[name].detach().to(tensor.dtype) for name, tensor in start.items()}
-
-    @property
-    def surrogate(self) -> Refit:
-        """The ridge regression only."""
-        return self.plain()
 
 
 def as_float(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from come.merge.input_map import HELD_BYTES, InputMap
 from come.merge.inside_layer import InsideLayer
 from come.merge.reconstruction import ReconstructionTargets
-from come.merge.refit.base import REFITS, Refit
+from come.merge.refit.base import REFITS
 from come.merge.refit.ridge import Ridge
 from come.merge.source_layers import SourceLayers
 from come.merge.work import SpanSize, Work
@@ -95,8 +95,3 @@ class GaussNewton(Ridge):
         )
         each = self.steps * (4 if held else 6) + 10
         return super().work(size) + product * (size.input_maps * each)
-
-    @property
-    def surrogate(self) -> Refit:
-        """The ridge regression only."""
-        return self.plain()

@@ -164,15 +164,18 @@ class Ridge(Refit):
         if solved and self._same_as_selection:
             copies = Work(bytes=2 * size.layer_bytes)
             return copies if self.align is None else size.aligned() + size.folded() + copies
-        return self.plain().work(size)
+        return super().trial_work(size, solved)
 
     @property
     def _same_as_selection(self) -> bool:
         """Whether unit selection solves the same problem."""
         return len(set(self.sublayers)) == len(SUBLAYERS) and self.lambda_ != "auto"
 
-    def plain(self) -> Ridge:
-        """This refit's ridge regression alone, for subclasses."""
+    @property
+    def surrogate(self) -> Ridge:
+        """The ridge regression alone, without what a subclass adds to it."""
+        if type(self) is Ridge:
+            return self
         return Ridge(
             target=self.target,
             weights=self.weights,
