@@ -66,6 +66,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class RunTracker:
+    """Logs to a run of a package with the interface of wandb.
+
+    Args:
+        package: the module, which has `Table` and `Image`.
+        run: what its `init` returned.
+    """
+
+    def __init__(self, package: Any, run: Any) -> None:
+        self.run = run
+        self._package = package
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Logs numbers and strings."""
+        self.run.log({k: v for k, v in metrics.items() if isinstance(v, int | float | str)})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Logs a table."""
+        table = self._package.Table(columns=list(columns), data=[list(row) for row in rows])
+        self.run.log({f"tables/{name}": table})
+
+    def figure(self, name: str, path: Path) -> None:
+        """Logs an image file."""
+        self.run.log({f"figures/{name}": self._package.Image(str(path))})
+
+    def finish(self) -> None:
+        """Finishes the run, so that the next job in this process starts a new one."""
+        self.run.finish()
+
+
 class Trackers:
     """Forwards calls to several trackers; as a context manager, finishes them at exit."""
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import wandb
 
+from come.tracking.base import RunTracker
+
 MODES = ("online", "offline")
 
 
-class WandB:
+class WandB(RunTracker):
     """A Weights & Biases run per job; its id is the job hash, so running a job again overwrites it.
 
     Metrics named `merge/*` are plotted over `merge/step`, and `layer/*` over `layer_idx`.
@@ -42,7 +44,7 @@ class WandB:
     ) -> None:
         assert mode in MODES
         os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # for offline artifacts
-        self.run = wandb.init(
+        run = wandb.init(
             dir=str(folder),
             id=run_id,
             name=f"{group}-{run_id[:6]}",
@@ -54,22 +56,6 @@ class WandB:
             config=dict(config),
             settings=wandb.Settings(silent=True),
         )
-        self.run.define_metric("merge/*", step_metric="merge/step")
-        self.run.define_metric("layer/*", step_metric="layer_idx")
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Logs numbers and strings."""
-        self.run.log({k: v for k, v in metrics.items() if isinstance(v, int | float | str)})
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Logs a table."""
-        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self.run.log({f"tables/{name}": table})
-
-    def figure(self, name: str, path: Path) -> None:
-        """Logs an image file."""
-        self.run.log({f"figures/{name}": wandb.Image(str(path))})
-
-    def finish(self) -> None:
-        """Finishes the run, so that the next job in this process starts a new one."""
-        self.run.finish()
+        run.define_metric("merge/*", step_metric="merge/step")
+        run.define_metric("layer/*", step_metric="layer_idx")
+        super().__init__(wandb, run)
