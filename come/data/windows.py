@@ -302,6 +302,16 @@ def tokenize(
     return torch.tensor(ids, dtype=torch.long)
 
 
+def check_length(key: str, tokens: int, longest: int | None) -> None:
+    """Raises ValueError if `tokens` exceeds the model's maximum sequence length, if it has one.
+
+    The message begins with `key`, the setting, and with its value unless `key` has one already.
+    """
+    if longest is not None and tokens > longest:
+        shown = key if "=" in key else f"{key}={tokens}"
+        raise ValueError(f"{shown}: the model reads at most {longest} tokens")
+
+
 def check_token_ids(
     windows: Int[Tensor, "windows seq"],
     rows: int,

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from come.data.sources.base import TextSource
-from come.data.windows import TokenWindows
+from come.data.windows import TokenWindows, check_length
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.evaluate.paired import mean_difference
@@ -164,7 +164,7 @@ class Agreement(HeldOutText, Evaluation):
     def prepare(self, subject: Subject) -> TokenWindows:
         """The prompts."""
         key = f"{_KEY}.new_tokens={self.new_tokens} after {self.prompt_tokens} of a prompt"
-        subject.check_length(key, self.prompt_tokens + self.new_tokens)
+        check_length(key, self.prompt_tokens + self.new_tokens, subject.longest)
         text = self.held_out_windows(_KEY, subject, self.seq_len)
         return replace(text, windows=text.windows[:, : self.prompt_tokens].contiguous())
 

@@ -148,12 +148,6 @@ class Subject:
     others: Sequence[TextSource] = ()
     begin: int | None = None
 
-    def check_length(self, key: str, tokens: int) -> None:
-        """Raises ValueError if `tokens` exceeds the model's maximum sequence length."""
-        if self.longest is not None and tokens > self.longest:
-            shown = key if "=" in key else f"{key}={tokens}"
-            raise ValueError(f"{shown}: the model reads at most {self.longest} tokens")
-
 
 class Evaluation(HasSettings):
     """Base of evaluations: dataclasses with the settings of `eval.NAME`.

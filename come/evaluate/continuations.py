@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from come.data.windows import check_token_ids
+from come.data.windows import check_length, check_token_ids
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.setting import setting
 
@@ -76,7 +76,7 @@ class Continuations(Evaluation):
         check_token_ids(everything, subject.vocabulary, what, subject.tokenizer)
         prompt = max(map(len, ids), default=0)
         key = f"eval.continuations.tokens={self.tokens} after {prompt} of a prompt"
-        subject.check_length(key, prompt + self.tokens)
+        check_length(key, prompt + self.tokens, subject.longest)
         return ids
 
     def measure(

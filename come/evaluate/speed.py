@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from come.data.windows import check_length
 from come.evaluate.base import EVALUATIONS, Evaluation, Metric, Metrics, Subject
 from come.evaluate.continuations import generate_greedily
 from come.memory import PeakMemory
@@ -83,9 +84,9 @@ class Speed(Evaluation):
 
     def prepare(self, subject: Subject) -> None:
         """Checks that the prompt and the generated tokens fit the maximum sequence length."""
-        subject.check_length("eval.speed.prompt_tokens", self.prompt_tokens)
+        check_length("eval.speed.prompt_tokens", self.prompt_tokens, subject.longest)
         generated = _PROMPT + self.new_tokens
-        subject.check_length(f"eval.speed.new_tokens + {_PROMPT}", generated)
+        check_length(f"eval.speed.new_tokens + {_PROMPT}", generated, subject.longest)
 
     def measure_together(
         self,

@@ -14,6 +14,7 @@ from come.data.windows import (
     TokenWindows,
     begin_token,
     calibration_windows,
+    check_length,
     check_token_ids,
 )
 from come.evaluate.base import Evaluation, Subject
@@ -108,7 +109,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     needed = shape.weight_bytes * copies
     calibrating = settings.calibration
     if plan is None:
-        _check_length("calibration.seq_len", calibrating.seq_len, shape.longest)
+        check_length("calibration.seq_len", calibrating.seq_len, shape.longest)
         least = merge.min_windows
         if merge.searches_shape and calibrating.windows < windows_for(least):
             raise ValueError(
@@ -140,7 +141,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"distill={settings.distill.method}: the layers of {given} have fewer units "
                 "than the dense model's, which is not supported; take distill=none"
             )
-        _check_length("distill.seq_len", settings.distill.seq_len, shape.longest)
+        check_length("distill.seq_len", settings.distill.seq_len, shape.longest)
     check_folder(folder, needed)
     for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
@@ -303,7 +304,7 @@ def _check_configuration(settings: Settings, checkpoint: Path) -> None:
         if target is not None:
             check_reachable(merge, layers, target)
     if isinstance(longest, int):
-        _check_length("calibration.seq_len", settings.calibration.seq_len, longest)
+        check_length("calibration.seq_len", settings.calibration.seq_len, longest)
 
 
 def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> None:
@@ -332,9 +333,3 @@ def _check_plan(plan: Plan, given: str, shape: ModelShape, checkpoint: Path) -> 
             plan.provenance["dtype"],
             dtype,
         )
-
-
-def _check_length(key: str, tokens: int, longest: int | None) -> None:
-    if longest is not None and tokens > longest:
-        shown = key if "=" in key else f"{key}={tokens}"
-        raise ValueError(f"{shown}: the model reads at most {longest} tokens")
