@@ -68,7 +68,7 @@ class LayerStream:
         self.store = store
         self.progress = progress
         self.batch_size = batch_size
-        self._folder = folder
+        self.folder = folder
         self.batches = [
             slice(start, min(start + batch_size, len(windows)))
             for start in range(0, len(windows), batch_size)
@@ -241,7 +241,7 @@ class LayerStream:
             self.windows if windows is None else windows,
             batch_size=self.batch_size,
             store=store or self.store,
-            folder=self._folder,
+            folder=self.folder,
             progress=self.progress,
             name="fork",
             meter=self._meter,
@@ -281,7 +281,7 @@ class LayerStream:
         Each process writes and reads the rows of its own windows.
         """
         shape, dtype = self._store.shape, self._store.dtype
-        store = make_store(self.store, shape, dtype, self._folder, name, self.processes)
+        store = make_store(self.store, shape, dtype, self.folder, name, self.processes)
         try:
             yield store[0]
         finally:
@@ -291,7 +291,7 @@ class LayerStream:
         """Zeros, float32, for this process only: in main memory, or in a file with a disk store."""
         if self.store == "memory":
             return torch.zeros(shape)
-        return mapped_zeros(shape, self._folder)
+        return mapped_zeros(shape, self.folder)
 
     def route(self, first: int, last: int) -> list[tuple[int, nn.Module]]:
         """The model's own layers first..last as a route for `through`; may be empty."""
@@ -307,11 +307,6 @@ class LayerStream:
         self._meter.tokens += states.shape[:2].numel()
         layer = self.adapter.layer(index) if layer is None else layer
         return run_layer(layer, states, self.keywords(len(states), index))
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of files; None for the system's temporary folder."""
-        return self._folder
 
     @torch.no_grad()
     def through(
