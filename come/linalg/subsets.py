@@ -94,16 +94,11 @@ def cheapest_cover(sizes: Sequence[int], costs: Sequence[float], least: int) -> 
     Args:
         sizes: sizes of the items, > 0.
         costs: costs of the items, >= 0.
-        least: the smallest sum of sizes.
+        least: the smallest sum of sizes, at most that of all items.
 
     Returns:
         The items of the set, ascending.
-
-    Raises:
-        ValueError: all items together are smaller than `least`.
     """
-    if sum(sizes) < least:
-        raise ValueError(f"all items have {sum(sizes)}, less than {least}")
     sets: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for item, (size, own) in enumerate(zip(sizes, costs, strict=True)):
         more = [
