@@ -11,8 +11,6 @@ import wandb
 
 from come.tracking.base import RunTracker
 
-MODES = ("online", "offline")
-
 
 class WandB(RunTracker):
     """A Weights & Biases run per job; its id is the job hash, so running a job again overwrites it.
@@ -42,7 +40,6 @@ class WandB(RunTracker):
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        assert mode in MODES
         os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # for offline artifacts
         run = wandb.init(
             dir=str(folder),

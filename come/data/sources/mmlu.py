@@ -33,9 +33,9 @@ class MMLU(TextSource):
     def documents(self) -> Iterator[str]:
         """One document per question and answer, ordered by subject."""
         spec = find_spec("lm_eval")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("calibration=mmlu reads the questions that lm-eval ships: install it")
-        path = Path(spec.submodule_search_locations[0]) / _PROMPTS
+        assert spec is not None
+        assert spec.origin is not None
+        path = Path(spec.origin).parent / _PROMPTS
         if not path.is_file():
             raise ValueError(f"this version of lm-eval has no {_PROMPTS}; install lm-eval 0.4.13")
         subjects: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
