@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.distill.layerwise import teacher_boundaries, train_layerwise
 from come.distill.losses import hidden_loss, kl, logit_kl, mse, task_loss
 from come.distill.objectives.base import DISTILL, Pair
@@ -87,7 +87,7 @@ def test_logit_kl_and_task_loss_equal_plain_logits(windows, monkeypatch):
     decoder_layers(student)[2].mlp.down_proj.weight.data.mul_(2)
     own, other = ModelAdapter(student), ModelAdapter(teacher)
     ends = [
-        a.final_norm(states_after(a, windows, LAYERS - 1, {LAYERS - 1})[LAYERS - 1])
+        a.final_norm(states_by_layer(a, windows, LAYERS - 1, {LAYERS - 1})[LAYERS - 1])
         for a in (own, other)
     ]
     logits = [m.double()(windows, use_cache=False).logits for m in (student, teacher)]

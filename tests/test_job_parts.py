@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from come.distill.accelerator import make_accelerator
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.evaluate.perplexity import HeldOutText
 from come.job.folder import exclusive_lock
 from come.job.processes import processes
@@ -141,8 +141,8 @@ def test_bytes_of_an_inverse():
 
 def test_hidden_states_from_a_later_layer(windows):
     model = ModelAdapter(pico("llama_gqa"))
-    every = states_after(model, windows, last=4, keep=range(5))
-    later = states_after(model, windows, last=4, keep=[4], first=3, states=every[2])
+    every = states_by_layer(model, windows, last=4, keep=range(5))
+    later = states_by_layer(model, windows, last=4, keep=[4], first=3, states=every[2])
     assert torch.equal(later[4], every[4])
     assert torch.equal(later[2], every[2])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.distill.memory import training_memory
 from come.distill.objectives.base import DISTILL
 from come.distill.optimizers import OPTIMIZERS, make_optimizer
@@ -109,9 +109,9 @@ def test_interrupted_pass_continues_with_the_missing_shards(windows, tmp_path, m
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return states_after(*args, **kwargs)
+        return states_by_layer(*args, **kwargs)
 
-    monkeypatch.setattr("come.distill.stored_states.states_after", counted)
+    monkeypatch.setattr("come.distill.stored_states.states_by_layer", counted)
     with pytest.raises(KeyboardInterrupt):
         store(given, objective, windows, tmp_path / "cut", shard_tokens=16)
     cut = StoredStates(tmp_path / "cut", windows, objective.after, HIDDEN, torch.float32, 16)

@@ -12,7 +12,7 @@ from come.models.adapter import ModelAdapter
 from come.models.sublayers import States, run_layer
 
 
-def states_after(
+def states_by_layer(
     model: ModelAdapter,
     ids: Tensor,
     last: int,

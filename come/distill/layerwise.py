@@ -17,7 +17,7 @@ from torch import Tensor
 
 from come.distill.accelerator import make_accelerator
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.distill.memory import TrainingMemory, training_memory
 from come.distill.objectives.base import Distillation, Objective, Pair
 from come.distill.objectives.come_mp import OneLayer
@@ -45,7 +45,7 @@ def teacher_boundaries(
     slots = {boundary: number for number, boundary in enumerate(boundaries)}
     for start in range(0, len(ids), batch):
         rows = slice(start, start + batch)
-        states = states_after(
+        states = states_by_layer(
             pair.teacher, ids[rows], boundaries[-1] - 1, [b - 1 for b in boundaries]
         )
         for boundary, number in slots.items():

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.files import new_file, write_bytes, write_text
 from come.models.adapter import ModelAdapter
 from come.progress import ProgressBar
@@ -104,7 +104,7 @@ class StoredStates:
     ) -> None:
         with new_file(self._path(number)) as partial, open(partial, "wb") as file:
             for rows in torch.tensor(self._rows(number)).split(batch):
-                found = states_after(teacher, self.ids[rows], max(self.after), self.after)
+                found = states_by_layer(teacher, self.ids[rows], max(self.after), self.after)
                 states = torch.stack([found[index] for index in self.after], dim=1)
                 raw = states.to(self.dtype).cpu().contiguous().view(torch.uint8)
                 raw.numpy().tofile(file)

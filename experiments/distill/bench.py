@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from come.data.sources.pydocs import PyDocs
 from come.data.windows import calibration_windows
 from come.distill.config import TrainConfig
-from come.distill.hidden_states import passed
+from come.distill.hidden_states import states_by_layer
 from come.distill.objectives.base import DISTILL, Pair
 from come.distill.trainer import train
 from come.merge.loop import compress
@@ -38,8 +38,8 @@ def bound_seconds(pair: Pair, ids: torch.Tensor) -> float:
     front, end = pair.history[first][0] - 1, pair.history[last][-1]
     began = time.perf_counter()
     with torch.no_grad():
-        states = passed(pair.teacher, ids, end, {front})[front]
-    found = passed(pair.student, ids, last, {last}, first=first, states=states)[last]
+        states = states_by_layer(pair.teacher, ids, end, {front})[front]
+    found = states_by_layer(pair.student, ids, last, {last}, first=first, states=states)[last]
     found.sum().backward()
     for parameter in pair.student.model.parameters():
         parameter.grad = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.distill.losses import Loss, check_temperature, hidden_loss, logit_kl, task_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair, StorableTeacher
 from come.distill.trainable import (
@@ -109,13 +109,13 @@ class MatchedStates(StorableTeacher):
         depth = len(history) if whole else merged[-1] + 1
         if self._teacher:
             with torch.no_grad():
-                dense = states_after(self._teacher[0], ids, max(self.after), self.after)
+                dense = states_by_layer(self._teacher[0], ids, max(self.after), self.after)
         else:
             dense = dict(zip(self.after, stored, strict=True))
         start = None
         if self._first:
             start = dense[history[self._first][0] - 1].to(student.model.dtype)
-        found = states_after(
+        found = states_by_layer(
             student,
             ids,
             depth - 1,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from come.distill.hidden_states import states_after
+from come.distill.hidden_states import states_by_layer
 from come.distill.losses import task_loss
 from come.distill.objectives.base import DISTILL, Distillation, Objective, Pair
 from come.distill.trainable import add_lora, check_rank, equal_rank, merge_lora
@@ -30,7 +30,7 @@ class TaskLoss(Objective):
         """The loss on windows [batch, seq], nats per predicted token, as "loss" and "nll"."""
         (ids,) = batch
         adapter, last = self._adapter, self._adapter.num_layers - 1
-        states = states_after(adapter, ids, last, {last}, recompute=self._recompute)[last]
+        states = states_by_layer(adapter, ids, last, {last}, recompute=self._recompute)[last]
         loss = task_loss(adapter.head, adapter.final_norm(states), ids)
         return {"loss": loss, "nll": loss.detach()}
 
