@@ -134,32 +134,21 @@ def compress(
         rules = replace(rules, needed=needed, needs_last=adapter.needs_last)
         search = Search(stream, method, rules, [*stops, target_layers], trials or TrialScores())
         waiting: list[tuple[MergeStep, LayerSpan]] = []  # chosen but not yet written
-        chosen = plan
-        while not finished(chosen):
-            narrowing = merged(chosen)
-            search.measure(chosen, scores=not narrowing)
+        ahead = plan  # with the steps that wait
+        while not finished(ahead):
+            narrowing = merged(ahead)
+            search.measure(ahead, scores=not narrowing)
             step, span = _next_step(search, kept if narrowing else {})
             step = processes.broadcast(step)
-            chosen = chosen.with_step(step)
+            ahead = ahead.with_step(step)
             waiting.append((step, span))
-            if not method.schedule.remeasures and not merged(chosen):
-                continue
-            while waiting:
-                step = processes.broadcast(_refitted(stream, method, plan, *waiting.pop(0)))
-                apply_step(adapter, plan, step, method.operator)
-                passes = spent + round(processes.reduced(stream.layer_passes), 1)
-                plan = plan.with_step(step, layer_passes=passes)
-                search.invalidate_from(_changed_from(stream, plan))
-                last, saved = finished(plan), plan.num_layers in stops
-                solved = _downstream(stream, method, plan) if last or saved else plan.downstream
-                complete = replace(plan, downstream=processes.broadcast(solved))
-                before = write_downstream(adapter, complete)
-                if on_step:
-                    on_step(complete)
-                if last:
-                    return complete
-                for index, state in before.items():
-                    adapter.write(index, state)
+            if method.schedule.remeasures or merged(ahead):
+                while waiting:
+                    step = processes.broadcast(_refitted(stream, method, plan, *waiting.pop(0)))
+                    plan = _written(search, method, plan, step, spent)
+                    last = finished(plan)
+                    saved = last or plan.num_layers in stops
+                    plan = _reported(stream, method, plan, on_step, saved=saved, last=last)
     return plan
 
 
@@ -232,6 +221,16 @@ def _refitted(
     return replace(step, solved=solved, output_scale=method.refit.output_scale(targets, sources))
 
 
+def _written(search: Search, method: Method, plan: Plan, step: MergeStep, spent: float) -> Plan:
+    """Writes a step to the model; returns the plan with it. `spent`: passes of earlier calls."""
+    stream = search.stream
+    apply_step(stream.adapter, plan, step, method.operator)
+    passes = spent + round(stream.processes.reduced(stream.layer_passes), 1)
+    plan = plan.with_step(step, layer_passes=passes)
+    search.invalidate_from(_changed_from(stream, plan))
+    return plan
+
+
 def _changed_from(stream: LayerStream, plan: Plan) -> int:
     """Tells the stream that `plan`'s last step is written; returns the first changed layer."""
     step = plan.steps[-1]
@@ -241,6 +240,32 @@ def _changed_from(stream: LayerStream, plan: Plan) -> int:
     first = replace(plan, steps=plan.steps[:-1]).places[step.first]
     stream.invalidate_from(first)
     return first
+
+
+def _reported(
+    stream: LayerStream,
+    method: Method,
+    plan: Plan,
+    on_step: Callable[[Plan], None] | None,
+    *,
+    saved: bool,
+    last: bool,
+) -> Plan:
+    """Calls `on_step` with the plan, while the model has its downstream refit if it is `saved`.
+
+    Returns:
+        The plan with that refit if it is the `last` one; otherwise the refit is undone.
+    """
+    solved = _downstream(stream, method, plan) if saved else plan.downstream
+    complete = replace(plan, downstream=stream.processes.broadcast(solved))
+    before = write_downstream(stream.adapter, complete)
+    if on_step:
+        on_step(complete)
+    if last:
+        return complete
+    for index, state in before.items():
+        stream.adapter.write(index, state)
+    return plan
 
 
 def _downstream(stream: LayerStream, method: Method, plan: Plan) -> SolvedTensors:
