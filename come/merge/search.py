@@ -23,6 +23,10 @@ from come.stream.candidates import together
 from come.stream.stream import LayerStream
 
 T = TypeVar("T")
+PlanSpan = tuple[int, int]
+"""First and last layer of a span, as positions in the plan's model."""
+StreamSpan = tuple[int, int]
+"""First and last layer of a span, as positions in the stream's model."""
 TrialSpan = tuple[int, int, int | None]
 """First and last layer of a span, and the index of the layer that a drop keeps."""
 
@@ -86,7 +90,7 @@ class Search:
         self._needed = rules.needed  # by layer of the base model
         self._stops = stops
         self.trials = trials
-        self._scores: dict[tuple[int, int], float] = {}
+        self._scores: dict[StreamSpan, float] = {}
         self._start = 0  # the first layer without valid statistics
         self._embedded = False
         self._ready = False  # whether the selection can score the current model's spans
@@ -279,7 +283,7 @@ class Search:
             )
         return found
 
-    def lowest(self, spans: Sequence[tuple[int, int]]) -> Choice:
+    def lowest(self, spans: Sequence[PlanSpan]) -> Choice:
         """The span with the lowest score; with a shortlist, the one with the lowest trial score."""
         candidates = self.scored(spans)
         if self.shortlist and len(candidates) > 1:
@@ -287,22 +291,22 @@ class Search:
             candidates = self.tried([(c.first, c.last) for c in best])
         return self.chosen(candidates)
 
-    def scored(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
+    def scored(self, spans: Sequence[PlanSpan]) -> list[SpanCandidate]:
         """The spans with their scores, which are cached while they cannot have changed."""
-        places = [(self.origins[first], self.origins[last]) for first, last in spans]
-        missing = [place for place in dict.fromkeys(places) if place not in self._scores]
+        in_stream = [(self.origins[first], self.origins[last]) for first, last in spans]
+        missing = [span for span in dict.fromkeys(in_stream) if span not in self._scores]
         if missing:
             self._prepare_scores()
         selection, stream = self.method.selection, self.stream.unshared()
         found = self.stream.processes.map(missing, partial(selection.scores, stream))
-        for place, score in zip(missing, found, strict=True):
-            self._scores[place] = self._number(score, *place)
+        for own, score in zip(missing, found, strict=True):
+            self._scores[own] = self._number(score, *own)
         return [
-            SpanCandidate(*span, self._scores[place])
-            for span, place in zip(spans, places, strict=True)
+            SpanCandidate(*span, self._scores[own])
+            for span, own in zip(spans, in_stream, strict=True)
         ]
 
-    def tried(self, spans: Sequence[tuple[int, int]]) -> list[SpanCandidate]:
+    def tried(self, spans: Sequence[PlanSpan]) -> list[SpanCandidate]:
         """The spans with the scores of their trial merges, or drops."""
         plan, removals = self.plan.hash, [self.rules.removal(*span) for span in spans]
         missing = [r for r in dict.fromkeys(removals) if self.trials.get(plan, r[:2]) is None]
