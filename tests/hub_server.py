@@ -1,4 +1,4 @@
-"""A server on this machine with the parts of the hub's HTTP interface that uploads and downloads use.
+"""A server on this machine with the parts of the hub that uploads and downloads use.
 
 The paths and fields are those that huggingface_hub sends and reads. It holds models in memory.
 """
