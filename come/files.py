@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,6 +159,17 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def tensor_file(path: Path) -> Iterator[None]:
+    """Raises OSError, with the path, in place of safetensors' error of a file that it writes."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"tensors cannot be written ({error})", str(path)) from error
 
 
 def check_replaceable(path: Path, marks: Sequence[str]) -> None:

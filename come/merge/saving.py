@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from come.files import new_folder, size_in_bytes
+from come.files import new_folder, size_in_bytes, tensor_file
 from come.merge.plan import Plan
 from come.models.caches import cache_of
 from come.models.companions import copy_companions, tokenizer_files
@@ -75,10 +73,8 @@ def save_model(
     with new_folder(folder, MARKS) as partial:
         (partial / PLAN).parent.mkdir()
         plan.save(partial / PLAN)
-        try:
+        with tensor_file(folder):
             _save_weights(model, partial, size_in_bytes("shard_size", shard_size))
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"weights cannot be written ({error})", str(folder)) from error
         if source is not None:
             copy_companions(source, partial)
         if source is None or not (base or _is_tokenizer_of(source, tokenizer)):

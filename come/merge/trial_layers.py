@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from come.files import PARTIAL
+from come.files import PARTIAL, tensor_file
 from come.models.adapter import ModelAdapter
 from come.stream.stream import Route
 
@@ -38,7 +38,9 @@ class TrialLayers:
             self._folder = Path(tempfile.mkdtemp(PARTIAL, NAME, self._parent))
         ((place, layer),) = route
         state = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
-        save_file(state, self._file(first, last))
+        path = self._file(first, last)
+        with tensor_file(path):
+            save_file(state, path)
         self._places[first, last] = place
 
     def __contains__(self, span: tuple[int, int]) -> bool:
