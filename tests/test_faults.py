@@ -104,6 +104,20 @@ def test_truncated_model_of_a_finished_job_is_made_again(base, tmp_path, private
     assert not list(folder.rglob(f"*{PARTIAL}"))
 
 
+def test_a_distilled_model_that_is_made_again_keeps_the_cost_of_its_merge(
+    base, tmp_path, private_caches
+):
+    words = ("distill=logits", "distill.tokens=64", "distill.seq_len=16", "distill.batch_size=2",
+             "distill.validation_samples=2", "eval=none")  # fmt: skip
+    first = run_job(base, tmp_path, *words)["compression"]
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert run_job(base, tmp_path, *words)["compression"] == first
+    assert first["boundary_bytes"] > 0
+    assert weights.read_bytes() == whole
+
+
 def test_remove_partial_leaves_everything_else(tmp_path):
     (tmp_path / "distill" / f"a{PARTIAL}").mkdir(parents=True)
     (tmp_path / f"x.json.1{PARTIAL}").write_text("")

@@ -31,7 +31,7 @@ from come.job.identity import job_hash
 from come.job.job import Job
 from come.job.processes import processes
 from come.job.stages.evaluate import evaluate_depths
-from come.job.stages.merge import COST, calibration_result, compresses, join_merge, merge
+from come.job.stages.merge import calibration_result, compresses, join_merge, merge
 from come.job.stages.prepare import prepare
 from come.job.stages.shape import choose_shape
 from come.merge.plan import Plan, tensors_path
@@ -183,7 +183,7 @@ STAGES = (_choose_shape, _merge, _distill, _evaluate, _report)
 def _clean_up(folder: Path, result: Result) -> None:
     """Removes a finished job's partial files and training checkpoints, and weights if not saved."""
     partial = folder / PARTIAL_PLAN
-    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, SHAPE, PARTIAL_METRICS, COST)]
+    leftovers = [folder / name for name in (PARTIAL_PLAN, TRIALS, SHAPE, PARTIAL_METRICS)]
     for leftover in (*leftovers, tensors_path(partial)):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)

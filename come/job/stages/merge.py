@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COST = "compression.json"  # cost of the merge, for a later session that resumes the distillation
+COST = "compression.json"  # cost of the merge, for a later session that starts after it
 
 
 def compresses(job: Job) -> bool:
