@@ -13,9 +13,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from checks import digest
 from forked import FileEvents, start
 from jobs import Scenario, Workspace, scenarios
-from kills import Reference, compared, undisturbed
+from kills import Reference, compared, differing, undisturbed
 from record import Record
 
 JOBS = ("trials", "distill", "memory", "sampling", "layerwise", "shards", "evaluate")
@@ -117,13 +118,17 @@ def one(
     foreign = run / "result.json" in chosen and "another job" in last.err
     configuration = {"config.json", "tokenizer.json", "generation_config.json",
                      "tokenizer_config.json"}  # fmt: skip
-    own_names = {path.name for path in chosen if path.is_relative_to(run)}
-    companions = bool(own_names) and own_names <= configuration
+    companions = {
+        path.relative_to(run).as_posix()
+        for path in chosen
+        if path.is_relative_to(run) and path.name in configuration
+    }
+    differ = set(differing(reference.digest, digest(run)))
     if "lost" in found and (foreign or "was not made by come" in last.err):
         # a result or a folder of somebody else is refused in one line, not overwritten
         if len(last.errors) == 1 and not last.traceback:
             del found["lost"]
-    elif "lost" in found and last.code == 0 and companions:
+    elif "lost" in found and last.code == 0 and differ and differ <= companions:
         del found["lost"]  # of a finished model: its companions are not read again
         record.add(case, found, kind=kind, stage=scenario.name, files=names, at=at, kept=True)
         return

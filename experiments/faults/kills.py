@@ -132,7 +132,8 @@ def compared(run: Run, folder: Path, reference: Reference) -> dict[str, str]:
         found["traceback"] = run.err[-500:]
     own = digest(folder)
     if run.code != 0 or own != reference.digest:
-        found["lost"] = f"exit {run.code}; {_differs(reference.digest, own)}; {run.err[-300:]}"
+        names = ", ".join(differing(reference.digest, own)) or "same"
+        found["lost"] = f"exit {run.code}; {names}; {run.err[-300:]}"
     if left := leftovers(folder):
         found["leftover"] = ", ".join(left)[:300]
     return found
@@ -193,6 +194,6 @@ def _interpreter(
     return Run(code, "", err, 0.0), f"{after:.1f} s after its folder"
 
 
-def _differs(first: dict[str, str], second: dict[str, str]) -> str:
-    names = sorted({*first, *second})
-    return ", ".join(name for name in names if first.get(name) != second.get(name)) or "same"
+def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
+    """Names of files, or of parts of a result, that are not the same in two digests."""
+    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
