@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from come.distill.objectives.come_sp import MatchedStates
+from come.files import read_again
 from come.job.job import Job
 from come.merge.plan import Plan
+from come.records import CompressionResult
 from tests.bases import save_base
 from tests.commands import same_checkpoint
 from tests.jobs import QUICK, prepare_job, run_job
@@ -128,6 +130,15 @@ def test_damaged_cost_of_the_merge_does_not_stop_a_resumed_distillation(base, tm
     result = run_job(base, tmp_path, *HEAL, *QUICK)
     assert result["compression"]["seconds"] == 0
     assert result["distillation"]["steps"] > 0
+
+
+def test_cost_of_the_merge_is_read_field_by_field(tmp_path):
+    path, cost = tmp_path / STAGE.COST, dict.fromkeys(CompressionResult.__annotations__, 3)
+    path.write_text(json.dumps(cost))
+    assert read_again(path, STAGE._read_cost) == cost
+    for changed in ({"a": 1}, cost | {"seconds": "soon"}, cost | {"weight_bytes": [1]}):
+        path.write_text(json.dumps(changed))
+        assert read_again(path, STAGE._read_cost) is None
 
 
 @pytest.mark.parametrize("teacher", ["stored", "live"])

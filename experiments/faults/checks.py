@@ -9,8 +9,9 @@ from typing import Any
 
 from jobs import results
 
-TIMES = ("seconds", "tokens_per_second", "peak_bytes", "resumed_at", "layer_passes")
-"""Keys that depend on the time, on the memory, or on how often a run was interrupted."""
+TIMES = ("seconds", "tokens_per_second", "peak_bytes", "boundary_bytes", "resumed_at",
+         "layer_passes")  # fmt: skip
+"""Keys of the cost: they depend on time and memory, and on which session did the work."""
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -196,6 +196,24 @@ def _unmerged(job: Job) -> tuple[PreTrainedModel, Plan, Job, CompressionResult]:
     return model, plan, job, _no_cost(job)
 
 
+def _read_cost(path: Path) -> CompressionResult:
+    """The cost in a file of an earlier session.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError, ValueError: a field is not a number.
+    """
+    data = read_object(path)
+    return {
+        "seconds": float(data["seconds"]),
+        "peak_bytes": int(data["peak_bytes"]),
+        "weight_bytes": int(data["weight_bytes"]),
+        "boundary_bytes": int(data["boundary_bytes"]),
+        "layer_passes": float(data["layer_passes"]),
+        "resumed_at": int(data["resumed_at"]),
+    }
+
+
 def _no_cost(job: Job, merges: int = 0) -> CompressionResult:
     return {
         "seconds": 0.0,
@@ -214,7 +232,7 @@ def _load_merged(job: Job, folder: Path) -> tuple[PreTrainedModel, Plan, Job, Co
     log.info("already merged, %d layers: %s", plan.num_layers, folder)
     compression = _no_cost(job, len(plan.steps))
     if job.start is None and cost.is_file():
-        compression = cast(CompressionResult, read_again(cost, read_object) or compression)
+        compression = read_again(cost, _read_cost) or compression
     if job.start is not None:
         plan = replace(plan, provenance={**plan.provenance, "job": job.hash})
         save(job, model, job.merged, plan)
