@@ -84,7 +84,7 @@ def test_drops_leave_attention(recipe):
 def test_a_set_without_attention_is_rejected(monkeypatch):
     """A schedule that chooses a set must not drop the only layer with attention."""
     model = pico_decoder("lfm2", full_attn_idxs=[1])
-    chosen = "come.merge.schedules.pairwise.best_subset"
+    chosen = "come.merge.schedules.pairwise.best_consistent_subset"
     monkeypatch.setattr(chosen, lambda linear, pairs, size: [1, 2])
     method = build_method(read_recipe("pairwise"), {})
     with pytest.raises(ValueError, match="would leave none with attention"):
