@@ -162,7 +162,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def tensor_file(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Raises OSError, with the path, in place of safetensors' error of a file that it writes."""
     try:
         yield

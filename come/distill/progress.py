@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from come.distill.sharding import like, whole
-from come.files import new_file, read_again, read_object, tensor_file, write_text
+from come.files import new_file, read_again, read_object, storage_errors, write_text
 
 STATE = "state.json"
 
@@ -68,7 +68,7 @@ def save_progress(
     folder.mkdir(parents=True, exist_ok=True)
     file = f"step-{progress.step:07d}{'-end' if progress.done else ''}.safetensors"
     # without a copy of all tensors in memory
-    with new_file(folder / file) as partial, tensor_file(folder / file):
+    with new_file(folder / file) as partial, storage_errors(folder / file):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     state = {"job": job, "tensors": file, "progress": asdict(progress)}
     write_text(folder / STATE, json.dumps(state))

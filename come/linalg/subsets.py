@@ -47,19 +47,14 @@ def best_consistent_subset(
         max(E(S), max_{i < j in S} E({i, j}))
 
     A quadratic cost that is exact for pairs may fall below them in larger sets, and even below 0,
-    where costs saturate. Exact where `best_subset` is: the best set is one without pairs above the
-    least bound on pairs that a set keeps with its cost, or above the next lower bound.
-
-    Args:
-        linear: a, float64.
-        pairs: b, symmetric with a diagonal of zeros, float64.
-        size: items of the set, at least 1 and at most all.
-
-    Returns:
-        The items of the set, ascending.
+    where costs saturate. The cheapest set is the answer if no pair in it costs more. Otherwise let t
+    be the least cost of a pair for which the cheapest set without pairs above t costs at most t:
+    the answer is that set, or the cheapest one without pairs of t and above. Arguments, result and
+    exactness are those of `best_subset`.
     """
-    if size == 1:
-        return best_subset(linear, pairs, size)
+    unbounded = best_subset(linear, pairs, size)
+    if consistent_cost(linear, pairs, unbounded) <= cost(linear, pairs, unbounded):
+        return unbounded
     every = linear[:, None] + linear + pairs
     bounds = every[torch.ones_like(pairs).triu(1) > 0].unique().tolist()
     barred = 4 * float(linear.abs().sum() + pairs.abs().sum()) + 1  # more than any set costs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from come.files import new_folder, size_in_bytes, tensor_file
+from come.files import new_folder, size_in_bytes, storage_errors
 from come.merge.plan import Plan
 from come.models.caches import cache_of
 from come.models.companions import copy_companions, tokenizer_files
@@ -73,7 +73,7 @@ def save_model(
     with new_folder(folder, MARKS) as partial:
         (partial / PLAN).parent.mkdir()
         plan.save(partial / PLAN)
-        with tensor_file(folder):
+        with storage_errors(folder):
             _save_weights(model, partial, size_in_bytes("shard_size", shard_size))
         if source is not None:
             copy_companions(source, partial)

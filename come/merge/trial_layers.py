@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from come.files import PARTIAL, tensor_file
+from come.files import PARTIAL, storage_errors
 from come.models.adapter import ModelAdapter
 from come.stream.stream import Route
 
@@ -39,7 +39,7 @@ class TrialLayers:
         ((place, layer),) = route
         state = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
         path = self._file(first, last)
-        with tensor_file(path):
+        with storage_errors(path):
             save_file(state, path)
         self._places[first, last] = place
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from come.files import PARTIAL, tensor_file, write_text
+from come.files import PARTIAL, storage_errors, write_text
 from come.memory import return_freed_memory
 from come.models.buffers import make_buffers
 from come.models.checkpoint import tensor_headers
@@ -151,7 +151,7 @@ class LayersOnDisk:
         path = self._folder / f"{self._written}.safetensors"
         before = self._tensors[layer]
         tensors = {name: state[name].to("cpu", self.dtype).contiguous() for name in before}
-        with tensor_file(path):
+        with storage_errors(path):
             save_file(tensors, path)
         if layer is self._loaded:
             self.free()
@@ -278,7 +278,7 @@ def save_weights(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None
     )
     for file, names in split.filename_to_tensors.items():
         shard = {n: stored.get(id(tensors[n]), tensors[n].detach().cpu)() for n in names}
-        with tensor_file(folder / file):
+        with storage_errors(folder / file):
             save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
