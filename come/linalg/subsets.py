@@ -47,8 +47,8 @@ def best_consistent_subset(
         max(E(S), max_{i < j in S} E({i, j}))
 
     A quadratic cost that is exact for pairs may fall below them in larger sets, and even below 0,
-    where costs saturate. The cheapest set is the answer if no pair in it costs more. Otherwise let t
-    be the least cost of a pair for which the cheapest set without pairs above t costs at most t:
+    where costs saturate. The cheapest set is the answer if no pair in it costs more. Otherwise let
+    t be the least cost of a pair for which the cheapest set without pairs above t costs at most t:
     the answer is that set, or the cheapest one without pairs of t and above. Arguments, result and
     exactness are those of `best_subset`.
     """
