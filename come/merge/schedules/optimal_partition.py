@@ -63,7 +63,7 @@ class OptimalPartition(Schedule):
     plans_ahead = True
 
     candidate_sets: int = setting(
-        1,
+        4,
         "sets of spans whose trial merges are put into the model together and compared; 1 takes "
         "the set with the least sum of scores",
         least=1,
