@@ -3,7 +3,7 @@
     python experiments/beyond/frontier.py
 
 Same model (SmolLM2-135M-Instruct, expanded from 4-bit weights), calibration text, 32768 calibration
-tokens, and evaluation windows. Reads trial_solutions/results.jsonl, tokens_32768/results.jsonl and,
+tokens, and evaluation windows. Reads candidate_sets/results.jsonl, tokens_32768/results.jsonl and,
 for ShortGPT (first draw, 27 and 24 layers), zero_shot.jsonl; runs no model.
 """
 
@@ -27,7 +27,7 @@ TEXT = "wikitext2_valid.txt"
 TITLE = "SmolLM2-135M-Instruct from 4-bit weights, 32768 calibration tokens, WikiText-2"
 CUT = 2.5  # ReplaceMe at 21 layers is at 23 x dense
 NAMES = {
-    ("trial_solutions", None): "come_plus",
+    ("candidate_sets", None): "come_plus",
     ("tokens_32768", "replaceme"): "ReplaceMe",
     ("tokens_32768", "shortgpt"): "drops with the same refit (ShortGPT's choice)",
 }
