@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from come.merge.dropped import zero_dropped
-from come.merge.norms import check_norms, fold_norms, folded_roles
+from come.merge.norms import balanced_norms, check_norms, fold_norms, folded_roles
 from come.merge.operators.base import OPERATORS, MergeOperator
 from come.merge.plan import MergeStep, Plan
 from come.merge.scales import SpanScale
@@ -68,6 +68,8 @@ def apply_step(adapter: ModelAdapter, plan: Plan, step: MergeStep, operator: Mer
     )
     _check_solved(sources.state, step.solved.tensors, left=step.first == step.last)
     merged = overlay(sources.state, step.solved.tensors)
+    if plan.norms == "fold":
+        merged = balanced_norms(merged, adapter.roles(layers[step.slot]))
     left = units_left(adapter.layer_layout(layers[0]).unit_counts, step.kept)
     if left:
         assert step.first == step.last, "a layer is narrowed by a step of its own"

@@ -1,13 +1,14 @@
-"""Treatment of the norms before sublayers when layers are merged."""
+"""Treatment of the norms before sublayers when layers are merged, and after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from come.models.layer_state import LayerState, changed
@@ -65,6 +66,52 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
             folded[f"{norm}.bias"] = partial(rest.to, shift.dtype)
     return changed(state, folded)
+
+
+def balanced_norms(state: LayerState, roles: Mapping[str, Role]) -> dict[str, Tensor]:
+    """The same layer with columns of about equal size in the rows that read a norm.
+
+        W (g * x^ + b) = (W diag(1/s)) (s * g * x^ + s * b),   s_j = 2^round(log2(r_j / r))
+
+    r_j is the root mean square of column j of all rows that read the norm, and r the geometric mean
+    of all r_j. Folding leaves the norm's scales in the columns, so a format of few bits with one
+    scale for a block of adjacent weights, such as llama.cpp's Q4_0, rounds small columns coarsely.
+    Powers of two, from 2^-8 to 2^8, make it exact in floating point.
+
+    Args:
+        state: all tensors of one layer; not changed.
+        roles: role of each tensor.
+
+    Returns:
+        All tensors of the layer, same shapes and dtypes.
+    """
+    found = dict(state)
+    read = {role.norm.module: role.norm for role in roles.values() if role.norm}
+    for norm in sorted(read):
+        if f"{norm}.weight" not in state:
+            continue  # a norm without learned parameters
+        readers = [name for name, role in roles.items() if role.norm and role.norm.module == norm]
+        weights = [name for name in readers if not name.endswith("bias")]
+        scale = _column_scales([state[n].movedim(roles[n].input_axis, -1) for n in weights])
+        for name in weights:
+            found[name] = _scaled(state, name, 1 / scale, roles[name])
+        own, offset = state[f"{norm}.weight"], read[norm].offset
+        found[f"{norm}.weight"] = ((own.double() + offset) * scale - offset).to(own.dtype)
+        if f"{norm}.bias" in state:
+            shift = state[f"{norm}.bias"]
+            found[f"{norm}.bias"] = (shift.double() * scale).to(shift.dtype)
+    return found
+
+
+def _column_scales(rows: Sequence[Tensor]) -> Float64[Tensor, " columns"]:
+    """Powers of two proportional to the columns' root mean squares; 1 for columns of zeros."""
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in rows]
+    squares = sum(tensor.float().square().sum(0).double() for tensor in flat)
+    size = torch.as_tensor(squares).sqrt()
+    used = size > 0
+    logs = torch.where(used, size, 1).log2()
+    logs = torch.where(used, logs - logs[used].mean(), 0) if used.any() else logs
+    return torch.exp2(logs.round().clamp(-8, 8))
 
 
 def _bias_of(weight: str) -> str:
