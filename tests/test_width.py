@@ -60,7 +60,7 @@ def test_the_first_layer_is_the_ridge_solution_of_its_kept_channels():
     rhs = (missing * weights[:, None]).T @ features
     solved = down[:, kept] + torch.linalg.solve(gram + penalty * torch.eye(CHANNELS), rhs.T).T
     torch.testing.assert_close(merged.mlp.down_proj.weight, solved, rtol=1e-5, atol=1e-6)
-    scale = own.post_attention_layernorm.weight  # folded
+    scale = own.post_attention_layernorm.weight / merged.post_attention_layernorm.weight
     torch.testing.assert_close(merged.mlp.gate_proj.weight, gate[kept] * scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(merged.mlp.up_proj.weight, up[kept] * scale, rtol=1e-6, atol=0)
     output = merged.self_attn.o_proj.weight
