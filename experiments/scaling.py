@@ -108,11 +108,12 @@ def _estimates() -> list[str]:
         for tokens in (8192, 32768):
             cost = arithmetic(shape, removed=removed, tokens=tokens)
             device = cost.weight_bytes + cost.step_bytes
+            files = cost.boundary_bytes + cost.trial_bytes
             operations = cost.work.forward + cost.work.single + cost.work.double
             lines.append(
                 f"| {shape} | {count} to {count - removed} | {tokens} | {megabytes(device)} "
                 f"| {megabytes(cost.boundary_bytes + cost.validation_bytes)} "
-                f"| {megabytes(cost.validation_bytes)} | {megabytes(cost.boundary_bytes)} "
+                f"| {megabytes(cost.validation_bytes)} | {megabytes(files)} "
                 f"| {operations:.1e} | {duration(operations / RATE)} |"
             )
     return lines

@@ -16,7 +16,7 @@ from come.merge.method import Method
 from come.merge.operators.base import OPERATORS
 from come.report.numbers import title
 from come.schema.explicit import check_explicit, method_changes
-from tests.jobs import job_settings, settings
+from tests.jobs import job_settings, prepare_job, settings
 from tests.methods import come_plus
 
 GROUPS = {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in CONF.iterdir() if g.is_dir()}
@@ -327,7 +327,18 @@ def test_unwritable_or_full_output_folder(tmp_path):
         check_folder(blocked / "run", 1)
     with pytest.raises(ValueError, match=r"GB free, and the run writes about"):
         check_folder(tmp_path, 10**18)
+    with pytest.raises(ValueError, match=r", or merge.schedule.candidate_sets=1, .* 0\.70 GB less"):
+        check_folder(tmp_path, 10**18, trials=7 * 10**8)
     assert list(Path(tmp_path).iterdir()) == [blocked]
+
+
+def test_trial_layers_count_as_disk(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Disk", (), {"free": 100})())
+    for sets, more in ((4, True), (1, False)):
+        words = ["merge.target_layers=4", f"merge.schedule.candidate_sets={sets}"]
+        with pytest.raises(ValueError, match="GB free") as error:
+            prepare_job(base, tmp_path / "out", "merge=come_plus", *words)
+        assert ("GB less" in str(error.value)) is more
 
 
 def test_title_lists_changes_to_the_method():

@@ -68,7 +68,7 @@ def test_table_of_estimates(scaling):
     operations = cost.work.forward + cost.work.single + cost.work.double
     assert row[8].strip() == f"{operations:.1e}" == "2.2e+16"
     assert row[6].strip() == "2,718 MB"
-    assert row[9].strip() == "19 min 00 s"
+    assert row[9].strip() == "19 min 30 s"
 
 
 @pytest.mark.slow

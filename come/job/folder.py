@@ -144,12 +144,13 @@ def partial_plan(folder: Path, job: str) -> Plan | None:
     return plan if plan and plan.provenance.get("job") == job else None
 
 
-def check_folder(folder: Path, needed: int) -> None:
+def check_folder(folder: Path, needed: int, trials: int = 0) -> None:
     """Creates the job folder and checks that it is writable and that its disk has enough space.
 
     Args:
         folder: the job folder.
         needed: number of bytes that the job writes.
+        trials: those of them that are layers of trial merges.
 
     Raises:
         ValueError: the folder cannot be created or written, or the free space is too small.
@@ -166,7 +167,9 @@ def check_folder(folder: Path, needed: int) -> None:
         ) from error
     free = shutil.disk_usage(folder).free
     if free < needed:
+        less = f", or merge.schedule.candidate_sets=1, which writes {trials / 1e9:.2f} GB less"
         raise ValueError(
             f"output folder {folder}: {free / 1e9:.2f} GB free, and the run writes about "
             f"{needed / 1e9:.2f} GB; choose another disk with hydra.run.dir=FOLDER"
+            f"{less if trials else ''}"
         )

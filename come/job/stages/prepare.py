@@ -106,7 +106,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
     if plan is None:
         settings = choose_placement(settings, shape, target)
     copies = 1 + len(set(merge.save_at) - {target}) + 3 * settings.distill.active  # and checkpoints
-    needed = shape.weight_bytes * copies
+    needed, trials = shape.weight_bytes * copies, 0
     calibrating = settings.calibration
     if plan is None:
         check_length("calibration.seq_len", calibrating.seq_len, shape.longest)
@@ -123,7 +123,8 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 f"layers by one state a window, and needs at least {least} windows"
             )
         cost = merge_cost(settings, shape, target)
-        needed += cost.trial_bytes
+        trials = cost.trial_bytes
+        needed += trials
         if settings.calibration.place == "disk":
             needed += cost.boundary_bytes
         if settings.weights == "disk":
@@ -142,7 +143,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
                 "than the dense model's, which is not supported; take distill=none"
             )
         check_length("distill.seq_len", settings.distill.seq_len, shape.longest)
-    check_folder(folder, needed)
+    check_folder(folder, needed, trials)
     for output in ("model", "model-merged", *(f"model-{depth}" for depth in merge.save_at)):
         if (folder / output).resolve() == checkpoint.resolve():
             raise ValueError(
