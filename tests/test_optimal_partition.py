@@ -315,7 +315,7 @@ def test_interrupted_search_reuses_its_trials(windows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trial_kl, "fitted_trial", counted)
     path, method = tmp_path / "trials.json", come_plus(m=2)
-    method.schedule.candidate_sets = 1  # no layers of trials, which are not kept without a folder
+    method.schedule.candidate_sets = 1  # layers of trials are fitted again
 
     def run(job="a"):
         scores = TrialScores(path, job)

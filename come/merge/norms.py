@@ -1,8 +1,8 @@
-"""Treatment of the norms before sublayers when layers are merged, and after it."""
+"""Norms before sublayers: folded for a merge, and with scales again in the merged layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
@@ -45,15 +45,11 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
         All tensors of the folded layer, same shapes and dtypes, each computed when it is read.
     """
     folded: dict[str, Callable[[], Tensor]] = {}
-    read = {role.norm.module: role.norm for role in roles.values() if role.norm}
-    for norm in sorted(read):
-        if f"{norm}.weight" not in state:
-            continue  # a norm without learned parameters
-        readers = [n for n, role in roles.items() if role.norm and role.norm.module == norm]
+    for norm, offset, readers in _learned_norms(state, roles):
         weights = [name for name in readers if not name.endswith("bias")]
         biases = [_bias_of(name) for name in weights]
         own = state[f"{norm}.weight"]
-        scale, shift = own.double() + read[norm].offset, state.get(f"{norm}.bias")
+        scale, shift = own.double() + offset, state.get(f"{norm}.bias")
         moves_shift = shift is not None and all(bias in readers for bias in biases)
         if shift is not None and not moves_shift and bool((scale == 0).any()):
             continue
@@ -61,7 +57,7 @@ def fold_norms(state: LayerState, roles: Mapping[str, Role]) -> LayerState:
             if moves_shift and shift is not None:
                 folded[bias] = partial(_shifted_bias, state, weight, bias, shift, roles[weight])
             folded[weight] = partial(_scaled, state, weight, scale, roles[weight])
-        folded[f"{norm}.weight"] = partial(torch.full_like, own, 1 - read[norm].offset)
+        folded[f"{norm}.weight"] = partial(torch.full_like, own, 1 - offset)
         if shift is not None:
             rest = torch.zeros_like(scale) if moves_shift else shift.double() / scale
             folded[f"{norm}.bias"] = partial(rest.to, shift.dtype)
@@ -86,21 +82,28 @@ def balanced_norms(state: LayerState, roles: Mapping[str, Role]) -> dict[str, Te
         All tensors of the layer, same shapes and dtypes.
     """
     found = dict(state)
-    read = {role.norm.module: role.norm for role in roles.values() if role.norm}
-    for norm in sorted(read):
-        if f"{norm}.weight" not in state:
-            continue  # a norm without learned parameters
-        readers = [name for name, role in roles.items() if role.norm and role.norm.module == norm]
+    for norm, offset, readers in _learned_norms(state, roles):
         weights = [name for name in readers if not name.endswith("bias")]
         scale = _column_scales([state[n].movedim(roles[n].input_axis, -1) for n in weights])
         for name in weights:
             found[name] = _scaled(state, name, 1 / scale, roles[name])
-        own, offset = state[f"{norm}.weight"], read[norm].offset
+        own = state[f"{norm}.weight"]
         found[f"{norm}.weight"] = ((own.double() + offset) * scale - offset).to(own.dtype)
         if f"{norm}.bias" in state:
             shift = state[f"{norm}.bias"]
             found[f"{norm}.bias"] = (shift.double() * scale).to(shift.dtype)
     return found
+
+
+def _learned_norms(
+    state: LayerState, roles: Mapping[str, Role]
+) -> Iterator[tuple[str, float, list[str]]]:
+    """Norms with learned scales: module, what is added to the weight, and tensors that read it."""
+    read = {role.norm.module: role.norm for role in roles.values() if role.norm}
+    for module in sorted(read):
+        if f"{module}.weight" in state:
+            readers = [n for n, role in roles.items() if role.norm and role.norm.module == module]
+            yield module, read[module].offset, readers
 
 
 def _column_scales(rows: Sequence[Tensor]) -> Float64[Tensor, " columns"]:
