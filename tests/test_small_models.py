@@ -71,10 +71,10 @@ def test_rwkv_for_all_tokens_at_once(scripts):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=2e-5)
 
 
-def tiny(train, family, **changes):
-    settings = train.settings(family, tokens=changes.pop("tokens", 600), layers=2)
-    small = {"seq_len": 16, "batch": 8, "config": {**settings.config, "vocab_size": 300}}
-    return replace(settings, **small, **changes)
+def tiny(train, family):
+    settings = train.settings(family, tokens=600, layers=2)
+    config = {**settings.config, "vocab_size": 300}
+    return replace(settings, seq_len=16, batch=8, config=config)
 
 
 @pytest.mark.parametrize("family", ["moe", "mamba2", "rwkv", "post_norm"])
@@ -84,7 +84,6 @@ def test_training_writes_a_checkpoint_once(scripts, family, monkeypatch):
     folder = train.checkpoint(chosen, DOCUMENTS)
     record = json.loads((folder / "train.json").read_text())
     assert record["tokens"] == 640  # five steps of 128 tokens
-    assert record["ended_by"] == "tokens"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert sum(w.numel() for w in model.parameters()) == record["parameters"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -100,7 +99,7 @@ def test_training_writes_a_checkpoint_once(scripts, family, monkeypatch):
     assert train.settings(family, seed=1).folder != train.settings(family).folder
 
 
-def test_training_is_repeatable_and_ends_in_time(scripts):
+def test_training_is_repeatable(scripts):
     train = scripts("train")
     ids = torch.arange(4000) % 200
     states = []
@@ -112,8 +111,6 @@ def test_training_is_repeatable_and_ends_in_time(scripts):
         train.train_model(model, ids, chosen, {})
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    short = tiny(train, "moe", tokens=10**9, minutes=0.01)
-    assert train.train_model(model, ids, short, {})["ended_by"] == "minutes"
     rates = [train.rate(share) for share in (0.0, 0.05, 0.5, 1.0)]
     assert rates[1] == max(rates) == 1
     assert rates[3] == pytest.approx(train.LOWEST)

@@ -45,7 +45,7 @@ class SmallModel:
 
     model_type: str
     config: Callable[[int], dict[str, Any]]
-    tokens: int = 4_000_000
+    tokens: int = 2_000_000
     seq_len: int = 256
     batch: int = 8
     learning_rate: float = 2e-3
@@ -113,8 +113,8 @@ def _post_norm(layers: int) -> dict[str, Any]:
 
 MODELS = {
     "moe": SmallModel("qwen3_moe", _moe, bfloat16=True, forward=(("output_router_logits", True),)),
-    "mamba2": SmallModel("mamba2", _mamba2, tokens=2_000_000),
-    "rwkv": SmallModel("rwkv", _rwkv, tokens=3_000_000, seq_len=128, batch=16),
+    "mamba2": SmallModel("mamba2", _mamba2, tokens=1_200_000),
+    "rwkv": SmallModel("rwkv", _rwkv, tokens=1_200_000, seq_len=128, batch=16),
     "post_norm": SmallModel("exaone4", _post_norm, bfloat16=True),
 }
 """The models by the name that commands take."""

@@ -8,8 +8,7 @@ tokenizer, the training text `train.txt`, the held-out text `test.txt`, and `tra
 settings, the tokens and time of the training, and the perplexity. It is in the cache ($COME_CACHE);
 a second call with the same settings only prints it.
 
-The learning rate follows the larger of two fractions: tokens of `--tokens`, and time of
-`--minutes`. Only a training that the tokens end can be repeated exactly.
+With the same settings and number of threads, the same model is trained again.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Settings:
 
     family: str
     tokens: int
-    minutes: float
     seed: int
     layers: int
     config: dict[str, Any]
@@ -74,7 +72,6 @@ def settings(
     family: str,
     *,
     tokens: int | None = None,
-    minutes: float = 20.0,
     seed: int = 0,
     layers: int = LAYERS,
 ) -> Settings:
@@ -83,7 +80,6 @@ def settings(
     return Settings(
         family=family,
         tokens=tokens or small.tokens,
-        minutes=minutes,
         seed=seed,
         layers=layers,
         config=small.arguments(layers),
@@ -157,8 +153,7 @@ def train_model(
     begin = reported = time.monotonic()
     done, mean = 0, math.nan
     for windows in batches(ids, chosen):
-        seconds = time.monotonic() - begin
-        progress = max(done / chosen.tokens, seconds / (60 * chosen.minutes))
+        progress = done / chosen.tokens
         if progress >= 1:
             break
         for group in optimizer.param_groups:
@@ -177,9 +172,7 @@ def train_model(
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             report(chosen, done, mean, reported - begin)
-    seconds = time.monotonic() - begin
-    ended = "tokens" if done >= chosen.tokens else "minutes"
-    return {"tokens": done, "seconds": round(seconds, 1), "ended_by": ended, "loss": mean}
+    return {"tokens": done, "seconds": round(time.monotonic() - begin, 1), "loss": mean}
 
 
 def parameter_groups(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,10 +208,10 @@ def rate(progress: float) -> float:
 
 def report(chosen: Settings, done: int, loss: float, seconds: float) -> None:
     """Prints the progress and the remaining time."""
-    left = min(seconds * (chosen.tokens - done) / done, 60 * chosen.minutes - seconds)
+    left = seconds * (chosen.tokens - done) / done
     say(
         f"{chosen.family}: {done} of {chosen.tokens} tokens, loss {loss:.3f}, "
-        f"{done / seconds:.0f} tokens/s, at most {max(left, 0) / 60:.1f} min left"
+        f"{done / seconds:.0f} tokens/s, {max(left, 0) / 60:.1f} min left"
     )
 
 
@@ -243,7 +236,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=MODELS)
     parser.add_argument("--tokens", type=int, help="token budget; by default that of the family")
-    parser.add_argument("--minutes", type=float, default=20.0, help="time budget")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=LAYERS)
     arguments = vars(parser.parse_args())
