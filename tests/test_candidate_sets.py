@@ -12,8 +12,9 @@ from come.merge.plan import Plan
 from come.merge.schedules.optimal_partition import estimate, optimal_partition
 from come.merge.selection import trial_kl
 from come.merge.selection.trial_kl import TrialKL
-from come.merge.trial_layers import NAME
+from come.merge.trial_layers import NAME, TrialLayers, remove_trial_layers
 from come.merge.trial_scores import TrialScores
+from come.models.adapter import ModelAdapter
 from tests.conftest import pico
 from tests.methods import decoder_layers, paper, without
 
@@ -136,6 +137,50 @@ def test_every_depth_counts(windows, monkeypatch):
     assert len(scored) == 3  # both candidates begin with the same set
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_layers_of_trials_survive_an_interruption(windows, monkeypatch, tmp_path):
+    """A later session of the job reads them; a damaged file's layer is fitted again."""
+    fitted, add, score = [], TrialLayers.add, TrialKL.score_together
+
+    def recorded(self, first, last, route):
+        fitted.append((first, last))
+        add(self, first, last, route)
+
+    def killed(self, *rest):
+        raise Killed
+
+    monkeypatch.setattr(TrialLayers, "add", recorded)
+    whole = merged(windows, 3)
+    every = sorted(fitted)
+    fitted.clear()
+    monkeypatch.setattr(TrialKL, "score_together", killed)
+    path = tmp_path / "trials.json"
+    with pytest.raises(Killed):
+        merged(windows, 3, trials=TrialScores(path, "job"))
+    monkeypatch.setattr(TrialKL, "score_together", score)
+    before, files = len(fitted), sorted(tmp_path.glob(f"{NAME}job/*.safetensors"))
+    assert len(files) == before >= 2
+    span = tuple(map(int, files[0].stem.split("-")))[:2]
+    files[0].write_bytes(files[0].read_bytes()[:-8])
+    assert merged(windows, 3, trials=TrialScores(path, "job")).hash == whole.hash
+    assert sorted(fitted[:before] + [s for s in fitted[before:] if s != span]) == every
+    assert not list(tmp_path.glob(f"{NAME}*"))
+
+
+def test_layers_of_other_jobs_are_not_read(tmp_path):
+    layer = ModelAdapter(pico("llama_gqa")).layer(2)
+    TrialLayers(tmp_path, "job").add(2, 3, [(2, layer)])
+    assert (2, 3) in TrialLayers(tmp_path, "job")
+    assert (2, 3) not in TrialLayers(tmp_path, "other")
+    remove_trial_layers(tmp_path, "job")
+    assert (2, 3) in TrialLayers(tmp_path, "job")
+    remove_trial_layers(tmp_path, "other")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_choice_survives_an_interruption(windows, opposed, tmp_path):
     """After a step the plan knows what is ruled out; before it, scores are read from the file."""
     plans, path = [], tmp_path / "trials.json"
@@ -194,7 +239,7 @@ def test_trial_layers_are_removed(windows, tmp_path, store, monkeypatch):
 
     monkeypatch.setattr(TrialKL, "score_together", score_together)
     merged(windows, 2, folder=tmp_path, store=store)
-    assert "0-1.safetensors" in seen
+    assert "0-1-0.safetensors" in seen
     assert not list(tmp_path.glob(f"{NAME}*"))
 
 

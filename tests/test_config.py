@@ -341,6 +341,16 @@ def test_trial_layers_count_as_disk(base, tmp_path, monkeypatch):
         assert ("GB less" in str(error.value)) is more
 
 
+def test_trial_layers_of_an_earlier_session_count_as_free_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Disk", (), {"free": 100})())
+    with pytest.raises(ValueError, match="GB free"):
+        check_folder(tmp_path, 150)
+    layers = tmp_path / "trial-layers-job"
+    layers.mkdir()
+    (layers / "2-3-2.safetensors").write_bytes(bytes(50))
+    check_folder(tmp_path, 150)
+
+
 def test_title_lists_changes_to_the_method():
     changes = method_changes(
         ["merge=come", "merge/refit=ridge", "merge.m=3", "merge.target_layers=20", "eval=none"]

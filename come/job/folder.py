@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from come.files import PARTIAL, RESULT, read_again, read_object, write_text
 from come.merge.plan import Plan
 from come.merge.saving import PLAN, plan_path
+from come.merge.trial_layers import trial_layers_bytes
 from come.models.checkpoint import check_checkpoint
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def check_folder(folder: Path, needed: int, trials: int = 0) -> None:
             f"output folder {folder} cannot be written ({error.strerror}); "
             "choose another with hydra.run.dir=FOLDER"
         ) from error
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + trial_layers_bytes(folder)
     if free < needed:
         less = f", or merge.schedule.candidate_sets=1, which writes {trials / 1e9:.2f} GB less"
         raise ValueError(

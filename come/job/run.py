@@ -36,6 +36,7 @@ from come.job.stages.prepare import prepare
 from come.job.stages.shape import choose_shape
 from come.merge.plan import Plan, tensors_path
 from come.merge.saving import plan_path
+from come.merge.trial_layers import remove_trial_layers
 from come.models.loading import choose_device
 from come.models.weights import remove_changed_layers
 from come.records import CompressionResult, DepthResult, DistillationResult, Result
@@ -188,6 +189,7 @@ def _clean_up(folder: Path, result: Result) -> None:
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / STATES, ignore_errors=True)
     remove_changed_layers(folder)
+    remove_trial_layers(folder)
     if not result["settings"]["merge"]["save_weights"]:
         for depth in result["depths"][1:]:
             for weights in (folder / depth["folder"]).glob("model*.safetensors*"):

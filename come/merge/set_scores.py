@@ -23,7 +23,11 @@ class SetScores:
 
     def __init__(self, search: Search) -> None:
         self._search = search
-        self._layers = TrialLayers(search.stream.folder)
+        trials = search.trials
+        folder, job = search.stream.folder, None
+        if trials.path is not None:  # an interrupted search goes on with them, as with its scores
+            folder, job = trials.path.parent, trials.job
+        self._layers = TrialLayers(folder, job)
         search.method.selection.layers = self._layers
 
     def scored(self, sets: Sequence[Sequence[Bounds]]) -> list[float]:
