@@ -88,6 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             if repository := self._repository(found[1]):
                 self._file(repository.files.get(found[2]))
+        elif path == "/api/whoami-v2":
+            token = {"displayName": "a token", "role": "write", "createdAt": "2026-01-01"}
+            self._json({"type": "user", "name": "me", "auth": {"accessToken": token}})
         else:
             self._missing("")
 

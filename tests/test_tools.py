@@ -43,7 +43,7 @@ def tools(monkeypatch):
     sys.path[:] = path
     module.__dict__.update({name: importlib.import_module(name) for name in names})
     yield module
-    for name in (*names, "table", "readers", "readers.protocol"):
+    for name in (*names, "page", "table", "readers", "readers.protocol"):
         sys.modules.pop(name, None)
 
 
@@ -64,6 +64,15 @@ def driver(tools, tmp_path, monkeypatch):
 
     run.runs = lambda: len(count.read_text().split()) if count.is_file() else 0
     return run
+
+
+def test_every_command_of_the_page_is_run_in_one_way(tools):
+    page = importlib.import_module("page")
+    found = list(page.commands(page.PAGE.read_text()))
+    used = [page.how(command) for command in found]  # exactly one each, or a ValueError
+    assert set(used) == set(page.COMMANDS.values())
+    with pytest.raises(ValueError, match="not enough values"):
+        page.how("pip install come")
 
 
 def answer(**given):
