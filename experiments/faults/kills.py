@@ -76,7 +76,7 @@ def kills(work: Workspace, record: Record, *, count: int = 260, only: str = "") 
     )
     references: dict[str, Reference] = {}
     for index in range(count // CHAIN):
-        name = order[index % len(order)][1] if index % 12 != 11 else "parallel"
+        name = only or (order[index % len(order)][1] if index % 12 != 11 else "parallel")
         case = f"kill-{record.seed}-{index:03d}-{name}"
         if not record.wants(case):
             continue
