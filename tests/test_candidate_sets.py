@@ -3,19 +3,22 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from come.merge.loop import compress
-from come.merge.plan import Plan
+from come.merge.plan import BaseModel, Plan
 from come.merge.schedules.optimal_partition import estimate, optimal_partition
 from come.merge.selection import trial_kl
 from come.merge.selection.trial_kl import TrialKL
 from come.merge.trial_layers import NAME, TrialLayers, remove_trial_layers
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
+from tests.bases import save_base
 from tests.conftest import pico
+from tests.jobs import run_job
 from tests.methods import decoder_layers, paper, without
 
 METHOD = {
@@ -161,7 +164,7 @@ def test_layers_of_trials_survive_an_interruption(windows, monkeypatch, tmp_path
     with pytest.raises(Killed):
         merged(windows, 3, trials=TrialScores(path, "job"))
     monkeypatch.setattr(TrialKL, "score_together", score)
-    before, files = len(fitted), sorted(tmp_path.glob(f"{NAME}job/*.safetensors"))
+    before, files = len(fitted), sorted(tmp_path.glob(f"{NAME}job-*/*.safetensors"))
     assert len(files) == before >= 2
     span = tuple(map(int, files[0].stem.split("-")))[:2]
     files[0].write_bytes(files[0].read_bytes()[:-8])
@@ -170,15 +173,49 @@ def test_layers_of_trials_survive_an_interruption(windows, monkeypatch, tmp_path
     assert not list(tmp_path.glob(f"{NAME}*"))
 
 
-def test_layers_of_other_jobs_are_not_read(tmp_path):
+def test_layers_of_other_jobs_and_other_weights_are_not_read(tmp_path, windows, monkeypatch):
     layer = ModelAdapter(pico("llama_gqa")).layer(2)
-    TrialLayers(tmp_path, "job").add(2, 3, [(2, layer)])
-    assert (2, 3) in TrialLayers(tmp_path, "job")
-    assert (2, 3) not in TrialLayers(tmp_path, "other")
+    TrialLayers(tmp_path, "job-model").add(2, 3, [(2, layer)])
+    assert (2, 3) in TrialLayers(tmp_path, "job-model")
+    assert (2, 3) not in TrialLayers(tmp_path, "job-other")
     remove_trial_layers(tmp_path, "job")
-    assert (2, 3) in TrialLayers(tmp_path, "job")
-    remove_trial_layers(tmp_path, "other")
+    assert (2, 3) in TrialLayers(tmp_path, "job-model")
+    remove_trial_layers(tmp_path, "jo")
     assert not list(tmp_path.iterdir())
+
+    seen, add = set(), TrialLayers.add
+
+    def recorded(self, *rest):
+        add(self, *rest)
+        seen.update(path.name for path in tmp_path.glob(f"{NAME}job-*"))
+
+    monkeypatch.setattr(TrialLayers, "add", recorded)
+    base = BaseModel.of(ModelAdapter(pico("llama_gqa", num_hidden_layers=6)))
+    for weights in ("some", "others"):
+        plan = Plan(replace(base, fingerprint=weights), "concat", "fold")
+        merged(windows, 2, plan=plan, trials=TrialScores(tmp_path / "trials.json", "job"))
+    assert len(seen) == 2
+
+
+def test_a_job_removes_trial_layers_of_others_first_and_its_own_at_the_end(tmp_path, monkeypatch):
+    base, folder, left = save_base(tmp_path / "base", "llama_gqa"), tmp_path / "run", []
+    other = folder / f"{NAME}other-model"
+    other.mkdir(parents=True)
+    (other / "2-3-2.safetensors").write_bytes(bytes(8))
+    score = TrialKL.score_together
+
+    def score_together(self, *rest):
+        left.extend(path.name for path in folder.glob(f"{NAME}*"))
+        return score(self, *rest)
+
+    monkeypatch.setattr(TrialKL, "score_together", score_together)
+    run_job(base, folder, "merge=come_plus", "merge.target_layers=4", "eval=none")
+    assert left
+    assert other.name not in left
+    leaked = folder / f"{NAME}{'0' * 12}-model"
+    leaked.mkdir()
+    run_job(base, folder, "merge=come_plus", "merge.target_layers=4", "eval=none")  # is finished
+    assert not list(folder.glob(f"{NAME}*"))
 
 
 def test_the_choice_survives_an_interruption(windows, opposed, tmp_path):

@@ -345,7 +345,7 @@ def test_trial_layers_of_an_earlier_session_count_as_free_space(tmp_path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Disk", (), {"free": 100})())
     with pytest.raises(ValueError, match="GB free"):
         check_folder(tmp_path, 150)
-    layers = tmp_path / "trial-layers-job"
+    layers = tmp_path / "trial-layers-job-model"
     layers.mkdir()
     (layers / "2-3-2.safetensors").write_bytes(bytes(50))
     check_folder(tmp_path, 150)

@@ -88,6 +88,7 @@ def _run_main(settings: Settings, folder: Path, name: str, accelerator: Accelera
         show(cast(Result, finished), folder)
         return cast(Result, finished)
 
+    remove_trial_layers(folder, name)
     job = prepare(settings, folder, name)
     merged = job.plan is not None or (folder / job.merged).exists()
     if settings.merge.enabled and not merged:

@@ -24,10 +24,10 @@ class SetScores:
     def __init__(self, search: Search) -> None:
         self._search = search
         trials = search.trials
-        folder, job = search.stream.folder, None
+        folder, kept = search.stream.folder, None
         if trials.path is not None:  # an interrupted search goes on with them, as with its scores
-            folder, job = trials.path.parent, trials.job
-        self._layers = TrialLayers(folder, job)
+            folder, kept = trials.path.parent, f"{trials.job}-{search.plan.hash}"
+        self._layers = TrialLayers(folder, kept)
         search.method.selection.layers = self._layers
 
     def scored(self, sets: Sequence[Sequence[Bounds]]) -> list[float]:

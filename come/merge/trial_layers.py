@@ -25,16 +25,16 @@ class TrialLayers:
 
     Args:
         parent: the folder in which a folder of files is made; None for the system's temporary one.
-        job: id of the job whose files are kept for its later sessions in `parent`; None for files
-            of this process.
+        kept: job and model, "JOB-MODEL", of files in `parent` for later sessions; None for files of
+            this process.
     """
 
-    def __init__(self, parent: Path | None = None, job: str | None = None) -> None:
+    def __init__(self, parent: Path | None = None, kept: str | None = None) -> None:
         self._parent = parent
         self._folder: Path | None = None
         self._files: dict[tuple[int, int], Path] = {}
-        if parent is not None and job is not None:
-            self._folder = parent / (NAME + job)
+        if parent is not None and kept is not None:
+            self._folder = parent / (NAME + kept)
             for path in self._folder.glob("*.safetensors"):
                 if span := read_again(path, _span):
                     self._files[span] = path
@@ -76,17 +76,17 @@ def _span(path: Path) -> tuple[int, int]:
         return first, last
 
 
-def remove_trial_layers(folder: Path, job: str = "") -> None:
+def remove_trial_layers(folder: Path, job: str | None = None) -> None:
     """Removes trial layers in a job folder, except those of the job."""
     for left in folder.glob(f"{NAME}*"):
-        if left.name != NAME + job:
+        if job is None or not left.name.startswith(f"{NAME}{job}-"):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def trial_layers_bytes(folder: Path) -> int:
     """Size of all trial layers in a job folder, which its next start reads or removes."""
     size = 0
-    for path in folder.glob(f"{NAME}*/*.safetensors"):
-        with suppress(FileNotFoundError):  # another process of the job has just finished
+    with suppress(FileNotFoundError):  # another process of the job has just removed them
+        for path in folder.glob(f"{NAME}*/*.safetensors"):
             size += path.stat().st_size
     return size

@@ -88,8 +88,10 @@ def _incomplete(model: Path) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     """Temporary files and folders that a finished run did not remove."""
-    return sorted(
-        path.relative_to(folder).as_posix()
+    partial = [
+        path
         for path in folder.rglob("*.partial")
         if not any(parent.suffix == ".partial" for parent in path.parents)
-    )
+    ]
+    found = [*partial, *folder.rglob("trial-layers-*")]
+    return sorted(path.relative_to(folder).as_posix() for path in found)

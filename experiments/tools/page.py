@@ -1,7 +1,7 @@
 """Runs every command of docs/serve.md as it stands there, in a folder that has what it names.
 
     python experiments/tools/page.py                 # all of them; minutes once tools are installed
-    python experiments/tools/page.py --only vllm hf  # those that begin with one of these words
+    python experiments/tools/page.py --only vllm hf  # those that begin so, in the same folder
 
 The folder has `runs/HASH/model` (the compressed SmolLM2 of `make tools`), `LLAMA_CPP` and
 `merge.yaml`. Commands of a tool run in its environment, which `make tools` installs. A server is
@@ -21,6 +21,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,6 +90,9 @@ def run(page: Page, words: list[str], variables: dict[str, str]) -> str:
 
 def serve(page: Page, words: list[str], tool: str, more: dict[str, str]) -> str:
     """Starts a server, asks it for a text, and stops it."""
+    with socket.socket() as taken:
+        if taken.connect_ex(("127.0.0.1", 8000)) == 0:
+            raise RuntimeError("another program has port 8000")
     with (page.work / "server.log").open("w") as log:
         server = subprocess.Popen(
             words, cwd=page.work, env=page.variables(tool) | more, stdout=log, stderr=log
@@ -115,7 +119,10 @@ def serve(page: Page, words: list[str], tool: str, more: dict[str, str]) -> str:
         return f"answers {text.strip()!r}"
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def transformers_serve(page: Page, words: list[str]) -> str:
@@ -267,14 +274,15 @@ def main() -> int:
     rows, failed = [], 0
     with hub_server() as hub:
         page = Page(tools / "page", tools / "envs", hub)
-        prepare(page, tools)
+        if arguments.only == [""] or not page.work.is_dir():
+            prepare(page, tools)
         for command in commands(PAGE.read_text()):
             if not command.startswith(tuple(arguments.only)):
                 continue
             began = time.perf_counter()
             try:
                 result = how(command)(page, shlex.split(command))
-            except (RuntimeError, AssertionError, OSError, subprocess.TimeoutExpired) as error:
+            except Exception as error:  # the others can still be run
                 print(error, file=sys.stderr)
                 result, failed = "FAILED", failed + 1
             rows.append(f"| `{command}` | {result} |")

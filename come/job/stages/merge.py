@@ -26,7 +26,6 @@ from come.merge.loop import compress
 from come.merge.method import Method
 from come.merge.plan import BaseModel, MergeStep, Plan, SolvedTensors
 from come.merge.saving import check_cache, plan_path, save_model
-from come.merge.trial_layers import remove_trial_layers
 from come.merge.trial_scores import TrialScores
 from come.models.adapter import ModelAdapter
 from come.models.checkpoint import check_checkpoint, fingerprint
@@ -85,7 +84,6 @@ def merge(
         log.info("resuming at %d layers, after %d merges", earlier.num_layers, len(earlier.steps))
 
     remove_changed_layers(job.folder)
-    remove_trial_layers(job.folder, job.hash)
     several = accelerator.num_processes > 1
     with PeakMemory(choose_device(settings.model.device)) as memory:
         model = job.load(device=str(accelerator.device) if several else None)
