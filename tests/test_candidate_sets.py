@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -237,6 +238,30 @@ def test_the_choice_survives_an_interruption(windows, opposed, tmp_path):
     path.write_text(json.dumps(data))
     merged(windows, 3, trials=TrialScores(path, "job"))
     assert len(opposed) == count + 1  # its layers are fitted again
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_set_is_merged_whatever_was_tried_after_it(windows, monkeypatch, seed):
+    """Trials of later sets change the sums of scores, and with them the cheapest set."""
+    rng, scores = random.Random(seed), {}
+
+    def refine_all(self, trials, refit):
+        found = []
+        for span, _ in trials:
+            self.layers.add(span.first, span.last, [(0, torch.nn.Identity())])
+            found.append(rng.uniform(1, 3) * (span.last - span.first) ** 0.5)
+        return found
+
+    def score_together(self, stream, spans, layers):
+        return scores.setdefault(tuple(spans), rng.random())
+
+    monkeypatch.setattr(TrialKL, "refine_all", refine_all)
+    monkeypatch.setattr(TrialKL, "score_together", score_together)
+    recipe = method(5)
+    recipe.m = 4
+    model = pico("llama_gqa", num_hidden_layers=10)
+    plan = compress(model, windows, recipe, target_layers=6, progress=False)
+    assert scores[spans_of(plan)] == min(scores.values())
 
 
 @pytest.mark.parametrize("value", [[[1]], [[1, 2, 3]], [["1", 2]], "1-2"])

@@ -297,6 +297,17 @@ def test_full_disk_and_full_memory_are_one_line(error, line, capsys):
         _guarded(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
+def test_an_error_while_an_interrupt_is_handled_is_an_interrupt(capsys):
+    def job():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError("a library that cleans up")
+
+    assert _guarded(job) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command to resume\n"
+
+
 PICKLES = re.compile(
     r"\b(import|from) (pickle|dill|cloudpickle|marshal|shelve)\b|torch\.(load|save)\(|joblib\.load|"
     r"allow_pickle=True|weights_only=False|yaml\.(unsafe_)?load\((?!.*(BaseLoader|_AnyTag))|\b(eval|exec)\("

@@ -28,6 +28,7 @@ from come.cli.errors import (
     OUT_OF_MEMORY,
     STORAGE_ERRORS,
     USER_ERRORS,
+    is_interrupt,
     is_out_of_memory,
     no_such_setting,
     user_line,
@@ -195,6 +196,17 @@ def _job_settings(config: DictConfig) -> Settings:
 def _guarded(job: Callable[[], Any]) -> int:
     """Runs the job or sweep and returns the exit code; prints a user error as one line."""
     try:
+        return _guarded_from_errors(job)
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        return 130
+
+
+def _guarded_from_errors(job: Callable[[], Any]) -> int:
+    """The same, without interrupts."""
+    try:
         job()
     except JobFailedError as error:
         # prints nothing if this process already printed it when the job failed
@@ -217,9 +229,6 @@ def _guarded(job: Callable[[], Any]) -> int:
             raise
         _print_error(OUT_OF_MEMORY)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        return 130
     return 0
 
 

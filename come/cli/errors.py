@@ -63,6 +63,16 @@ def user_line(error: Exception) -> str:
     return text
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether the exception is an interrupt, or was raised while one was handled.
+
+    A library that cleans up after an interrupt can fail in doing so.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch could not allocate memory."""
     words = (

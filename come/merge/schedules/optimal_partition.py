@@ -129,7 +129,8 @@ class OptimalPartition(Schedule):
         """The best of `candidate_sets` sets when merged together, and the spans that it rules out.
 
         Starts from the cheapest set. Each further candidate is the cheapest one without one of the
-        spans of the best set so far.
+        spans of the best set so far. Without the spans that are ruled out in the end, the best set
+        is the cheapest by all scores known then, so that later steps choose its other spans.
         """
         best, out, least = sets, frozenset[Bounds](), _total(together, sets)
         seen = {_key(sets)}
@@ -149,7 +150,13 @@ class OptimalPartition(Schedule):
             total = _total(together, found)
             if total < least:
                 best, out, least = found, without, total
-        return best, out
+        while True:
+            cheapest = costs.cheapest(out)
+            assert cheapest is not None  # the best set is one
+            others = set(_key(cheapest)) - set(_key(best))
+            if not others:
+                return cheapest, out
+            out |= others
 
 
 class SpanCosts:
