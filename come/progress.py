@@ -23,6 +23,9 @@ class ProgressBar(tqdm):
         kwargs: keyword arguments of tqdm.
     """
 
+    lines = False
+    disable = True  # before __init__, in which an interrupt can come: tqdm closes what it removes
+
     def __init__(self, *args: Any, shown: bool = True, **kwargs: Any) -> None:
         self.lines = not sys.stderr.isatty()
         self.written = time.monotonic()

@@ -24,3 +24,8 @@ def test_short_and_hidden_bars_print_nothing(capsys, monkeypatch):
     monkeypatch.setattr(come.progress, "INTERVAL", 0.0)
     list(ProgressBar(range(3), desc="hidden", shown=False))
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_whose_beginning_was_interrupted_can_be_closed():
+    bar = ProgressBar.__new__(ProgressBar)
+    bar.close()
