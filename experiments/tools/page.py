@@ -214,6 +214,7 @@ def login(page: Page, words: list[str]) -> str:
 
 
 def push(page: Page, words: list[str]) -> str:
+    page.hub.tokens.clear()
     run(page, words, page.to_hub())
     repository = page.hub.repositories["USER/NAME"]
     assert repository.private
