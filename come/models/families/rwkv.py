@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from come.models.families.changes import opaque
+from come.models.families.embedding_norm import move_embedding_norm
 from come.models.families.mixers import whole_mixer
 from come.models.families.parts import Family, Preparation, ffn, same_layers
 from come.models.layout import Norm
@@ -54,10 +53,9 @@ def rwkv(config: PretrainedConfig) -> ModelLayout:
 def prepare(model: PreTrainedModel) -> None:
     """Makes all layers alike; the logits stay the same, and so do the names in checkpoints.
 
-    The norm of the embeddings moves from the first layer to the embeddings, so that it stays where
-    it is if that layer is merged or removed. Outputs and states are no longer halved every few
-    layers, which protects float16 from overflow: the factors are those of places in the original
-    depth. `rescale_every` becomes 0, which transformers reads as never.
+    The norm of the embeddings leaves the first layer. Outputs and states are no longer halved every
+    few layers, which protects float16 from overflow: the factors are those of places in the
+    original depth. `rescale_every` becomes 0, which transformers reads as never.
     """
     decoder: Any = model.get_submodule(DECODER)
     if decoder.layers_are_rescaled:  # by a forward pass in evaluation mode
@@ -65,29 +63,7 @@ def prepare(model: PreTrainedModel) -> None:
         decoder._rescale_layers()
         decoder.training = was_training
     model.config.rescale_every = 0
-    norm = getattr(decoder.blocks[0], NORM)
-    if isinstance(norm, nn.Identity):
-        return
-    for block in decoder.blocks:  # any of them may become the first
-        setattr(block, NORM, nn.Identity())
-    setattr(decoder.embeddings, NORM, norm)
-    decoder.embeddings.register_forward_hook(_normed)
-    decoder.register_state_dict_post_hook(_as_stored)
-
-
-def _normed(embeddings: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """The normed embeddings."""
-    normed: Tensor = embeddings.get_submodule(NORM)(output)
-    return normed
-
-
-def _as_stored(
-    decoder: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: object
-) -> None:
-    """Gives the norm of the embeddings its name in checkpoints."""
-    own = f"{prefix}embeddings.{NORM}."
-    for name in [name for name in tensors if name.startswith(own)]:
-        tensors[f"{prefix}blocks.0.{NORM}.{name.removeprefix(own)}"] = tensors.pop(name)
+    move_embedding_norm(decoder, decoder.embeddings, decoder.blocks, NORM)
 
 
 FAMILIES: dict[str, Family] = {"rwkv": rwkv}
