@@ -210,12 +210,13 @@ def test_a_job_removes_trial_layers_of_others_first_and_its_own_at_the_end(tmp_p
         return score(self, *rest)
 
     monkeypatch.setattr(TrialKL, "score_together", score_together)
-    run_job(base, folder, "merge=come_plus", "merge.target_layers=4", "eval=none")
+    words = ("merge=come_plus", "merge.m=2", "merge.target_layers=4", "eval=none")
+    run_job(base, folder, *words)
     assert left
     assert other.name not in left
     leaked = folder / f"{NAME}{'0' * 12}-model"
     leaked.mkdir()
-    run_job(base, folder, "merge=come_plus", "merge.target_layers=4", "eval=none")  # is finished
+    run_job(base, folder, *words)  # is finished
     assert not list(folder.glob(f"{NAME}*"))
 
 
