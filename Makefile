@@ -47,6 +47,7 @@ bench: $(READY) ## seconds of a compression over seconds of a forward pass, and 
 
 tools: $(READY) ## installs the tools that read a result, runs and compares them (ARGS="--only PEFT vLLM")
 	HF_HUB_OFFLINE=1 $(BIN)/python experiments/tools/run.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python experiments/tools/page.py)
 
 wheel: $(READY)  ## builds the wheel and runs its command from another folder
 	rm -rf dist
