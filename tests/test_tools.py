@@ -43,7 +43,7 @@ def tools(monkeypatch):
     sys.path[:] = path
     module.__dict__.update({name: importlib.import_module(name) for name in names})
     yield module
-    for name in (*names, "page", "table", "readers", "readers.protocol"):
+    for name in (*names, "page", "server", "table", "readers", "readers.protocol"):
         sys.modules.pop(name, None)
 
 

