@@ -172,6 +172,7 @@ def test_cfg_job_shows_the_values_of_a_job(command_line, text_file, tmp_path):
         assert line in values(*overrides)[1]
     part, _ = values("-p", "merge.refit", "merge.refit=ridge")
     assert part["name"] == "ridge"
+    assert values("experiment=smoke", "eval=none")[0]["eval"] == {}
     code, printed = command_line("--cfg", "job", "-p", "merge.nothing")
     assert (code, printed.strip()[:24]) == (1, "error: --package merge.n")
     assert not (tmp_path / "runs").exists()

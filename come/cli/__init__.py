@@ -187,6 +187,8 @@ def _job_settings(config: DictConfig) -> Settings:
     """The settings of a job, with those that follow from its command line."""
     settings = to_settings(config)
     settings.tracking.group = settings.tracking.group or _experiment()
+    if HydraConfig.get().runtime.choices.get("eval") == "none":
+        settings.eval = {}  # experiments have settings of evaluations that they do not choose
     overrides = HydraConfig.get().overrides.task
     settings.merge.changes = method_changes(overrides)
     settings.command = shlex.join(["come", *overrides])
