@@ -241,6 +241,7 @@ def test_grid_rows_have_no_samples(tmp_path):
     depth = {"layers": 3, "parameters": 9, "metrics": {"zero_shot/a": task.record()}}
     cost = {"seconds": 1.0, "layer_passes": 2.0, "peak_bytes": 3}
     found = {"job": "x", "method": "come", "depths": [depth], "compression": cost}
+    depth["metrics"]["agreement"] = Metric(0.9).record()
     (tmp_path / "result.json").write_text(json.dumps(found | {"merge_history": []}))
     listed = {"overrides": ["merge.m=2"], "folder": str(tmp_path)}
     (tmp_path / "jobs.jsonl").write_text(json.dumps(listed) + "\n")
@@ -251,6 +252,8 @@ def test_grid_rows_have_no_samples(tmp_path):
     assert found["metrics"]["zero_shot/a"] == Metric(0.5, details={"metric": "acc"}).record() | {
         "samples": []
     }
+    write_grid(tmp_path / "out", [row])
+    assert (tmp_path / "out" / "table.md").read_text().count("Values are followed") == 1
 
 
 def test_former_keys_have_their_current_names(tmp_path):

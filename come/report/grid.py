@@ -106,7 +106,8 @@ def write_grid(
     notes.append(_shared(rows, varying))
     if missing:
         notes.append(f"Not finished: {'; '.join(label(job, varying) for job in missing)}.\n")
-    text = "\n".join([*(table.markdown() for table in tables), *filter(None, notes)])
+    said = dict.fromkeys(filter(None, notes))  # tables can have the same note
+    text = "\n".join([*(table.markdown() for table in tables), *said])
     write_text(folder / "table.md", text)
     write_text(folder / "table.tex", "\n".join(table.latex() for table in tables))
     write_text(folder / "table.csv", long_table(found, x) if found else "")
