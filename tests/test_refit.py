@@ -356,7 +356,7 @@ def test_refit_error_score_is_the_error_after_the_merge(operator, windows):
         ),
         (
             {"refit": "ridge", "target": "teacher"},
-            "merge.refit.target='teacher': must be one of dense",
+            "merge.refit.target='teacher': must be one of auto, dense",
         ),
         ({"refit__weights": "norm"}, "merge.refit.weights='norm': must be one of relative"),
         ({"downstream": -1.0}, "merge.refit.downstream=-1.0: must be a number above 0, or null"),

@@ -81,6 +81,23 @@ def test_the_refit_lowers_the_error_on_unseen_windows():
 
 
 @torch.no_grad()
+def test_layers_that_only_lose_channels_are_fitted_to_their_own_output():
+    """Merges are fitted to the dense model; so are narrower layers, if they are told to."""
+    for target, changes, like in (
+        (LAYERS, WIDTH, "current"),
+        (LAYERS, WIDTH | {"schedule": "one_shot"}, "current"),
+        (LAYERS - 2, {"groups": [[1, 2], [3, 4]]}, "dense"),
+    ):
+        found = {}
+        for name in ("auto", "dense", "current"):
+            found[name] = pico("llama_gqa")
+            narrowed(found[name], come_plus(**changes, target=name), target)
+        other = {"dense": "current", "current": "dense"}[like]
+        assert same_weights(found["auto"], found[like])
+        assert not same_weights(found["auto"], found[other])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "phi3", "gpt2"])
 @pytest.mark.parametrize("name", ["come_plus", "come", "flattengpt", "flap"])
 def test_checkpoints_of_families(family, name, tmp_path):

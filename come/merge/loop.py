@@ -212,7 +212,7 @@ def _refitted(
             step.last,
             original=plan.history[step.last][-1],
             place=step.first + step.slot,
-            target=method.refit.target,
+            target=method.refit.target_of(bool(span.narrower)),
             weighting=method.refit.weights,
         )
     counts = stream.adapter.layer_layout(step.first).unit_counts

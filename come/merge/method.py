@@ -137,7 +137,7 @@ class Method(HasSettings):
     def _check_groups(self) -> None:
         """Sets the schedule to `Fixed`; raises ValueError for settings that have no effect."""
         single = next((list(group) for group in self.groups if len(group) == 1), None)
-        if single and not (self.refit.active and self.refit.target == "dense"):
+        if single and not (self.refit.active and self.refit.target_of(narrower=False) == "dense"):
             raise ValueError(
                 f"merge.groups has {single}: a single layer is refitted to the dense model, which "
                 f"merge.refit={self.refit.name} with merge.refit.target={self.refit.target} does "
@@ -197,7 +197,7 @@ class Method(HasSettings):
     @property
     def needs_dense(self) -> bool:
         """Whether the hidden states of the dense model must be stored."""
-        towards_dense = self.refit.target == "dense" and bool(self.uses_targets)
+        towards_dense = self.refit.target_of(narrower=False) == "dense" and bool(self.uses_targets)
         return towards_dense or self.refit.downstream is not None
 
     @property

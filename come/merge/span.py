@@ -119,7 +119,7 @@ class LayerSpan:
             self.last,
             original=self.spans[-1][-1],
             place=self.place,
-            target=self.refit.target,
+            target=self.refit.target_of(bool(self.narrower)),
             weighting=self.refit.weights,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from come.merge.combination import Combination
 from come.merge.reconstruction import ReconstructionTargets, Target, Weighting
@@ -15,6 +15,8 @@ from come.models.layer_state import LayerState
 from come.models.layout import LayerLayout
 from come.registry import Registry
 from come.setting import HasSettings, setting
+
+RefitTarget = Literal["auto", "dense", "current"]
 
 
 @dataclass(eq=False)
@@ -31,7 +33,7 @@ class Refit(HasSettings, ABC):
 
     Attributes:
         target: the model whose hidden states are the target, also for components that choose units
-            or spans by reconstruction error.
+            or spans by reconstruction error (see `target_of`).
         weights: token weighting, see `token_weights`.
         downstream: penalty of the refit of all layers after the first merge; None for none.
         lambda_: penalty of the output projections, also used by components that choose units by
@@ -46,7 +48,12 @@ class Refit(HasSettings, ABC):
     active: ClassVar[bool] = True
     batchwise: ClassVar[bool] = False
     narrows_only: ClassVar[bool] = False
-    target: Target = setting("dense", "whose states are reconstructed", choices=get_args(Target))
+    target: RefitTarget = setting(
+        "auto",
+        "whose states are reconstructed; auto: those of the dense model in a merge, and of the "
+        "current one where a layer only loses units",
+        choices=get_args(RefitTarget),
+    )
     weights: Weighting = setting("relative", "weights of tokens", choices=get_args(Weighting))
     downstream: float | None = setting(
         None,
@@ -57,6 +64,19 @@ class Refit(HasSettings, ABC):
     )
     lambda_: Any = field(init=False, repr=False, default=0.1)
     align: float | None = field(init=False, repr=False, default=None)
+
+    def target_of(self, narrower: bool) -> Target:
+        """The model whose hidden states are the target of a layer.
+
+        Where every layer loses units, each would correct the errors of all layers before it, and
+        most of what it fits of them is noise.
+
+        Args:
+            narrower: whether the layer only loses units, and replaces no span.
+        """
+        if self.target != "auto":
+            return self.target
+        return "current" if narrower else "dense"
 
     def check(self, method: Combination) -> None:
         """Raises ValueError if the refit cannot be combined with the method's components."""

@@ -84,7 +84,7 @@ class SubFit(SublayerSchedule):
         elif refit.active and refit.name != "ridge":
             reason = "refits output projections of the layers that stay; merge.refit="
             reason += f"{refit.name} is not possible with it; choose merge.refit=ridge or none"
-        elif refit.active and refit.target != "dense":
+        elif refit.active and refit.target_of(narrower=False) != "dense":
             reason = f"fits to the dense model; merge.refit.target={refit.target} is not possible "
             reason += "with it; choose merge.refit.target=dense"
         elif refit.align is not None:
