@@ -110,7 +110,8 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.set_xlabel(f"{label}, x dense in 16 bits" if number else label)
         line[0].set_ylabel("perplexity, x dense in 16 bits")
         line[0].set_title(MODELS[name][0], loc="left")
-    marks = [plt.Line2D([], [], color="grey", ls="", marker=m, label=k) for k, m in KINDS.items()]
+    marks = [plt.Line2D([], [], color="grey", ls="", marker=mark, label=kind)
+             for kind, mark in KINDS.items() if any(row.kind == kind for row in rows)]  # fmt: skip
     marks += [plt.Line2D([], [], color=c, label=f"{bits} bits") for bits, c in COLOURS.items()]
     axes[0, -1].legend(handles=marks, fontsize=8)
     figure.savefig(path, dpi=100)
