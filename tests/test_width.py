@@ -82,7 +82,7 @@ def test_the_refit_lowers_the_error_on_unseen_windows():
 
 @torch.no_grad()
 def test_layers_that_only_lose_channels_are_fitted_to_their_own_output():
-    """Merges are fitted to the dense model; so are narrower layers, if they are told to."""
+    """By default; merged layers are fitted to the dense model."""
     for target, changes, like in (
         (LAYERS, WIDTH, "current"),
         (LAYERS, WIDTH | {"schedule": "one_shot"}, "current"),

@@ -24,6 +24,7 @@ from come.files import write_text
 
 HERE = Path(__file__).parent
 MODELS = {"smollm2": ("SmolLM2-135M-Instruct", 30), "gemma": ("Gemma 3 270M", 18)}
+# by fewer layers, then by fewer channels
 KINDS = {"dense": "*", "fewer layers": "o", "fewer channels": "s", "both": "^"}
 COLOURS = {16: "tab:blue", 8: "tab:orange", 4: "tab:green"}
 TICKS = [1, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3]
@@ -77,9 +78,8 @@ def read_rows(folder: Path) -> list[Row]:
     for line in (folder / "results.jsonl").read_text().splitlines():
         found = json.loads(line)
         model, shape = found["model"].split("/")
-        fewer = found["layers"] < MODELS[model][1]
-        kind = ("both" if fewer else "fewer channels") if "x" in shape else "dense"
-        kind = "fewer layers" if fewer and kind == "dense" else kind
+        fewer, narrower = found["layers"] < MODELS[model][1], "x" in shape
+        kind = list(KINDS)[fewer + 2 * narrower]
         ratio = (found["ratio"], found["low"], found["high"])
         speed = speeds.get((found["model"], found["bits"]))
         rows.append(Row(model, shape, kind, found["bits"], found["bytes"] / 1e6, ratio, speed))
