@@ -146,6 +146,27 @@ def test_streamed_text_is_made_when_its_step_comes(base, tmp_path, monkeypatch):
     assert made == ["block", *["block", "step"] * 4]  # first the validation windows
 
 
+@pytest.mark.parametrize("words", [(), ("distill.stream=true",)], ids=["complete", "streamed"])
+def test_epochs_read_the_written_windows_again(base, tmp_path, monkeypatch, words):
+    """Each block is written once, and every epoch reads all windows, in another order."""
+    made, orders, whole = [], [], TEXT.self_generated_windows
+    monkeypatch.setattr(
+        TEXT, "self_generated_windows",
+        lambda *args, **options: made.append("block") or whole(*args, **options),
+    )  # fmt: skip
+    rows = TrainConfig.rows
+    monkeypatch.setattr(
+        TrainConfig, "rows",
+        lambda *args: orders.append(rows(*args)) or orders[-1],
+    )  # fmt: skip
+    words = (*WRITTEN, "distill.epochs=2", *words, *QUICK)
+    found = run_job(base, tmp_path / "out", *words)["distillation"]
+    assert (found["steps"], found["distinct_tokens"], len(made)) == (8, 256, 5)
+    epochs = torch.cat(orders).view(2, 16)
+    assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(16))] * 2
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
 def test_teacher_is_not_in_memory_while_training_from_its_states(base, tmp_path, monkeypatch):
     devices, load, step = [], Job.load, importlib.import_module("come.distill.trainer")._step
     loaded = []

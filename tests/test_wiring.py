@@ -116,6 +116,7 @@ CHANGES = [
     (HEAL, "distill=lora", CURVE),
     (HEAL, "distill.path={other}", CURVE),
     (HEAL, "distill.tokens=320", CURVE),
+    (HEAL, "distill.epochs=2", CURVE),
     (HEAL, "distill.seq_len=32", CURVE),
     (HEAL, "distill.batch_size=8", CURVE),
     (HEAL, "distill.validation_samples=6", CURVE),

@@ -15,7 +15,8 @@ class TrainConfig:
     """The settings of a training run, except for the objective and the text.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps of all epochs.
+        epochs: how often the windows are read.
         batch_size: windows per step, over all processes.
         micro_batch: windows per forward pass; a step accumulates the gradients.
         learning_rate: peak learning rate.
@@ -34,6 +35,7 @@ class TrainConfig:
     """
 
     steps: int
+    epochs: int = 1
     batch_size: int = 8
     micro_batch: int = 8
     optimizer: str = "adamw"
@@ -50,8 +52,8 @@ class TrainConfig:
 
     @property
     def windows(self) -> int:
-        """Windows of all steps."""
-        return self.steps * self.batch_size
+        """Windows of the steps of an epoch."""
+        return self.steps // self.epochs * self.batch_size
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warmup, then cosine decay towards 0."""

@@ -53,7 +53,10 @@ class DistillSettings(TextSettings):
     block_windows: int = setting(
         256, "windows that are written at a time, and then cached", least=1
     )
-    tokens: int = setting(150_000, "training tokens; a shorter text is read again", least=1)
+    tokens: int = setting(
+        150_000, "training tokens of an epoch; a shorter text is read again", least=1
+    )
+    epochs: int = setting(1, "how often these tokens are read, in a new order each time", least=1)
     seq_len: int = setting(256, "tokens of a window", least=2)
     batch_size: int = setting(8, "windows of an optimiser step, over all processes", least=1)
     micro_batch: int = setting(8, "windows of a forward pass", least=1)
@@ -140,7 +143,7 @@ class DistillSettings(TextSettings):
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" else "float32"
         names = {f.name for f in fields(TrainConfig)} - {"steps", "precision", "in_order"}
-        steps = max(1, self.tokens // (self.batch_size * self.seq_len))
+        steps = self.epochs * max(1, self.tokens // (self.batch_size * self.seq_len))
         own = {name: getattr(self, name) for name in names}
         own["micro_batch"] = min(self.micro_batch, self.batch_size)
         return TrainConfig(steps=steps, precision=precision, in_order=self.streams, **own)

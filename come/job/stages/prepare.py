@@ -266,7 +266,7 @@ def _training(
     if not distill.active or text is None:
         return None
     train_config = distill.train_config("cpu")
-    count = train_config.steps * train_config.batch_size + distill.validation_samples
+    count = train_config.windows + distill.validation_samples
     found = calibration_windows(
         tokenizer,
         text,
