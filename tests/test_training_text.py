@@ -146,8 +146,12 @@ def test_streamed_text_is_made_when_its_step_comes(base, tmp_path, monkeypatch):
     assert made == ["block", *["block", "step"] * 4]  # first the validation windows
 
 
-@pytest.mark.parametrize("words", [(), ("distill.stream=true",)], ids=["complete", "streamed"])
-def test_epochs_read_the_written_windows_again(base, tmp_path, monkeypatch, words):
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [(WRITTEN, 5), ((*WRITTEN, "distill.stream=true"), 5), (HEAL, 0)],
+    ids=["complete", "streamed", "given"],
+)
+def test_epochs_read_the_same_windows_again(base, tmp_path, monkeypatch, words, blocks):
     """Each block is written once, and every epoch reads all windows, in another order."""
     made, orders, whole = [], [], TEXT.self_generated_windows
     monkeypatch.setattr(
@@ -159,9 +163,8 @@ def test_epochs_read_the_written_windows_again(base, tmp_path, monkeypatch, word
         TrainConfig, "rows",
         lambda *args: orders.append(rows(*args)) or orders[-1],
     )  # fmt: skip
-    words = (*WRITTEN, "distill.epochs=2", *words, *QUICK)
-    found = run_job(base, tmp_path / "out", *words)["distillation"]
-    assert (found["steps"], found["distinct_tokens"], len(made)) == (8, 256, 5)
+    found = run_job(base, tmp_path / "out", *words, "distill.epochs=2", *QUICK)["distillation"]
+    assert (found["steps"], found["distinct_tokens"], len(made)) == (8, 256, blocks)
     epochs = torch.cat(orders).view(2, 16)
     assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(16))] * 2
     assert epochs[0].tolist() != epochs[1].tolist()

@@ -389,13 +389,12 @@ def test_batch_sizes_reach_their_functions(inputs, tmp_path, monkeypatch):
         "calibration.batch_size=3", "eval.perplexity.batch_tokens=96",
         "eval.zero_shot.batch_size=5", "distill.micro_batch=3", "calibration.store=disk",
     )  # fmt: skip
-    observe(inputs, tmp_path / "out", (*HEAL, *ZERO_SHOT[1:], *sizes))
+    observe(inputs, folder := tmp_path / "out", (*HEAL, *ZERO_SHOT[1:], *sizes))
     ((_, merging),) = calls["compress"]
-    assert (merging["batch_size"], merging["store"]) == (3, "disk")
-    assert merging["folder"] == tmp_path / "out"
-    assert {options["batch_tokens"] for _, options in calls["perplexity"]} == {96}
-    assert len(calls["perplexity"]) == 3  # dense, merged, trained
+    assert [merging[key] for key in ("batch_size", "store", "folder")] == [3, "disk", folder]
+    tokens = [options["batch_tokens"] for _, options in calls["perplexity"]]
+    assert tokens == [96, 96, 96]  # dense, merged, trained
     assert calls["load_tasks"][0][1]["batch_size"] == 5
-    (((*_, train_config), training),) = calls["train"]
-    assert (train_config.micro_batch, train_config.batch_size, train_config.steps) == (3, 4, 4)
-    assert training["folder"] == tmp_path / "out" / "distill"
+    (((*_, config), training),) = calls["train"]
+    found = (config.micro_batch, config.batch_size, config.steps, training["folder"])
+    assert found == (3, 4, 4, folder / "distill")
