@@ -17,6 +17,7 @@ from torch import Tensor
 from come.data.mix import interleaved
 from come.data.prompts import chat_prompts
 from come.data.sampling import (
+    BATCH,
     SOURCE,
     cached,
     continuation_starts,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEED_OFFSET = 1_000_003  # of training text, so that it differs from calibration text
+TOGETHER = 64  # windows of training text that are sampled in parallel
 
 
 def sampling_key(job: Job, model: PreTrainedModel, settings: Sequence[Any]) -> list[Any]:
@@ -119,7 +121,7 @@ def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> T
     settings, how = job.settings.distill, job.settings.calibration.sampling
     seed = settings.seed + SEED_OFFSET * (number + 2)
     if job.training is None:
-        found = _self_generated(job, teacher, count, settings.seq_len, seed)
+        found = _self_generated(job, teacher, count, settings.seq_len, seed, TOGETHER)
         return replace(found, windows=shifted(found.windows, settings.shifted))
     begin, text, held_out = settings.prefix_tokens, job.training, settings.validation_samples
     if number < 0:
@@ -131,7 +133,15 @@ def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> T
     def make() -> TokenWindows:
         generator = torch.Generator().manual_seed(seed)
         banned = unused_ids(teacher, job.tokenizer)
-        windows = sample(teacher, starts, settings.seq_len, how, generator, banned=banned)
+        windows = sample(
+            teacher,
+            starts,
+            settings.seq_len,
+            how,
+            generator,
+            banned=banned,
+            batch_size=TOGETHER,
+        )
         source = f"{text.source}, continued from {begin} tokens each ({how})"
         return replace(text, windows=windows, source=source)
 
@@ -162,6 +172,7 @@ def student_block(
             sampling=job.settings.calibration.sampling,
             banned=unused_ids(student, job.tokenizer),
             prompts=prompts_of(job.settings, job.shape, job.tokenizer),
+            batch_size=TOGETHER,
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save({"windows": found.windows.contiguous()}))
@@ -169,7 +180,7 @@ def student_block(
 
 
 def _self_generated(
-    job: Job, model: PreTrainedModel, count: int, seq_len: int, seed: int
+    job: Job, model: PreTrainedModel, count: int, seq_len: int, seed: int, together: int = BATCH
 ) -> TokenWindows:
     """Windows sampled from the dense model; with `calibration.chat`, its answers to prompts."""
     how = job.settings.calibration
@@ -186,6 +197,7 @@ def _self_generated(
             keep=how.keep_likeliest,
             banned=unused_ids(model, job.tokenizer),
             prompts=prompts,
+            batch_size=together,
         )
 
     return cached(
