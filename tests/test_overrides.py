@@ -68,6 +68,14 @@ def test_error_messages(command_line):
         ),
         ("eval.speed=false", ["eval.speed is now a list with or without it"]),
         ("eval=zero_shot eval.path=x", ["eval.path is now eval.perplexity.path"]),
+        (
+            "eval=none eval.perplexity.path=x",
+            ["eval.perplexity.path: the evaluation perplexity is not chosen", "eval=[perplexity]"],
+        ),
+        (
+            "eval=zero_shot eval.perplexity.pth=x",
+            ["eval.perplexity.pth: no such", "did you mean eval.perplexity.path"],
+        ),
         ("merge.refit_lambda=1", ["merge.refit_lambda is now merge.refit.lambda"]),
         ("merge.refit.lamda=1", ["merge.refit.lamda: the chosen merge.refit has no such setting"]),
         ("merge=kome", ["merge=kome: no such choice", "did you mean come", "shortgpt"]),

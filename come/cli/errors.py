@@ -133,8 +133,10 @@ def _part_of(name: str) -> str | None:
 def _evaluation_of(name: str) -> str | None:
     """Message for a setting of an evaluation that was not chosen; None for any other setting."""
     group, _, rest = name.partition(".")
-    chosen = rest.partition(".")[0]
-    if group != "eval" or "." in rest or chosen not in EVALUATIONS.names():
+    chosen, _, setting = rest.partition(".")
+    if group != "eval" or chosen not in EVALUATIONS.names():
+        return None
+    if setting and setting not in _settings(EVALUATIONS, chosen):
         return None
     example = ",".join(dict.fromkeys(["perplexity", chosen]))
     return f"{name}: the evaluation {chosen} is not chosen; list it, as in eval=[{example}]"
