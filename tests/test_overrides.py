@@ -73,7 +73,7 @@ def test_error_messages(command_line):
             ["eval.perplexity.path: the evaluation perplexity is not chosen", "eval=[perplexity]"],
         ),
         (
-            "eval=zero_shot eval.perplexity.pth=x",
+            "eval=perplexity eval.perplexity.pth=x",
             ["eval.perplexity.pth: no such", "did you mean eval.perplexity.path"],
         ),
         ("merge.refit_lambda=1", ["merge.refit_lambda is now merge.refit.lambda"]),
