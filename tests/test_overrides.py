@@ -69,8 +69,11 @@ def test_error_messages(command_line):
         ("eval.speed=false", ["eval.speed is now a list with or without it"]),
         ("eval=zero_shot eval.path=x", ["eval.path is now eval.perplexity.path"]),
         (
-            "eval=none eval.perplexity.path=x",
-            ["eval.perplexity.path: the evaluation perplexity is not chosen", "eval=[perplexity]"],
+            "experiment=smoke eval=none eval.perplexity.path=x",
+            [
+                "eval.perplexity.path: the evaluation perplexity is not chosen; list it, as in "
+                "eval=[perplexity]"
+            ],
         ),
         (
             "eval=perplexity eval.perplexity.pth=x",
