@@ -34,6 +34,7 @@ def test_written_text_is_sampled_in_cached_blocks(base, tmp_path, monkeypatch):
 
     def stops(*args, **options):
         seeds.append(options["seed"])
+        assert options["batch_size"] == TEXT.TOGETHER
         if len(seeds) == 2:
             raise Interrupt
         return whole(*args, **options)
