@@ -34,6 +34,7 @@ SOURCE = "self_generated"
 BATCH = 32  # windows sampled in parallel
 _NUCLEUS = 2048  # maximum number of tokens that top-p samples from
 _BLOCK = 256  # tokens whose probabilities are summed before one of them is found
+_TOGETHER = 2**20  # probabilities at a time: larger temporary tensors get new memory each time
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,46 @@ class Sampling:
     def draw(
         self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
     ) -> Int[Tensor, "batch 1"]:
-        """Draws one token per row."""
-        logits = logits / self.temperature
+        """Draws one token per row, from one uniform number per row.
+
+        torch.multinomial draws one number per probability, which takes longer than a layer of a
+        small model.
+        """
+        uniform = torch.rand(len(logits), 1, generator=generator).double()  # below 1 - 2**-25
+        rows = max(1, _TOGETHER // logits.shape[-1])
+        parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+        return torch.cat([self._drawn(*part) for part in parts])
+
+    def _drawn(
+        self, logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, "batch 1"]
+    ) -> Int[Tensor, "batch 1"]:
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_p >= 1:
-            return _draw(logits.softmax(-1), generator)
+            return _found(logits.softmax(-1), uniform)
         best, tokens = logits.topk(min(_NUCLEUS, logits.shape[-1]))
         shares = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
         before = shares.cumsum(dim=-1) - shares
         shares = shares.masked_fill(before >= self.top_p, 0.0)
-        return tokens.gather(1, _draw(shares, generator))
+        return tokens.gather(1, _found(shares, uniform))
 
 
-def _draw(
-    shares: Float[Tensor, "batch vocab"], generator: torch.Generator
+def _found(
+    shares: Float[Tensor, "batch vocab"], uniform: Float[Tensor, "batch 1"]
 ) -> Int[Tensor, "batch 1"]:
-    """One index per row with the given relative probabilities, by the inverse of their sums.
+    """The index in each row where the running sum of its shares passes a part of the whole.
 
-    One uniform number per row: torch.multinomial draws one per probability, which takes longer
-    than a layer of a small model. A block of probabilities is found first, by its sum, and the
-    index inside it, since running sums of a whole vocabulary take as long as two layers.
+    A block of shares is found first, by its sum, and the index inside it, because running sums of
+    a whole vocabulary take as long as two layers.
+
+    Args:
+        shares: relative probabilities, >= 0.
+        uniform: the part of the whole, float64 in [0, 1).
     """
-    blocks = pad(shares, (0, -shares.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    if rest := -shares.shape[-1] % _BLOCK:
+        shares = pad(shares, (0, rest))
+    blocks = shares.unflatten(-1, (-1, _BLOCK))
     sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    uniform = torch.rand(len(shares), 1, generator=generator).double()  # below 1 - 2**-25
     height = uniform * sums[:, -1:]
     block = torch.searchsorted(sums, height, right=True)
     below = torch.where(block > 0, sums.gather(1, (block - 1).clamp_min(0)), 0.0)
