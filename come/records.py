@@ -74,6 +74,8 @@ class CalibrationResult(TypedDict):
     corpus_tokens: tokens of the text that the windows were cut from.
     tokens, windows: number of calibration tokens and windows.
     removed_lines: lines left out because the held-out text contains them too.
+    drawn_from: for each text, named by its content, the share of it, from its beginning, that the
+        windows were drawn from.
     hash: hash of the windows.
     """
 
@@ -82,6 +84,7 @@ class CalibrationResult(TypedDict):
     tokens: int
     windows: int
     removed_lines: int
+    drawn_from: dict[str, float]
     hash: str
 
 
@@ -91,6 +94,7 @@ class DistillationResult(TypedDict):
     Layer-wise training trains every merged layer separately.
 
     method, source: registry name of the method, and description of the training text.
+    drawn_from: as for calibration; nothing for text that models write.
     tokens: training tokens, with repetitions.
     distinct_tokens: training tokens, without repetitions.
     validation_tokens: tokens held out of the training text.
@@ -109,6 +113,7 @@ class DistillationResult(TypedDict):
 
     method: str
     source: str
+    drawn_from: dict[str, float]
     tokens: int
     distinct_tokens: int
     validation_tokens: int

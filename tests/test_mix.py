@@ -75,7 +75,9 @@ def test_sum_of_shares_has_a_tolerance():
 def test_every_stretch_of_windows_has_the_shares(counts):
     """Also the first windows, which merges are fitted to, and the last ones, which judge them."""
     parts = [
-        TokenWindows(torch.tensor([[n, i] for i in range(count)]), 10 + n, f"text {n}", n)
+        TokenWindows(
+            torch.tensor([[n, i] for i in range(count)]), 10 + n, f"text {n}", n, {f"{n}": n / 10}
+        )
         for n, count in enumerate(counts)
     ]
     found, total = interleaved(parts), sum(counts)
@@ -89,6 +91,7 @@ def test_every_stretch_of_windows_has_the_shares(counts):
     assert found.source == " + ".join(part.source for part in parts)
     assert found.corpus_tokens == sum(part.corpus_tokens for part in parts)
     assert found.removed_lines == sum(part.removed_lines for part in parts)
+    assert found.drawn_from == {f"{n}": n / 10 for n in range(len(counts))}
 
 
 def test_a_mix_draws_its_share_from_every_source(base, tmp_path):

@@ -75,6 +75,28 @@ def test_evaluation_part_of_a_text(tokenizer, text_file):
         evaluation_windows(tokenizer, source, seq_len=16, others=[same])
 
 
+def test_texts_of_an_earlier_run_are_not_evaluated(tokenizer, text_file):
+    source = TextFile(str(text_file))
+    drawn = draw(tokenizer, source, num_samples=2, seq_len=16)
+    assert drawn.drawn_from == {source.content: 1.0}
+    message = (
+        "eval.perplexity: the model was calibrated or trained on windows from all of text_file"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluation_windows(tokenizer, source, seq_len=16, drawn_from=drawn.drawn_from)
+    part = draw(tokenizer, source, num_samples=2, seq_len=16, held_out=[source]).drawn_from
+    assert part == {source.content: 0.6}
+    apart = evaluation_windows(tokenizer, source, seq_len=16, others=[source])
+    found = evaluation_windows(tokenizer, source, seq_len=16, drawn_from=part)
+    assert torch.equal(found.windows, apart.windows)
+    source.part = (0.5, 0.8)
+    with pytest.raises(ValueError, match="draws from the first 60% of the same text"):
+        evaluation_windows(tokenizer, source, seq_len=16, drawn_from=part)
+    assert draw(tokenizer, PyDocs(), num_samples=2, seq_len=16).drawn_from == {
+        PyDocs().content: 0.6
+    }
+
+
 def test_held_out_lines_are_removed_from_calibration(tokenizer, text_file, tmp_path):
     lines = text_file.read_text().splitlines()
     other = tmp_path / "other.txt"

@@ -165,3 +165,34 @@ def test_student_leaves_the_device_to_a_teacher_whose_states_are_stored(base, tm
     else:
         assert seen[:2] == ["load", "load"]
         assert not {"cpu", "release_teacher"} & set(seen)
+
+
+def test_texts_of_an_earlier_run_stay_apart(base, tmp_path):
+    """Those of its calibration and training, also where only its model folder is evaluated."""
+    text, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path, word in ((text, "one"), (other, "two")):
+        path.write_text("".join(f"Line {i} of {word} text.\n" for i in range(400)))
+    own = ("eval=perplexity", "eval.perplexity.seq_len=16")
+    merged, trained = tmp_path / "merged", tmp_path / "trained"
+    run_job(base, merged, f"calibration.path={text}", *own, f"eval.perplexity.path={text}")
+    start = ("merge.target_layers=null", f"from_run={merged}")
+    run_job(base, trained, *HEAL, f"distill.path={other}", *start, "eval=none")
+
+    def windows(folder, path, *more):
+        begin = ("merge.target_layers=null", f"from_run={folder}")
+        words = (*own, f"eval.perplexity.path={path}", *more)
+        return prepare_job(base, tmp_path / "again", *begin, *words).evaluations["perplexity"][1][
+            ""
+        ]
+
+    last_fifth = windows(merged, text, "eval.perplexity.text_range=[0.8,1]")
+    for folder in (merged, trained):
+        assert torch.equal(windows(folder, text).windows, last_fifth.windows)
+    assert windows(merged, other).corpus_tokens > 4 * last_fifth.corpus_tokens
+    with pytest.raises(ValueError, match="eval.perplexity.text_range=.*draws from the first 60%"):
+        windows(merged, text, "eval.perplexity.text_range=[0.5,1]")
+    with pytest.raises(ValueError, match="eval.perplexity: the model was calibrated or trained on"):
+        windows(trained, other)
+    words = ("merge=none", *own, f"eval.perplexity.path={other}")
+    with pytest.raises(ValueError, match="so no part of it is unseen. Take another text, or"):
+        prepare_job(trained / "model", tmp_path / "folder", *words)

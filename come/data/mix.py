@@ -94,4 +94,5 @@ def interleaved(parts: Sequence[TokenWindows]) -> TokenWindows:
         corpus_tokens=sum(part.corpus_tokens for part in parts),
         source=" + ".join(part.source for part in parts),
         removed_lines=sum(part.removed_lines for part in parts),
+        drawn_from={text: share for part in parts for text, share in part.drawn_from.items()},
     )

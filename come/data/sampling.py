@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,8 +330,9 @@ def cached(key: Sequence[Any], make: Callable[[], TokenWindows]) -> TokenWindows
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save({"windows": made.windows.contiguous()}))
-    about_windows = {"corpus_tokens": made.corpus_tokens, "source": made.source}
-    write_bytes(about, json.dumps(about_windows | {"removed_lines": made.removed_lines}).encode())
+    described = {field.name: getattr(made, field.name) for field in fields(made)}
+    del described["windows"]
+    write_bytes(about, json.dumps(described).encode())
     return made
 
 

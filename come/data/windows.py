@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,12 +36,15 @@ class TokenWindows:
         corpus_tokens: number of tokens of the text that the windows were cut from.
         source: description of the text.
         removed_lines: number of lines removed from the text because the held-out text has them.
+        drawn_from: for each text that the windows were drawn from, named by its content, the share
+            of it, from its beginning, that they were drawn from.
     """
 
     windows: Int[Tensor, "windows seq"]
     corpus_tokens: int
     source: str
     removed_lines: int = 0
+    drawn_from: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -183,11 +186,14 @@ def calibration_windows(
     """
     asked = num_samples * seq_len
     text = corpus_text(source, max(_POOL_CHARS, _CHARS_PER_TOKEN * asked), tokenizer)
-    if source.always_split or any(_same(source, other) for other in held_out):
+    splits = source.always_split or any(other.content == source.content for other in held_out)
+    if splits:
         text = text_part(text, CALIBRATION_PART)
+    drawn_from = {source.content: CALIBRATION_PART[1] if splits else 1.0}
     removed, template = 0, template_text(tokenizer)
     for other in held_out:
-        text, lines = without_lines_of(text, _evaluation_text(other, tokenizer, source), template)
+        apart = _evaluation_text(other, tokenizer, _drawn(other, drawn_from))
+        text, lines = without_lines_of(text, apart, template)
         removed += lines
     tokens = tokenize(tokenizer, text, special=False)
     split = _split(tokens, seq_len, begin)
@@ -206,7 +212,7 @@ def calibration_windows(
     order = torch.randperm(available, generator=generator)
     drawn = (order.flip(0) if backwards else order)[:num_samples]
     name = f"{source.name} ({source.identity})"
-    return TokenWindows(split[drawn], len(tokens), name, removed)
+    return TokenWindows(split[drawn], len(tokens), name, removed, drawn_from)
 
 
 def _split(
@@ -235,6 +241,7 @@ def evaluation_windows(
     seq_len: int,
     max_tokens: int | None = None,
     others: Sequence[TextSource] = (),
+    drawn_from: Mapping[str, float] | None = None,
     begin: int | None = None,
     key: str = "eval.perplexity",
 ) -> TokenWindows:
@@ -246,19 +253,28 @@ def evaluation_windows(
         seq_len: tokens per window.
         max_tokens: maximum number of tokens, from the start of the text; None for all.
         others: the corpora that calibration and training use.
+        drawn_from: those that an earlier run has used, see `TokenWindows`.
         begin: token that every window begins with, in addition to its text; None for none.
         key: config key of the evaluation's settings for error messages.
 
     Raises:
         ValueError: the corpus cannot be read or does not fill two windows, or its `part` overlaps
-            the part that calibration draws from.
+            the part that calibration draws from, or calibration draws from all of it.
     """
-    if source.part and source.part[0] < CALIBRATION_PART[1] and _shared(source, *others):
+    own = {other.content: CALIBRATION_PART[1] for other in others}
+    drawn = max(_drawn(source, own), _drawn(source, drawn_from or {}))
+    if drawn == 1:
+        raise ValueError(
+            f"{key}: the model was calibrated or trained on windows from all of {source.name} "
+            f"({source.identity}), so no part of it is unseen. Take another text, or merge again "
+            "with this one in eval.perplexity.path, which keeps the last 40% of it apart"
+        )
+    if source.part and source.part[0] < drawn:
         raise ValueError(
             f"{key}.text_range={list(source.part)}: calibration or training draws from the first "
-            f"{CALIBRATION_PART[1]:.0%} of the same text; begin at {CALIBRATION_PART[1]} or later"
+            f"{drawn:.0%} of the same text; begin at {drawn} or later"
         )
-    text = _evaluation_text(source, tokenizer, *others)
+    text = _evaluation_text(source, tokenizer, drawn)
     if max_tokens:  # avoids tokenising all of a large corpus
         text = text[: _CHARS_PER_TOKEN * max_tokens]
     tokens = tokenize(tokenizer, text, special=begin is None)
@@ -343,17 +359,13 @@ def check_token_ids(
         )
 
 
-def _same(source: TextSource, other: TextSource) -> bool:
-    return other.content == source.content
-
-
-def _evaluation_text(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, *others: TextSource
-) -> str:
+def _evaluation_text(source: TextSource, tokenizer: PreTrainedTokenizerBase, drawn: float) -> str:
     text = corpus_text(source, tokenizer=tokenizer)
-    part = source.part or (EVALUATION_PART if _shared(source, *others) else None)
+    part = source.part or (EVALUATION_PART if drawn else None)
     return text_part(text, part) if part else text
 
 
-def _shared(source: TextSource, *others: TextSource) -> bool:
-    return source.always_split or any(_same(source, other) for other in others)
+def _drawn(source: TextSource, drawn_from: Mapping[str, float]) -> float:
+    """The share of a text, from its beginning, that calibration or training draws from."""
+    least = CALIBRATION_PART[1] if source.always_split else 0.0
+    return max(least, drawn_from.get(source.content, 0.0))

@@ -138,8 +138,9 @@ class Subject:
         tokenizer: its tokenizer.
         vocabulary: number of rows of its embedding.
         longest: maximum sequence length in tokens; None without a limit.
-        others: texts that the model was calibrated or trained on; held-out text excludes them.
+        others: texts that the model is calibrated or trained on; held-out text excludes them.
         begin: token that every window of text begins with; None for none.
+        drawn_from: texts that it was calibrated or trained on before, see `TokenWindows`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -147,6 +148,7 @@ class Subject:
     longest: int | None
     others: Sequence[TextSource] = ()
     begin: int | None = None
+    drawn_from: Mapping[str, float] = field(default_factory=dict)
 
 
 class Evaluation(HasSettings):

@@ -139,6 +139,7 @@ class HeldOutText(TextSettings):
             seq_len=min(seq_len, subject.longest or seq_len),
             max_tokens=self.max_tokens,
             others=subject.others,
+            drawn_from=subject.drawn_from,
             begin=subject.begin,
             key=key,
         )

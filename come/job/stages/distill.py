@@ -177,6 +177,7 @@ def _result(
     return {
         "method": settings.method,
         "source": text.source + written if settings.on_policy else text.source,
+        "drawn_from": dict(text.drawn_from),
         "tokens": tokens,
         "distinct_tokens": min(tokens, windows * settings.seq_len),
         "validation_tokens": settings.validation_samples * settings.seq_len,

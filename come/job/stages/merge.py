@@ -341,6 +341,7 @@ def calibration_result(job: Job) -> CalibrationResult | None:
         "tokens": windows.tokens,
         "windows": len(windows.windows),
         "removed_lines": windows.removed_lines,
+        "drawn_from": dict(windows.drawn_from),
         "hash": windows.hash,
     }
 

@@ -18,7 +18,7 @@ from come.data.windows import (
     check_token_ids,
 )
 from come.evaluate.base import Evaluation, Subject
-from come.files import check_replaceable
+from come.files import check_replaceable, read_again
 from come.job.budget import choose_placement
 from come.job.folder import check_folder, find_run
 from come.job.job import Job, merge_cost
@@ -82,7 +82,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
             tokenizer,
             plan=None,
             calibration=None,
-            evaluations=_evaluations(settings, shape, tokenizer, []),
+            evaluations=_evaluations(settings, shape, tokenizer, [], _own_plan(checkpoint)),
         )
     start = find_run(settings.from_run) if settings.from_run is not None else None
     given = str(plan_path(start)) if start else merge.plan
@@ -157,7 +157,7 @@ def prepare(settings: Settings, folder: Path, name: str) -> Job:
         _check_chat(settings, shape, tokenizer, calibrates=plan is None)
     trained = settings.training_text if settings.distill.active else None
     others = [*settings.calibration.texts().values(), *([] if trained is None else [trained])]
-    evaluations = _evaluations(settings, shape, tokenizer, others)
+    evaluations = _evaluations(settings, shape, tokenizer, others, plan)
     calibration = _calibration(settings, shape, tokenizer) if plan is None else None
     return Job(
         settings,
@@ -182,11 +182,25 @@ def _evaluations(
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerBase,
     others: Sequence[TextSource],
+    plan: Plan | None,
 ) -> dict[str, tuple[Evaluation, Any]]:
-    """The evaluations with their data; held-out text is disjoint from `others`."""
+    """The evaluations with their data.
+
+    Held-out text is disjoint from `others`, and from the texts that the model of the plan was
+    calibrated or trained on.
+    """
     begin = begin_token(settings.model.begin_token, shape.begin_token, tokenizer)
-    subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin)
+    drawn_from: dict[str, float] = {}
+    for use in ("calibration", "distillation"):
+        used = (plan.provenance.get(use) or {}).get("drawn_from", {}) if plan else {}
+        drawn_from |= {text: max(share, drawn_from.get(text, 0.0)) for text, share in used.items()}
+    subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin, drawn_from)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
+
+
+def _own_plan(checkpoint: Path) -> Plan | None:
+    """The plan of a model that was compressed; None if it was not, or not by this version."""
+    return read_again(plan_path(checkpoint), Plan.load)
 
 
 def _check_chat(
