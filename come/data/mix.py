@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from come.data.windows import TokenWindows
+from come.data.windows import TokenWindows, all_drawn
 
 _TOLERANCE = 1e-6  # of the sum of the shares
 
@@ -94,5 +94,5 @@ def interleaved(parts: Sequence[TokenWindows]) -> TokenWindows:
         corpus_tokens=sum(part.corpus_tokens for part in parts),
         source=" + ".join(part.source for part in parts),
         removed_lines=sum(part.removed_lines for part in parts),
-        drawn_from={text: share for part in parts for text, share in part.drawn_from.items()},
+        drawn_from=all_drawn(*(part.drawn_from for part in parts)),
     )

@@ -59,6 +59,12 @@ class TokenWindows:
         return digest.hexdigest()[:16]
 
 
+def all_drawn(*uses: Mapping[str, float]) -> dict[str, float]:
+    """The texts of several uses (see `TokenWindows.drawn_from`), each with its largest share."""
+    texts = dict.fromkeys(text for use in uses for text in use)
+    return {text: max(use.get(text, 0.0) for use in uses) for text in texts}
+
+
 def shifted(windows: Int[Tensor, "windows seq"], share: float) -> Int[Tensor, "windows seq"]:
     """The windows, the last `share` of which are shifted by half a window.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from come.data.windows import TokenWindows
+from come.data.windows import TokenWindows, all_drawn
 from come.distill.config import TrainConfig
 from come.distill.layerwise import train_layerwise
 from come.distill.memory import TrainingMemory, training_memory
@@ -136,6 +136,8 @@ def distill(
     accelerator.free_memory()
     if accelerator.is_main_process:
         summary = {k: v for k, v in result.items() if k not in ("curve", "validation")}
+        before = plan.provenance.get("distillation", {}).get("drawn_from", {})
+        summary["drawn_from"] = all_drawn(before, result["drawn_from"])
         plan = replace(plan, provenance={**plan.provenance, "distillation": summary})
         save(job, model, "model", plan)
         plan.save(job.folder / "plan.json")

@@ -12,6 +12,7 @@ from come.data.mix import interleaved
 from come.data.sources.base import TextSource
 from come.data.windows import (
     TokenWindows,
+    all_drawn,
     begin_token,
     calibration_windows,
     check_length,
@@ -190,10 +191,8 @@ def _evaluations(
     calibrated or trained on.
     """
     begin = begin_token(settings.model.begin_token, shape.begin_token, tokenizer)
-    drawn_from: dict[str, float] = {}
-    for use in ("calibration", "distillation"):
-        used = (plan.provenance.get(use) or {}).get("drawn_from", {}) if plan else {}
-        drawn_from |= {text: max(share, drawn_from.get(text, 0.0)) for text, share in used.items()}
+    before = [plan.provenance.get(use) for use in ("calibration", "distillation")] if plan else []
+    drawn_from = all_drawn(*(use.get("drawn_from", {}) for use in before if use))
     subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin, drawn_from)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
 
