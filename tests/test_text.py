@@ -328,6 +328,21 @@ def test_single_token_attention(heads, groups, dtype):
     assert weights is None
 
 
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_head_reads_contiguous_states(pico_folder, weights):
+    """Of prompts too: a product with strided states copies the head in half precision."""
+    model, _ = load_model(pico_folder, dtype="bfloat16", weights=weights)
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append((tuple(inputs[0].shape), inputs[0].is_contiguous()))
+    )
+    ids = torch.arange(3, 18).view(3, 5)
+    last = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+    assert seen == [((3, 1, model.config.hidden_size), True)]
+    every = model(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(last[:, 0].float(), every[:, -1].float(), atol=0.02)
+
+
 def test_likeliest_windows_are_kept(pico_folder):
     model, _ = load_model(pico_folder)
     options = {"seq_len": 12, "progress": False}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
 
 from come.errors import one_line
 from come.models.adapter import ModelAdapter
@@ -223,7 +224,7 @@ def load_weights(
             dtype=shape.dtype, device=chosen, scratch=scratch, trust_remote_code=trusted,
         )  # fmt: skip
         _check_finite(folder, model)
-        return model
+        return _with_contiguous_head(model)
     if not sys.stderr.isatty():
         disable_progress_bar()  # the loader's progress bar is meant for terminals
     try:
@@ -244,7 +245,24 @@ def load_weights(
     model.config.tie_word_embeddings = shape.config.tie_word_embeddings
     prepare(model)
     _check_finite(folder, model)
-    return model.to(chosen).eval()
+    return _with_contiguous_head(model.to(chosen).eval())
+
+
+def _with_contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes the head's input contiguous.
+
+    Of a prompt, models pass the last state of each window to the head, which is a strided batch. In
+    half precision on the CPU, PyTorch multiplies it by one copy of the head's matrix per window.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
+    return model
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    states, *others = inputs
+    return states.contiguous(), *others
 
 
 def _built_in(model_type: str) -> bool:
