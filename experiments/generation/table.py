@@ -2,7 +2,7 @@
 
     python experiments/generation/table.py > experiments/generation/table.md
 
-Reads results.jsonl and runs no model. Differences from the dense model have a star where their 95%
+Reads results.jsonl (SmolLM2) and gemma.jsonl, and runs no model. Differences from the dense model have a star where their 95%
 interval leaves out zero.
 """
 
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROWS = Path(__file__).parent / "results.jsonl"
+ROWS = {"SmolLM2": "results.jsonl", "Gemma": "gemma.jsonl"}
 COLUMNS = {
     "perplexity": "x dense",
     "agreement": "agreement",
@@ -34,15 +34,17 @@ def cell(metric: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    jobs = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    dense = jobs[0]["depths"][0]["metrics"]
-    own = ["1.000", *(f"{dense[name]['value']:.3f}" for name in list(COLUMNS)[1:])]
     lines = [["", "layers", *COLUMNS.values()], ["---", *["---:"] * (len(COLUMNS) + 1)]]
-    lines.append(["dense", str(jobs[0]["depths"][0]["layers"]), *own])
-    for job in jobs:
-        last = job["depths"][-1]
-        name = job["overrides"]["from_run"].rsplit("/", 1)[0]
-        lines.append([name, str(last["layers"]), *(cell(last["metrics"][key]) for key in COLUMNS)])
+    for model, file in ROWS.items():
+        rows = (Path(__file__).parent / file).read_text()
+        jobs = [json.loads(line) for line in rows.splitlines()]
+        dense = jobs[0]["depths"][0]
+        own = (f"{dense['metrics'][name]['value']:.3f}" for name in list(COLUMNS)[1:])
+        lines.append([f"{model}, dense", str(dense["layers"]), "1.000", *own])
+        for job in jobs:
+            name, last = job["overrides"]["from_run"].rsplit("/", 1)[0], job["depths"][-1]
+            cells = (cell(last["metrics"][key]) for key in COLUMNS)
+            lines.append([name, str(last["layers"]), *cells])
     print("".join(f"| {' | '.join(line)} |\n" for line in lines), end="")
 
 
