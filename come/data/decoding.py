@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,10 +26,9 @@ def single_token_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q K^T scaling) V of one token per row: query heads that share keys are read as rows.
 
-    PyTorch's CPU kernel then reads the keys of a group once, not once for each head. In half
-    precision it is still slower than two products of matrices, which round the scores to that
-    precision, as attention without this kernel does. More tokens, masks and other settings go to
-    the interface of the kernel in transformers, whose arguments these are.
+    PyTorch's CPU kernel then reads the keys of a group once, not once for each head. More tokens,
+    masks and other settings go to the interface of this kernel in transformers, whose arguments
+    these are.
 
     Args:
         module: the attention layer.
@@ -52,11 +50,7 @@ def single_token_attention(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )
     grouped = query.reshape(batch, key.shape[1], -1, width)
-    if query.dtype == torch.float32:
-        found = scaled_dot_product_attention(grouped, key, value, scale=scaling)
-    else:
-        scores = (grouped * scaling) @ key.transpose(-1, -2)
-        found = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    found = scaled_dot_product_attention(grouped, key, value, scale=scaling)
     return found.reshape(batch, 1, heads, width), None
 
 
