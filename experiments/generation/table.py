@@ -2,8 +2,8 @@
 
     python experiments/generation/table.py > experiments/generation/table.md
 
-Reads results.jsonl (SmolLM2) and gemma.jsonl, and runs no model. Differences from the dense model have a star where their 95%
-interval leaves out zero.
+Reads results.jsonl (SmolLM2) and gemma.jsonl, and runs no model. Differences from the dense model
+have a star where their 95% interval leaves out zero.
 """
 
 from __future__ import annotations
