@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from come.data.windows import all_drawn
 from come.files import read_object, write_bytes, write_text
 from come.merge.dropped import SublayerDrops
 from come.merge.plan_fields import check_fields, invalid
@@ -209,6 +210,12 @@ class Plan:
             kept = places[step.first + (step.kept_layer or 0)]
             places[step.first : step.last + 1] = [kept]
         return places
+
+    @property
+    def drawn_from(self) -> dict[str, float]:
+        """The texts that the model was calibrated or trained on, as in `TokenWindows`."""
+        uses = [self.provenance.get(use) for use in ("calibration", "distillation")]
+        return all_drawn(*(use.get("drawn_from", {}) for use in uses if use))
 
     @property
     def hash(self) -> str:

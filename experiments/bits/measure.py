@@ -26,6 +26,8 @@ from come.data.windows import begin_token
 from come.evaluate.base import Metric
 from come.evaluate.paired import exp_interval
 from come.files import write_text
+from come.merge.plan import Plan
+from come.merge.saving import plan_path
 from come.models.adapter import ModelAdapter
 
 if TYPE_CHECKING:
@@ -62,8 +64,10 @@ def measured(source: str, bits: int, text: Path) -> tuple[int, int, Metric]:
     held_out = come.TextFile(str(text))
     held_out.part = (0.8, 1.0)
     begin = begin_token(None, ModelAdapter(model).layout.begin_token, tokenizer)
+    plan = plan_path(Path(source))
+    drawn_from = Plan.load(plan).drawn_from if plan.is_file() else {}
     windows = come.evaluation_windows(
-        tokenizer, held_out, seq_len=256, max_tokens=10240, begin=begin
+        tokenizer, held_out, seq_len=256, max_tokens=10240, drawn_from=drawn_from, begin=begin
     ).windows
     size = round_weights(model, bits)
     return model.config.num_hidden_layers, size, come.perplexity(model, windows)

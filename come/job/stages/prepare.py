@@ -12,7 +12,6 @@ from come.data.mix import interleaved
 from come.data.sources.base import TextSource
 from come.data.windows import (
     TokenWindows,
-    all_drawn,
     begin_token,
     calibration_windows,
     check_length,
@@ -191,8 +190,7 @@ def _evaluations(
     calibrated or trained on.
     """
     begin = begin_token(settings.model.begin_token, shape.begin_token, tokenizer)
-    before = [plan.provenance.get(use) for use in ("calibration", "distillation")] if plan else []
-    drawn_from = all_drawn(*(use.get("drawn_from", {}) for use in before if use))
+    drawn_from = plan.drawn_from if plan else {}
     subject = Subject(tokenizer, shape.vocabulary, shape.longest, others, begin, drawn_from)
     return {name: (chosen, chosen.prepare(subject)) for name, chosen in settings.eval.items()}
 
