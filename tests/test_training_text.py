@@ -52,12 +52,22 @@ def test_written_text_is_sampled_in_cached_blocks(base, tmp_path, monkeypatch):
 
 def test_shifted_windows_begin_inside_a_text():
     windows = torch.arange(5 * 7).view(5, 7)
-    found = shifted(windows, 0.6)
+    found = shifted(windows, 0.6, None)
     assert torch.equal(found[:2], windows[:2])
     assert found[2].tolist() == [*windows[2, 3:].tolist(), *windows[3, :3].tolist()]
     assert found[4].tolist() == [*windows[4, 3:].tolist(), *windows[2, :3].tolist()]
-    assert torch.equal(shifted(windows, 0), windows)
-    assert sorted(shifted(windows, 1).flatten().tolist()) == list(range(35))
+    assert torch.equal(shifted(windows, 0, None), windows)
+    assert sorted(shifted(windows, 1, None).flatten().tolist()) == list(range(35))
+
+
+def test_no_begin_token_is_in_the_middle_of_a_shifted_window():
+    windows = torch.arange(5 * 7).view(5, 7)
+    windows[:, 0] = 99
+    found = shifted(windows, 0.6, 99)
+    assert torch.equal(found[:2], windows[:2])
+    assert found[2].tolist() == [*windows[2, 3:].tolist(), *windows[3, 1:4].tolist()]
+    assert found[4].tolist() == [*windows[4, 3:].tolist(), *windows[2, 1:4].tolist()]
+    assert torch.equal(shifted(windows, 0, 99), windows)
 
 
 def test_half_of_the_written_windows_begin_inside_a_text(base, tmp_path):
@@ -70,8 +80,9 @@ def test_half_of_the_written_windows_begin_inside_a_text(base, tmp_path):
     assert (found["0"][:, 0] == begin).all()
     for part in range(3):  # validation, and two blocks of training windows
         plain, moved = (found[share][4 * part : 4 * part + 4] for share in ("0", "0.5"))
-        assert torch.equal(moved, shifted(plain, 0.5))
+        assert torch.equal(moved, shifted(plain, 0.5, begin))
         assert (moved[:, 0] == begin).tolist() == [True, True, False, False]
+        assert (moved[:, 1:] != begin).all()
 
 
 def test_continued_text_begins_with_the_given_one(base, tmp_path):

@@ -65,20 +65,26 @@ def all_drawn(*uses: Mapping[str, float]) -> dict[str, float]:
     return {text: max(use.get(text, 0.0) for use in uses) for text in texts}
 
 
-def shifted(windows: Int[Tensor, "windows seq"], share: float) -> Int[Tensor, "windows seq"]:
-    """The windows, the last `share` of which are shifted by half a window.
+def shifted(
+    windows: Int[Tensor, "windows seq"], share: float, begin: int | None
+) -> Int[Tensor, "windows seq"]:
+    """The windows, the last `share` of which begin in the middle of a text.
 
-    A shifted window has the second half of one window and the first half of the next (the last
-    one: of the first shifted one). So it begins inside a text, and not with the begin token.
+    Such a window is the second half of one window and then the beginning of the next (the last
+    one: of the first such window), without the begin token: text has none in the middle of a
+    window, and a model that trains to predict tokens would learn where it is.
 
     Args:
         windows: token ids.
         share: share of the windows that are shifted, rounded, in [0, 1].
+        begin: the begin token, with which the windows may begin; None for none.
     """
-    seq_len, count = windows.shape[1], round(share * len(windows))
-    first = len(windows) - count
-    moved = windows[first:].flatten().roll(-(seq_len // 2)).view(count, seq_len)
-    return torch.cat([windows[:first], moved])
+    half, count = windows.shape[1] // 2, round(share * len(windows))
+    kept, moved = windows.tensor_split([len(windows) - count])
+    following = moved.roll(-1, dims=0)
+    left_out = int(begin is not None and bool((moved[:, 0] == begin).all()))
+    pairs = torch.cat([moved, following[:, left_out:]], dim=1)
+    return torch.cat([kept, pairs[:, half : half + windows.shape[1]]])
 
 
 def corpus_text(

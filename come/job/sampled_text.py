@@ -122,7 +122,8 @@ def text_block(job: Job, teacher: PreTrainedModel, number: int, count: int) -> T
     seed = settings.seed + SEED_OFFSET * (number + 2)
     if job.training is None:
         found = _self_generated(job, teacher, count, settings.seq_len, seed, TOGETHER)
-        return replace(found, windows=shifted(found.windows, settings.shifted))
+        windows = shifted(found.windows, settings.shifted, teacher.config.bos_token_id)
+        return replace(found, windows=windows)
     begin, text, held_out = settings.prefix_tokens, job.training, settings.validation_samples
     if number < 0:
         starts = continuation_starts(text.windows[:held_out], count, begin)
@@ -176,7 +177,8 @@ def student_block(
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save({"windows": found.windows.contiguous()}))
-    return shifted(load_file(path)["windows"], job.settings.distill.shifted)
+    windows = load_file(path)["windows"]
+    return shifted(windows, job.settings.distill.shifted, student.config.bos_token_id)
 
 
 def _self_generated(
