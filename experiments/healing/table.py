@@ -32,7 +32,7 @@ def row(job: dict[str, Any]) -> list[str]:
         "dev" if words["eval.perplexity.text_range"] == "[0.6,0.8]" else "test",
         f"{trained['tokens']:,}",
         f"{trained['seconds'] / 60:.1f}",
-        f"{first['logits']:.3f} -> {last['logits']:.3f}",
+        f"{first['logits']:.3f} -> {last['logits']:.3f}" if "logits" in first else "",
         ratio(merged),
         ratio(healed),
     ]
