@@ -8,7 +8,7 @@ import torch
 from come.data.windows import shifted
 from come.distill.config import TrainConfig
 from come.job.job import Job
-from come.job.sampled_text import sampled, text_block
+from come.job.sampled_text import sampled, student_block, text_block
 from come.job.training_cost import training_estimate, training_lines
 from come.models.loading import load_weights
 from tests.jobs import QUICK, job_settings, prepare_job, run_job
@@ -85,6 +85,14 @@ def test_half_of_the_written_windows_begin_inside_a_text(base, tmp_path):
         assert (moved[:, 1:] != begin).all()
 
 
+def test_half_of_the_windows_of_the_student_begin_inside_a_text(base, tmp_path):
+    job, model = prepare_job(base, tmp_path / "out", *STREAMED), load_weights(base)
+    found = student_block(job, model, 0, 4, tmp_path / "blocks")
+    begin = model.config.bos_token_id
+    assert (found[:, 0] == begin).tolist() == [True, True, False, False]
+    assert (found[:, 1:] != begin).all()
+
+
 def test_continued_text_begins_with_the_given_one(base, tmp_path):
     words = (*HEAL, "distill.prefix_tokens=5", "distill.block_windows=4")
     job, model = prepare_job(base, tmp_path / "out", *words), load_weights(base)
@@ -100,7 +108,7 @@ def test_on_policy_windows_come_from_the_model_in_training(base, tmp_path, monke
     """Half of every block, from the student as it is when the block is made."""
     blocks, written, whole = [], [], STAGE.stored_states
 
-    def student_block(job, student, number, count, folder):
+    def written_block(job, student, number, count, folder):
         sums = sum(p.double().abs().sum() for p in student.parameters())
         written.append((number, count, float(sums)))
         return torch.full((count, 16), 7 + number)
@@ -109,7 +117,7 @@ def test_on_policy_windows_come_from_the_model_in_training(base, tmp_path, monke
         blocks.append(windows)
         return whole(job, after, accelerator, teacher, windows)
 
-    monkeypatch.setattr("come.job.training_text.student_block", student_block)
+    monkeypatch.setattr("come.job.training_text.student_block", written_block)
     monkeypatch.setattr(STAGE, "stored_states", stored)
     found = run_job(base, tmp_path / "out", *STREAMED)["distillation"]
     assert [row[:2] for row in written] == [(number, 2) for number in range(4)]
